@@ -1,0 +1,206 @@
+"""What a conversion did: the error of every linear, sizes, and the words for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend.checkpoint.layout import Layout
+from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
+from qwen3_ascend.checkpoint.schemes import Linear
+from qwen3_ascend.convert.plan import LinearPlan, Plan
+
+WORST_SHOWN = 3
+
+MODEL_CARD = """---
+library_name: qwen3-ascend
+base_model: {repo}
+tags: [qwen3, ascend, fractal_nz, {recipe}]
+---
+
+# {repo}, {recipe}, for Ascend NPUs
+
+Written by qwen3-ascend {version} from `{repo}`{revision} with the recipe `{recipe}`: the linear
+weights lie in FRACTAL_NZ and load without a format cast. `qwen3_ascend.json` tells what was done to
+every tensor and holds a SHA-256 of every byte.
+
+    qwen3-ascend verify .
+    qwen3-ascend generate . --prompt "Hello"
+"""
+
+
+def sqnr_db(source: Tensor, linear: Linear) -> float | None:
+    """Signal to quantization noise of a linear's bytes against its float source weight [N, K].
+
+    10 log10(sum w^2 / sum (w - w')^2) in decibels, summed in float64 and rounded to 0.01, so that
+    the order of summation cannot show. None if every weight is equal.
+    """
+    signal = noise = 0.0
+    for rows, decoded in linear.blocks():
+        block = source[rows].double()
+        signal += float(block.square().sum())
+        noise += float((block - decoded.double()).square_().sum())
+    if noise == 0.0 or signal == 0.0:  # a weight of zeros is kept exactly
+        return None
+    return round(10 * math.log10(signal / noise), 2)
+
+
+def mean_sqnr(entries: Mapping[str, LinearEntry]) -> float | None:
+    """Mean in decibels over the linears that lost anything; None if none did."""
+    figures = [entry.sqnr_db for entry in entries.values() if entry.sqnr_db is not None]
+    return sum(figures) / len(figures) if figures else None
+
+
+def describe_errors(manifest: Manifest) -> list[str]:
+    """A few lines on the errors of a conversion."""
+    lossy = {n: e for n, e in manifest.linears.items() if e.sqnr_db is not None}
+    exact = len(manifest.linears) - len(lossy)
+    lines = [f"{exact} of {len(manifest.linears)} linears equal their source exactly"]
+    if lossy:
+        worst = sorted(lossy, key=lambda name: lossy[name].sqnr_db or 0.0)[:WORST_SHOWN]
+        lines.append(f"{len(lossy)} are quantized: mean SQNR {mean_sqnr(lossy):.1f} dB; lowest:")
+        lines += [f"  {lossy[name].sqnr_db:6.2f} dB  {name}" for name in worst]
+    return lines
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """The plan as a table: name, shape, scheme, layout, output bytes; equal layers are merged."""
+    merged: dict[tuple[str, ...], list[int]] = {}
+    for item in plan.items:
+        key = _row_key(item)
+        merged.setdefault(key, []).append(sum(_form_bytes(form) for form in item.forms.values()))
+    return [
+        (
+            key[0] if len(sizes) == 1 else f"{key[0]} (x{len(sizes)})",
+            *key[1:],
+            size_text(sum(sizes)),
+        )
+        for key, sizes in merged.items()
+    ]
+
+
+def plan_totals(plan: Plan) -> list[str]:
+    """What the plan comes to."""
+    lines = [
+        f"{plan.parameters:,} weights, {plan.bits_per_weight:.2f} bits each",
+        f"reads {size_text(plan.source_bytes)}, writes {size_text(plan.output_bytes)} "
+        f"in {len(plan.shards)} file(s)",
+        f"peak memory about {size_text(plan.working_bytes)} beyond Python with torch loaded",
+    ]
+    return lines + [f"leaves out {name}: {reason}" for name, reason in plan.ignored.items()]
+
+
+def inspect_lines(manifest: Manifest) -> list[str]:
+    """A finished checkpoint for people."""
+    model, source = manifest.model, manifest.source
+    stored = manifest.stored()
+    revision = f" @ {source.revision}" if source.revision else ""
+    lines = [
+        f"Qwen3, {model.num_layers} layers, hidden {model.hidden_size}, "
+        f"{model.num_heads} query and {model.num_kv_heads} key/value heads of {model.head_dim}, "
+        f"context {model.context_length}",
+        f"from {source.repo}{revision}, recipe {manifest.recipe['name']}, "
+        f"qwen3-ascend {manifest.tool_version}",
+        f"{len(stored)} tensors, {size_text(sum(t.nbytes for t in stored.values()))} "
+        f"in {len(manifest.shards)} file(s)",
+        "",
+    ]
+    rows = [_linear_row(name, entry) for name, entry in manifest.linears.items()]
+    rows += [
+        (name, _dims(tensor.shape), "bf16", "nd", "exact", size_text(tensor.nbytes))
+        for name, tensor in manifest.tensors.items()
+    ]
+    return lines + table(rows, ("tensor", "shape", "scheme", "layout", "SQNR dB", "bytes"))
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan for machines."""
+    return {
+        "recipe": plan.recipe.name,
+        "items": [_item_json(item) for item in plan.items],
+        "files": [shard.file for shard in plan.shards],
+        "ignored": dict(plan.ignored),
+        "parameters": plan.parameters,
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "bits_per_weight": round(plan.bits_per_weight, 3),
+        "working_bytes": plan.working_bytes,
+    }
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> list[str]:
+    """Aligned columns; the last one to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+        lines.append("  ".join([*cells, row[-1].rjust(widths[-1])]))
+    return lines
+
+
+def model_card(manifest: Manifest) -> bytes:
+    """README.md of a converted folder."""
+    source = manifest.source
+    revision = f" at commit {source.revision}" if source.revision else ""
+    text = MODEL_CARD.format(
+        repo=source.repo,
+        recipe=manifest.recipe["name"],
+        version=manifest.tool_version,
+        revision=revision,
+    )
+    return text.encode()
+
+
+def _form_bytes(form: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    return math.prod(form[1]) * form[0].itemsize
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _layout_text(layout: Layout) -> str:
+    return layout.format if layout.format == "nd" else f"nz of {layout.nz_of}"
+
+
+def _linear_row(name: str, entry: LinearEntry) -> tuple[str, str, str, str, str, str]:
+    error = "exact" if entry.sqnr_db is None else f"{entry.sqnr_db:.2f}"
+    nbytes = sum(tensor.nbytes for tensor in entry.tensors.values())
+    shape, layout = _dims(entry.shape), _layout_text(entry.layout)
+    return (name, shape, entry.scheme, layout, error, size_text(nbytes))
+
+
+def _row_key(item: Any) -> tuple[str, str, str, str]:
+    name = ".".join("*" if part.isdigit() else part for part in item.name.split("."))
+    if isinstance(item, LinearPlan):
+        shape = _dims((item.spec.outputs, item.spec.inputs))
+        return (name, shape, item.scheme, _layout_text(item.layout))
+    return (name, _dims(item.shape), "bf16", "nd")
+
+
+def _item_json(item: Any) -> dict[str, Any]:
+    data = {
+        "name": item.name,
+        "reads": list(item.reads),
+        "bytes": sum(_form_bytes(form) for form in item.forms.values()),
+    }
+    if isinstance(item, LinearPlan):
+        data |= {
+            "shape": [item.spec.outputs, item.spec.inputs],
+            "scheme": item.scheme,
+            "layout": item.layout.to_json(),
+        }
+    return data

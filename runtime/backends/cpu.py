@@ -1,0 +1,220 @@
+"""The CPU backend: the readable definition of every operation, on torch's fast paths.
+
+Each operation computes in float32 and rounds once to the compute type. Where a result goes into a
+w8a8 linear it is quantized from float32, as the fused kernels of a device do.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3_ascend.checkpoint.errors import CheckpointError
+from qwen3_ascend.checkpoint.model import Qwen3Config
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Linear
+from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
+from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear
+from qwen3_ascend.runtime.backends.int8_matmul import Product, pick_int8_matmul
+from qwen3_ascend.runtime.paged_kv import LayerKV
+from qwen3_ascend.runtime.rotary import rotary_tables
+from qwen3_ascend.runtime.step import StepInputs
+
+CACHE_SHARE = 4
+"""The cache may take a quarter of the memory that is free when the model is loaded."""
+
+
+@dataclass(frozen=True)
+class QuantizedActivation:
+    """codes: int8 [T, K]; scale: float32 [T]."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class CpuRotary:
+    """cos, sin: float32 [T, 1, head_dim], both halves filled."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class DenseLinear:
+    """bf16 weights in plain order, in the compute type."""
+
+    def __init__(self, linear: BF16, dtype: torch.dtype) -> None:
+        self.weight = linear.matrix().to(dtype)
+        self.bias = None if linear.bias is None else linear.bias.to(dtype)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """What this linear wants of a float32 input: the compute type."""
+        return x.to(self.weight.dtype)
+
+    def __call__(self, x: Activation) -> Tensor:
+        """See DeviceLinear."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class Int8Linear:
+    """w8a8: exact integer product, epilogue in float32, one rounding to the compute type."""
+
+    def __init__(self, linear: W8A8, dtype: torch.dtype) -> None:
+        self.scale, self.bias, self.dtype = linear.scale, linear.bias, dtype
+        self._product: Product = pick_int8_matmul()(linear.codes())
+
+    def prepare(self, x: Tensor) -> QuantizedActivation:
+        """What this linear wants of a float input: codes and a scale for each token."""
+        return QuantizedActivation(*quantize_tokens(x))
+
+    def __call__(self, x: Activation) -> Tensor:
+        """See DeviceLinear."""
+        quantized = x if isinstance(x, QuantizedActivation) else self.prepare(x)
+        y = rescale(self._product(quantized.codes), quantized.scale, self.scale)
+        return (y if self.bias is None else y + self.bias.float()).to(self.dtype)
+
+
+class CpuBackend:
+    """See Backend; `dtype` is bfloat16 or float32."""
+
+    name = "cpu"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.device = torch.device("cpu")
+        self.dtype = dtype
+        self._tables = functools.lru_cache(maxsize=1)(rotary_tables)
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """See Backend."""
+        return tensor.to(self.dtype)
+
+    def linear(self, linear: Linear) -> DeviceLinear:
+        """See Backend."""
+        if isinstance(linear, BF16):
+            return DenseLinear(linear, self.dtype)
+        if isinstance(linear, W8A8):
+            return Int8Linear(linear, self.dtype)
+        raise CheckpointError(f"the cpu backend has no kernel for the scheme {linear.scheme}")
+
+    def to_device(self, step: StepInputs) -> StepInputs:
+        """See Backend."""
+        return step
+
+    def rotary(self, config: Qwen3Config, step: StepInputs) -> CpuRotary:
+        """See Backend."""
+        cos, sin = self._tables(config)
+        return CpuRotary(cos[step.positions].unsqueeze(1), sin[step.positions].unsqueeze(1))
+
+    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """See Backend."""
+        return F.embedding(tokens, table)
+
+    def add_norm(
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        epsilon: float,
+        consumer: DeviceLinear,
+    ) -> tuple[Activation, Tensor]:
+        """See Backend. The sum is rounded to the compute type before it is normed."""
+        total = hidden if delta is None else hidden + delta
+        return consumer.prepare(rms_norm(total.float(), weight, epsilon)), total
+
+    def norm_rope_write(
+        self,
+        qkv: Tensor,
+        query_norm: Tensor,
+        key_norm: Tensor,
+        epsilon: float,
+        rotary: CpuRotary,
+        cache: LayerKV,
+        step: StepInputs,
+    ) -> Tensor:
+        """See Backend."""
+        kv_heads, head_dim = cache.keys.shape[-2:]
+        heads = qkv.view(qkv.shape[0], -1, head_dim)
+        counts = [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
+        query, key, value = torch.split(heads, counts, dim=1)
+        query = rotate(rms_norm(query.float(), query_norm, epsilon), rotary).to(self.dtype)
+        key = rotate(rms_norm(key.float(), key_norm, epsilon), rotary).to(self.dtype)
+        cache.keys.flatten(0, 1)[step.slots] = key
+        cache.values.flatten(0, 1)[step.slots] = value
+        return query
+
+    def attention(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
+        """See Backend."""
+        outputs = []
+        tables: list[list[int]] = step.block_table.tolist()
+        for index, length in enumerate(step.context_lens):
+            rows = query[step.query_starts[index] : step.query_starts[index + 1]]
+            keys = gather_blocks(cache.keys, tables[index], length)
+            values = gather_blocks(cache.values, tables[index], length)
+            outputs.append(causal_attention(rows, keys, values))
+        return torch.cat(outputs).flatten(1)
+
+    def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
+        """See Backend."""
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return consumer.prepare(F.silu(gate) * up)
+
+    def prefetch(self, linears: tuple[DeviceLinear, ...], after: Tensor) -> None:
+        """See Backend. A CPU prefetches by itself."""
+
+    def join_prefetch(self) -> None:
+        """See Backend."""
+
+    def memory_for_cache(self) -> int:
+        """See Backend."""
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CACHE_SHARE
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, in float32."""
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+    return x * scale * weight.float()
+
+
+def rotate(x: Tensor, rotary: CpuRotary) -> Tensor:
+    """Rotary embedding of [T, heads, head_dim] in float32; pairs are (i, i + head_dim / 2)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * rotary.cos + torch.cat((-second, first), dim=-1) * rotary.sin
+
+
+def gather_blocks(blocks: Tensor, table: list[int], length: int) -> Tensor:
+    """The first `length` rows of a sequence, [length, kv_heads, head_dim]."""
+    used = table[: math.ceil(length / blocks.shape[1])]
+    first, last = used[0], used[-1]
+    if used == list(range(first, last + 1)):  # neighbours need no copy
+        return blocks[first : last + 1].flatten(0, 1)[:length]
+    return blocks[used].flatten(0, 1)[:length]
+
+
+def causal_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(head_dim)) v of one sequence whose queries are its last tokens.
+
+    Args:
+        query: [T, heads, head_dim].
+        keys, values: [length, kv_heads, head_dim], length >= T.
+
+    Returns:
+        [T, heads, head_dim].
+    """
+    new, length = query.shape[0], keys.shape[0]
+    mask = None
+    if 1 < new < length:
+        mask = torch.ones(new, length, dtype=torch.bool).tril(length - new)
+    output = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=new == length and new > 1,
+        enable_gqa=True,
+    )
+    return output[0].transpose(0, 1)

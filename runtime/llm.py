@@ -1,0 +1,264 @@
+"""What a user holds: prompts in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qwen3_ascend.checkpoint.errors import RequestError
+from qwen3_ascend.checkpoint.model import Qwen3Config
+from qwen3_ascend.runtime.engine import Engine
+from qwen3_ascend.runtime.sequence import FinishReason, SamplingParams
+from qwen3_ascend.runtime.sequence import Sequence as Request
+from qwen3_ascend.runtime.tokenizer import Message, StopFilter, Tokenizer
+
+Prompt = str | Sequence[int]
+"""Text, or token ids that are taken as they are."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished answer.
+
+    Attributes:
+        text: without special tokens and without the stop string.
+        token_ids: every generated token, the end-of-sequence token included.
+        prompt_token_ids: what the model was given.
+        finish_reason: "stop" (end of sequence or a stop string) or "length".
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+class LLM:
+    """A loaded checkpoint; made by `load`. Not thread-safe: one caller at a time."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        eos_ids: frozenset[int],
+        default_params: SamplingParams,
+    ) -> None:
+        self._engine = engine
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids
+        self.default_params = default_params
+        """What generation_config.json asks for; used where no SamplingParams are given."""
+
+    @property
+    def config(self) -> Qwen3Config:
+        """Of the model."""
+        return self._engine.model.config
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        raw: bool = False,
+        enable_thinking: bool | None = None,
+    ) -> list[Completion]:
+        """Answers a batch of prompts.
+
+        Args:
+            prompts: texts or lists of token ids. A text becomes the user's turn of a conversation
+                if the checkpoint has a chat template; token ids are taken as they are.
+            params: for all prompts or one for each; default `default_params`.
+            raw: continue texts as they are, without the chat template.
+            enable_thinking: passed to the chat template; None leaves its default.
+
+        Returns:
+            A completion for each prompt, in order.
+
+        Raises:
+            RequestError: before anything runs, if a prompt does not fit.
+        """
+        batch = _as_batch(prompts)
+        chosen = self._params_for(batch, params)
+        streams = self._start(
+            [self.encode(p, raw=raw, enable_thinking=enable_thinking) for p in batch], chosen
+        )
+        try:
+            while self._engine.busy:
+                self._advance(streams)
+        finally:
+            self._abandon(streams)
+        return [stream.completion() for stream in streams]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        enable_thinking: bool | None = None,
+    ) -> AnswerStream:
+        """Answers one prompt piece by piece; arguments as for `generate`.
+
+        Returns:
+            An iterator of text pieces; its `completion()` is the whole once it is exhausted.
+        """
+        tokens = self.encode(prompt, raw=raw, enable_thinking=enable_thinking)
+        return AnswerStream(self, tokens, params or self.default_params)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        **variables: Any,
+    ) -> Completion:
+        """Answers a conversation.
+
+        Args:
+            messages: oldest first, such as [{"role": "user", "content": "Hello"}].
+            params: default `default_params`.
+            enable_thinking: passed to the chat template; None leaves its default.
+            variables: anything else the template reads, such as tools.
+
+        Raises:
+            RequestError: if the checkpoint has no chat template, or it refuses the messages.
+        """
+        text = self.render(messages, enable_thinking=enable_thinking, **variables)
+        return self.generate([text], params, raw=True)[0]
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Teacher-forced logits float32 [T, vocab]; row i predicts token i + 1."""
+        return self._engine.logits(token_ids)
+
+    def render(
+        self, messages: Sequence[Message], *, enable_thinking: bool | None = None, **variables: Any
+    ) -> str:
+        """The text that the chat template makes of a conversation."""
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise RequestError("this checkpoint has no chat template; use raw prompts")
+        return template.render(messages, enable_thinking=enable_thinking, **variables)
+
+    def encode(
+        self, prompt: Prompt, *, raw: bool = False, enable_thinking: bool | None = None
+    ) -> list[int]:
+        """The token ids that the model is given for a prompt."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if not raw and self.tokenizer.chat_template is not None:
+            message = {"role": "user", "content": prompt}
+            prompt = self.render([message], enable_thinking=enable_thinking)
+        return self.tokenizer.encode(prompt)
+
+    def _params_for(
+        self, batch: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or self.default_params] * len(batch)
+        if len(params) != len(batch):
+            raise RequestError(f"{len(params)} SamplingParams for {len(batch)} prompts")
+        return list(params)
+
+    def _start(
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+    ) -> list[_Answer]:
+        answers: list[_Answer] = []
+        try:
+            for tokens, chosen in zip(prompts, params, strict=True):
+                request = self._engine.add(tokens, chosen, self.eos_ids)
+                answers.append(_Answer(request, self.tokenizer))
+        except RequestError:
+            self._abandon(answers)
+            raise
+        return answers
+
+    def _advance(self, answers: Sequence[_Answer]) -> None:
+        moved = {request.number for request in self._engine.step()}
+        for answer in answers:
+            if answer.request.number in moved and answer.take_token():
+                self._engine.retire(answer.request)
+
+    def _abandon(self, answers: Sequence[_Answer]) -> None:
+        for answer in answers:
+            self._engine.retire(answer.request)
+
+
+class AnswerStream:
+    """An answer as it comes. Iterate for pieces of text; closing it early stops the work."""
+
+    def __init__(self, llm: LLM, tokens: list[int], params: SamplingParams) -> None:
+        self._llm = llm
+        self._answer = llm._start([tokens], [params])[0]
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stops generating."""
+        self._pieces.close()
+        self._llm._abandon([self._answer])
+
+    def completion(self) -> Completion:
+        """What was generated so far, or the whole answer once the stream is exhausted."""
+        return self._answer.completion()
+
+    def _run(self) -> Generator[str, None, None]:
+        answer, shown = self._answer, 0
+        try:
+            while answer.finish_reason is None:
+                self._llm._advance([answer])
+                if len(answer.text) > shown:
+                    yield answer.text[shown:]
+                    shown = len(answer.text)
+        finally:
+            self._llm._abandon([answer])
+
+
+class _Answer:
+    """A request and the text it has produced so far."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self._stream = tokenizer.stream()
+        self._filter = StopFilter(request.params.stop_strings)
+
+    def take_token(self) -> bool:
+        """Decodes the newest token; True if a stop string ended the answer just now."""
+        self.text += self._filter.push(self._stream.push(self.request.tokens[-1]))
+        if not self._filter.stopped and self.request.finish_reason:
+            self.text += self._filter.push(self._stream.finish())
+            self.text += self._filter.finish()
+        if self._filter.stopped:
+            self.finish_reason = "stop"
+            return self.request.finish_reason is None
+        self.finish_reason = self.request.finish_reason
+        return False
+
+    def completion(self) -> Completion:
+        request = self.request
+        return Completion(
+            text=self.text,
+            token_ids=tuple(request.output),
+            prompt_token_ids=tuple(request.tokens[: request.prompt_length]),
+            finish_reason=self.finish_reason or "length",
+        )
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One text, one list of token ids, or a list of either."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    numbers = [item for item in items if isinstance(item, int)]
+    others = [item for item in items if not isinstance(item, int)]
+    return [numbers, *others] if numbers else list(others)
