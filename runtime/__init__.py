@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qwen3_ascend.checkpoint.errors import ConfigError, RequestError
 from qwen3_ascend.checkpoint.files import CheckpointReader
 from qwen3_ascend.checkpoint.model import Qwen3Config, read_json_object
 from qwen3_ascend.runtime import backends
-from qwen3_ascend.runtime.backends.base import Backend
+from qwen3_ascend.runtime.backends.base import Backend, CacheShape
+from qwen3_ascend.runtime.backends.options import DeviceOptions
 from qwen3_ascend.runtime.engine import Engine
 from qwen3_ascend.runtime.llm import LLM, AnswerStream, Completion
 from qwen3_ascend.runtime.loader import load_model
@@ -28,6 +32,9 @@ from qwen3_ascend.runtime.tokenizer import Tokenizer, eos_ids
 DEFAULT_MAX_BATCH = 16
 DEFAULT_PREFILL_CHUNK = 2048
 
+Progress = Callable[[str, int, int], None]
+"""(what, done, total)"""
+
 GENERATION_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Keys of generation_config.json that have the same name and meaning in SamplingParams."""
 
@@ -41,20 +48,28 @@ def load(
     kv_cache_tokens: int | None = None,
     max_batch: int = DEFAULT_MAX_BATCH,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
-    progress: Callable[[int], None] = lambda layers: None,
+    attention: str = "auto",
+    graph: bool = True,
+    buckets: Sequence[int] | None = None,
+    prefetch: str | int = "auto",
+    progress: Progress = lambda what, done, total: None,
 ) -> LLM:
     """Loads a converted checkpoint.
 
     Args:
         path: a folder that `qwen3-ascend convert` wrote.
-        device: "cpu", or "auto" for the best there is.
-        dtype: of activations: "auto" (bfloat16), "bfloat16" or "float32".
+        device: "npu", "cpu", or "auto": an NPU if there is one, else the CPU.
+        dtype: of activations: "auto" (bfloat16), "bfloat16" or "float32" (CPU only).
         block_size: tokens of a key/value block.
         kv_cache_tokens: tokens that fit into the key/value cache; default: a full context for each
             sequence of a batch, as far as a quarter of the free memory goes.
         max_batch: sequences that decode together.
         prefill_chunk: prompt tokens computed in one step.
-        progress: called with 1 for each layer that is loaded.
+        attention: NPU only: "fused", "paged" (needs ATB) or "auto".
+        graph: NPU only: capture decode steps once and replay them.
+        buckets: NPU only: batch sizes to capture; default 1, 2, 4, 8 and every 8th.
+        prefetch: NPU only: MLP weights fetched ahead into L2: "off", "auto" or bytes ("64M").
+        progress: called with (what, done, total) while layers load and graphs are captured.
 
     Returns:
         An LLM that generates.
@@ -62,6 +77,7 @@ def load(
     Raises:
         CheckpointError: naming the file or tensor that is missing or damaged.
         RequestError: for an argument out of range.
+        DeviceError: if an NPU is asked for and something is missing; says what.
     """
     for name, value in {
         "block_size": block_size,
@@ -72,16 +88,23 @@ def load(
         if value < 1:
             raise RequestError(f"{name} must be 1 or more, not {value}")
     folder = Path(path).expanduser()
-    backend = backends.get(device, dtype)
-    reader = CheckpointReader(folder)
-    tokenizer = Tokenizer(folder)
+    reader, tokenizer = CheckpointReader(folder), Tokenizer(folder)
+    options = DeviceOptions(attention, graph, None if buckets is None else tuple(buckets), prefetch)
+    backend = backends.get(device, dtype, reader.manifest.model, options)
     model = load_model(reader, backend, progress)
     tokens = kv_cache_tokens or _default_cache_tokens(model.config, backend, max_batch)
     allocator = BlockAllocator(-(-tokens // block_size) + 1, block_size)
     cache = PagedKVCache.allocate(
         model.config, allocator.num_blocks, block_size, backend.device, backend.dtype
     )
-    engine = Engine(model, cache, Scheduler(allocator, max_batch, prefill_chunk))
+    with torch.inference_mode():
+        forward = backend.runner(
+            functools.partial(model.forward, cache=cache),
+            CacheShape(max_batch, block_size),
+            progress,
+        )
+    scheduler = Scheduler(allocator, max_batch, prefill_chunk)
+    engine = Engine(model.config, forward, scheduler, block_size)
     return LLM(engine, tokenizer, eos_ids(folder, tokenizer), default_params(folder))
 
 

@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.errors import RequestError
-from qwen3_ascend.runtime.model import Qwen3
-from qwen3_ascend.runtime.paged_kv import PagedKVCache
+from qwen3_ascend.checkpoint.model import Qwen3Config
+from qwen3_ascend.runtime.backends.base import Forward
 from qwen3_ascend.runtime.sampler import Sampler
 from qwen3_ascend.runtime.scheduler import Decode, Prefill, Scheduler
 from qwen3_ascend.runtime.sequence import SamplingParams, Sequence
-from qwen3_ascend.runtime.step import StepInputs, decode_inputs, prefill_inputs
+from qwen3_ascend.runtime.step import decode_inputs, prefill_inputs
 
 
 class Engine:
     """Runs sequences to their end, a step at a time."""
 
-    def __init__(self, model: Qwen3, cache: PagedKVCache, scheduler: Scheduler) -> None:
-        self.model, self.cache, self.scheduler = model, cache, scheduler
+    def __init__(
+        self, config: Qwen3Config, forward: Forward, scheduler: Scheduler, block_size: int
+    ) -> None:
+        self.config, self.scheduler = config, scheduler
+        self._forward, self._block_size = forward, block_size
         self._sampler = Sampler()
         self._numbers = itertools.count()
 
@@ -40,7 +43,7 @@ class Engine:
                 context or in the cache.
         """
         self._check_tokens(tokens)
-        context = self.model.config.context_length
+        context = self.config.context_length
         if len(tokens) >= context:
             raise RequestError(
                 f"the prompt has {len(tokens)} tokens, but the model's context is {context}, "
@@ -57,7 +60,7 @@ class Engine:
     def _check_tokens(self, tokens: SequenceOf[int]) -> None:
         if not tokens:
             raise RequestError("the prompt is empty")
-        vocabulary = self.model.config.vocab_size
+        vocabulary = self.config.vocab_size
         for token in tokens:
             if not 0 <= token < vocabulary:
                 raise RequestError(f"token {token} is not in the vocabulary of {vocabulary}")
@@ -90,9 +93,9 @@ class Engine:
         """Teacher-forced logits: float32 [T, vocab] on the CPU; only while nothing else runs."""
         assert not self.busy
         self._check_tokens(tokens)
-        if len(tokens) > self.model.config.context_length:
+        if len(tokens) > self.config.context_length:
             raise RequestError(
-                f"{len(tokens)} tokens exceed the context of {self.model.config.context_length}"
+                f"{len(tokens)} tokens exceed the context of {self.config.context_length}"
             )
         self._check_room(len(tokens))
         sequence = Sequence(
@@ -119,19 +122,16 @@ class Engine:
         return self._commit(logits, [work.sequence])
 
     def _forward_prefill(self, work: Prefill, all_logits: bool) -> Tensor:
-        block_size = self.cache.block_size
-        logits = self._forward(prefill_inputs(work.sequence, work.length, block_size, all_logits))
+        step = prefill_inputs(work.sequence, work.length, self._block_size, all_logits)
+        logits = self._forward(step)
         work.sequence.computed += work.length
         return logits
 
     def _decode(self, work: Decode) -> list[Sequence]:
-        logits = self._forward(decode_inputs(work.sequences, self.cache.block_size))
+        logits = self._forward(decode_inputs(work.sequences, self._block_size))
         for sequence in work.sequences:
             sequence.computed += 1
         return self._commit(logits, list(work.sequences))
-
-    def _forward(self, step: StepInputs) -> Tensor:
-        return self.model.forward(self.model.backend.to_device(step), self.cache)
 
     def _commit(self, logits: Tensor, sequences: list[Sequence]) -> list[Sequence]:
         for sequence, token in zip(sequences, self._sampler(logits, sequences), strict=True):

@@ -55,7 +55,7 @@ class LLM:
     @property
     def config(self) -> Qwen3Config:
         """Of the model."""
-        return self._engine.model.config
+        return self._engine.config
 
     def generate(
         self,

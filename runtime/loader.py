@@ -21,7 +21,7 @@ from qwen3_ascend.runtime.model import DecoderLayer, Qwen3
 def load_model(
     reader: CheckpointReader,
     backend: Backend,
-    progress: Callable[[int], None] = lambda layers: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Qwen3:
     """Puts every weight on the backend's device, layer by layer.
 
@@ -33,7 +33,7 @@ def load_model(
     layers = []
     for layer in range(config.num_layers):
         layers.append(_load_layer(reader, backend, layer))
-        progress(1)
+        progress("loading layers", layer + 1, config.num_layers)
     table = reader.tensor(f"{EMBEDDING}.weight")
     embedding = backend.upload(table)
     if config.tie_word_embeddings:

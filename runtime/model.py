@@ -45,7 +45,8 @@ class Qwen3:
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             hidden, delta = self._layer(layer, hidden, delta, rotary, layer_cache, step)
         assert delta is not None
-        hidden, delta = hidden[step.logit_rows], delta[step.logit_rows]
+        if step.logit_rows is not None:
+            hidden, delta = hidden[step.logit_rows], delta[step.logit_rows]
         x, _ = backend.add_norm(hidden, delta, self.final_norm, epsilon, self.lm_head)
         return self.lm_head(x).float()
 

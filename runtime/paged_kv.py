@@ -86,11 +86,14 @@ class PagedKVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> PagedKVCache:
-        """Uninitialised memory: a slot is always written before it is read."""
+        """Uninitialised memory, since a slot is written before it is read; but padding rows read
+        any slot of the scratch block, so that one is zero."""
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
 
         def blocks() -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+            empty = torch.empty(shape, dtype=dtype, device=device)
+            empty[SCRATCH_BLOCK].zero_()
+            return empty
 
         layers = tuple(LayerKV(blocks(), blocks()) for _ in range(config.num_layers))
         return cls(layers, block_size)

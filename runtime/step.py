@@ -24,7 +24,7 @@ class StepInputs:
             attention reads them from the host.
         query_starts: B + 1 row numbers; rows query_starts[i] to query_starts[i + 1] are sequence
             i's.
-        logit_rows: [R] int64, the rows whose logits are wanted.
+        logit_rows: [R] int64, the rows whose logits are wanted; None for all T.
         is_decode: one token for each sequence.
     """
 
@@ -34,7 +34,7 @@ class StepInputs:
     block_table: Tensor
     context_lens: tuple[int, ...]
     query_starts: tuple[int, ...]
-    logit_rows: Tensor
+    logit_rows: Tensor | None
     is_decode: bool
 
 
@@ -43,7 +43,6 @@ def prefill_inputs(
 ) -> StepInputs:
     """The next `length` prompt tokens of one sequence; logits of the last row, or of all."""
     start, stop = sequence.computed, sequence.computed + length
-    rows = range(length) if all_logits else [length - 1]
     return StepInputs(
         tokens=torch.tensor(sequence.tokens[start:stop]),
         positions=torch.arange(start, stop),
@@ -51,7 +50,7 @@ def prefill_inputs(
         block_table=_block_table([sequence]),
         context_lens=(stop,),
         query_starts=(0, length),
-        logit_rows=torch.tensor(list(rows)),
+        logit_rows=None if all_logits else torch.tensor([length - 1]),
         is_decode=False,
     )
 
@@ -67,7 +66,7 @@ def decode_inputs(sequences: SequenceOf[Sequence], block_size: int) -> StepInput
         block_table=_block_table(sequences),
         context_lens=tuple(position + 1 for position in positions),
         query_starts=tuple(range(count + 1)),
-        logit_rows=torch.arange(count),
+        logit_rows=None,
         is_decode=True,
     )
 

@@ -5,26 +5,54 @@ from __future__ import annotations
 import torch
 
 from qwen3_ascend.checkpoint.errors import RequestError
+from qwen3_ascend.checkpoint.model import Qwen3Config
 from qwen3_ascend.runtime.backends.base import Backend
+from qwen3_ascend.runtime.backends.options import DeviceOptions
 
-DEVICES = ("auto", "cpu")
+DEVICES = ("auto", "cpu", "npu")
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def get(device: str, dtype: str) -> Backend:
+def get(device: str, dtype: str, config: Qwen3Config, options: DeviceOptions) -> Backend:
     """The backend of a device.
 
     Args:
-        device: "cpu", or "auto" for the best there is.
-        dtype: "auto" (bfloat16), "bfloat16" or "float32".
+        device: "npu", "cpu", or "auto": an NPU if there is one, else the CPU.
+        dtype: "auto" (bfloat16), "bfloat16" or "float32" (CPU only).
+        config: of the model.
+        options: see DeviceOptions.
 
     Raises:
-        RequestError: for an unknown name.
+        RequestError: for an unknown name or option, or float32 on an NPU.
+        DeviceError: if "npu" is asked for and something is missing; says what and what to run.
     """
     if device not in DEVICES:
         raise RequestError(f"unknown device {device!r}; known devices: {', '.join(DEVICES)}")
     if dtype not in DTYPES:
         raise RequestError(f"unknown dtype {dtype!r}; known dtypes: {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "npu" if _npu_is_available() and dtype != "float32" else "cpu"
+    return _npu(dtype, config, options) if device == "npu" else _cpu(dtype)
+
+
+def _cpu(dtype: str) -> Backend:
     from qwen3_ascend.runtime.backends.cpu import CpuBackend
 
     return CpuBackend(DTYPES[dtype])
+
+
+def _npu(dtype: str, config: Qwen3Config, options: DeviceOptions) -> Backend:
+    from qwen3_ascend.runtime.backends.npu.device import import_torch_npu
+
+    if dtype == "float32":
+        raise RequestError("the npu backend computes in bfloat16; use device=cpu for float32")
+    import_torch_npu()
+    from qwen3_ascend.runtime.backends.npu.backend import NpuBackend
+
+    return NpuBackend(config, options)
+
+
+def _npu_is_available() -> bool:
+    from qwen3_ascend.runtime.backends.npu.device import is_available
+
+    return is_available()

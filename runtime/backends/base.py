@@ -7,6 +7,8 @@ backend can launch one kernel where another composes five. A result that only th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +24,18 @@ Activation = Any
 
 Rotary = Any
 """Cosines and sines of the tokens of one step, in the form that the backend wants."""
+
+
+Forward = Callable[[StepInputs], Tensor]
+"""A step to logits float32 [R, vocab]."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The bounds a captured step must fit: sequences in a batch, tokens in a block."""
+
+    max_batch: int
+    block_size: int
 
 
 class DeviceLinear(Protocol):
@@ -53,8 +67,13 @@ class Backend(Protocol):
     def linear(self, linear: Linear) -> DeviceLinear:
         """A stored linear on the device; CheckpointError if it has no kernel for the scheme."""
 
-    def to_device(self, step: StepInputs) -> StepInputs:
-        """The step with its tensors on the device."""
+    def runner(
+        self, forward: Forward, shape: CacheShape, progress: Callable[[str, int, int], None]
+    ) -> Forward:
+        """The forward as it is to be called: with steps from the host, captured if that pays.
+
+        `progress` receives (what, done, total) while something is captured.
+        """
 
     def rotary(self, config: Qwen3Config, step: StepInputs) -> Rotary:
         """Cosines and sines for the step's positions."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.model import Qwen3Config
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Linear
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
-from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear
+from qwen3_ascend.runtime.backends.base import Activation, CacheShape, DeviceLinear, Forward
 from qwen3_ascend.runtime.backends.int8_matmul import Product, pick_int8_matmul
 from qwen3_ascend.runtime.paged_kv import LayerKV
 from qwen3_ascend.runtime.rotary import rotary_tables
@@ -101,9 +102,11 @@ class CpuBackend:
             return Int8Linear(linear, self.dtype)
         raise CheckpointError(f"the cpu backend has no kernel for the scheme {linear.scheme}")
 
-    def to_device(self, step: StepInputs) -> StepInputs:
-        """See Backend."""
-        return step
+    def runner(
+        self, forward: Forward, shape: CacheShape, progress: Callable[[str, int, int], None]
+    ) -> Forward:
+        """See Backend. Nothing is captured on a CPU."""
+        return forward
 
     def rotary(self, config: Qwen3Config, step: StepInputs) -> CpuRotary:
         """See Backend."""

@@ -1,0 +1,1 @@
+"""The only place that speaks torch_npu. Importing this package does not import it yet."""

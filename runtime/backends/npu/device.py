@@ -1,0 +1,154 @@
+"""Finding the device: what must be installed, which switches must be set, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwen3_ascend.checkpoint.errors import UserError
+
+# SoC generations by torch_npu's own enumeration (csrc/core/npu/NpuVariables.h).
+A2_SOCS = range(220, 226)
+A3_SOCS = range(250, 257)
+
+ATB_LIBRARY = "libatb.so"
+
+
+class DeviceError(UserError):
+    """Something that this machine lacks to run on an NPU; says what, and what to run."""
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """The card as torch_npu describes it.
+
+    Attributes:
+        name: such as "Ascend910B3".
+        soc: torch_npu's number of the generation.
+        l2_bytes: size of the L2 cache; 0 if the driver does not say.
+        total_bytes: device memory.
+    """
+
+    name: str
+    soc: int
+    l2_bytes: int
+    total_bytes: int
+
+    @property
+    def is_a2_or_a3(self) -> bool:
+        """Whether the checkpoint's layouts are the ones this chip's kernels read."""
+        return self.soc in A2_SOCS or self.soc in A3_SOCS
+
+
+def is_available() -> bool:
+    """Whether torch_npu is installed and sees a card. Never raises."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    try:
+        return bool(import_torch_npu().npu.device_count() > 0)
+    except DeviceError:
+        return False
+
+
+def import_torch_npu() -> Any:
+    """Imports torch_npu.
+
+    Raises:
+        DeviceError: if it is missing, belongs to another torch, or cannot load CANN.
+    """
+    torch_version = torch.__version__.split("+")[0]
+    try:
+        npu_version = importlib.metadata.version("torch_npu")
+    except importlib.metadata.PackageNotFoundError:
+        raise DeviceError(
+            f"torch_npu is not installed; this torch needs its own version of it: "
+            f"pip install --no-deps torch_npu=={torch_version}"
+        ) from None
+    if npu_version.split(".post")[0] != torch_version:
+        raise DeviceError(
+            f"torch_npu {npu_version} does not fit torch {torch_version}; "
+            f"pip install --no-deps torch_npu=={torch_version}"
+        )
+    try:
+        import torch_npu
+    except (ImportError, OSError, RuntimeError) as error:
+        raise DeviceError(
+            f"torch_npu does not load ({_first_line(error)}): CANN is missing or not set up; "
+            f"install the CANN toolkit and kernels and run: source .../ascend-toolkit/set_env.sh"
+        ) from error
+    return torch_npu
+
+
+def open_device(index: int = 0) -> DeviceInfo:
+    """Claims a card and sets the switches that everything else relies on.
+
+    allow_internal_format: off by default on A2/A3, and then a cast to FRACTAL_NZ silently stays
+    ND. jit_compile off: the aclnn kernels are used, nothing is compiled at run time.
+
+    Raises:
+        DeviceError: if there is no card, the driver does not answer, or the task queue is set to a
+            level that graph capture refuses.
+    """
+    npu = import_torch_npu().npu
+    if os.environ.get("TASK_QUEUE_ENABLE") == "2":
+        raise DeviceError("TASK_QUEUE_ENABLE=2 cannot capture graphs; set it to 1")
+    if os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1":
+        raise DeviceError("ASCEND_LAUNCH_BLOCKING=1 cannot capture graphs; unset it")
+    try:
+        count = npu.device_count()
+        if not count:
+            raise DeviceError(
+                "no NPU is visible; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES"
+            )
+        npu.set_device(index)
+        npu.config.allow_internal_format = True
+        npu.set_compile_mode(jit_compile=False)
+        return _describe(npu, index)
+    except RuntimeError as error:
+        raise DeviceError(
+            f"the NPU driver does not answer ({_first_line(error)}); check `npu-smi info`"
+        ) from error
+
+
+def require_atb() -> None:
+    """Loads the Ascend Transformer Boost library, which paged attention lives in.
+
+    Raises:
+        DeviceError: if it is not there.
+    """
+    import ctypes
+
+    try:
+        ctypes.CDLL(ATB_LIBRARY)
+    except OSError as error:
+        raise DeviceError(
+            f"{ATB_LIBRARY} is missing ({_first_line(error)}): attention=paged needs NNAL/ATB; "
+            f"install Ascend-cann-nnal and run: source .../nnal/atb/set_env.sh, "
+            f"or use attention=fused"
+        ) from error
+
+
+def free_bytes() -> int:
+    """Device memory that is not allocated."""
+    free: int = import_torch_npu().npu.mem_get_info()[0]
+    return free
+
+
+def _describe(npu: Any, index: int) -> DeviceInfo:
+    properties = npu.get_device_properties(index)
+    return DeviceInfo(
+        name=properties.name,
+        soc=int(npu.get_soc_version()),
+        l2_bytes=int(getattr(properties, "L2_cache_size", 0)),
+        total_bytes=int(properties.total_memory),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,127 @@
+"""FRACTAL_NZ tensors on the device: made by plain copies of the file's bytes, and checked.
+
+Recipe R1: allocate an empty tensor whose storage is FRACTAL_NZ, make sure that it is, and copy the
+stored bytes into the storage. No cast kernel runs and no second copy of the weight ever exists.
+`tensor.copy_` cannot be used: it allocates ND, uploads, and casts on the device (torch_npu
+csrc/aten/common/CopyKernel.cpp).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+import torch_npu
+from torch import Tensor
+
+from qwen3_ascend.checkpoint.layout import Layout
+from qwen3_ascend.runtime.backends.npu.device import DeviceError
+
+ACL_FORMAT_ND = 2
+ACL_FORMAT_FRACTAL_NZ = 29
+"""Values of aclFormat in CANN's acl_base.h."""
+
+HOST_TO_DEVICE = 1
+DEVICE_TO_HOST = 2
+"""Values of aclrtMemcpyKind in CANN's acl_rt.h."""
+
+
+class FormatError(DeviceError):
+    """The device did not give a tensor the format it was asked for."""
+
+
+def upload_packed(stored: Tensor, layout: Layout, outputs: int, inputs: int) -> Tensor:
+    """Puts a stored weight on the device without changing a byte.
+
+    Args:
+        stored: CPU tensor in the layout's storage shape.
+        layout: "nz" of [K, N] or [N, K], or "nd".
+        outputs, inputs: N and K.
+
+    Returns:
+        A tensor of logical shape [K, N] (nz of KN) or [N, K]; FRACTAL_NZ if the layout is nz.
+
+    Raises:
+        FormatError: self-check S0: the storage is not FRACTAL_NZ of exactly these bytes.
+        DeviceError: if the copy fails.
+    """
+    if layout.format == "nd":
+        return stored.to("npu")
+    shape = (inputs, outputs) if layout.nz_of == "KN" else (outputs, inputs)
+    tensor = torch_npu.empty_with_format(
+        shape, dtype=stored.dtype, device="npu", acl_format=ACL_FORMAT_FRACTAL_NZ
+    )
+    _check_storage(tensor, stored)
+    torch_npu.npu.synchronize()  # a recycled block may still be in use on a stream
+    source = stored.contiguous()
+    _copy(tensor.untyped_storage().data_ptr(), source.data_ptr(), source.nbytes, HOST_TO_DEVICE)
+    return tensor
+
+
+def upload_by_cast(stored: Tensor, layout: Layout, outputs: int, inputs: int) -> Tensor:
+    """Recipe R5, the fallback: unpack on the host, upload ND, cast on the device.
+
+    Twice the memory for a moment, and one cast for each weight. Where the device answers with ND
+    (a chip without FRACTAL_NZ), the ND tensor is used.
+    """
+    plain = layout.unpack(stored, outputs, inputs)
+    matrix = plain.t().contiguous() if layout.nz_of == "KN" and layout.format == "nz" else plain
+    tensor = matrix.to("npu")
+    if layout.format == "nd":
+        return tensor
+    return torch_npu.npu_format_cast(tensor, ACL_FORMAT_FRACTAL_NZ)
+
+
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """The storage of a device tensor as it lies there, uint8 on the CPU."""
+    torch_npu.npu.synchronize()
+    storage = tensor.untyped_storage()
+    host = torch.empty(storage.nbytes(), dtype=torch.uint8)
+    _copy(host.data_ptr(), storage.data_ptr(), storage.nbytes(), DEVICE_TO_HOST)
+    return host
+
+
+def format_of(tensor: Tensor) -> int:
+    """The ACL format of a device tensor."""
+    return int(torch_npu.get_npu_format(tensor))
+
+
+def cast_to_nd(tensor: Tensor) -> Tensor:
+    """A FRACTAL_NZ tensor as the device itself reads it, in plain order."""
+    return torch_npu.npu_format_cast(tensor, ACL_FORMAT_ND)
+
+
+def cast_to_nz(tensor: Tensor) -> Tensor:
+    """A plain tensor as the device itself lays it out."""
+    return torch_npu.npu_format_cast(tensor.contiguous(), ACL_FORMAT_FRACTAL_NZ)
+
+
+def _check_storage(tensor: Tensor, stored: Tensor) -> None:
+    held, wanted = format_of(tensor), stored.nbytes
+    nbytes, offset = tensor.untyped_storage().nbytes(), tensor.storage_offset()
+    if held != ACL_FORMAT_FRACTAL_NZ:
+        raise FormatError(f"the device allocated ACL format {held}, not FRACTAL_NZ")
+    if (nbytes, offset) != (wanted, 0):
+        raise FormatError(
+            f"a FRACTAL_NZ {list(tensor.shape)} takes {nbytes} bytes at offset {offset} on this "
+            f"device, but the file holds {wanted}"
+        )
+
+
+@functools.cache
+def _memcpy() -> Callable[..., int]:
+    """aclrtMemcpy(dst, dst_size, src, count, kind) -> 0; from the library torch_npu has loaded."""
+    function = ctypes.CDLL("libascendcl.so").aclrtMemcpy
+    function.argtypes = [
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int,
+    ]  # fmt: skip
+    function.restype = ctypes.c_int
+    return function
+
+
+def _copy(target: int, source: int, nbytes: int, kind: int) -> None:
+    code = _memcpy()(target, nbytes, source, nbytes, kind)
+    if code:
+        raise DeviceError(f"aclrtMemcpy of {nbytes} bytes failed with error {code}")

@@ -1,0 +1,63 @@
+"""Self-checks of loaded weights. A wrong FRACTAL_NZ orientation is not rejected by the hardware:
+it computes garbage. So before the first token, the real kernels are asked what they see.
+
+S0  every tensor: format, byte count, offset (in formats.upload_packed)
+S1  the device's own cast of small matrices equals our layout, byte for byte
+S2  a loaded weight, cast back to plain order by the device, equals the file's
+S3  a one-hot activation through the real kernel gives exact rows of the weight
+
+S3 is the authoritative one (S1 and S2 pass for a wrong orientation) and costs no cast, so `load`
+runs S0 and S3; `qwen3-ascend doctor` runs all four.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend.checkpoint.layout import nz_pack
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Linear
+from qwen3_ascend.runtime.backends.npu import formats
+from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, Int8Linear, NpuLinear
+
+PROBE_ROWS = 16
+"""Rows of the weight that S3 reads, spread over the whole input axis."""
+
+S1_SHAPES = ((64, 128), (15, 33), (2, 32, 64))
+"""Aligned, unaligned, and batched."""
+
+
+def layouts_agree(dtype: torch.dtype) -> bool | None:
+    """S1 for one element type; None if the device does not cast to FRACTAL_NZ at all."""
+    for shape in S1_SHAPES:
+        matrix = torch.arange(torch.Size(shape).numel()).remainder(127).view(shape).to(dtype)
+        cast = formats.cast_to_nz(matrix.to("npu"))
+        if formats.format_of(cast) != formats.ACL_FORMAT_FRACTAL_NZ:
+            return None
+        expected = nz_pack(matrix).view(-1).view(torch.uint8)
+        if not torch.equal(formats.raw_bytes(cast), expected):
+            return False
+    return True
+
+
+def reads_back(linear: Linear, loaded: NpuLinear) -> bool:
+    """S2 for one loaded linear."""
+    plain = linear.layout.unpack(linear.weight, *linear.shape)
+    expected = plain.t() if linear.layout.nz_of == "KN" else plain
+    return torch.equal(formats.cast_to_nd(loaded.weight).cpu(), expected)
+
+
+def kernel_sees_weight(linear: Linear, loaded: NpuLinear) -> bool:
+    """S3 for one loaded linear."""
+    inputs = linear.shape[1]
+    rows = torch.linspace(0, inputs - 1, min(PROBE_ROWS, inputs)).long()
+    if isinstance(linear, W8A8) and isinstance(loaded, Int8Linear):
+        return torch.equal(loaded.integer_rows(rows), linear.codes()[:, rows].t())
+    assert isinstance(linear, BF16) and isinstance(loaded, DenseLinear)
+    return torch.equal(_dense_rows(loaded, rows, inputs), linear.matrix()[:, rows].t())
+
+
+def _dense_rows(loaded: DenseLinear, rows: Tensor, inputs: int) -> Tensor:
+    one_hot = torch.zeros(len(rows), inputs, dtype=torch.bfloat16)
+    one_hot[torch.arange(len(rows)), rows] = 1
+    return torch.nn.functional.linear(one_hot.to("npu"), loaded.weight).cpu()
