@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from qwen3_ascend import native
 from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.files import CheckpointWriter, check_output
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.model import Qwen3Config
+from qwen3_ascend.checkpoint.writer import CheckpointWriter, check_output
+from qwen3_ascend.convert.budget import Budget
+from qwen3_ascend.convert.download import RETRIES, Transfer
+from qwen3_ascend.convert.identity import identity
 from qwen3_ascend.convert.pipeline import Progress, run
 from qwen3_ascend.convert.plan import MAX_SHARD_BYTES, Plan, make_plan
+from qwen3_ascend.convert.preflight import LOW_DISK_FOLDER, check_machine
+from qwen3_ascend.convert.provider import CONFIG_NAME
 from qwen3_ascend.convert.recipe import Recipe
-from qwen3_ascend.convert.source import CONFIG_NAME, Source, open_source
+from qwen3_ascend.convert.source import HUBS, Source, open_source
 from qwen3_ascend.version import __version__
 
 
@@ -22,7 +28,9 @@ def plan_conversion(
     *,
     revision: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    note: Callable[[str], None] = lambda line: None,
+    hub: str = HUBS[0],
+    low_disk_output: Path | None = None,
+    transfer: Transfer | None = None,
 ) -> tuple[Source, Plan]:
     """Opens a model and plans its conversion from headers alone.
 
@@ -31,13 +39,16 @@ def plan_conversion(
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
         revision: branch, tag or commit of a Hub model.
         max_shard_bytes: size at which a new output file begins.
-        note: receives a line about each download.
+        hub: where a model that is no local folder is looked for: huggingface or modelscope.
+        low_disk_output: the output, if downloaded weights are to be removed as they are used.
+        transfer: notes, retries and cancellation of the downloads.
 
     Raises:
         UserError: whatever is wrong with the model or the recipe, in one line.
     """
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    source = open_source(model, revision, note)
+    area = low_disk_output / LOW_DISK_FOLDER if low_disk_output is not None else None
+    source = open_source(model, revision, hub=hub, area=area, transfer=transfer)
     config = Qwen3Config.from_file(source.provider.small_file(CONFIG_NAME))
     slots = {name: source.slot(name) for name in source.location}
     return source, make_plan(config, slots, chosen, max_shard_bytes)
@@ -50,12 +61,21 @@ def convert_checkpoint(
     *,
     revision: str | None = None,
     overwrite: bool = False,
+    restart: bool = False,
+    threads: int | None = None,
+    max_memory: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    hub: str = HUBS[0],
+    low_disk: bool = False,
+    retries: int = RETRIES,
     on_plan: Callable[[Plan], None] = lambda plan: None,
     progress: Progress = lambda name, nbytes: None,
+    arrived: Callable[[int], None] = lambda nbytes: None,
     note: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Converts a model; the output appears whole or not at all.
+
+    A conversion that was interrupted is continued by the same call, and ends with the same bytes.
 
     Args:
         model: a local folder or a Hub id such as "Qwen/Qwen3-8B".
@@ -63,9 +83,17 @@ def convert_checkpoint(
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
         revision: branch, tag or commit of a Hub model.
         overwrite: replace a checkpoint that is already there; other files stay.
+        restart: discard an interrupted conversion instead of continuing it.
+        threads: that work at a time; default one for each processor. No byte depends on it.
+        max_memory: private bytes to take beyond Python with torch loaded; default 2 GiB.
         max_shard_bytes: size at which a new output file begins.
+        hub: where a model that is no local folder is looked for: huggingface or modelscope.
+        low_disk: download weights into the output folder and remove each file as soon as it has
+            been used, instead of keeping it in the hub's cache.
+        retries: further attempts at a download that failed.
         on_plan: receives the plan before the first byte is written.
         progress: called with each finished item's name and source bytes.
+        arrived: called with how many more bytes of weights have come; less than 0 takes some back.
         note: receives a line about each download.
 
     Returns:
@@ -76,14 +104,31 @@ def convert_checkpoint(
     """
     folder = Path(output).expanduser()
     check_output(folder, overwrite)
-    if Path(model).expanduser().resolve() == folder.resolve():
+    source_folder = Path(model).expanduser()
+    if source_folder.is_dir() and source_folder.resolve() == folder.resolve():
         raise CheckpointError(f"{folder} is the source itself; choose another output folder")
     source, plan = plan_conversion(
-        str(model), recipe, revision=revision, max_shard_bytes=max_shard_bytes, note=note
-    )
-    on_plan(plan)
-    with CheckpointWriter(folder, overwrite) as writer:
-        return run(plan, source, writer, __version__, progress)
+        str(model), recipe, revision=revision, max_shard_bytes=max_shard_bytes, hub=hub,
+        low_disk_output=folder if low_disk else None, transfer=Transfer(note, arrived, retries),
+    )  # fmt: skip
+    budget = Budget.fit(plan.piece_bytes, threads, max_memory)
+    carried = source.carried()
+    same = identity(plan, source, carried)
+    if source.provider.revision is not None:
+        note(f"from {source.provider.repo} @ {source.provider.revision}")
+    with (
+        CheckpointWriter(folder, plan.shards, same, overwrite=overwrite, restart=restart) as writer,
+        source,
+    ):
+        if writer.finished is not None:
+            return writer.finished
+        # With the output locked, so that what an interrupted run has left can be counted in.
+        check_machine(plan, source, folder, budget.working_bytes(plan.piece_bytes))
+        on_plan(plan)
+        if writer.left:
+            note(f"continuing: {len(writer.left)} of {len(plan.items)} items were done before")
+        kernels = native.best()
+        return run(plan, source, carried, writer, budget, kernels, __version__, progress)
 
 
 __all__ = ["Plan", "Progress", "Recipe", "convert_checkpoint", "plan_conversion"]

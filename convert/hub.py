@@ -2,150 +2,224 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
+import io
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.file_download import http_get
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented
+from tqdm import tqdm
 
 from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.files import file_sha256
-from qwen3_ascend.checkpoint.safetensors_file import check_slots, read_header
-from qwen3_ascend.convert.source import CARRIED_FILES, INDEX_NAME, LocalFolder, SourceShard
+from qwen3_ascend.checkpoint.model import read_json_object
+from qwen3_ascend.convert.client import RemoteFile, is_plain
+from qwen3_ascend.convert.download import Transfer, reason
+from qwen3_ascend.convert.hub_errors import explain, judge
+from qwen3_ascend.convert.provider import (
+    CARRIED_FILES,
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    LocalFolder,
+)
+from qwen3_ascend.convert.remote import RemoteRepository
 
-# The base error of the HTTP library, whichever one this huggingface_hub is built on.
-NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *hub_errors.HfHubHTTPError.__bases__)
-
-TRANSFER_ERRORS = (*NETWORK_ERRORS, hub_errors.SafetensorsParsingError)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class HubRepository:
-    """A model on the Hub, pinned to one commit; files are downloaded when first needed."""
+class HuggingFace:
+    """Client for the Hub: a model pinned to one commit."""
 
-    def __init__(self, repo: str, revision: str | None, note: Callable[[str], None]) -> None:
-        """Resolves the revision to a commit and lists the files.
+    hub = "the Hub"
 
-        Raises:
-            CheckpointError: if the repository, the revision or the permission does not exist.
-        """
-        self.repo, self._note = repo, note
-        with _explained(repo, revision):
-            info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-        if not info.sha:
+    def __init__(self, repo: str, info: ModelInfo) -> None:
+        """CheckpointError if the Hub names no commit to pin the model to."""
+        if not info.sha or not COMMIT.fullmatch(info.sha):
             raise CheckpointError(f"the Hub states no commit for {repo}")
+        self.repo = repo
         self.revision: str | None = info.sha
         # Sub-folders hold other formats; and a name with a slash could point out of a folder.
-        self._files = {
-            file.rfilename: file for file in info.siblings or () if _is_plain(file.rfilename)
+        self.files: Mapping[str, RemoteFile] = {
+            file.rfilename: _remote_file(file)
+            for file in info.siblings or ()
+            if is_plain(file.rfilename)
         }
-        self._digests: dict[str, str] = {}
+        self.cache = Path(constants.HF_HUB_CACHE)
 
-    def names(self) -> set[str]:
-        """See Provider."""
-        return set(self._files)
+    def cached(self, name: str) -> Path | None:
+        """See Client."""
+        found = try_to_load_from_cache(self.repo, name, revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
 
-    def small_file(self, name: str) -> Path:
-        """See Provider."""
-        with _explained(self.repo, self.revision):
-            return Path(hf_hub_download(self.repo, name, revision=self.revision))
+    def download(self, file: RemoteFile, folder: Path | None, meter: Callable[[int], None]) -> Path:
+        """See Client."""
+        options: dict[str, Any] = _metered(hf_hub_download, meter)
+        if folder is not None:
+            options["local_dir"] = folder
+        return Path(hf_hub_download(self.repo, file.name, revision=self.revision, **options))
 
-    def shard_header(self, name: str) -> SourceShard:
-        """See Provider; asks the Hub for the header alone unless the file is in the cache."""
-        cached = try_to_load_from_cache(self.repo, name, revision=self.revision)
-        if isinstance(cached, str):
-            path = Path(cached)
-            return SourceShard(name, path.stat().st_size, read_header(path).slots)
-        with _explained(self.repo, self.revision):
-            remote = HfApi().parse_safetensors_file_metadata(
-                self.repo, name, revision=self.revision
-            )
-        entries = {
-            tensor: {
-                "dtype": info.dtype,
-                "shape": list(info.shape),
-                "data_offsets": list(info.data_offsets),
-            }
-            for tensor, info in remote.tensors.items()
-        }
-        return SourceShard(name, self._files[name].size or 0, check_slots(entries, 0, name))
+    def read_head(self, file: RemoteFile, nbytes: int) -> bytes:
+        """See Client."""
+        url = hf_hub_url(self.repo, file.name, revision=self.revision)
+        headers = build_hf_headers() | {"range": f"bytes=0-{nbytes - 1}"}
+        sink = _Sink(nbytes)
+        with suppress(_Enough):
+            http_get(url, sink, headers=headers, **_metered(http_get, lambda count: None))
+        return sink.getvalue()[:nbytes]
 
-    def shard_file(self, name: str) -> Path:
-        """See Provider; a fresh download is checked against the SHA-256 that the Hub states."""
-        self._note(f"fetching {self.repo}/{name}")
-        path = self.small_file(name)
-        stated = self._stated_sha256(name)
-        if stated and self.shard_sha256(name) != stated:
-            raise CheckpointError(
-                f"{path} does not have the SHA-256 that the Hub states; delete it and try again"
-            )
-        return path
+    def judge(self, error: Exception) -> float | None:
+        """See Client."""
+        return judge(error)
 
-    def shard_sha256(self, name: str) -> str:
-        """See Provider; of the bytes as they arrived here."""
-        if name not in self._digests:
-            self._digests[name] = file_sha256(self.small_file(name))
-        return self._digests[name]
-
-    def _stated_sha256(self, name: str) -> str | None:
-        lfs = self._files[name].lfs
-        return lfs.sha256 if lfs else None
+    def explain(self, error: Exception, file: str) -> CheckpointError | None:
+        """See Client."""
+        return explain(self.repo, self.revision, error, file)
 
 
 class CachedRepository(LocalFolder):
     """A model of the Hub as an earlier download left it in the local cache."""
 
     def __init__(self, repo: str, revision: str | None) -> None:
-        """CheckpointError if the cache does not hold the model."""
+        """CheckpointError if the cache does not hold the whole model."""
         try:
             patterns = [*CARRIED_FILES, INDEX_NAME, "*.safetensors"]
             folder = snapshot_download(
                 repo, revision=revision, local_files_only=True, allow_patterns=patterns
             )
-        except (OSError, hub_errors.HFValidationError) as error:
-            raise CheckpointError(
-                f"the Hub is not reachable and {repo} is not in the local cache"
-            ) from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{repo} is not in the local cache") from error
         super().__init__(Path(folder))
         self.repo, self.revision = repo, Path(folder).name
+        if missing := self._missing():
+            raise CheckpointError(f"{repo} is in the local cache only in part, without {missing}")
+
+    def shard_sha256(self, name: str) -> str:
+        """See Provider; the cache names a large file by the SHA-256 that the Hub stated for it."""
+        path = self.folder / name
+        digest, stated = file_sha256(path), path.resolve().name
+        if SHA256.fullmatch(stated) and digest != stated:
+            raise CheckpointError(f"{path} is damaged; delete it and convert again when online")
+        return digest
+
+    def _missing(self) -> str | None:
+        """A file that a download which was broken off did not get to."""
+        names = self.names()
+        if INDEX_NAME not in names:
+            return next((name for name in (CONFIG_NAME, SINGLE_NAME) if name not in names), None)
+        weight_map = read_json_object(self.folder / INDEX_NAME).get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else ()
+        return next((str(file) for file in (CONFIG_NAME, *files) if file not in names), None)
 
 
 def open_repository(
-    repo: str, revision: str | None, note: Callable[[str], None]
-) -> HubRepository | CachedRepository:
-    """The repository on the Hub or, when offline, in the cache."""
+    repo: str, revision: str | None, area: Path | None, transfer: Transfer
+) -> RemoteRepository | CachedRepository:
+    """The repository on the Hub or, when the Hub cannot be reached, in the cache."""
+    ask = partial(HfApi().model_info, repo, revision=revision, files_metadata=True)
     try:
-        return HubRepository(repo, revision, note)
-    except CheckpointError as error:
-        cause = error.__cause__
-        answered = isinstance(cause, hub_errors.HfHubHTTPError)
-        if answered or not isinstance(cause, NETWORK_ERRORS):
-            raise
-        note(f"offline: taking {repo} from the local cache")
-        return CachedRepository(repo, revision)
+        info = transfer.persist(f"model {repo}", ask, partial(_judge_info, repo, revision))
+    except Exception as error:
+        if judge(error) is None and not isinstance(error, hub_errors.OfflineModeIsEnabled):
+            raise explain(repo, revision, error) or error from error
+        return _from_cache(repo, revision, error, transfer)
+    client = HuggingFace(repo, info)
+    if CONFIG_NAME in client.files and revision != client.revision:
+        _remember(client, revision, transfer)
+    return RemoteRepository(client, transfer, area)
 
 
-def _is_plain(name: str) -> bool:
-    return "/" not in name and "\\" not in name and name not in ("", ".", "..")
+def _judge_info(repo: str, revision: str | None, error: Exception) -> float | None:
+    """As judge; but there is no need for patience with a Hub whose model is in the cache."""
+    asked = judge(error)
+    if asked is not None:
+        try:
+            CachedRepository(repo, revision)
+        except CheckpointError:
+            return asked
+    return None
 
 
-@contextmanager
-def _explained(repo: str, revision: str | None) -> Iterator[None]:
-    """Turns the client's errors into one line that says what to do."""
+def _from_cache(
+    repo: str, revision: str | None, error: Exception, transfer: Transfer
+) -> CachedRepository:
     try:
-        yield
-    except hub_errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{repo} is gated: accept its terms on the Hub and set HF_TOKEN"
-        ) from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"the Hub has no model {repo} (or it is private: set HF_TOKEN)"
-        ) from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{repo} has no revision {revision!r}") from error
-    except hub_errors.HFValidationError as error:
-        raise CheckpointError(f"{repo} is not a valid Hub id: {error}") from error
-    except TRANSFER_ERRORS as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"cannot fetch {repo} from the Hub: {reason}") from error
+        cached = CachedRepository(repo, revision)
+    except CheckpointError as lack:
+        raise CheckpointError(f"the Hub is not reachable ({reason(error)}) and {lack}") from error
+    transfer.note(f"offline: taking {repo} @ {cached.revision} from the local cache")
+    return cached
+
+
+def _remember(client: HuggingFace, revision: str | None, transfer: Transfer) -> None:
+    """Has the library note in its cache which commit the revision is, for when it is offline.
+
+    Everything else is fetched by the commit, and tells the cache nothing about names.
+    """
+    options = _metered(hf_hub_download, lambda nbytes: None)
+    fetch = partial(hf_hub_download, client.repo, CONFIG_NAME, revision=revision, **options)
+    try:
+        transfer.persist(CONFIG_NAME, fetch, judge)
+    except Exception as error:
+        raise client.explain(error, CONFIG_NAME) or error from error
+
+
+def _remote_file(file: RepoSibling) -> RemoteFile:
+    sha256 = file.lfs.sha256 if file.lfs else None
+    # A file that is not in LFS is a git object, and named so.
+    return RemoteFile(file.rfilename, file.size, sha256, None if file.lfs else file.blob_id)
+
+
+def _metered(function: Callable[..., object], meter: Callable[[int], None]) -> dict[str, Any]:
+    """The option that reports progress, where this version of huggingface_hub has it."""
+    if "tqdm_class" not in inspect.signature(function).parameters:
+        return {}
+
+    class Bar(tqdm):  # type: ignore[type-arg]  # it is generic in its stubs only
+        """Draws nothing; passes on what arrives."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            super().__init__(*args, **(options | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            """See tqdm."""
+            meter(int(n or 0))
+            return None
+
+    return {"tqdm_class": Bar}
+
+
+class _Enough(Exception):
+    """All the bytes that were wanted are here."""
+
+
+class _Sink(io.BytesIO):
+    """Takes the first bytes of a file and no more, also from a server that sends the whole."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self._wanted = nbytes
+
+    def write(self, data: Any) -> int:
+        """See io.BytesIO."""
+        count = super().write(data)
+        if self.tell() >= self._wanted:
+            raise _Enough
+        return count

@@ -19,8 +19,10 @@ from qwen3_ascend.checkpoint.model import (
     walk,
 )
 from qwen3_ascend.checkpoint.safetensors_file import NAMES, TensorSlot, tensor_nbytes
-from qwen3_ascend.checkpoint.schemes import SCHEMES
-from qwen3_ascend.checkpoint.schemes.base import ROWS_AT_A_TIME, StoredForm
+from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES
+from qwen3_ascend.checkpoint.schemes.base import StoredForm
+from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
+from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.recipe import Recipe, Rule
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -68,12 +70,11 @@ class LinearPlan:
         return {f"{self.name}.{suffix}": form for suffix, form in self.stored.items()}
 
     @property
-    def working_bytes(self) -> int:
-        """Private memory while it is converted: the fused copy, the codes in plain and in packed
-        order, and float32 blocks."""
-        fused = self.source_bytes if len(self.spec.sources) > 1 else 0
-        blocks = 6 * 4 * ROWS_AT_A_TIME * self.spec.inputs
-        return fused + 2 * _nbytes(self.stored) + blocks
+    def piece_bytes(self) -> int:
+        """Most memory that one piece of it takes while it is under way."""
+        outputs, inputs = self.spec.outputs, self.spec.inputs
+        pieces = SCHEMES[self.scheme].pieces((outputs, inputs), self.layout)
+        return _piece_bytes(pieces[0], (outputs, inputs), self.source_bytes)
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,11 @@ class TensorPlan:
         return {self.name: (PLAIN_DTYPE, self.shape)}
 
     @property
-    def working_bytes(self) -> int:
-        """Private memory while it is converted: a copy if the type changes."""
-        return 2 * _nbytes(self.forms)
+    def piece_bytes(self) -> int:
+        """Most memory that one piece of it takes while it is under way."""
+        shape = (1, *self.shape)[-2:]
+        matrix = (shape[0], shape[1])
+        return _piece_bytes(BF16.pieces(matrix, ND)[0], matrix, self.source_bytes)
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,14 @@ class Plan:
         return 8 * self.output_bytes / self.parameters
 
     @property
+    def piece_bytes(self) -> int:
+        """Most memory that one piece takes while it is under way."""
+        return max(item.piece_bytes for item in self.items)
+
+    @property
     def working_bytes(self) -> int:
-        """Peak private memory for tensors, beyond the interpreter with torch loaded."""
-        return max(item.working_bytes for item in self.items)
+        """Peak private memory beyond the interpreter with torch loaded, unless told otherwise."""
+        return Budget.fit(self.piece_bytes).working_bytes(self.piece_bytes)
 
 
 def make_plan(
@@ -170,6 +178,14 @@ def make_plan(
     return Plan(config, recipe, items, _cut_into_shards(items, max_shard_bytes), ignored)
 
 
+def _piece_bytes(piece: Piece, shape: tuple[int, int], source_bytes: int) -> int:
+    """A piece of a [N, K] weight and a copy of its source; of other floats also float64 blocks."""
+    length = piece.stop - piece.start
+    weights = length * (shape[1] if piece.axis == "rows" else shape[0])
+    each = 4 if source_bytes <= PLAIN_DTYPE.itemsize * (shape[0] * shape[1] + shape[0]) else 32
+    return max(each * weights, PIECE_BYTES)
+
+
 def _nbytes(forms: Mapping[str, StoredForm]) -> int:
     return sum(tensor_nbytes(*form) for form in forms.values())
 
@@ -199,10 +215,10 @@ def _all_linears(config: Qwen3Config) -> list[LinearSpec]:
 
 
 def _check_rules(config: Qwen3Config, recipe: Recipe) -> None:
-    used: set[Rule] = set()
+    used: list[Rule] = []
     for linear in _all_linears(config):
         rules = [recipe.rule_for(source) for source in linear.sources]
-        used.update(rules)
+        used += rules
         choices = {(rule.scheme, rule.layout) for rule in rules}
         if len(choices) > 1:
             said = ", ".join(
@@ -214,7 +230,7 @@ def _check_rules(config: Qwen3Config, recipe: Recipe) -> None:
                 f"given different schemes or layouts ({said})"
             )
     for number, rule in enumerate(recipe.rules, 1):
-        if rule not in used:
+        if not any(rule is other for other in used):  # two rules may be equal
             raise RecipeError(
                 f"recipe {recipe.name}: rule {number} ({rule.match!r}) decides nothing: no linear "
                 f"matches it, or earlier rules match them all"

@@ -87,6 +87,9 @@ class Recipe:
             reason = " ".join(str(error).split())
             raise RecipeError(f"{where} is not valid YAML: {reason}") from error
         _require_mapping(data, RECIPE_KEYS, ("schema", "name", "rules"), where)
+        for key in ("name", "description"):
+            if not isinstance(data.get(key, ""), str):
+                raise RecipeError(f"{where}: {key} must be text; put {data[key]!s} in quotes")
         if data["schema"] != SCHEMA:
             raise RecipeError(
                 f"{where}: schema {data['schema']!r}; this version reads schema {SCHEMA}"
@@ -96,7 +99,7 @@ class Recipe:
         rules = tuple(
             _rule(item, f"{where}, rule {number}") for number, item in enumerate(data["rules"], 1)
         )
-        return cls(str(data["name"]), str(data.get("description", "")), rules, data)
+        return cls(data["name"], data.get("description", ""), rules, data)
 
 
 def _read(path: Path) -> str:
@@ -126,7 +129,7 @@ def _rule(data: Any, where: str) -> Rule:
     rule = Rule(**data)
     if not isinstance(rule.match, str) or not rule.match:
         raise RecipeError(f"{where}: match must be a glob such as '*.mlp.down_proj'")
-    if rule.scheme not in SCHEMES:
+    if not isinstance(rule.scheme, str) or rule.scheme not in SCHEMES:
         raise RecipeError(
             f"{where}: unknown scheme {rule.scheme!r}; known schemes: {', '.join(SCHEMES)}"
         )

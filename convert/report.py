@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
-from qwen3_ascend.checkpoint.schemes import Linear
 from qwen3_ascend.convert.plan import LinearPlan, Plan
 
 WORST_SHOWN = 3
@@ -31,22 +29,6 @@ every tensor and holds a SHA-256 of every byte.
     qwen3-ascend verify .
     qwen3-ascend generate . --prompt "Hello"
 """
-
-
-def sqnr_db(source: Tensor, linear: Linear) -> float | None:
-    """Signal to quantization noise of a linear's bytes against its float source weight [N, K].
-
-    10 log10(sum w^2 / sum (w - w')^2) in decibels, summed in float64 and rounded to 0.01, so that
-    the order of summation cannot show. None if every weight is equal.
-    """
-    signal = noise = 0.0
-    for rows, decoded in linear.blocks():
-        block = source[rows].double()
-        signal += float(block.square().sum())
-        noise += float((block - decoded.double()).square_().sum())
-    if noise == 0.0 or signal == 0.0:  # a weight of zeros is kept exactly
-        return None
-    return round(10 * math.log10(signal / noise), 2)
 
 
 def mean_sqnr(entries: Mapping[str, LinearEntry]) -> float | None:

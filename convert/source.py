@@ -1,73 +1,47 @@
-"""Where the weights come from: a local folder or the Hub. The only network code of the project."""
+"""Where the weights come from: a local folder or a hub."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
 
 from torch import Tensor
+from typing_extensions import Self
 
 from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.files import file_sha256, plain_name
+from qwen3_ascend.checkpoint.files import plain_name
 from qwen3_ascend.checkpoint.manifest import FileEntry
 from qwen3_ascend.checkpoint.model import read_json_object
-from qwen3_ascend.checkpoint.safetensors_file import MappedFile, TensorSlot, read_header
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-
-CARRIED_FILES = (
+from qwen3_ascend.checkpoint.safetensors_file import MappedFile, TensorSlot
+from qwen3_ascend.convert.download import Prefetch, Transfer
+from qwen3_ascend.convert.provider import (
+    CARRIED_FILES,
     CONFIG_NAME,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "LICENSE",
+    INDEX_NAME,
+    SINGLE_NAME,
+    LocalFolder,
+    Provider,
+    SourceShard,
 )
-"""Files that travel unchanged from the source to the output when the source has them."""
 
+HUBS = ("huggingface", "modelscope")
 
-@dataclass(frozen=True)
-class SourceShard:
-    """One weight file of the source: its tensors as its header tells them."""
-
-    name: str
-    size: int
-    slots: Mapping[str, TensorSlot]
-
-
-class Provider(Protocol):
-    """Fetches single files of a model repository, from disk or from a Hub."""
-
-    repo: str
-    revision: str | None
-
-    def names(self) -> set[str]:
-        """Names of the files in the repository's root."""
-
-    def small_file(self, name: str) -> Path:
-        """A local path of a small file."""
-
-    def shard_header(self, name: str) -> SourceShard:
-        """The header of a weight file, if possible without its data."""
-
-    def shard_file(self, name: str) -> Path:
-        """A local path of a weight file, downloading it if need be."""
-
-    def shard_sha256(self, name: str) -> str:
-        """SHA-256 of a weight file."""
+HEADERS_AT_ONCE = 8
+"""Requests for headers under way together: a large model has more than a hundred files."""
 
 
 class Source:
-    """A model's tensors by name, wherever they lie; weight files are opened when first needed."""
+    """A model's tensors by name, wherever they lie; weight files are fetched when first needed.
+
+    Who reads says first, by `expect`, what will be read and in which order, and afterwards, by
+    `release`, what is still needed. Between the two a weight file is fetched while the one before
+    it is in use, and with a temporary provider it is removed when nothing more is needed from it.
+    `read` may be called from several threads.
+    """
 
     def __init__(self, provider: Provider) -> None:
         """Reads the index and every header.
@@ -83,13 +57,35 @@ class Source:
                 f"{provider.repo} has no {CONFIG_NAME}: this is not a Hugging Face model folder"
             )
         indexed = self._index()
-        shard_names = sorted(set(indexed.values())) if indexed else self._single()
-        self.shards = {name: provider.shard_header(name) for name in shard_names}
+        names = sorted(set(indexed.values())) if indexed else self._single()
+        self.shards = self._headers(names)
+        self._check_index(indexed)
         self.location = {
             tensor: shard.name for shard in self.shards.values() for tensor in shard.slots
-        }
-        self._check_index(indexed)
+        } | indexed
         self._open: dict[str, MappedFile] = {}
+        self._opening = threading.Lock()
+        self._files = Prefetch(provider.shard_file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.provider.close()
+        self._files.close()
+
+    def _headers(self, names: Sequence[str]) -> dict[str, SourceShard]:
+        with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+            try:
+                return dict(zip(names, pool.map(self.provider.shard_header, names), strict=True))
+            except BaseException:
+                self.provider.close()  # the other threads need not go on trying
+                raise
 
     def _index(self) -> dict[str, str]:
         if INDEX_NAME not in self.names:
@@ -99,7 +95,9 @@ class Source:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{path} has no weight_map")
         for tensor, file in weight_map.items():
-            if not isinstance(file, str) or plain_name(file) not in self.names:
+            if not isinstance(file, str) or not file.endswith(".safetensors"):
+                raise CheckpointError(f"{path}: tensor {tensor} is in {file!r}, no weight file")
+            if plain_name(file) not in self.names:
                 raise CheckpointError(f"{path}: tensor {tensor} is in {file}, which is missing")
         return weight_map
 
@@ -125,21 +123,60 @@ class Source:
         """Type and shape of a tensor, from its header."""
         return self.shards[self.location[tensor]].slots[tensor]
 
+    def shard_order(self, tensors: Iterable[str]) -> list[str]:
+        """The weight files that these tensors lie in, in the order of their first use."""
+        return list(dict.fromkeys(self.location[tensor] for tensor in tensors))
+
+    def expect(self, tensors: Iterable[str]) -> None:
+        """Says which tensors will be read, in order: all, or what a resumed conversion lacks.
+
+        Nothing is fetched yet, and a weight file without such a tensor never is. What else an
+        interrupted conversion had downloaded for itself is removed, so the caller must hold the
+        lock of the output.
+        """
+        order = self.shard_order(tensors)
+        self.provider.keep_only(order)
+        self._files = Prefetch(self.provider.shard_file, order)
+
     def read(self, tensor: str) -> Tensor:
-        """A tensor as a view of its mapped file."""
+        """A tensor as a view of its mapped file, which is waited for."""
         name = self.location[tensor]
-        if name not in self._open:
-            self._open[name] = MappedFile(self.provider.shard_file(name))
-        return self._open[name].tensor(tensor)
+        file = self._open.get(name)
+        if file is None:
+            path = self._files.get(name)
+            with self._opening:
+                file = self._open.get(name) or self._map(name, path)
+        return file.tensor(tensor)
+
+    def _map(self, name: str, path: Path) -> MappedFile:
+        file = self._open[name] = MappedFile(path)
+        if file.header.slots != self.shards[name].slots:
+            raise CheckpointError(f"{path} has changed since its header was read; start again")
+        return file
 
     def release(self, tensors: Iterable[str]) -> None:
-        """Closes every weight file that none of the given, still needed, tensors lies in."""
+        """Closes every weight file that none of the given, still needed, tensors lies in.
+
+        A temporary one is removed as well; views of it stay readable until they are dropped.
+        """
         needed = {self.location[tensor] for tensor in tensors}
         for name in [name for name in self._open if name not in needed]:
             del self._open[name]
+            self._files.forget(name)
+            self.provider.discard(name)
+
+    def drop_pages(self) -> None:
+        """Gives the memory of what was read back to the system; views stay valid."""
+        for file in list(self._open.values()):
+            file.drop_pages()
 
     def file_entries(self) -> dict[str, FileEntry]:
-        """Size and SHA-256 of every weight file."""
+        """Size and SHA-256 of every weight file.
+
+        Of a local folder every file is hashed here. Of a hub the stated SHA-256 is taken at once,
+        against which each file is checked before it is read; a file of which the hub states none
+        has to be here, so this is best asked when everything has been read.
+        """
         return {
             name: FileEntry(shard.size, self.provider.shard_sha256(name))
             for name, shard in self.shards.items()
@@ -151,49 +188,23 @@ class Source:
         return {name: self.provider.small_file(name).read_bytes() for name in found}
 
 
-class LocalFolder:
-    """A model in a folder on this machine."""
-
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder")
-        self.folder = folder
-        self.repo = folder.resolve().name
-        self.revision: str | None = None
-
-    def names(self) -> set[str]:
-        """See Provider."""
-        return {path.name for path in self.folder.iterdir() if path.is_file()}
-
-    def small_file(self, name: str) -> Path:
-        """See Provider."""
-        return self.folder / name
-
-    def shard_header(self, name: str) -> SourceShard:
-        """See Provider."""
-        path = self.folder / name
-        return SourceShard(name, path.stat().st_size, read_header(path).slots)
-
-    def shard_file(self, name: str) -> Path:
-        """See Provider."""
-        return self.folder / name
-
-    def shard_sha256(self, name: str) -> str:
-        """See Provider."""
-        return file_sha256(self.folder / name)
-
-
 def open_source(
     model: str,
     revision: str | None = None,
-    note: Callable[[str], None] = lambda line: None,
+    *,
+    hub: str = HUBS[0],
+    area: Path | None = None,
+    transfer: Transfer | None = None,
 ) -> Source:
-    """Opens a local folder, or a Hub repository if there is no such folder.
+    """Opens a local folder, or a repository on a hub if there is no such folder.
 
     Args:
-        model: a path, or a Hub id such as "Qwen/Qwen3-8B".
-        revision: branch, tag or commit; Hub only.
-        note: receives a line about each download.
+        model: a path, or a hub's id such as "Qwen/Qwen3-8B".
+        revision: branch, tag or commit; hubs only.
+        hub: one of HUBS.
+        area: folder for downloaded weights that are removed as soon as they have been used;
+            without it they stay in the hub's cache.
+        transfer: notes, retries and cancellation of the downloads.
 
     Raises:
         CheckpointError: if it is neither, or its files are damaged.
@@ -204,10 +215,23 @@ def open_source(
             raise CheckpointError(f"{model} is a local folder; --revision is for Hub models")
         return Source(LocalFolder(path))
     looks_local = model.startswith((".", "/", "~")) or path.exists()
-    if looks_local or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", model):
+    if looks_local or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", model, re.ASCII):
         raise CheckpointError(
             f"{model} is neither an existing folder nor a Hub id such as Qwen/Qwen3-8B"
         )
-    from qwen3_ascend.convert.hub import open_repository
+    return Source(_open_hub(hub, model, revision, area, transfer or Transfer()))
 
-    return Source(open_repository(model, revision, note))
+
+def _open_hub(
+    hub: str, repo: str, revision: str | None, area: Path | None, transfer: Transfer
+) -> Provider:
+    """The client libraries are imported only where they are asked for."""
+    if hub == "huggingface":
+        from qwen3_ascend.convert import hub as huggingface
+
+        return huggingface.open_repository(repo, revision, area, transfer)
+    if hub == "modelscope":
+        from qwen3_ascend.convert import modelscope
+
+        return modelscope.open_repository(repo, revision, area, transfer)
+    raise CheckpointError(f"there is no hub {hub!r}; known are {', '.join(HUBS)}")

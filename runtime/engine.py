@@ -33,10 +33,10 @@ class Engine:
         """Whether any sequence is not finished."""
         return self.scheduler.busy
 
-    def add(
+    def request(
         self, tokens: SequenceOf[int], params: SamplingParams, eos_ids: frozenset[int]
     ) -> Sequence:
-        """Queues a request.
+        """A checked request that holds nothing yet; `queue` lets it run.
 
         Raises:
             RequestError: if the prompt is empty, holds an unknown token, or leaves no room in the
@@ -51,10 +51,18 @@ class Engine:
             )
         max_length = min(len(tokens) + params.max_new_tokens, context)
         self._check_room(max_length)
-        sequence = Sequence(
-            next(self._numbers), params, list(tokens), len(tokens), max_length, eos_ids
-        )
+        return Sequence(next(self._numbers), params, list(tokens), len(tokens), max_length, eos_ids)
+
+    def queue(self, sequence: Sequence) -> None:
+        """Lets a request run as soon as there is room."""
         self.scheduler.add(sequence)
+
+    def add(
+        self, tokens: SequenceOf[int], params: SamplingParams, eos_ids: frozenset[int]
+    ) -> Sequence:
+        """Checks a request and queues it; see `request`."""
+        sequence = self.request(tokens, params, eos_ids)
+        self.queue(sequence)
         return sequence
 
     def _check_tokens(self, tokens: SequenceOf[int]) -> None:
@@ -91,7 +99,8 @@ class Engine:
     @torch.inference_mode()
     def logits(self, tokens: SequenceOf[int]) -> Tensor:
         """Teacher-forced logits: float32 [T, vocab] on the CPU; only while nothing else runs."""
-        assert not self.busy
+        if self.busy:
+            raise RequestError("an answer is still being streamed; finish or close it first")
         self._check_tokens(tokens)
         if len(tokens) > self.config.context_length:
             raise RequestError(

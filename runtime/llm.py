@@ -82,15 +82,15 @@ class LLM:
         """
         batch = _as_batch(prompts)
         chosen = self._params_for(batch, params)
-        streams = self._start(
-            [self.encode(p, raw=raw, enable_thinking=enable_thinking) for p in batch], chosen
-        )
+        tokens = [self.encode(p, raw=raw, enable_thinking=enable_thinking) for p in batch]
+        answers = [self._answer(t, c) for t, c in zip(tokens, chosen, strict=True)]
         try:
-            while self._engine.busy:
-                self._advance(streams)
+            self._start(answers)
+            while any(answer.finish_reason is None for answer in answers):
+                self._advance(answers)
         finally:
-            self._abandon(streams)
-        return [stream.completion() for stream in streams]
+            self._abandon(answers)
+        return [answer.completion() for answer in answers]
 
     def stream(
         self,
@@ -163,24 +163,21 @@ class LLM:
             raise RequestError(f"{len(params)} SamplingParams for {len(batch)} prompts")
         return list(params)
 
-    def _start(
-        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
-    ) -> list[_Answer]:
-        answers: list[_Answer] = []
-        try:
-            for tokens, chosen in zip(prompts, params, strict=True):
-                request = self._engine.add(tokens, chosen, self.eos_ids)
-                answers.append(_Answer(request, self.tokenizer))
-        except RequestError:
-            self._abandon(answers)
-            raise
-        return answers
+    def _answer(self, tokens: list[int], params: SamplingParams) -> _Answer:
+        return _Answer(self._engine.request(tokens, params, self.eos_ids), self.tokenizer)
+
+    def _start(self, answers: Sequence[_Answer]) -> None:
+        for answer in answers:
+            self._engine.queue(answer.request)
 
     def _advance(self, answers: Sequence[_Answer]) -> None:
-        moved = {request.number for request in self._engine.step()}
-        for answer in answers:
-            if answer.request.number in moved and answer.take_token():
-                self._engine.retire(answer.request)
+        """Gives answers the tokens that another caller's steps left for them, or computes a step
+        (which moves every open request, also those of other callers)."""
+        if sum(answer.take_tokens() for answer in answers) == 0:
+            self._engine.step()
+            for answer in answers:
+                answer.take_tokens()
+        self._abandon([answer for answer in answers if answer.finish_reason])
 
     def _abandon(self, answers: Sequence[_Answer]) -> None:
         for answer in answers:
@@ -192,7 +189,7 @@ class AnswerStream:
 
     def __init__(self, llm: LLM, tokens: list[int], params: SamplingParams) -> None:
         self._llm = llm
-        self._answer = llm._start([tokens], [params])[0]
+        self._answer = llm._answer(tokens, params)
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -213,6 +210,7 @@ class AnswerStream:
     def _run(self) -> Generator[str, None, None]:
         answer, shown = self._answer, 0
         try:
+            self._llm._start([answer])
             while answer.finish_reason is None:
                 self._llm._advance([answer])
                 if len(answer.text) > shown:
@@ -229,27 +227,36 @@ class _Answer:
         self.request = request
         self.text = ""
         self.finish_reason: FinishReason | None = None
+        self._taken = request.prompt_length
         self._stream = tokenizer.stream()
         self._filter = StopFilter(request.params.stop_strings)
 
-    def take_token(self) -> bool:
-        """Decodes the newest token; True if a stop string ended the answer just now."""
-        self.text += self._filter.push(self._stream.push(self.request.tokens[-1]))
-        if not self._filter.stopped and self.request.finish_reason:
+    def take_tokens(self) -> int:
+        """Decodes the tokens that are new since the last call, up to a stop string; their
+        number."""
+        before = self._taken
+        while self.finish_reason is None and self._taken < len(self.request.tokens):
+            self._take(self.request.tokens[self._taken])
+        return self._taken - before
+
+    def _take(self, token: int) -> None:
+        self._taken += 1
+        self.text += self._filter.push(self._stream.push(token))
+        ended = self.request.finish_reason and self._taken == len(self.request.tokens)
+        if ended and not self._filter.stopped:
             self.text += self._filter.push(self._stream.finish())
             self.text += self._filter.finish()
         if self._filter.stopped:
             self.finish_reason = "stop"
-            return self.request.finish_reason is None
-        self.finish_reason = self.request.finish_reason
-        return False
+        elif ended:
+            self.finish_reason = self.request.finish_reason
 
     def completion(self) -> Completion:
-        request = self.request
+        tokens, start = self.request.tokens, self.request.prompt_length
         return Completion(
             text=self.text,
-            token_ids=tuple(request.output),
-            prompt_token_ids=tuple(request.tokens[: request.prompt_length]),
+            token_ids=tuple(tokens[start : self._taken]),
+            prompt_token_ids=tuple(tokens[:start]),
             finish_reason=self.finish_reason or "length",
         )
 
@@ -260,5 +267,6 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     items = list(prompts)
     numbers = [item for item in items if isinstance(item, int)]
-    others = [item for item in items if not isinstance(item, int)]
-    return [numbers, *others] if numbers else list(others)
+    if numbers and len(numbers) < len(items):
+        raise RequestError("a batch is a list of prompts; token ids among them must be in lists")
+    return [numbers] if numbers else [item for item in items if not isinstance(item, int)]

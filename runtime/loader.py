@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
-from qwen3_ascend.checkpoint.files import CheckpointReader
-from qwen3_ascend.checkpoint.layout import ND
+from torch import Tensor
+
 from qwen3_ascend.checkpoint.model import (
     EMBEDDING,
     FINAL_NORM,
     LM_HEAD,
+    Qwen3Config,
     layer_linears,
     layer_norms,
 )
-from qwen3_ascend.checkpoint.schemes import BF16
-from qwen3_ascend.runtime.backends.base import Backend, DeviceLinear
+from qwen3_ascend.checkpoint.schemes import Linear
+from qwen3_ascend.runtime.backends.base import Backend, DeviceLinear, Progress
 from qwen3_ascend.runtime.model import DecoderLayer, Qwen3
 
 
+class WeightSource(Protocol):
+    """Whatever holds a model's weights by name: a CheckpointReader, or random weights in memory."""
+
+    @property
+    def config(self) -> Qwen3Config:
+        """Of the model."""
+
+    def tensor(self, name: str) -> Tensor:
+        """An unquantized tensor."""
+
+    def linear(self, name: str) -> Linear:
+        """A stored linear."""
+
+
 def load_model(
-    reader: CheckpointReader,
+    source: WeightSource,
     backend: Backend,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Qwen3:
     """Puts every weight on the backend's device, layer by layer.
 
@@ -29,28 +44,24 @@ def load_model(
         CheckpointError: if a tensor of the model is missing, or the backend has no kernel for a
             scheme.
     """
-    config = reader.manifest.model
+    config = source.config
     layers = []
     for layer in range(config.num_layers):
-        layers.append(_load_layer(reader, backend, layer))
+        layers.append(_load_layer(source, backend, layer))
         progress("loading layers", layer + 1, config.num_layers)
-    table = reader.tensor(f"{EMBEDDING}.weight")
-    embedding = backend.upload(table)
-    if config.tie_word_embeddings:
-        shape = (config.vocab_size, config.hidden_size)
-        lm_head = backend.linear(BF16(shape, ND, table, None))
-    else:
-        lm_head = backend.linear(reader.linear(LM_HEAD))
-    final_norm = backend.upload(reader.tensor(f"{FINAL_NORM}.weight"))
+    embedding = backend.upload(source.tensor(f"{EMBEDDING}.weight"))
+    tied = config.tie_word_embeddings
+    lm_head = backend.tied_head(embedding) if tied else backend.linear(source.linear(LM_HEAD))
+    final_norm = backend.upload(source.tensor(f"{FINAL_NORM}.weight"))
     return Qwen3(config, backend, embedding, tuple(layers), final_norm, lm_head)
 
 
-def _load_layer(reader: CheckpointReader, backend: Backend, layer: int) -> DecoderLayer:
-    config = reader.manifest.model
+def _load_layer(source: WeightSource, backend: Backend, layer: int) -> DecoderLayer:
+    config = source.config
     linears: list[DeviceLinear] = [
-        backend.linear(reader.linear(spec.name)) for spec in layer_linears(config, layer)
+        backend.linear(source.linear(spec.name)) for spec in layer_linears(config, layer)
     ]
-    norms = [backend.upload(reader.tensor(name)) for name in layer_norms(config, layer)]
+    norms = [backend.upload(source.tensor(name)) for name in layer_norms(config, layer)]
     qkv, output, gate_up, down = linears
     input_norm, query_norm, key_norm, post_attention_norm = norms
     return DecoderLayer(

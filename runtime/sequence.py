@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal
@@ -45,11 +46,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = {
-            "temperature must be 0 or more": self.temperature >= 0,
-            "top_k must be 0 (off) or more": self.top_k >= 0,
+            "temperature must be 0 or more": 0 <= self.temperature < math.inf,
+            "top_k must be 0 (off) or more": isinstance(self.top_k, int) and self.top_k >= 0,
             "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
             "min_p must be between 0 and 1": 0 <= self.min_p <= 1,
-            "repetition_penalty must be above 0": self.repetition_penalty > 0,
+            "repetition_penalty must be above 0": 0 < self.repetition_penalty < math.inf,
+            "presence_penalty must be a number": math.isfinite(self.presence_penalty),
+            "seed must fit into 64 bits": -(1 << 63) <= (self.seed or 0) < 1 << 64,
             "max_new_tokens must be 1 or more": self.max_new_tokens >= 1,
             "stop strings must not be empty": self.stop == () or all(self.stop_strings),
         }

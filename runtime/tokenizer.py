@@ -93,7 +93,15 @@ class Tokenizer:
         self.chat_template = self._load_template(folder)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens spelled out in it are recognised."""
+        """Token ids of a text; special tokens spelled out in it are recognised.
+
+        Raises:
+            RequestError: for lone surrogates, which is how Python passes on bytes that are no text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the prompt is not valid UTF-8 text: {error.reason}") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -167,12 +175,16 @@ class StopFilter:
         self.stopped = False
 
     def push(self, piece: str) -> str:
-        """The text that is safe to show; sets `stopped` once a stop string is complete."""
+        """The text that is safe to show; sets `stopped` once a stop string is complete.
+
+        Of several, the one that is complete first counts (and of two that end together, the
+        longer), so that the result does not depend on how the text was cut into pieces.
+        """
         self._held += piece
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        found = [(at + len(s), at) for s in self._stop if (at := self._held.find(s)) >= 0]
         if found:
             self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            shown, self._held = self._held[: min(found)[1]], ""
             return shown
         keep = max((self._overlap(stop) for stop in self._stop), default=0)
         cut = len(self._held) - keep

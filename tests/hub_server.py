@@ -30,6 +30,7 @@ What huggingface_hub 2.4.0 does about each fault is asserted in ``test_hub_serve
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -709,10 +710,8 @@ class _Server(ThreadingHTTPServer):
 
 def _end(connection: socket.socket) -> None:
     """Close both directions; the peer may have done so already."""
-    try:
+    with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
 
 
 def _reset(connection: socket.socket) -> None:

@@ -30,6 +30,10 @@ Forward = Callable[[StepInputs], Tensor]
 """A step to logits float32 [R, vocab]."""
 
 
+Progress = Callable[[str, int, int], None]
+"""(what, done, total), for whoever shows it."""
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """The bounds a captured step must fit: sequences in a batch, tokens in a block."""
@@ -67,13 +71,14 @@ class Backend(Protocol):
     def linear(self, linear: Linear) -> DeviceLinear:
         """A stored linear on the device; CheckpointError if it has no kernel for the scheme."""
 
-    def runner(
-        self, forward: Forward, shape: CacheShape, progress: Callable[[str, int, int], None]
-    ) -> Forward:
-        """The forward as it is to be called: with steps from the host, captured if that pays.
+    def tied_head(self, embedding: Tensor) -> DeviceLinear:
+        """The output projection that an uploaded embedding [vocab, hidden] serves as, uncopied."""
 
-        `progress` receives (what, done, total) while something is captured.
-        """
+    def to_device(self, step: StepInputs) -> StepInputs:
+        """The step with its tensors on the device."""
+
+    def runner(self, forward: Forward, shape: CacheShape, progress: Progress) -> Forward:
+        """The forward as it is to be called: with steps from the host, captured if that pays."""
 
     def rotary(self, config: Qwen3Config, step: StepInputs) -> Rotary:
         """Cosines and sines for the step's positions."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,13 @@ from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.model import Qwen3Config
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Linear
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
-from qwen3_ascend.runtime.backends.base import Activation, CacheShape, DeviceLinear, Forward
+from qwen3_ascend.runtime.backends.base import (
+    Activation,
+    CacheShape,
+    DeviceLinear,
+    Forward,
+    Progress,
+)
 from qwen3_ascend.runtime.backends.int8_matmul import Product, pick_int8_matmul
 from qwen3_ascend.runtime.paged_kv import LayerKV
 from qwen3_ascend.runtime.rotary import rotary_tables
@@ -40,18 +45,18 @@ class QuantizedActivation:
 
 @dataclass(frozen=True)
 class CpuRotary:
-    """cos, sin: float32 [T, 1, head_dim], both halves filled."""
+    """cos, sin: [T, 1, head_dim], both halves filled; rounded to the compute type, as a device's
+    tables are, and computed with in float32."""
 
     cos: Tensor
     sin: Tensor
 
 
 class DenseLinear:
-    """bf16 weights in plain order, in the compute type."""
+    """A weight [N, K] in plain order and the compute type, and an optional bias [N]."""
 
-    def __init__(self, linear: BF16, dtype: torch.dtype) -> None:
-        self.weight = linear.matrix().to(dtype)
-        self.bias = None if linear.bias is None else linear.bias.to(dtype)
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
 
     def prepare(self, x: Tensor) -> Tensor:
         """What this linear wants of a float32 input: the compute type."""
@@ -88,7 +93,7 @@ class CpuBackend:
     def __init__(self, dtype: torch.dtype) -> None:
         self.device = torch.device("cpu")
         self.dtype = dtype
-        self._tables = functools.lru_cache(maxsize=1)(rotary_tables)
+        self._tables = functools.lru_cache(maxsize=1)(self._make_tables)
 
     def upload(self, tensor: Tensor) -> Tensor:
         """See Backend."""
@@ -97,21 +102,34 @@ class CpuBackend:
     def linear(self, linear: Linear) -> DeviceLinear:
         """See Backend."""
         if isinstance(linear, BF16):
-            return DenseLinear(linear, self.dtype)
+            bias = None if linear.bias is None else linear.bias.to(self.dtype)
+            return DenseLinear(linear.matrix().to(self.dtype), bias)
         if isinstance(linear, W8A8):
             return Int8Linear(linear, self.dtype)
         raise CheckpointError(f"the cpu backend has no kernel for the scheme {linear.scheme}")
 
-    def runner(
-        self, forward: Forward, shape: CacheShape, progress: Callable[[str, int, int], None]
-    ) -> Forward:
+    def tied_head(self, embedding: Tensor) -> DeviceLinear:
+        """See Backend."""
+        return DenseLinear(embedding, None)
+
+    def to_device(self, step: StepInputs) -> StepInputs:
+        """See Backend."""
+        return step
+
+    def runner(self, forward: Forward, shape: CacheShape, progress: Progress) -> Forward:
         """See Backend. Nothing is captured on a CPU."""
         return forward
 
     def rotary(self, config: Qwen3Config, step: StepInputs) -> CpuRotary:
         """See Backend."""
         cos, sin = self._tables(config)
-        return CpuRotary(cos[step.positions].unsqueeze(1), sin[step.positions].unsqueeze(1))
+        return CpuRotary(
+            cos[step.positions].unsqueeze(1).float(), sin[step.positions].unsqueeze(1).float()
+        )
+
+    def _make_tables(self, config: Qwen3Config) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary_tables(config)
+        return cos.to(self.dtype), sin.to(self.dtype)
 
     def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
         """See Backend."""
@@ -144,11 +162,16 @@ class CpuBackend:
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         counts = [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
         query, key, value = torch.split(heads, counts, dim=1)
-        query = rotate(rms_norm(query.float(), query_norm, epsilon), rotary).to(self.dtype)
-        key = rotate(rms_norm(key.float(), key_norm, epsilon), rotary).to(self.dtype)
+        query = self._norm_rotate(query, query_norm, epsilon, rotary)
+        key = self._norm_rotate(key, key_norm, epsilon, rotary)
         cache.keys.flatten(0, 1)[step.slots] = key
         cache.values.flatten(0, 1)[step.slots] = value
         return query
+
+    def _norm_rotate(self, x: Tensor, weight: Tensor, epsilon: float, rotary: CpuRotary) -> Tensor:
+        """Two operations, each rounded to the compute type."""
+        normed = rms_norm(x.float(), weight, epsilon).to(self.dtype)
+        return rotate(normed.float(), rotary).to(self.dtype)
 
     def attention(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
         """See Backend."""
@@ -158,8 +181,8 @@ class CpuBackend:
             rows = query[step.query_starts[index] : step.query_starts[index + 1]]
             keys = gather_blocks(cache.keys, tables[index], length)
             values = gather_blocks(cache.values, tables[index], length)
-            outputs.append(causal_attention(rows, keys, values))
-        return torch.cat(outputs).flatten(1)
+            outputs.append(causal_attention(rows.float(), keys.float(), values.float()))
+        return torch.cat(outputs).flatten(1).to(self.dtype)
 
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
         """See Backend."""

@@ -21,7 +21,8 @@ ZERO_POINT = 128
 """Shifts int8 activations to uint8: oneDNN's fast kernels take unsigned activations, and it
 subtracts 128 times the weights' column sums again."""
 
-PROBE_ROWS, PROBE_INPUTS, PROBE_OUTPUTS = 5, 416, 48
+PROBE_ROWS, PROBE_INPUTS, PROBE_OUTPUTS = 5, 2081, 48
+"""2081 x 127 x 127 is odd and beyond 2^25: a kernel that sums in float32 cannot hold it."""
 
 
 def onednn(weight: Tensor) -> Product:

@@ -4,9 +4,11 @@ instant."""
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +17,15 @@ import click
 
 from qwen3_ascend import recipes
 from qwen3_ascend.checkpoint.errors import UserError
+from qwen3_ascend.interruption import Stopped, stoppable
 from qwen3_ascend.version import __version__
 
 if TYPE_CHECKING:
     from qwen3_ascend.convert.plan import Plan
     from qwen3_ascend.runtime import LLM, AnswerStream
     from qwen3_ascend.runtime.sequence import SamplingParams
+
+UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -31,15 +36,29 @@ class OneLineErrors(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """See click.Group."""
         try:
-            return super().invoke(ctx)
+            with stoppable():
+                return super().invoke(ctx)
+        except Stopped as stop:
+            click.echo(f"Error: {stop}", err=True)
+            sys.exit(stop.exit_code)
         except UserError as error:
             raise click.ClickException(" ".join(str(error).split())) from error
+        except click.UsageError as error:
+            raise _one_line(error) from error
         except BrokenPipeError:  # the reader of our output is gone: | head
             sys.stderr.close()
             sys.exit(1)
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{place}{error.strerror or error}") from error
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 512MiB or 2G; the units are powers of 1024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(f"{text!r} is not a size such as 512MiB or 2G")
+    return int(float(found[1]) * 2 ** UNITS[found[2].upper()])
 
 
 @click.group(cls=OneLineErrors, context_settings=CONTEXT)
@@ -52,7 +71,11 @@ def main() -> None:
     qwen3-ascend generate out/ --prompt "..."    run the result
     qwen3-ascend inspect out/                    what is in it
     qwen3-ascend verify out/                     re-hash every byte
+    qwen3-ascend doctor                          check this machine's NPU
     """
+    # torch would import torch_npu by itself and fail with a traceback where CANN is not set up;
+    # the NPU backend imports it when it is asked for, and says what is missing.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 
 @main.command()
@@ -66,7 +89,34 @@ def main() -> None:
     help=f"Which scheme each linear gets: {', '.join(recipes.names())}, or a .yaml file.",
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
+@click.option(
+    "--hub",
+    type=click.Choice(["huggingface", "modelscope"]),
+    default="huggingface",
+    show_default=True,
+    help="Where a MODEL that is no folder is looked for.",
+)
+@click.option(
+    "--low-disk",
+    is_flag=True,
+    help="Download into OUTPUT and remove each weight file as soon as it has been used.",
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(0, 100),
+    default=5,
+    show_default=True,
+    help="Further attempts at a download that failed, with growing pauses.",
+)
+@click.option(
+    "--max-memory",
+    type=size,
+    metavar="SIZE",
+    help="Private memory to take beyond Python with torch loaded.  [default: 2GiB]",
+)
+@click.option("--threads", type=click.IntRange(1), help="Default: one for each processor.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is already in OUTPUT.")
+@click.option("--restart", is_flag=True, help="Discard an interrupted conversion, do not continue.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no report.")
@@ -75,7 +125,13 @@ def convert(
     output: Path,
     recipe: str,
     revision: str | None,
+    hub: str,
+    low_disk: bool,
+    retries: int,
+    max_memory: int | None,
+    threads: int | None,
     overwrite: bool,
+    restart: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -85,24 +141,44 @@ def convert(
     MODEL is a Hugging Face folder (config.json and safetensors) or an id such as Qwen/Qwen3-8B,
     which is downloaded (HF_TOKEN, HF_ENDPOINT and HF_HOME are respected). Linear weights are
     quantized and laid out in FRACTAL_NZ; the tokenizer and configuration travel along. OUTPUT
-    appears whole or not at all.
+    appears whole or not at all; the same command continues a conversion that was interrupted. The
+    same MODEL and recipe give the same bytes on any machine.
 
     \b
     qwen3-ascend convert Qwen/Qwen3-8B out/
     qwen3-ascend convert ./my-qwen3 out/ --recipe bf16
     qwen3-ascend convert Qwen/Qwen3-8B out/ --dry-run
+    qwen3-ascend convert Qwen/Qwen3-32B out/ --low-disk
     """
-    from qwen3_ascend.convert import convert_checkpoint, plan_conversion, report
+    # Their warnings about failed requests would stand between our lines about the same requests.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("MODELSCOPE_LOG_LEVEL", "ERROR")
+    if hub == "modelscope":  # it draws bars that no argument of its own turns off
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    from qwen3_ascend.convert import convert_checkpoint, plan_conversion, preflight, report
+    from qwen3_ascend.convert.download import Transfer
 
     note = _silent if quiet else _to_stderr
     if dry_run:
-        _, plan = plan_conversion(model, recipe, revision=revision, note=note)
-        click.echo(json.dumps(report.plan_json(plan), indent=1) if as_json else _plan_text(plan))
+        source, plan = plan_conversion(
+            model, recipe, revision=revision, hub=hub,
+            low_disk_output=output if low_disk else None, transfer=Transfer(note, retries=retries),
+        )  # fmt: skip
+        disk = preflight.disk_needs(plan, source, output)
+        if as_json:
+            needs = {"disk": {need.what: need.nbytes for need in disk}}
+            click.echo(json.dumps(report.plan_json(plan) | needs, indent=1))
+        else:
+            click.echo(f"{_plan_text(plan)}\n{preflight.describe_disk(disk)}")
         return
     if as_json:
         raise click.UsageError("--json is for --dry-run; the manifest in OUTPUT is JSON already")
     started = time.perf_counter()
-    with _bar("converting", quiet) as bar:
+    with (
+        stoppable(lambda: _kept(output)),
+        _bar("downloading", quiet, None) as downloads,
+        _bar("converting", quiet) as bar,
+    ):
 
         def begin(plan: Plan) -> None:
             bar.reset(total=plan.source_bytes)
@@ -112,8 +188,9 @@ def convert(
             bar.update(nbytes)
 
         manifest = convert_checkpoint(
-            model, output, recipe, revision=revision, overwrite=overwrite,
-            on_plan=begin, progress=advance, note=note,
+            model, output, recipe, revision=revision, overwrite=overwrite, restart=restart,
+            max_memory=max_memory, threads=threads, hub=hub, low_disk=low_disk, retries=retries,
+            on_plan=begin, progress=advance, arrived=downloads.update, note=note,
         )  # fmt: skip
     if quiet:
         return
@@ -152,8 +229,26 @@ def convert(
 @click.option("--presence-penalty", type=float, help="Above 0 discourages repetition.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, help="A string that ends the answer; repeatable.")
-@click.option("--device", default="auto", show_default=True, help="auto or cpu.")
+@click.option("--device", default="auto", show_default=True, help="auto, npu or cpu.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32.")
+@click.option(
+    "--attention", default="auto", show_default=True, help="NPU: fused, paged (ATB) or auto."
+)
+@click.option(
+    "--graph",
+    type=click.Choice(["on", "off"]),
+    default="on",
+    show_default=True,
+    help="NPU: capture decode steps once and replay them.",
+)
+@click.option("--buckets", metavar="N,N,...", help="NPU: batch sizes to capture.")
+@click.option(
+    "--prefetch",
+    default="auto",
+    show_default=True,
+    metavar="off|auto|BYTES",
+    help="NPU: MLP weights to fetch ahead into L2, such as 64M.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="Only the answer: no speed, no progress bar.")
 def generate(
     checkpoint: Path,
@@ -164,6 +259,10 @@ def generate(
     thinking: bool | None,
     device: str,
     dtype: str,
+    attention: str,
+    graph: str,
+    buckets: str | None,
+    prefetch: str,
     quiet: bool,
     **sampling: Any,
 ) -> None:
@@ -180,7 +279,10 @@ def generate(
     prompts = _prompts(prompt, prompt_file)
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat")
-    llm = _load(checkpoint, device, dtype, quiet)
+    llm, loaded = _load(
+        checkpoint, quiet, device=device, dtype=dtype, attention=attention,
+        graph=graph == "on", buckets=_numbers(buckets), prefetch=prefetch,
+    )  # fmt: skip
     params = _sampling_params(llm, sampling)
     if chat and llm.tokenizer.chat_template is not None:
         start = [{"role": "system", "content": system}] if system is not None else []
@@ -191,9 +293,9 @@ def generate(
     elif system is not None or thinking is not None:
         raise click.UsageError("this checkpoint has no chat template, or --raw was given")
     if len(prompts) == 1:
-        _print_stream(llm.stream(prompts[0], params, raw=True), quiet)
+        _print_stream(llm.stream(prompts[0], params, raw=True), loaded, quiet)
     else:
-        _print_batch(llm, prompts, params, quiet)
+        _print_batch(llm, prompts, params, loaded, quiet)
 
 
 @main.command()
@@ -213,28 +315,108 @@ def inspect(checkpoint: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="Also compare with the model it was made of, and measure every error again.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Default: one for each processor.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar; only what differs.")
-def verify(checkpoint: Path, quiet: bool) -> None:
+def verify(checkpoint: Path, against: str | None, threads: int | None, quiet: bool) -> None:
     """Re-hash every byte of CHECKPOINT and re-derive every shape.
 
-    Exits with 1 and names each tensor or file that differs from the manifest.
+    Exits with 1 and names each tensor or file that differs from the manifest. With --against
+    MODEL, a folder or a Hub id as for convert, also each that differs from the model.
+
+    \b
+    qwen3-ascend verify out/
+    qwen3-ascend verify out/ --against Qwen/Qwen3-8B
     """
-    from qwen3_ascend.checkpoint.files import CheckpointReader
+    from qwen3_ascend.checkpoint.manifest import Manifest
     from qwen3_ascend.checkpoint.verify import total_bytes
     from qwen3_ascend.checkpoint.verify import verify as verify_checkpoint
 
     with _bar("verifying", quiet) as bar:
-        bar.reset(total=total_bytes(CheckpointReader(checkpoint).manifest))
-        verdict = verify_checkpoint(checkpoint, bar.update)
-    for problem in verdict.problems:
+        bar.reset(total=total_bytes(Manifest.read(checkpoint)))
+        verdict = verify_checkpoint(checkpoint, bar.update, threads)
+    problems = [*verdict.problems]
+    if against is not None and verdict.ok:
+        problems += _compare(checkpoint, against, threads, quiet)
+    for problem in problems:
         click.echo(f"Error: {problem}", err=True)
-    if not verdict.ok:
+    if problems:
         sys.exit(1)
     if not quiet:
+        model = f", and as {against} says" if against is not None else ""
         click.echo(
             f"{checkpoint}: {verdict.tensors} tensors and {verdict.files} files, "
-            f"{verdict.nbytes:,} bytes: all as the manifest says"
+            f"{verdict.nbytes:,} bytes: all as the manifest says{model}"
         )
+
+
+def _compare(checkpoint: Path, model: str, threads: int | None, quiet: bool) -> list[str]:
+    """What differs between a checkpoint and a model."""
+    from qwen3_ascend.checkpoint.files import CheckpointReader
+    from qwen3_ascend.convert.against import compare
+    from qwen3_ascend.convert.download import Transfer
+    from qwen3_ascend.convert.source import open_source
+
+    reader = CheckpointReader(checkpoint)
+    stored = reader.manifest.stored().values()
+    revision = None if Path(model).expanduser().is_dir() else reader.manifest.source.revision
+    transfer = Transfer(_silent if quiet else _to_stderr)
+    with open_source(model, revision, transfer=transfer) as source, _bar("comparing", quiet) as bar:
+        bar.reset(total=sum(tensor.nbytes for tensor in stored))
+        return compare(reader, source, bar.update, threads)
+
+
+@main.command()
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here.")
+def doctor(checkpoint: Path | None, json_path: Path | None) -> None:
+    """Check this machine's NPU: environment, layouts, every operator, graphs, prefetch.
+
+    Runs in about a minute what this project could only prove on a simulated device. Without
+    CHECKPOINT a small random model is used. On a machine without a card it says what is missing.
+    Exits with 1 if anything failed; please attach the --json report to an issue.
+
+    \b
+    qwen3-ascend doctor
+    qwen3-ascend doctor out/ --json report.json
+    """
+    from qwen3_ascend.runtime import doctor as examination
+
+    def show(check: examination.Check) -> None:
+        detail = f"  ({check.detail})" if check.detail else ""
+        click.echo(f"{check.status:8}{check.area:12}{check.name}{detail}")
+
+    report = examination.run(checkpoint, show)
+    click.echo()
+    for name, fact in report.environment.items():
+        click.echo(f"{name:28}{fact}")
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    failed = [check for check in report.checks if check.status == "failed"]
+    click.echo(f"\n{len(report.checks)} checks, {len(failed)} failed")
+    if not report.ok:
+        sys.exit(1)
+
+
+def _one_line(error: click.UsageError) -> click.ClickException:
+    """A usage error without the usage that click prints above it."""
+    message = " ".join(error.format_message().split())
+    command = error.ctx.command_path if error.ctx else "qwen3-ascend"
+    short = click.ClickException(f"{message} (see: {command} --help)")
+    short.exit_code = error.exit_code  # type: ignore[misc]  # click declares a class variable
+    return short
+
+
+def _kept(output: Path) -> str:
+    """What becomes of an interrupted conversion."""
+    from qwen3_ascend.checkpoint.files import STAGING
+
+    kept = (output / STAGING).is_dir()
+    return "; what is done is kept, the same command continues" if kept else ""
 
 
 def _silent(line: str) -> None:
@@ -242,19 +424,38 @@ def _silent(line: str) -> None:
 
 
 def _to_stderr(line: str) -> None:
-    click.echo(line, err=True)
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)  # above the bars, if there are any
 
 
 @contextmanager
-def _bar(what: str, quiet: bool) -> Iterator[Any]:
-    """A progress bar in bytes on standard error; it vanishes when an error ends it."""
+def _bar(what: str, quiet: bool, total: int | None = 0) -> Iterator[Any]:
+    """A progress bar in bytes on standard error, from the first bytes on."""
     from tqdm import tqdm
 
     with tqdm(
-        desc=what, total=0, unit="B", unit_scale=True, leave=not quiet,
+        desc=what, total=total, unit="B", unit_scale=True, leave=not quiet, delay=0.01,
         disable=quiet or not sys.stderr.isatty(), dynamic_ncols=True,
     ) as bar:  # fmt: skip
         yield bar
+
+
+@contextmanager
+def _steps(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar that starts anew for each kind of work: layers, then graphs."""
+    from tqdm import tqdm
+
+    bar = tqdm(disable=quiet or not sys.stderr.isatty(), leave=False, dynamic_ncols=True)
+
+    def show(what: str, done: int, total: int) -> None:
+        if done == 1:
+            bar.reset(total=total)
+            bar.set_description(what)
+        bar.update(1)
+
+    with bar:
+        yield show
 
 
 def _plan_text(plan: Plan) -> str:
@@ -278,14 +479,23 @@ def _prompts(prompt: tuple[str, ...], prompt_file: Path | None) -> list[str]:
         raise click.UsageError(f"{prompt_file} is not UTF-8 text: {error}") from error
 
 
-def _load(checkpoint: Path, device: str, dtype: str, quiet: bool) -> LLM:
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--buckets is {text!r}; give numbers such as 1,2,4") from None
+
+
+def _load(checkpoint: Path, quiet: bool, **options: Any) -> tuple[LLM, str]:
+    """The model, and a line about it that is not shown before the request is accepted."""
     from qwen3_ascend.runtime import load
 
     started = time.perf_counter()
-    llm = load(checkpoint, device, dtype)
-    if not quiet:
-        _to_stderr(f"loaded {checkpoint} in {time.perf_counter() - started:.1f} s")
-    return llm
+    with _steps(quiet) as show:
+        llm = load(checkpoint, progress=show, **options)
+    return llm, f"loaded {checkpoint} in {time.perf_counter() - started:.1f} s"
 
 
 def _sampling_params(llm: LLM, options: dict[str, Any]) -> SamplingParams:
@@ -295,7 +505,9 @@ def _sampling_params(llm: LLM, options: dict[str, Any]) -> SamplingParams:
     return dataclasses.replace(llm.default_params, **given)
 
 
-def _print_stream(stream: AnswerStream, quiet: bool) -> None:
+def _print_stream(stream: AnswerStream, loaded: str, quiet: bool) -> None:
+    if not quiet:
+        _to_stderr(loaded)
     started = time.perf_counter()
     first = None
     for piece in stream:
@@ -312,7 +524,9 @@ def _print_stream(stream: AnswerStream, quiet: bool) -> None:
     _to_stderr(f"{line}, {output / (ended - started):.1f} tokens/s ({done.finish_reason})")
 
 
-def _print_batch(llm: LLM, prompts: list[str], params: SamplingParams, quiet: bool) -> None:
+def _print_batch(
+    llm: LLM, prompts: list[str], params: SamplingParams, loaded: str, quiet: bool
+) -> None:
     started = time.perf_counter()
     answers = llm.generate(prompts, params, raw=True)
     for number, answer in enumerate(answers, 1):
@@ -320,6 +534,7 @@ def _print_batch(llm: LLM, prompts: list[str], params: SamplingParams, quiet: bo
     if not quiet:
         seconds = time.perf_counter() - started
         tokens = sum(len(answer.token_ids) for answer in answers)
+        _to_stderr(loaded)
         _to_stderr(f"{len(answers)} answers, {tokens} tokens, {tokens / seconds:.1f} tokens/s")
 
 

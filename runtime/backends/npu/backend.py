@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,13 @@ from qwen3_ascend.checkpoint.errors import CheckpointError, RequestError
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.model import Qwen3Config
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Linear
-from qwen3_ascend.runtime.backends.base import Activation, CacheShape, DeviceLinear, Forward
+from qwen3_ascend.runtime.backends.base import (
+    Activation,
+    CacheShape,
+    DeviceLinear,
+    Forward,
+    Progress,
+)
 from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.attention import choose_attention
 from qwen3_ascend.runtime.backends.npu.device import DeviceError, free_bytes, open_device
@@ -93,7 +98,7 @@ class NpuBackend:
     def _make(self, linear: Linear) -> NpuLinear:
         upload = self._upload
         if isinstance(linear, BF16):
-            return DenseLinear(linear, upload)
+            return DenseLinear.load(linear, upload)
         if isinstance(linear, W8A8):
             return Int8Linear(linear, upload)
         raise CheckpointError(f"the npu backend has no kernel for the scheme {linear.scheme}")
@@ -113,6 +118,10 @@ class NpuBackend:
             raise DeviceError("the kernels do not read the weights as the file holds them")
         return loaded
 
+    def tied_head(self, embedding: Tensor) -> DeviceLinear:
+        """See Backend."""
+        return DenseLinear(embedding, None)
+
     def to_device(self, step: StepInputs) -> StepInputs:
         """The step with its tensors on the device."""
         rows = None if step.logit_rows is None else step.logit_rows.to(self.device)
@@ -125,9 +134,7 @@ class NpuBackend:
             logit_rows=rows,
         )
 
-    def runner(
-        self, forward: Forward, shape: CacheShape, progress: Callable[[str, int, int], None]
-    ) -> Forward:
+    def runner(self, forward: Forward, shape: CacheShape, progress: Progress) -> Forward:
         """See Backend: captured graphs for decode, unless they are turned off."""
         if not self.options.graph:
             return lambda step: forward(self.to_device(step))
@@ -173,15 +180,19 @@ class NpuBackend:
         epsilon: float,
         consumer: DeviceLinear,
     ) -> tuple[Activation, Tensor]:
-        """See Backend: one launch, with the quantization if the consumer wants it."""
-        if delta is None:
-            normed = torch_npu.npu_rms_norm(hidden, weight, epsilon)[0]
-            return consumer.prepare(normed), hidden
+        """See Backend: one launch, with the quantization if the consumer wants it.
+
+        The first layer has nothing to add. There the fused kernel adds zeros: as many launches as
+        a norm and a quantization, and no rounding between the two.
+        """
         if isinstance(consumer, Int8Linear):
+            delta = torch.zeros_like(hidden) if delta is None else delta
             codes, _, total, scale, _ = torch_npu.npu_add_rms_norm_dynamic_quant(
                 hidden, delta, weight, epsilon=epsilon, output_mask=[True, False]
             )
             return QuantizedActivation(codes, scale), total
+        if delta is None:
+            return torch_npu.npu_rms_norm(hidden, weight, epsilon)[0], hidden
         normed, _, total = torch_npu.npu_add_rms_norm(hidden, delta, weight, epsilon)
         return normed, total
 

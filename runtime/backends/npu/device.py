@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +47,13 @@ class DeviceInfo:
 
 
 def is_available() -> bool:
-    """Whether torch_npu is installed and sees a card. Never raises."""
+    """Whether torch_npu is installed and sees a card; warns if it is installed but unusable."""
     if importlib.util.find_spec("torch_npu") is None:
         return False
     try:
         return bool(import_torch_npu().npu.device_count() > 0)
-    except DeviceError:
+    except DeviceError as error:
+        warnings.warn(f"using the CPU, because {error}", stacklevel=2)
         return False
 
 

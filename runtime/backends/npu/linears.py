@@ -29,9 +29,14 @@ class QuantizedActivation:
 class DenseLinear:
     """bf16: F.linear reads [N, K], in FRACTAL_NZ, through its own transposed view."""
 
-    def __init__(self, linear: BF16, upload: Upload) -> None:
-        self.weight = upload(linear.weight, linear.layout, *linear.shape)
-        self.bias = None if linear.bias is None else linear.bias.to("npu")
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    @classmethod
+    def load(cls, linear: BF16, upload: Upload) -> DenseLinear:
+        """Puts a stored linear on the device."""
+        weight = upload(linear.weight, linear.layout, *linear.shape)
+        return cls(weight, None if linear.bias is None else linear.bias.to("npu"))
 
     def prepare(self, x: Tensor) -> Tensor:
         """See DeviceLinear."""

@@ -19,6 +19,10 @@ class CheckpointError(UserError):
     """A file of a checkpoint (ours or the source's) that is missing, damaged or inconsistent."""
 
 
+class DamagedSourceError(CheckpointError):
+    """A source whose values cannot be right: what was made of it so far is worth nothing."""
+
+
 class RecipeError(UserError):
     """A recipe that is malformed or does not fit the model."""
 

@@ -1,40 +1,23 @@
-"""Writing a checkpoint so that no half of one is ever taken for a whole, and reading it by mmap.
-
-The writer builds everything in OUT/.partial and publishes at the end: the old manifest goes first,
-then the new files are renamed into place, and the new manifest comes last. At every instant OUT is
-a complete checkpoint or visibly none.
-"""
+"""Names, hashes and the reader of a checkpoint's files; `writer` makes them."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.manifest import (
-    MANIFEST_NAME,
-    FileEntry,
-    LinearEntry,
-    Manifest,
-    StoredTensor,
-)
-from qwen3_ascend.checkpoint.safetensors_file import Header, MappedFile, build_header
+from qwen3_ascend.checkpoint.hashing import bytes_sha256, range_sha256
+from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest, StoredTensor
+from qwen3_ascend.checkpoint.model import Qwen3Config
+from qwen3_ascend.checkpoint.safetensors_file import MappedFile
 from qwen3_ascend.checkpoint.schemes import Linear, scheme
 
 STAGING = ".partial"
-SHARD_PATTERN = "ascend-*.safetensors"
-HASH_BLOCK = 1 << 22
+"""Folder within the output in which a checkpoint is built."""
 
 
 @dataclass(frozen=True)
@@ -50,142 +33,24 @@ def shard_name(index: int, count: int) -> str:
     return f"ascend-{index:05d}-of-{count:05d}.safetensors"
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not copied."""
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
-    return flat.numpy().data if flat.numel() else memoryview(b"")
-
-
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, streamed."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-class ShardWriter:
-    """One shard being written: the header is there from the start, tensors come in any order."""
-
-    def __init__(self, path: Path, plan: ShardPlan) -> None:
-        self.plan = plan
-        self._header: Header = build_header(plan.tensors)
-        self._file: FileIO = path.open("w+b", buffering=0)
-        self._missing = set(plan.tensors)
-        _write_all(self._file.fileno(), memoryview(self._header.raw), 0)
-
-    def write(self, name: str, tensor: Tensor) -> StoredTensor:
-        """Writes a tensor at its place and hashes it."""
-        slot = self._header.slots[name]
-        if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
-            raise AssertionError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was not planned")
-        data = tensor_bytes(tensor)
-        _write_all(self._file.fileno(), data, slot.start)
-        self._missing.remove(name)
-        return StoredTensor(slot.dtype, slot.shape, self.plan.file, _sha256(data))
-
-    def read_back(self, name: str) -> Tensor:
-        """A written tensor, read from the file again."""
-        slot = self._header.slots[name]
-        data = bytearray(slot.nbytes)
-        _read_all(self._file.fileno(), memoryview(data), slot.start)
-        return torch.frombuffer(data, dtype=slot.dtype).view(slot.shape)
-
-    def close(self) -> FileEntry:
-        """Forces the file to disk; AssertionError if a planned tensor was not written."""
-        if self._missing:
-            raise AssertionError(f"{self.plan.file} lacks {sorted(self._missing)[0]}")
-        os.fsync(self._file.fileno())
-        size = os.fstat(self._file.fileno()).st_size
-        self._file.close()
-        return FileEntry(size, _sha256(memoryview(self._header.raw)))
-
-
-class CheckpointWriter:
-    """Builds a checkpoint beside its final place and publishes it in one step.
-
-    Use as a context manager; without `commit` nothing of the output changes and what was staged
-    is removed.
-    """
-
-    def __init__(self, folder: Path, overwrite: bool = False) -> None:
-        """Claims a folder.
-
-        Raises:
-            CheckpointError: if the folder is in use or not empty (and overwrite is False).
-        """
-        self.folder, self.staging = folder, folder / STAGING
-        check_output(folder, overwrite)
-        try:
-            self.staging.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.staging / "lock").open("w")
-        except OSError as error:
-            raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CheckpointError(f"{folder} is being written by another process") from error
-        self._clear()
-        self.shards: dict[str, FileEntry] = {}
-        self.files: dict[str, FileEntry] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._clear()
-        self._lock.close()
-        shutil.rmtree(self.staging, ignore_errors=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
-
-    def _clear(self) -> None:
-        for path in self.staging.iterdir():
-            if path.name != "lock":
-                path.unlink()
-
-    def open_shard(self, plan: ShardPlan) -> ShardWriter:
-        """Starts a shard in the staging folder."""
-        return ShardWriter(self.staging / plan.file, plan)
-
-    def close_shard(self, shard: ShardWriter) -> None:
-        """Finishes a shard and remembers its size and header hash."""
-        self.shards[shard.plan.file] = shard.close()
-
-    def add_file(self, name: str, data: bytes) -> None:
-        """Stages a small file (config, tokenizer, model card)."""
-        with (self.staging / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        self.files[name] = FileEntry(len(data), _sha256(memoryview(data)))
-
-    def commit(self, manifest: Manifest) -> None:
-        """Publishes everything staged; the manifest is the last file to appear."""
-        text = manifest.text().encode()
-        self.add_file(MANIFEST_NAME, text)
-        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
-        for old in self.folder.glob(SHARD_PATTERN):
-            old.unlink()
-        _sync_folder(self.folder)
-        for name in [*self.shards, *(name for name in self.files if name != MANIFEST_NAME)]:
-            os.replace(self.staging / name, self.folder / name)
-        _sync_folder(self.folder)
-        os.replace(self.staging / MANIFEST_NAME, self.folder / MANIFEST_NAME)
-        _sync_folder(self.folder)
+    return range_sha256(path, 0, path.stat().st_size)
 
 
 class CheckpointReader:
-    """A finished checkpoint: its manifest, and its tensors as views of the mapped files."""
+    """A finished checkpoint: its manifest, and its tensors as views of the mapped files.
 
-    def __init__(self, folder: Path) -> None:
+    Opening it finds every structural damage (a file that is missing, cut, swapped or replaced, a
+    header or manifest that was edited) but does not read the tensors; `verify.check_reader` does.
+    """
+
+    def __init__(self, folder: Path, check_files: bool = True) -> None:
         """Opens every shard and holds its header against the manifest.
+
+        Args:
+            folder: a finished checkpoint.
+            check_files: also hash the small files beside the shards.
 
         Raises:
             CheckpointError: naming the file or tensor that is missing or does not fit.
@@ -197,13 +62,26 @@ class CheckpointReader:
             self._check_slot(name, stored)
         for name, entry in self.manifest.linears.items():
             self._check_forms(name, entry)
+        for problem in self.file_problems() if check_files else ():
+            raise CheckpointError(f"{folder}: {problem}")
+
+    def file_problems(self) -> list[str]:
+        """A line for each small file that is missing or differs from the manifest."""
+        found = []
+        for name, entry in self.manifest.files.items():
+            path = self.folder / plain_name(name)
+            if not path.is_file():
+                found.append(f"file {name} is missing")
+            elif path.stat().st_size != entry.size or file_sha256(path) != entry.sha256:
+                found.append(f"file {name}: its bytes differ from the manifest")
+        return found
 
     def _open(self, name: str) -> MappedFile:
         path, entry = self.folder / plain_name(name), self.manifest.shards[name]
         file = MappedFile(path)
         if path.stat().st_size != entry.size:
             raise CheckpointError(f"{path} has another size than its manifest says")
-        if _sha256(memoryview(file.header.raw)) != entry.sha256:
+        if bytes_sha256(file.header.raw) != entry.sha256:
             raise CheckpointError(f"{path}: the header was changed after it was written")
         return file
 
@@ -225,6 +103,11 @@ class CheckpointReader:
                 f"{list(entry.shape)}"
             )
 
+    @property
+    def config(self) -> Qwen3Config:
+        """Of the model."""
+        return self.manifest.model
+
     def tensor(self, name: str) -> Tensor:
         """An unquantized tensor."""
         return self._files[self.manifest.tensors[name].file].tensor(name)
@@ -240,19 +123,11 @@ class CheckpointReader:
 
     def stored_sha256(self, name: str) -> str:
         """SHA-256 of the bytes of a stored tensor as they are on disk now."""
-        return _sha256(self._files[self.manifest.stored()[name].file].raw(name))
+        return self._files[self.manifest.stored()[name].file].sha256(name)
 
     def tensor_names(self, file: str) -> set[str]:
         """Names of all tensors in a shard."""
         return set(self._files[file].header.slots)
-
-
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuses an output that is a file, or a folder with content that nobody agreed to replace."""
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file, not a folder")
-    if folder.is_dir() and not overwrite and any(p.name != STAGING for p in folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty; choose another or pass --overwrite")
 
 
 def plain_name(name: str) -> str:
@@ -260,29 +135,3 @@ def plain_name(name: str) -> str:
     if not name or name != Path(name).name or name in (".", "..") or "\0" in name:
         raise CheckpointError(f"{name!r} is not a plain file name")
     return name
-
-
-def _sha256(data: memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def _read_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.preadv(descriptor, [data], offset)
-        if not count:
-            raise CheckpointError("a staged file became shorter while it was being written")
-        data, offset = data[count:], offset + count
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

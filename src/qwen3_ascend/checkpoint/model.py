@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,9 @@ FINAL_NORM = "model.norm"
 LM_HEAD = "lm_head"
 
 ROPE_TYPES = ("default", "yarn")
+
+MAX_CONTEXT = (1 << 31) - 1
+"""Positions and cache slots are int32 on the device."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is missing: this is not a Hugging Face model folder") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a JSON object, not {type(data).__name__}")
@@ -204,6 +208,7 @@ class _Reader:
             rope=self._rope(),
         )
         self._check_heads(config)
+        self._check_context(config)
         return config
 
     def _fail(self, message: str) -> ConfigError:
@@ -222,8 +227,10 @@ class _Reader:
         activation = self.data.get("hidden_act", "silu")
         if activation != "silu":
             raise self._fail(f"hidden_act is {activation!r}; Qwen3 uses 'silu'")
-        sliding = "sliding_attention" in (self.data.get("layer_types") or ())
-        if sliding or self.data.get("use_sliding_window"):
+        kinds = self.data.get("layer_types") or []
+        if not isinstance(kinds, list):
+            raise self._fail(f"layer_types must be a list, not {kinds!r}")
+        if "sliding_attention" in kinds or self.data.get("use_sliding_window"):
             raise self._fail("sliding window attention is in use; only full attention is supported")
 
     def _count(self, key: str, default: int | None = None) -> int:
@@ -234,7 +241,8 @@ class _Reader:
         return value
 
     def _number(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value <= sys.float_info.max:
             raise self._fail(f"{key} must be a positive number, not {value!r}")
         return float(value)
 
@@ -253,6 +261,12 @@ class _Reader:
         if config.head_dim % 2:
             raise self._fail(f"head_dim {config.head_dim} is odd: rotary embedding needs pairs")
 
+    def _check_context(self, config: Qwen3Config) -> None:
+        rope = config.rope
+        context = max(config.max_position, rope.original_max_position * rope.factor)
+        if context > MAX_CONTEXT:
+            raise self._fail(f"a context of {context:.0f} tokens is beyond {MAX_CONTEXT}")
+
     def _rope_section(self) -> dict[str, Any]:
         """transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling."""
         section = self.data.get("rope_parameters") or self.data.get("rope_scaling") or {}
@@ -264,6 +278,8 @@ class _Reader:
         section = self._rope_section()
         kind = section.get("rope_type", section.get("type", "default"))
         theta = self._number("rope_theta", section["rope_theta"])
+        if theta <= 1:
+            raise self._fail(f"rope_theta must be above 1, not {theta!r}")
         if kind not in ROPE_TYPES:
             known = ", ".join(ROPE_TYPES)
             raise self._fail(f"rope type {kind!r} is not supported; known types: {known}")
@@ -272,36 +288,31 @@ class _Reader:
         return RopeConfig("default", theta) if kind == "default" else self._yarn(section, theta)
 
     def _yarn(self, section: dict[str, Any], theta: float) -> RopeConfig:
-        original = section.get("original_max_position_embeddings")
-        if original is None:
-            original = self._count("max_position_embeddings")
-        factor = section.get("factor")
-        if factor is None:
-            factor = self._count("max_position_embeddings") / original
-        factor = self._number("rope factor", factor)
-        attention = section.get("attention_factor")
-        if attention is None:
-            attention = _yarn_attention(
-                factor, section.get("mscale"), section.get("mscale_all_dim")
-            )
+        def number(key: str, default: float) -> float:
+            value = section.get(key)
+            return self._number(key, default if value is None else value)
+
+        trained = self._count("max_position_embeddings", 32768)
+        original = number("original_max_position_embeddings", trained)
+        factor = number("factor", trained / original)
+        scales = [number(key, 1.0) for key in ("mscale", "mscale_all_dim") if section.get(key)]
         return RopeConfig(
             type="yarn",
             theta=theta,
             factor=factor,
-            original_max_position=int(self._number("original_max_position_embeddings", original)),
-            attention_factor=self._number("attention_factor", attention),
-            beta_fast=self._number("beta_fast", section.get("beta_fast") or 32.0),
-            beta_slow=self._number("beta_slow", section.get("beta_slow") or 1.0),
+            original_max_position=int(original),
+            attention_factor=number("attention_factor", _yarn_attention(factor, scales)),
+            beta_fast=number("beta_fast", 32.0),
+            beta_slow=number("beta_slow", 1.0),
             truncate=bool(section.get("truncate", True)),
         )
 
 
-def _yarn_attention(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
-    """The scale of cosine and sine when the configuration does not state one."""
+def _yarn_attention(factor: float, scales: Sequence[float]) -> float:
+    """The scale of cosine and sine when the configuration does not state one; mscale and
+    mscale_all_dim count only together."""
 
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    if mscale and mscale_all_dim:
-        return scale(mscale) / scale(mscale_all_dim)
-    return scale(1.0)
+    return scale(scales[0]) / scale(scales[1]) if len(scales) == 2 else scale(1.0)

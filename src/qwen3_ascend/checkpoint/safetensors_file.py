@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.errors import CheckpointError
+from qwen3_ascend.checkpoint.hashing import range_sha256
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -173,10 +174,22 @@ class MappedFile:
         flat = torch.frombuffer(self._map, dtype=slot.dtype, count=count, offset=slot.start)
         return flat.view(slot.shape)
 
+    def sha256(self, name: str) -> str:
+        """SHA-256 of a tensor's bytes, read from the file again."""
+        slot = self.header.slots[name]
+        return range_sha256(self.path, slot.start, slot.stop)
+
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor."""
         slot = self.header.slots[name]
         return memoryview(self._map)[slot.start : slot.stop]
+
+    def drop_pages(self) -> None:
+        """Gives the memory of all pages read so far back to the system.
+
+        Tensors stay valid: what is touched again comes from the page cache, or the disk.
+        """
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from qwen3_ascend.checkpoint.files import CheckpointReader, file_sha256, plain_name
+from qwen3_ascend.checkpoint.errors import CheckpointError
+from qwen3_ascend.checkpoint.files import CheckpointReader
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.model import LinearSpec, walk
+from qwen3_ascend.checkpoint.threads import run_all
 
 
 @dataclass(frozen=True)
@@ -26,42 +29,73 @@ class Verdict:
         return not self.problems
 
 
-def verify(folder: Path, progress: Callable[[int], None] = lambda nbytes: None) -> Verdict:
+def verify(
+    folder: Path,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    threads: int | None = None,
+) -> Verdict:
     """Re-derives every shape from the model's configuration and re-hashes every byte.
 
     Args:
         folder: a finished checkpoint.
         progress: called with the bytes of each tensor or file once it is checked.
+        threads: that hash at a time; default one for each processor.
 
     Raises:
         CheckpointError: if the folder cannot be opened at all (no manifest, a truncated shard).
     """
-    reader = CheckpointReader(folder)
-    stored, problems = reader.manifest.stored(), [*_structure(reader)]
-    for name, tensor in stored.items():
-        if reader.stored_sha256(name) != tensor.sha256:
-            problems.append(f"tensor {name} in {tensor.file}: its bytes differ from the manifest")
-        progress(tensor.nbytes)
-    for name, entry in reader.manifest.files.items():
-        problems += _file_problems(folder / plain_name(name), entry.size, entry.sha256)
-        progress(entry.size)
-    nbytes = total_bytes(reader.manifest)
-    files = len(reader.manifest.files) + len(reader.manifest.shards)
-    return Verdict(len(stored), files, nbytes, tuple(problems))
+    reader = CheckpointReader(folder, check_files=False)
+    manifest = reader.manifest
+    problems = [*_structure(reader), *changed_tensors(reader, progress, threads)]
+    problems += reader.file_problems()
+    progress(sum(entry.size for entry in manifest.files.values()))
+    files = len(manifest.files) + len(manifest.shards)
+    return Verdict(len(manifest.stored()), files, total_bytes(manifest), tuple(problems))
+
+
+def check_reader(
+    reader: CheckpointReader,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    threads: int | None = None,
+) -> None:
+    """Re-hashes every tensor of an open checkpoint.
+
+    Opening it has checked everything else; together they notice any changed byte.
+
+    Raises:
+        CheckpointError: naming the first tensor whose bytes differ from the manifest.
+    """
+    for problem in changed_tensors(reader, progress, threads):
+        raise CheckpointError(f"{reader.folder}: {problem}")
+
+
+def changed_tensors(
+    reader: CheckpointReader, progress: Callable[[int], None], threads: int | None
+) -> list[str]:
+    """A line for each tensor whose bytes differ from the manifest, in the manifest's order."""
+    stored = reader.manifest.stored()
+    # A hash cannot be divided, so the largest tensors go first.
+    names = sorted(stored, key=lambda name: stored[name].nbytes, reverse=True)
+    changed = set()
+    for name, digest in run_all([partial(_hashed, reader, name) for name in names], threads):
+        if digest != stored[name].sha256:
+            changed.add(name)
+        progress(stored[name].nbytes)
+    return [
+        f"tensor {name} in {tensor.file}: its bytes differ from the manifest"
+        for name, tensor in stored.items()
+        if name in changed
+    ]
+
+
+def _hashed(reader: CheckpointReader, name: str) -> tuple[str, str]:
+    return name, reader.stored_sha256(name)
 
 
 def total_bytes(manifest: Manifest) -> int:
     """Bytes of all tensors and of all files that are not shards."""
     tensors = sum(tensor.nbytes for tensor in manifest.stored().values())
     return tensors + sum(entry.size for entry in manifest.files.values())
-
-
-def _file_problems(path: Path, size: int, sha256: str) -> list[str]:
-    if not path.is_file():
-        return [f"file {path.name} is missing"]
-    if path.stat().st_size != size or file_sha256(path) != sha256:
-        return [f"file {path.name}: its bytes differ from the manifest"]
-    return []
 
 
 def _structure(reader: CheckpointReader) -> list[str]:

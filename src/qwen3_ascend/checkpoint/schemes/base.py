@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from qwen3_ascend import native
 from qwen3_ascend.checkpoint.layout import Layout
+from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums
 
 LinearShape = tuple[int, int]
 """(N outputs, K inputs)."""
@@ -58,8 +60,39 @@ class Linear(ABC):
 
     @classmethod
     @abstractmethod
+    def pieces(cls, shape: LinearShape, layout: Layout) -> tuple[Piece, ...]:
+        """How a linear is cut, in the order in which the pieces lie in storage."""
+
+    @classmethod
+    @abstractmethod
+    def pack(cls, source: Stack, piece: Piece, layout: Layout, kernels: native.Kernels) -> Packed:
+        """Quantizes and packs one piece of a float [N, K] weight.
+
+        The same bytes result whatever the kernels and the number of parts.
+
+        Raises:
+            native.NotFinite: if a weight of the piece is not finite.
+        """
+
+    @abstractmethod
+    def errors(self, source: Stack, piece: Piece, kernels: native.Kernels) -> Sums | None:
+        """What `pack` reported for a piece, measured again from the stored bytes."""
+
+    @classmethod
     def quantize(cls, weight: Tensor, bias: Tensor | None, layout: Layout) -> Self:
-        """Quantizes and packs a float [N, K] weight. The weight must be finite."""
+        """Quantizes and packs a whole float [N, K] weight, which must be finite."""
+        outputs, inputs = weight.shape
+        shape, kernels, source = (outputs, inputs), native.best(), Stack((weight,))
+        tensors = {
+            suffix: torch.empty(storage, dtype=dtype)
+            for suffix, (dtype, storage) in cls.stored(shape, layout, False).items()
+        }
+        for piece in cls.pieces(shape, layout):
+            for suffix, (start, data) in cls.pack(source, piece, layout, kernels).tensors.items():
+                place = start // data.element_size()
+                tensors[suffix].view(-1)[place : place + data.numel()] = data.reshape(-1)
+        stored_bias = store_bias(bias)
+        return cls.from_tensors(shape, layout, with_bias(tensors, stored_bias))
 
     @classmethod
     @abstractmethod

@@ -9,6 +9,8 @@ and the simulated device:
     token code    = clip(round(x / token scale), -128, 127)
     y             = float32(sum of code products, exact) * token scale * channel scale
 
+A row of zeros (or one so small that its scale vanishes) gets the scale 1 and codes 0.
+
 The scale is made bf16 before the codes are chosen, because Ascend's stacks read scales as bf16:
 so the code is the nearest one to what the device will multiply.
 """
@@ -31,12 +33,16 @@ from qwen3_ascend.checkpoint.schemes.base import (
     add_bias,
     bias_form,
     row_slices,
-    store_bias,
     with_bias,
 )
+from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums, cut
+from qwen3_ascend.native import Kernels
 
 CODE_MAX = 127
 """The largest magnitude a scale maps onto: symmetric, so -128 is never chosen."""
+
+STRIP = nz_columns(torch.int8.itemsize)
+"""Output channels of a strip of the default layout."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +69,44 @@ class W8A8(Linear):
         }
 
     @classmethod
-    def quantize(cls, weight: Tensor, bias: Tensor | None, layout: Layout) -> Self:
-        """Rounds to nearest with one bf16-representable scale per output channel."""
-        outputs, inputs = weight.shape
-        scale = torch.empty(outputs, dtype=torch.float32)
-        codes = torch.empty((outputs, inputs), dtype=torch.int8)
-        for rows in row_slices(outputs):
-            block = weight[rows].float()
-            scale[rows] = channel_scales(block)
-            codes[rows] = round_to_codes(block, scale[rows])
-        return cls((outputs, inputs), layout, layout.pack(codes), store_bias(bias), scale)
+    def pieces(cls, shape: LinearShape, layout: Layout) -> tuple[Piece, ...]:
+        """See Linear.pieces: whole strips of rows."""
+        outputs, inputs = shape
+        if layout.format == "nd" or layout == cls.default_layout():
+            return cut("rows", outputs, STRIP, STRIP * inputs)
+        return (Piece("rows", 0, outputs),)
+
+    @classmethod
+    def pack(cls, source: Stack, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
+        """See Linear.pack: one bf16-representable scale per output channel, nearest codes."""
+        rows = source.cut(piece)
+        count, inputs = rows.shape
+        default = cls.default_layout()
+        strips = torch.empty(default.storage_shape(count, inputs), dtype=torch.int8)
+        scale = torch.empty(count, dtype=torch.float32)
+        sums = Sums(torch.empty(count).double(), torch.empty(count).double())
+        kernels.quantize_w8a8_nz(rows, strips, scale, sums.signal, sums.noise)
+        start = piece.start // STRIP * strips[0].nbytes
+        weight = strips
+        if layout != default:
+            weight = layout.pack(default.unpack(strips, count, inputs))
+            start = piece.start * inputs
+        tensors = {"weight": (start, weight), "scale": (piece.start * scale.itemsize, scale)}
+        return Packed(tensors, sums)
+
+    def errors(self, source: Stack, piece: Piece, kernels: Kernels) -> Sums | None:
+        """See Linear.errors."""
+        rows = source.cut(piece)
+        default = self.default_layout()
+        if self.layout == default:
+            strips = self.weight[piece.start // STRIP : -(-piece.stop // STRIP)]
+        else:
+            strips = default.pack(self.codes()[piece.start : piece.stop])
+        count = rows.shape[0]
+        sums = Sums(torch.empty(count).double(), torch.empty(count).double())
+        scale = self.scale[piece.start : piece.stop]
+        kernels.error_w8a8_nz(rows, strips, scale, sums.signal, sums.noise)
+        return sums
 
     @classmethod
     def from_tensors(
@@ -100,16 +134,6 @@ class W8A8(Linear):
         token_codes, token_scale = quantize_tokens(x)
         product = token_codes.long() @ self.codes().long().t()
         return add_bias(rescale(product, token_scale, self.scale), self.bias)
-
-
-def channel_scales(weight: Tensor) -> Tensor:
-    """bf16(max|w| / 127) of each row of a float32 [N, K] weight, as float32 [N].
-
-    A row of zeros (or one so small that its scale vanishes) gets the scale 1 and codes 0.
-    """
-    largest = weight.abs().amax(dim=-1)
-    scale = (largest / CODE_MAX).to(torch.bfloat16).float()
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def round_to_codes(values: Tensor, scale: Tensor) -> Tensor:

@@ -1,0 +1,108 @@
+"""Random-weight Qwen3 checkpoints in the published shapes, for benchmarks.
+
+Values are normal with the spread of trained weights. They are drawn from one table, so that a
+gigabyte takes seconds; no kernel of this project is faster on them than on any others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend.checkpoint.model import LinearSpec, Qwen3Config, walk
+from qwen3_ascend.checkpoint.safetensors_file import build_header, tensor_nbytes
+
+TABLE = (1 << 24) + 4099
+SHARD_BYTES = 5 * 10**9
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+             "num_attention_heads": 16, "tie_word_embeddings": True},
+    "1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
+             "num_attention_heads": 16, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+           "num_attention_heads": 32, "tie_word_embeddings": False},
+    "32b": {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
+            "num_attention_heads": 64, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+def config(model: str, layers: int | None = None) -> dict[str, Any]:
+    """config.json of a published size, or of its first layers."""
+    data = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_key_value_heads": 8,
+        "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000, "hidden_act": "silu", "attention_bias": False,
+        "bos_token_id": 151643, "eos_token_id": 151645, "torch_dtype": "bfloat16",
+        "use_sliding_window": False, **SHAPES[model],
+    }  # fmt: skip
+    return data if layers is None else {**data, "num_hidden_layers": layers}
+
+
+def tensors(data: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the source, sorted as transformers sorts them."""
+    found: dict[str, tuple[int, ...]] = {}
+    for entry in walk(Qwen3Config.from_hf(data)):
+        if isinstance(entry, LinearSpec):
+            for source, rows in zip(entry.sources, entry.parts, strict=True):
+                found[f"{source}.weight"] = (rows, entry.inputs)
+        else:
+            found[entry[0]] = entry[1]
+    return dict(sorted(found.items()))
+
+
+def ensure(folder: Path, data: dict[str, Any]) -> Path:
+    """Writes the checkpoint unless it is there already."""
+    mark = folder / "config.json"
+    if mark.exists() and json.loads(mark.read_text()) == data:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = tensors(data)
+    files = _files(shapes)
+    table = torch.randn(TABLE, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(files, 1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        name = name if len(files) > 1 else "model.safetensors"
+        _write(folder / name, {key: shapes[key] for key in names}, table)
+        weight_map |= dict.fromkeys(names, name)
+    if len(files) > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    mark.write_text(json.dumps(data))
+    return folder
+
+
+def _files(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        nbytes = tensor_nbytes(torch.bfloat16, shape)
+        if groups[-1] and filled + nbytes > SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += nbytes
+    return groups
+
+
+def _write(path: Path, shapes: dict[str, tuple[int, ...]], table: Tensor) -> None:
+    header = build_header({name: (torch.bfloat16, shape) for name, shape in shapes.items()})
+    with path.open("wb") as file:
+        file.write(header.raw)
+        for number, shape in enumerate(shapes.values()):
+            for block in _blocks(torch.Size(shape).numel(), table, 1000003 * number):
+                file.write(block.view(torch.int16).numpy().data)
+
+
+def _blocks(count: int, table: Tensor, start: int) -> Iterator[Tensor]:
+    while count:
+        start %= len(table)
+        block = table[start : start + count]
+        yield block
+        count -= len(block)
+        start += len(block)

@@ -1,0 +1,130 @@
+"""What a conversion needs of the machine, asked before the first byte of weights is fetched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen3_ascend.checkpoint.errors import CheckpointError
+from qwen3_ascend.checkpoint.files import STAGING
+from qwen3_ascend.checkpoint.writer import SHARD_PATTERN
+from qwen3_ascend.convert.memory import available_memory
+from qwen3_ascend.convert.plan import Plan
+from qwen3_ascend.convert.report import size_text
+from qwen3_ascend.convert.source import Source
+
+LOW_DISK_FOLDER = Path(STAGING) / "source"
+"""Where --low-disk keeps weight files until they have been used, below the output."""
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes that will be written below one folder, and the words for them."""
+
+    what: str
+    folder: Path
+    nbytes: int
+
+
+def disk_needs(plan: Plan, source: Source, output: Path) -> list[DiskNeed]:
+    """What will be written where; without what an interrupted conversion has left already."""
+    staged = sum(_allocated(path) for path in (output / STAGING).glob(SHARD_PATTERN))
+    needs = [DiskNeed("checkpoint", output, max(0, plan.output_bytes - staged))]
+    provider = source.provider
+    if provider.store is not None:
+        peak = (
+            low_disk_peak(plan, source) if provider.temporary else _missing(source, source.shards)
+        )
+        needs.append(DiskNeed("downloads", provider.store, peak))
+    return needs
+
+
+def describe_disk(needs: Sequence[DiskNeed]) -> str:
+    """A line for people."""
+    parts = [f"{size_text(need.nbytes)} of {need.what} in {need.folder}" for need in needs]
+    return f"needs {size_text(sum(need.nbytes for need in needs))} of disk: {', '.join(parts)}"
+
+
+def low_disk_peak(plan: Plan, source: Source) -> int:
+    """Most bytes of weight files on disk at a time, if each goes when it has been used.
+
+    A file is there from its first use to its last, and while it is in use the next one comes.
+    """
+    uses = [source.shard_order(item.reads) for item in plan.items]
+    order = list(dict.fromkeys(name for names in uses for name in names))
+    first = {name: index for index, names in reversed([*enumerate(uses)]) for name in names}
+    last = {name: index for index, names in enumerate(uses) for name in names}
+    peak = 0
+    for index in range(len(uses)):
+        begun = sum(first[name] <= index for name in order)
+        # One item longer: the last pieces are still at work when the next item begins.
+        held = [name for name in order[:begun] if last[name] + 1 >= index]
+        peak = max(peak, _missing(source, [*held, *order[begun : begun + 1]]))
+    return peak
+
+
+def check_machine(plan: Plan, source: Source, output: Path, working_bytes: int) -> None:
+    """Refuses a conversion that could not end well.
+
+    Args:
+        plan: of the conversion.
+        source: of the weights.
+        output: the folder.
+        working_bytes: private memory that it will take.
+
+    Raises:
+        CheckpointError: the output cannot be written, or the disk or the memory is too small; with
+            the figures, and what to do.
+    """
+    parent = existing_parent(output)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot write to {parent}; choose another output folder")
+    _check_disk(plan, source, output)
+    free = available_memory()
+    if free is not None and working_bytes > free:
+        raise CheckpointError(
+            f"converting needs about {size_text(working_bytes)} of memory, but only "
+            f"{size_text(free)} are available; pass a smaller --max-memory or fewer --threads"
+        )
+
+
+def existing_parent(path: Path) -> Path:
+    """A folder itself, or the nearest one above it that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _check_disk(plan: Plan, source: Source, output: Path) -> None:
+    needs = disk_needs(plan, source, output)
+    devices: dict[int, list[DiskNeed]] = {}
+    for need in needs:
+        devices.setdefault(existing_parent(need.folder).stat().st_dev, []).append(need)
+    for together in devices.values():
+        wanted = sum(need.nbytes for need in together)
+        free = shutil.disk_usage(existing_parent(together[0].folder)).free
+        if wanted > free:
+            raise CheckpointError(
+                f"not enough disk space: {describe_disk(together)}, but only {size_text(free)} "
+                f"are free there; {_advice(plan, source)}"
+            )
+
+
+def _advice(plan: Plan, source: Source) -> str:
+    if source.provider.store is None or source.provider.temporary:
+        return "free some, or choose another output folder"
+    less = plan.output_bytes + low_disk_peak(plan, source)
+    return f"free some, or convert with --low-disk, which needs {size_text(less)} in all"
+
+
+def _missing(source: Source, names: Iterable[str]) -> int:
+    return sum(source.shards[name].size for name in names if not source.provider.is_here(name))
+
+
+def _allocated(path: Path) -> int:
+    """Bytes that a file really takes: one that is being written may be full of holes."""
+    return path.stat().st_blocks * 512

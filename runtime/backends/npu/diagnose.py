@@ -1,0 +1,104 @@
+"""What only this machine can tell: versions, the card, and how it lays out and casts weights."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from qwen3_ascend.checkpoint.schemes import SCHEMES
+from qwen3_ascend.runtime.backends.npu.device import (
+    ATB_LIBRARY,
+    DeviceError,
+    import_torch_npu,
+    open_device,
+)
+
+CANN_HOMES = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
+
+
+def environment() -> dict[str, str]:
+    """Versions and settings that a report should carry; never raises."""
+    facts = {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "torch_npu": _version("torch_npu"),
+        "CANN": _cann_version(),
+        "ATB": _library(ATB_LIBRARY),
+    }
+    settings = ("TASK_QUEUE_ENABLE", "ASCEND_RT_VISIBLE_DEVICES", "PYTORCH_NPU_ALLOC_CONF")
+    return facts | {name: os.environ.get(name, "not set") for name in settings}
+
+
+def card() -> dict[str, str]:
+    """The card; DeviceError, saying what is missing, if there is none."""
+    import_torch_npu()
+    info = open_device()
+    return {
+        "card": info.name,
+        "generation": "A2 or A3" if info.is_a2_or_a3 else f"not supported (SoC {info.soc})",
+        "L2 cache": f"{info.l2_bytes >> 20} MiB",
+        "memory": f"{info.total_bytes / 2**30:.1f} GiB",
+    }
+
+
+def layout_checks() -> Iterator[tuple[str, bool | None]]:
+    """Self-checks S1, S0 with S2, and S3: (name, whether it holds; None if it does not apply)."""
+    from qwen3_ascend.runtime.backends.npu import formats, self_check
+    from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, Int8Linear
+
+    for dtype in (torch.int8, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        yield (
+            f"S1 the device's own NZ cast of {name} has our layout",
+            self_check.layouts_agree(dtype),
+        )
+    for outputs, inputs in ((1024, 512), (1000, 200)):
+        weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
+        for name, loader in (("w8a8", Int8Linear), ("bf16", DenseLinear.load)):
+            scheme = SCHEMES[name]
+            linear = scheme.quantize(weight, None, scheme.default_layout())
+            case = f"{name} [{outputs}, {inputs}]"
+            try:
+                loaded = loader(linear, formats.upload_packed)  # type: ignore[arg-type]
+            except DeviceError:
+                yield f"S0 raw load of {case}", False
+                continue
+            yield f"S0 raw load of {case}", True
+            yield f"S2 cast back to ND, {case}", self_check.reads_back(linear, loaded)
+            yield (
+                f"S3 one-hot through the kernel, {case}",
+                self_check.kernel_sees_weight(linear, loaded),
+            )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cann_version() -> str:
+    home = next((os.environ[name] for name in CANN_HOMES if os.environ.get(name)), None)
+    if home is None:
+        return "not set up (source .../ascend-toolkit/set_env.sh)"
+    for path in sorted(Path(home).rglob("ascend_toolkit_install.info")):
+        for line in path.read_text(errors="replace").splitlines():
+            if line.startswith("version="):
+                return line.removeprefix("version=")
+    return f"unknown version in {home}"
+
+
+def _library(name: str) -> str:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return "not found"
+    return "found"

@@ -1,0 +1,61 @@
+"""A random Qwen3 in memory, quantized like a converted one: for checks that need no download."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend.checkpoint.layout import ND
+from qwen3_ascend.checkpoint.model import LM_HEAD, LinearSpec, Qwen3Config, RopeConfig, walk
+from qwen3_ascend.checkpoint.schemes import SCHEMES, Linear
+
+SMALL_CONFIG = Qwen3Config(
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_layers=2,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=4096,
+    max_position=4096,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    attention_bias=False,
+    rope=RopeConfig("default", 1_000_000.0),
+)
+"""Two layers in the shapes of Qwen3-0.6B, with a small vocabulary."""
+
+
+@dataclass(frozen=True)
+class SyntheticWeights:
+    """A WeightSource: every tensor follows from its name, the same on each machine."""
+
+    config: Qwen3Config
+    scheme: str
+
+    def tensor(self, name: str) -> Tensor:
+        """See WeightSource. Norms lie around 1."""
+        shapes = dict(item for item in walk(self.config) if not isinstance(item, LinearSpec))
+        shape = shapes[name]
+        values = torch.randn(shape, generator=_generator(name))
+        return (values if len(shape) > 1 else 1 + 0.1 * values).bfloat16()
+
+    def linear(self, name: str) -> Linear:
+        """See WeightSource."""
+        spec = next(item for item in self._linears() if item.name == name)
+        weight = torch.randn(spec.outputs, spec.inputs, generator=_generator(name))
+        weight = (weight / math.sqrt(spec.inputs)).bfloat16()
+        kind = SCHEMES["bf16" if name == LM_HEAD else self.scheme]
+        layout = ND if name == LM_HEAD else kind.default_layout()
+        return kind.quantize(weight, None, layout)
+
+    def _linears(self) -> list[LinearSpec]:
+        return [item for item in walk(self.config) if isinstance(item, LinearSpec)]
+
+
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))

@@ -1,0 +1,38 @@
+"""A few words around the standard thread pool."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def available_threads() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A thread pool in which torch does not start threads of its own; an error drops its queue."""
+    torch_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(torch_threads)
+
+
+def run_all(tasks: Iterable[Callable[[], T]], threads: int | None = None) -> Iterator[T]:
+    """Results of all tasks as they finish; the first error is raised and the rest dropped."""
+    with workers(threads or available_threads()) as pool:
+        futures: list[Future[T]] = [pool.submit(task) for task in tasks]
+        for future in as_completed(futures):
+            yield future.result()

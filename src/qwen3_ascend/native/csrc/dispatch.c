@@ -1,0 +1,147 @@
+/* The exported functions: check the arguments, set the floating-point mode, call one path. */
+#include "kernels.h"
+
+#include <float.h>
+#include <stddef.h>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+/* A library built with -ffast-math, or torch.set_flush_denormal, may have told this thread to
+ * flush subnormals; the kernels need the IEEE default: round to nearest, keep subnormals. */
+typedef uint64_t float_mode;
+
+_Static_assert(FLT_EVAL_METHOD == 0, "float32 steps must be rounded to float32");
+
+static float_mode enter_ieee_mode(void)
+{
+    float_mode saved = 0;
+#if defined(__x86_64__)
+    saved = _mm_getcsr();
+    _mm_setcsr(0x1f80u);
+#elif defined(__aarch64__)
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved));
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
+#endif
+    return saved;
+}
+
+static void leave_ieee_mode(float_mode saved)
+{
+#if defined(__x86_64__)
+    _mm_setcsr((unsigned)saved);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(saved));
+#else
+    (void)saved;
+#endif
+}
+
+static const struct path_table *find_path(int path)
+{
+    if (path == PATH_BASELINE) return &path_table_baseline;
+#if defined(__x86_64__)
+    if (path == PATH_AVX2 && __builtin_cpu_supports("avx2")) return &path_table_avx2;
+    if (path == PATH_AVX512 && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return &path_table_avx512;
+#endif
+    return NULL;
+}
+
+static int matrix_is_valid(struct matrix source)
+{
+    static const uintptr_t alignment[] = {1, 2, 2, 4};
+    if (source.dtype < DTYPE_BYTE || source.dtype > DTYPE_FP32) return 0;
+    if (source.rows < 0 || source.columns < 0) return 0;
+    if (source.rows > 1 && source.row_stride < source.columns) return 0;
+    return (uintptr_t)source.data % alignment[source.dtype] == 0;
+}
+
+QWEN3_ASCEND_API int qwen3_ascend_abi(void) { return QWEN3_ASCEND_ABI; }
+
+/* 1 when this processor and operating system can run the path, 0 when not. */
+QWEN3_ASCEND_API int qwen3_ascend_has_path(int path) { return find_path(path) != NULL; }
+
+/* Whether every weight is finite; position gets the [row, column] of the first that is not. */
+QWEN3_ASCEND_API int qwen3_ascend_find_not_finite(int path, int dtype, const void *source,
+                                                  int64_t rows, int64_t columns,
+                                                  int64_t row_stride, int64_t *position)
+{
+    struct matrix matrix = {source, rows, columns, row_stride, dtype};
+    const struct path_table *table = find_path(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    if (!matrix_is_valid(matrix) || dtype == DTYPE_BYTE) return STATUS_BAD_ARGUMENT;
+    return table->find(matrix, position);
+}
+
+/* [rows, columns] weights -> strips of [columns padded to 16][32 channels] int8, one per 32 rows,
+ * plus per row a scale (a bfloat16 value), signal and noise. position gets the [row, column] of
+ * the first NaN or Inf, after which the outputs hold nothing of use. */
+QWEN3_ASCEND_API int qwen3_ascend_quantize_w8a8_nz(int path, int dtype, const void *source,
+                                                   int64_t rows, int64_t columns,
+                                                   int64_t row_stride, uint8_t *strips,
+                                                   float *scales, double *signal, double *noise,
+                                                   int64_t *position)
+{
+    struct matrix matrix = {source, rows, columns, row_stride, dtype};
+    const struct path_table *table = find_path(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    if (!matrix_is_valid(matrix) || dtype == DTYPE_BYTE) return STATUS_BAD_ARGUMENT;
+    float_mode saved = enter_ieee_mode();
+    struct error_sums sums = {signal, noise};
+    int status = table->quantize(matrix, strips, scales, sums, position);
+    leave_ieee_mode(saved);
+    return status;
+}
+
+/* The signal and noise that quantization reports, from codes and scales that are already stored. */
+QWEN3_ASCEND_API int qwen3_ascend_error_w8a8_nz(int path, int dtype, const void *source,
+                                                int64_t rows, int64_t columns, int64_t row_stride,
+                                                const uint8_t *strips, const float *scales,
+                                                double *signal, double *noise)
+{
+    struct matrix matrix = {source, rows, columns, row_stride, dtype};
+    const struct path_table *table = find_path(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    if (!matrix_is_valid(matrix) || dtype == DTYPE_BYTE) return STATUS_BAD_ARGUMENT;
+    float_mode saved = enter_ieee_mode();
+    struct error_sums sums = {signal, noise};
+    int status = table->measure(matrix, strips, scales, sums);
+    leave_ieee_mode(saved);
+    return status;
+}
+
+/* Rows of a matrix -> the same rows of its strips; `strips` points at the first of these rows in
+ * strip 0. Rows up to padded_rows are filled with zeros. */
+QWEN3_ASCEND_API int qwen3_ascend_pack_nz_rows(int path, int dtype, int flags, const void *source,
+                                               int64_t rows, int64_t columns, int64_t row_stride,
+                                               uint8_t *strips, int64_t strip_stride,
+                                               int64_t padded_rows, int64_t *position)
+{
+    struct matrix matrix = {source, rows, columns, row_stride, dtype};
+    const struct path_table *table = find_path(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    if (!matrix_is_valid(matrix) || padded_rows < rows) return STATUS_BAD_ARGUMENT;
+    if (dtype == DTYPE_BYTE && flags != 0) return STATUS_BAD_ARGUMENT;
+    if (dtype == DTYPE_FP32 && !(flags & PACK_TO_BF16)) return STATUS_BAD_ARGUMENT;
+    float_mode saved = enter_ieee_mode();
+    int status = table->pack(matrix, flags, strips, strip_stride, padded_rows, position);
+    leave_ieee_mode(saved);
+    return status;
+}
+
+/* The inverse of packing, in bytes; `strips` points at the first row wanted in strip 0. */
+QWEN3_ASCEND_API int qwen3_ascend_unpack_nz_rows(int path, const uint8_t *strips,
+                                                 int64_t strip_stride, int64_t rows,
+                                                 int64_t row_bytes, uint8_t *destination,
+                                                 int64_t row_stride)
+{
+    const struct path_table *table = find_path(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    if (rows < 0 || row_bytes < 0) return STATUS_BAD_ARGUMENT;
+    if (rows > 1 && row_stride < row_bytes) return STATUS_BAD_ARGUMENT;
+    return table->unpack(strips, strip_stride, rows, row_bytes, destination, row_stride);
+}

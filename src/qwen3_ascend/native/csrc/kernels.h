@@ -1,0 +1,57 @@
+/* The int8 and FRACTAL_NZ kernels of qwen3-ascend: what every file in this folder agrees on.
+ *
+ * A kernel is stateless: it allocates nothing, keeps nothing, and writes only where its arguments
+ * point, so threads may run it on disjoint row blocks at once. Every processor path returns the
+ * same bytes; path.inc.h says why.
+ */
+#ifndef QWEN3_ASCEND_KERNELS_H
+#define QWEN3_ASCEND_KERNELS_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define QWEN3_ASCEND_API __attribute__((visibility("default")))
+#else
+#error "the kernels use GCC vector types: build them with GCC or Clang"
+#endif
+
+/* Raised when a signature below changes; the Python side refuses any other number. */
+#define QWEN3_ASCEND_ABI 2
+
+enum status { STATUS_OK = 0, STATUS_NOT_FINITE = 1, STATUS_BAD_ARGUMENT = 2, STATUS_NO_PATH = 3 };
+enum dtype { DTYPE_BYTE = 0, DTYPE_BF16 = 1, DTYPE_FP16 = 2, DTYPE_FP32 = 3 };
+enum path { PATH_BASELINE = 0, PATH_AVX2 = 1, PATH_AVX512 = 2, PATH_COUNT = 3 };
+enum pack_flags { PACK_CHECK_FINITE = 1, PACK_TO_BF16 = 2 };
+
+/* FRACTAL_NZ in bytes: 32-byte wide strips, rows in groups of 16. */
+enum { RUN_BYTES = 32, ROW_GROUP = 16, STRIP_ROWS = 32 };
+
+/* A row-major matrix in memory; the strides count elements. */
+struct matrix {
+    const void *data;
+    int64_t rows, columns, row_stride;
+    int dtype;
+};
+
+/* Per row: sum of squares of the weights, and of the weights minus what the codes restore. */
+struct error_sums {
+    double *signal, *noise;
+};
+
+struct path_table {
+    int (*find)(struct matrix source, int64_t *position);
+    int (*quantize)(struct matrix source, uint8_t *strips, float *scales, struct error_sums sums,
+                    int64_t *position);
+    int (*measure)(struct matrix source, const uint8_t *strips, const float *scales,
+                   struct error_sums sums);
+    int (*pack)(struct matrix source, int flags, uint8_t *strips, int64_t strip_stride,
+                int64_t padded_rows, int64_t *position);
+    int (*unpack)(const uint8_t *strips, int64_t strip_stride, int64_t rows, int64_t row_bytes,
+                  uint8_t *destination, int64_t row_stride);
+};
+
+extern const struct path_table path_table_baseline;
+extern const struct path_table path_table_avx2;
+extern const struct path_table path_table_avx512;
+
+#endif

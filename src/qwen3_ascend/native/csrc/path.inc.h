@@ -1,0 +1,471 @@
+/* The kernels of one processor path. Each path_*.c includes this text once under its own target,
+ * so there is one definition of every result and the compiler does the rest.
+ *
+ * Why the paths agree to the last bit:
+ *   - absolute maxima are integer maxima of the magnitude bits, which order like the values;
+ *   - scale, quotient and rounding are single IEEE float32 operations, never a reciprocal and
+ *     never contracted (-ffp-contract=off), in round-to-nearest mode (dispatch.c sees to it);
+ *   - the order of each error sum is fixed: lane = column mod 8, every lane adds its columns in
+ *     ascending order from 0.0, then lanes are added 4 apart, 2 apart, 1 apart.
+ * The terms of the sums are float64 and, for the codes that quantize() writes, exact: a weight has
+ * at most 24 significant bits, code * scale at most 16, their difference at most 24 (a multiple of
+ * the weight's last bit, and no larger than the weight), a square at most 48.
+ */
+#include "kernels.h"
+
+#include <stddef.h>
+#include <string.h>
+
+/* 256 columns: a strip's tile of codes and one row of floats stay in L1. Packing keeps no tile
+ * unless it converts, and its check costs less in longer rows. */
+enum { TILE_COLUMNS = 256, PACK_COLUMNS = 1024, LANES = 8 };
+
+/* Kept out of line: inlined into its caller, GCC 12 no longer vectorizes such a loop. */
+#define LOOP static __attribute__((noinline))
+#define INLINE static inline __attribute__((always_inline))
+
+typedef uint8_t bytes16 __attribute__((vector_size(16)));
+
+#if defined(__clang__)
+#define INTERLEAVE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define INTERLEAVE(a, b, ...) __builtin_shuffle(a, b, (bytes16){__VA_ARGS__})
+#endif
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+INLINE uint32_t float_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE float bits_float(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* ---- element types ---- */
+
+INLINE int64_t element_bytes(int dtype)
+{
+    return dtype == DTYPE_FP32 ? 4 : dtype == DTYPE_BYTE ? 1 : 2;
+}
+
+INLINE const uint8_t *element(struct matrix source, int64_t row, int64_t column)
+{
+    const uint8_t *data = source.data;
+    return data + (row * source.row_stride + column) * element_bytes(source.dtype);
+}
+
+INLINE float widen_bf16(uint16_t half) { return bits_float((uint32_t)half << 16); }
+
+/* Exact for subnormals too: the bits are read as a float32 2^112 times too small. */
+INLINE float widen_fp16(uint16_t half)
+{
+    uint32_t magnitude = half & 0x7fffu, sign = (half & 0x8000u) << 16;
+    uint32_t bits = float_bits(bits_float(magnitude << 13) * 0x1p112f);
+    uint32_t not_finite = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+    return bits_float(bits | not_finite | sign);
+}
+
+/* Round to nearest even; every NaN becomes 0x7fc0, as in torch. */
+INLINE uint16_t narrow_bf16(float value)
+{
+    uint32_t bits = float_bits(value);
+    uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+/* `count` elements as float32, zeros after them up to `padded`. */
+LOOP void widen_row(const void *row, int dtype, int64_t count, int64_t padded, float *out)
+{
+    const uint16_t *halves = row;
+    if (dtype == DTYPE_BF16)
+        for (int64_t i = 0; i < count; i++) out[i] = widen_bf16(halves[i]);
+    else if (dtype == DTYPE_FP16)
+        for (int64_t i = 0; i < count; i++) out[i] = widen_fp16(halves[i]);
+    else
+        memcpy(out, row, (size_t)count * sizeof *out);
+    for (int64_t i = count; i < padded; i++) out[i] = 0.0f;
+}
+
+/* ---- finiteness: magnitude bits at or above the exponent's mask are Inf or NaN ---- */
+
+/* Signed on purpose: the magnitude is never negative, and SSE2 has the signed maximum only. */
+INLINE uint32_t largest_half(const uint16_t *row, int64_t count)
+{
+    int16_t largest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int16_t magnitude = (int16_t)(row[i] & 0x7fff);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return (uint32_t)largest;
+}
+
+INLINE uint32_t largest_word(const uint32_t *row, int64_t count)
+{
+    int32_t largest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t magnitude = (int32_t)(row[i] & 0x7fffffffu);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return (uint32_t)largest;
+}
+
+INLINE uint32_t largest_magnitude(const void *row, int dtype, int64_t count)
+{
+    return dtype == DTYPE_FP32 ? largest_word(row, count) : largest_half(row, count);
+}
+
+INLINE uint32_t infinity_bits(int dtype)
+{
+    return dtype == DTYPE_FP32 ? 0x7f800000u : dtype == DTYPE_FP16 ? 0x7c00u : 0x7f80u;
+}
+
+INLINE float magnitude_float(uint32_t magnitude, int dtype)
+{
+    if (dtype == DTYPE_BF16) return widen_bf16((uint16_t)magnitude);
+    if (dtype == DTYPE_FP16) return widen_fp16((uint16_t)magnitude);
+    return bits_float(magnitude);
+}
+
+INLINE int64_t first_not_finite(const uint8_t *row, int dtype, int64_t count)
+{
+    int64_t size = element_bytes(dtype);
+    for (int64_t i = 0; i < count; i++)
+        if (largest_magnitude(row + i * size, dtype, 1) >= infinity_bits(dtype)) return i;
+    return -1;
+}
+
+static int find(struct matrix source, int64_t *position)
+{
+    for (int64_t row = 0; row < source.rows; row++) {
+        const uint8_t *values = element(source, row, 0);
+        uint32_t largest = largest_magnitude(values, source.dtype, source.columns);
+        if (largest < infinity_bits(source.dtype)) continue;
+        position[0] = row;
+        position[1] = first_not_finite(values, source.dtype, source.columns);
+        return STATUS_NOT_FINITE;
+    }
+    return STATUS_OK;
+}
+
+/* ---- error sums ---- */
+
+struct row_lanes {
+    double signal[LANES], noise[LANES];
+};
+
+/* `count` is a multiple of LANES; padding holds zeros, which add nothing. */
+LOOP void add_errors(const float *weights, const int32_t *codes, int64_t count, float scale,
+                     struct row_lanes *lanes)
+{
+    double signal[LANES], noise[LANES];
+    double step = scale;
+    memcpy(signal, lanes->signal, sizeof signal);
+    memcpy(noise, lanes->noise, sizeof noise);
+    for (int64_t i = 0; i < count; i += LANES) {
+        for (int lane = 0; lane < LANES; lane++) {
+            double weight = weights[i + lane];
+            double error = weight - (double)codes[i + lane] * step;
+            signal[lane] += weight * weight;
+            noise[lane] += error * error;
+        }
+    }
+    memcpy(lanes->signal, signal, sizeof signal);
+    memcpy(lanes->noise, noise, sizeof noise);
+}
+
+static double add_lanes(double *lanes)
+{
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+/* Uses the lanes up. */
+static void store_sums(struct row_lanes *lanes, int64_t rows, int64_t row, struct error_sums sums)
+{
+    for (int64_t i = 0; i < rows; i++) {
+        sums.signal[row + i] = add_lanes(lanes[i].signal);
+        sums.noise[row + i] = add_lanes(lanes[i].noise);
+    }
+}
+
+/* ---- quantization ---- */
+
+INLINE float channel_scale(float absolute_maximum)
+{
+    float scale = widen_bf16(narrow_bf16(absolute_maximum / 127.0f));
+    return scale == 0.0f ? 1.0f : scale;
+}
+
+/* Adding 1.5 * 2^23 rounds half to even and leaves the whole number in the low mantissa bits. That
+ * holds up to 2^22, and a quotient is never beyond 191: at worst, absmax / 127 is one and a half
+ * subnormal bfloat16 steps and the scale is one. */
+LOOP void round_codes(const float *weights, int64_t count, float scale, int32_t *codes)
+{
+    const float magic = 0x1.8p23f;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t code = (int32_t)(float_bits(weights[i] / scale + magic) - float_bits(magic));
+        code = code > -128 ? code : -128;
+        codes[i] = code < 127 ? code : 127;
+    }
+}
+
+LOOP void narrow_codes(const int32_t *codes, int64_t count, uint8_t *out)
+{
+    for (int64_t i = 0; i < count; i++) out[i] = (uint8_t)codes[i];
+}
+
+/* Whatever a file holds in its padding, it is no error of a weight: zeros up to `padded`. */
+LOOP void widen_codes(const uint8_t *codes, int64_t count, int64_t padded, int32_t *out)
+{
+    for (int64_t i = 0; i < count; i++) out[i] = (int8_t)codes[i];
+    for (int64_t i = count; i < padded; i++) out[i] = 0;
+}
+
+/* 16 rows of 16 bytes become 16 columns: four rounds of the perfect shuffle. */
+INLINE void transpose_square(const uint8_t *from, int64_t from_stride, uint8_t *to,
+                             int64_t to_stride)
+{
+    bytes16 rows[16], next[16];
+    for (int i = 0; i < 16; i++) memcpy(&rows[i], from + i * from_stride, 16);
+    for (int round = 0; round < 4; round++) {
+        for (int i = 0; i < 8; i++) {
+            next[2 * i] = INTERLEAVE(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
+                                     6, 22, 7, 23);
+            next[2 * i + 1] = INTERLEAVE(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28,
+                                         13, 29, 14, 30, 15, 31);
+        }
+        memcpy(rows, next, sizeof rows);
+    }
+    for (int i = 0; i < 16; i++) memcpy(to + i * to_stride, &rows[i], 16);
+}
+
+/* A tile is [32 channels][256 columns]; a strip is [columns][32 channels]. */
+INLINE void tile_to_strip(const uint8_t *tile, int64_t columns, uint8_t *strip)
+{
+    for (int64_t column = 0; column < columns; column += 16)
+        for (int row = 0; row < STRIP_ROWS; row += 16)
+            transpose_square(tile + row * TILE_COLUMNS + column, TILE_COLUMNS,
+                             strip + column * RUN_BYTES + row, RUN_BYTES);
+}
+
+INLINE void strip_to_tile(const uint8_t *strip, int64_t columns, uint8_t *tile)
+{
+    for (int64_t column = 0; column < columns; column += 16)
+        for (int row = 0; row < STRIP_ROWS; row += 16)
+            transpose_square(strip + column * RUN_BYTES + row, RUN_BYTES,
+                             tile + row * TILE_COLUMNS + column, TILE_COLUMNS);
+}
+
+/* The scales of one strip's rows; brings the rows into L2, where the second pass finds them. */
+INLINE int strip_scales(struct matrix source, int64_t row, int64_t rows, float *scales,
+                        int64_t *position)
+{
+    for (int64_t i = row; i < row + rows; i++) {
+        const uint8_t *values = element(source, i, 0);
+        uint32_t largest = largest_magnitude(values, source.dtype, source.columns);
+        if (largest >= infinity_bits(source.dtype)) {
+            position[0] = i;
+            position[1] = first_not_finite(values, source.dtype, source.columns);
+            return STATUS_NOT_FINITE;
+        }
+        scales[i] = channel_scale(magnitude_float(largest, source.dtype));
+    }
+    return STATUS_OK;
+}
+
+INLINE void quantize_strip(struct matrix source, int64_t row, int64_t rows, const float *scales,
+                           uint8_t *strip, struct row_lanes *lanes)
+{
+    float weights[TILE_COLUMNS];
+    int32_t codes[TILE_COLUMNS];
+    uint8_t tile[STRIP_ROWS * TILE_COLUMNS];
+    memset(tile, 0, sizeof tile);
+    for (int64_t column = 0; column < source.columns; column += TILE_COLUMNS) {
+        int64_t count = smaller(TILE_COLUMNS, source.columns - column);
+        int64_t padded = round_up(count, ROW_GROUP);
+        for (int64_t i = 0; i < rows; i++) {
+            widen_row(element(source, row + i, column), source.dtype, count, padded, weights);
+            round_codes(weights, padded, scales[row + i], codes);
+            narrow_codes(codes, padded, tile + i * TILE_COLUMNS);
+            add_errors(weights, codes, padded, scales[row + i], &lanes[i]);
+        }
+        tile_to_strip(tile, padded, strip + column * RUN_BYTES);
+    }
+}
+
+static int quantize(struct matrix source, uint8_t *strips, float *scales, struct error_sums sums,
+                    int64_t *position)
+{
+    int64_t strip_bytes = round_up(source.columns, ROW_GROUP) * RUN_BYTES;
+    for (int64_t row = 0; row < source.rows; row += STRIP_ROWS) {
+        int64_t rows = smaller(STRIP_ROWS, source.rows - row);
+        struct row_lanes lanes[STRIP_ROWS] = {0};
+        int status = strip_scales(source, row, rows, scales, position);
+        if (status != STATUS_OK) return status;
+        quantize_strip(source, row, rows, scales, strips + row / STRIP_ROWS * strip_bytes, lanes);
+        store_sums(lanes, rows, row, sums);
+    }
+    return STATUS_OK;
+}
+
+INLINE void measure_strip(struct matrix source, int64_t row, int64_t rows, const uint8_t *strip,
+                          const float *scales, struct row_lanes *lanes)
+{
+    float weights[TILE_COLUMNS];
+    int32_t codes[TILE_COLUMNS];
+    uint8_t tile[STRIP_ROWS * TILE_COLUMNS];
+    for (int64_t column = 0; column < source.columns; column += TILE_COLUMNS) {
+        int64_t count = smaller(TILE_COLUMNS, source.columns - column);
+        int64_t padded = round_up(count, ROW_GROUP);
+        strip_to_tile(strip + column * RUN_BYTES, padded, tile);
+        for (int64_t i = 0; i < rows; i++) {
+            widen_row(element(source, row + i, column), source.dtype, count, padded, weights);
+            widen_codes(tile + i * TILE_COLUMNS, count, padded, codes);
+            add_errors(weights, codes, padded, scales[row + i], &lanes[i]);
+        }
+    }
+}
+
+static int measure(struct matrix source, const uint8_t *strips, const float *scales,
+                   struct error_sums sums)
+{
+    int64_t strip_bytes = round_up(source.columns, ROW_GROUP) * RUN_BYTES;
+    for (int64_t row = 0; row < source.rows; row += STRIP_ROWS) {
+        int64_t rows = smaller(STRIP_ROWS, source.rows - row);
+        struct row_lanes lanes[STRIP_ROWS] = {0};
+        measure_strip(source, row, rows, strips + row / STRIP_ROWS * strip_bytes, scales, lanes);
+        store_sums(lanes, rows, row, sums);
+    }
+    return STATUS_OK;
+}
+
+/* ---- 32-byte runs between row-major and strips ---- */
+
+/* Two runs at a time: together they are one cache line of the source, which is then read once. */
+INLINE void pack_runs(const uint8_t *from, int64_t row_stride, int64_t rows, int64_t row_bytes,
+                      uint8_t *strips, int64_t strip_stride)
+{
+    int64_t column = 0;
+    for (; column + 2 * RUN_BYTES <= row_bytes; column += 2 * RUN_BYTES) {
+        uint8_t *first = strips + column / RUN_BYTES * strip_stride;
+        for (int64_t row = 0; row < rows; row++) {
+            const uint8_t *line = from + row * row_stride + column;
+            memcpy(first + row * RUN_BYTES, line, RUN_BYTES);
+            memcpy(first + strip_stride + row * RUN_BYTES, line + RUN_BYTES, RUN_BYTES);
+        }
+    }
+    for (; column < row_bytes; column += RUN_BYTES) {
+        size_t count = (size_t)smaller(RUN_BYTES, row_bytes - column);
+        uint8_t *strip = strips + column / RUN_BYTES * strip_stride;
+        for (int64_t row = 0; row < rows; row++) {
+            memcpy(strip + row * RUN_BYTES, from + row * row_stride + column, count);
+            memset(strip + row * RUN_BYTES + count, 0, RUN_BYTES - count);
+        }
+    }
+}
+
+INLINE void clear_rows(uint8_t *strips, int64_t strip_stride, int64_t row_bytes, int64_t rows)
+{
+    for (int64_t column = 0; column < row_bytes; column += RUN_BYTES)
+        memset(strips + column / RUN_BYTES * strip_stride, 0, (size_t)(rows * RUN_BYTES));
+}
+
+LOOP void convert_row(const void *row, int dtype, int64_t count, uint16_t *out)
+{
+    const uint16_t *halves = row;
+    const uint32_t *words = row;
+    if (dtype == DTYPE_FP16)
+        for (int64_t i = 0; i < count; i++) out[i] = narrow_bf16(widen_fp16(halves[i]));
+    else
+        for (int64_t i = 0; i < count; i++) out[i] = narrow_bf16(bits_float(words[i]));
+}
+
+/* Notes each row's first bad column, if it has none from a tile further left. */
+INLINE void note_not_finite(const uint8_t *values, int64_t stride, int dtype, int64_t rows,
+                            int64_t column, int64_t count, int64_t *bad_column)
+{
+    for (int64_t i = 0; i < rows; i++) {
+        const uint8_t *row = values + i * stride;
+        if (largest_magnitude(row, dtype, count) >= infinity_bits(dtype) && bad_column[i] < 0)
+            bad_column[i] = column + first_not_finite(row, dtype, count);
+    }
+}
+
+/* Sixteen rows, tile by tile. The check reads the stored values, so that a float32 which rounds to
+ * an infinite bfloat16 is found as well. */
+INLINE void pack_group(struct matrix source, int flags, int64_t first_row, int64_t rows,
+                       uint8_t *strips, int64_t strip_stride, int64_t *bad_column)
+{
+    uint16_t converted[ROW_GROUP * PACK_COLUMNS];
+    int stored = flags & PACK_TO_BF16 ? DTYPE_BF16 : source.dtype;
+    int64_t run_columns = RUN_BYTES / element_bytes(stored);
+    for (int64_t column = 0; column < source.columns; column += PACK_COLUMNS) {
+        int64_t count = smaller(PACK_COLUMNS, source.columns - column);
+        const uint8_t *values = element(source, first_row, column);
+        int64_t stride = source.row_stride * element_bytes(source.dtype);
+        if (stored != source.dtype) {
+            for (int64_t i = 0; i < rows; i++)
+                convert_row(values + i * stride, source.dtype, count, converted + i * PACK_COLUMNS);
+            values = (const uint8_t *)converted;
+            stride = PACK_COLUMNS * (int64_t)sizeof *converted;
+        }
+        if (flags & PACK_CHECK_FINITE)
+            note_not_finite(values, stride, stored, rows, column, count, bad_column);
+        pack_runs(values, stride, rows, count * element_bytes(stored),
+                  strips + column / run_columns * strip_stride, strip_stride);
+    }
+}
+
+static int pack(struct matrix source, int flags, uint8_t *strips, int64_t strip_stride,
+                int64_t padded_rows, int64_t *position)
+{
+    for (int64_t row = 0; row < source.rows; row += ROW_GROUP) {
+        int64_t rows = smaller(ROW_GROUP, source.rows - row);
+        int64_t bad_column[ROW_GROUP];
+        memset(bad_column, 0xff, sizeof bad_column);
+        pack_group(source, flags, row, rows, strips + row * RUN_BYTES, strip_stride, bad_column);
+        for (int64_t i = 0; i < rows; i++) {
+            if (bad_column[i] < 0) continue;
+            position[0] = row + i;
+            position[1] = bad_column[i];
+            return STATUS_NOT_FINITE;
+        }
+    }
+    int64_t row_bytes = source.columns * (flags & PACK_TO_BF16 ? 2 : element_bytes(source.dtype));
+    if (padded_rows > source.rows)
+        clear_rows(strips + source.rows * RUN_BYTES, strip_stride, row_bytes,
+                   padded_rows - source.rows);
+    return STATUS_OK;
+}
+
+static int unpack(const uint8_t *strips, int64_t strip_stride, int64_t rows, int64_t row_bytes,
+                  uint8_t *destination, int64_t row_stride)
+{
+    for (int64_t group = 0; group < rows; group += ROW_GROUP) {
+        int64_t end = smaller(rows, group + ROW_GROUP);
+        for (int64_t column = 0; column < row_bytes; column += RUN_BYTES) {
+            const uint8_t *strip = strips + column / RUN_BYTES * strip_stride;
+            uint8_t *to = destination + column;
+            size_t count = (size_t)smaller(RUN_BYTES, row_bytes - column);
+            if (count == RUN_BYTES)
+                for (int64_t row = group; row < end; row++)
+                    memcpy(to + row * row_stride, strip + row * RUN_BYTES, RUN_BYTES);
+            else
+                for (int64_t row = group; row < end; row++)
+                    memcpy(to + row * row_stride, strip + row * RUN_BYTES, count);
+        }
+    }
+    return STATUS_OK;
+}
+
+const struct path_table PATH_TABLE = {find, quantize, measure, pack, unpack};

@@ -1,0 +1,146 @@
+"""The kernels in torch: the readable definition of every byte, and what runs without a compiler.
+
+Works through blocks of at most a quarter of a million weights, so that the temporaries (float64 for
+the error sums) stay near ten megabytes whatever the matrix. Expects torch's default float mode:
+with torch.set_flush_denormal(True) subnormal weights differ from the compiled kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend.native.kernels import (
+    FLOATS,
+    LANES,
+    ROW_GROUP,
+    STRIP_ROWS,
+    NotFinite,
+    check_codes,
+    check_matrix,
+    check_pack,
+)
+
+BLOCK_WEIGHTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class TorchKernels:
+    """Implements `Kernels`."""
+
+    def check_finite(self, source: Tensor) -> None:
+        """See Kernels."""
+        check_matrix(source, FLOATS)
+        for start, stop in _blocks(source, 1):
+            _check_finite(source[start:stop], start)
+
+    def quantize_w8a8_nz(
+        self, source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
+    ) -> None:
+        check_codes(source, strips, scales, signal, noise)
+        for start, stop in _blocks(source, STRIP_ROWS):
+            rows = source[start:stop]
+            _check_finite(rows, start)
+            weights = rows.float()
+            scales[start:stop] = _channel_scales(weights)
+            codes = (weights / scales[start:stop, None]).round_().clamp_(-128, 127)
+            _store_codes(codes.to(torch.int8), _strips_of(strips, start, stop))
+            _store_sums(weights, codes, scales[start:stop], signal[start:stop], noise[start:stop])
+
+    def error_w8a8_nz(
+        self, source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
+    ) -> None:
+        check_codes(source, strips, scales, signal, noise)
+        for start, stop in _blocks(source, STRIP_ROWS):
+            weights = source[start:stop].float()
+            codes = _strips_of(strips, start, stop).flatten(1, 2).transpose(1, 2).flatten(0, 1)
+            codes = codes[: stop - start, : source.shape[1]]
+            _store_sums(weights, codes, scales[start:stop], signal[start:stop], noise[start:stop])
+
+    def pack_nz_rows(self, source: Tensor, strips: Tensor, check_finite: bool = True) -> None:
+        check_pack(source, strips)
+        for start, stop in _blocks(source, ROW_GROUP):
+            rows = source[start:stop].to(strips.dtype)
+            if check_finite and rows.dtype.is_floating_point:
+                _check_finite(rows, start)
+            groups = strips[:, start // ROW_GROUP : -(-stop // ROW_GROUP)]
+            width = groups.shape[3]
+            padded = rows.new_zeros(groups.shape[1] * ROW_GROUP, groups.shape[0] * width)
+            padded[: rows.shape[0], : rows.shape[1]] = rows
+            runs = padded.view(groups.shape[1], ROW_GROUP, groups.shape[0], width)
+            groups.copy_(runs.permute(2, 0, 1, 3))
+
+    def unpack_nz_rows(self, strips: Tensor, destination: Tensor) -> None:
+        check_pack(destination, strips)
+        if strips.dtype != destination.dtype:
+            raise ValueError(f"unpacking keeps {strips.dtype}, not {destination.dtype}")
+        for start, stop in _blocks(destination, ROW_GROUP):
+            groups = strips[:, start // ROW_GROUP : -(-stop // ROW_GROUP)]
+            rows = groups.permute(1, 2, 0, 3).flatten(2, 3).flatten(0, 1)
+            destination[start:stop] = rows[: stop - start, : destination.shape[1]]
+
+
+def _blocks(matrix: Tensor, unit: int) -> Iterator[tuple[int, int]]:
+    """Row ranges that start at multiples of `unit` and hold about BLOCK_WEIGHTS weights."""
+    rows, columns = matrix.shape
+    step = max(1, BLOCK_WEIGHTS // max(1, columns * unit)) * unit
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def _check_finite(rows: Tensor, first_row: int) -> None:
+    if rows.numel() == 0 or all(bound.isfinite() for bound in rows.aminmax()):
+        return  # the bounds of anything with a NaN are NaN; ten times as fast as isfinite(rows)
+    bad = torch.isfinite(rows).logical_not_().flatten()
+    row, column = divmod(int(bad.int().argmax()), rows.shape[1])
+    raise NotFinite(first_row + row, column)
+
+
+def _channel_scales(weights: Tensor) -> Tensor:
+    """absmax / 127 as a bfloat16 value per row; 1 where that is zero."""
+    if weights.shape[1] == 0:
+        return weights.new_ones(weights.shape[0])
+    scales = (weights.abs().amax(1) / 127.0).bfloat16().float()
+    return torch.where(scales == 0, 1.0, scales)
+
+
+def _strips_of(strips: Tensor, start: int, stop: int) -> Tensor:
+    return strips[start // STRIP_ROWS : -(-stop // STRIP_ROWS)]
+
+
+def _store_codes(codes: Tensor, strips: Tensor) -> None:
+    """codes [N, K] into strips [N1, K1, 16, 32]."""
+    count, groups = strips.shape[:2]
+    padded = codes.new_zeros(count * STRIP_ROWS, groups * ROW_GROUP)
+    padded[: codes.shape[0], : codes.shape[1]] = codes
+    by_strip = padded.view(count, STRIP_ROWS, groups * ROW_GROUP).transpose(1, 2)
+    strips.view(count, groups * ROW_GROUP, STRIP_ROWS).copy_(by_strip)
+
+
+def _store_sums(
+    weights: Tensor, codes: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
+) -> None:
+    exact = weights.double()
+    signal.copy_(lane_sums(exact.square()))
+    noise.copy_(lane_sums(exact.sub_(codes.double().mul_(scales.double()[:, None])).square_()))
+
+
+def lane_sums(terms: Tensor) -> Tensor:
+    """Sums float64 [R, K] along K in the order of the compiled kernels, to the last bit.
+
+    Lane = column mod 8; each lane adds in ascending order (a cumulative sum cannot do otherwise),
+    then lanes are added 4 apart, 2 apart, 1 apart.
+    """
+    rows, columns = terms.shape
+    if columns == 0:
+        return terms.new_zeros(rows)
+    padded = torch.nn.functional.pad(terms, (0, -columns % LANES))
+    lanes = padded.view(rows, -1, LANES).cumsum(1)[:, -1]
+    half = LANES // 2
+    while half:
+        lanes = lanes[:, :half] + lanes[:, half : 2 * half]
+        half //= 2
+    return lanes[:, 0]

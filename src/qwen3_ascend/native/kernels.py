@@ -1,0 +1,180 @@
+"""What the kernels do to tensors: one protocol, its checks, and the compiled implementation.
+
+Sources are [rows, columns] CPU tensors in bfloat16, float16 or float32 whose columns are
+contiguous; rows may be strided. Outputs are written in place, so that threads can fill disjoint
+parts of one buffer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend.native.library import Library
+
+STRIP_ROWS = 32
+ROW_GROUP = 16
+RUN_BYTES = 32
+LANES = 8
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPE_CODES = {torch.int8: 0, torch.uint8: 0, **{dtype: i + 1 for i, dtype in enumerate(FLOATS)}}
+_CHECK_FINITE, _TO_BF16 = 1, 2
+_STATUS = {2: "an argument the kernel refuses", 3: "a processor path that does not run here"}
+
+
+class NotFinite(ValueError):
+    """A weight is NaN or Inf, or becomes Inf in bfloat16; the first one in row-major order."""
+
+    def __init__(self, row: int, column: int) -> None:
+        super().__init__(f"weight at row {row}, column {column} is not finite")
+        self.row = row
+        self.column = column
+
+
+class Kernels(Protocol):
+    """The converter's inner loops; NativeKernels and TorchKernels write the same bytes."""
+
+    def check_finite(self, source: Tensor) -> None:
+        """Raise NotFinite if the float matrix source [N, K] holds a NaN or Inf."""
+
+    def quantize_w8a8_nz(
+        self, source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
+    ) -> None:
+        """Quantize rows to int8 per row, laid out as FRACTAL_NZ of the transposed matrix.
+
+        source [N, K]; strips int8 [ceil(N/32), ceil(K/16), 16, 32], contiguous, zero padded;
+        scales float32 [N], bfloat16 values; signal and noise float64 [N]: sums of w^2 and of
+        (w - code * scale)^2. Raises NotFinite, after which the outputs hold nothing of use.
+        """
+
+    def error_w8a8_nz(
+        self, source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
+    ) -> None:
+        """Write the signal and noise of stored strips and scales; shapes as in quantizing."""
+
+    def pack_nz_rows(self, source: Tensor, strips: Tensor, check_finite: bool = True) -> None:
+        """Lay rows out as FRACTAL_NZ of the matrix as it is, zero padded.
+
+        source [M, N]; strips [ceil(N/C0), ceil(M/16), 16, C0], C0 = 32 bytes' worth; it may be a
+        narrow of a larger buffer along axis 1. Same dtype, or bfloat16 strips for any float
+        source. Raises NotFinite when a stored value is, unless check_finite is False.
+        """
+
+    def unpack_nz_rows(self, strips: Tensor, destination: Tensor) -> None:
+        """The inverse: strips [N1, M1, 16, C0] into destination [M, N] of the same dtype."""
+
+
+def check_codes(
+    source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
+) -> None:
+    """Raise ValueError unless the arguments fit quantize_w8a8_nz and error_w8a8_nz."""
+    check_matrix(source, FLOATS)
+    rows, columns = source.shape
+    shape = (-(-rows // STRIP_ROWS), -(-columns // ROW_GROUP), ROW_GROUP, STRIP_ROWS)
+    _check_plain("strips", strips, torch.int8, shape)
+    _check_plain("scales", scales, torch.float32, (rows,))
+    _check_plain("signal", signal, torch.float64, (rows,))
+    _check_plain("noise", noise, torch.float64, (rows,))
+
+
+def check_pack(matrix: Tensor, strips: Tensor) -> None:
+    """Raise ValueError unless strips can hold the rows of matrix; dtypes may still differ."""
+    check_matrix(matrix, tuple(_DTYPE_CODES))
+    rows, columns = matrix.shape
+    if strips.dtype not in _DTYPE_CODES or strips.dtype is torch.float32:
+        raise ValueError(f"strips cannot be {strips.dtype}")
+    width = RUN_BYTES // strips.element_size()
+    shape = (-(-columns // width), -(-rows // ROW_GROUP), ROW_GROUP, width)
+    if tuple(strips.shape) != shape or strips.device.type != "cpu":
+        raise ValueError(f"strips must be {shape} on the CPU, not {tuple(strips.shape)}")
+    if strips.numel() and strips[0].stride() != (ROW_GROUP * width, width, 1):
+        raise ValueError("each strip must be contiguous")
+    if strips.dtype != matrix.dtype and not (
+        strips.dtype is torch.bfloat16 and matrix.dtype in FLOATS
+    ):
+        raise ValueError(f"no conversion from {matrix.dtype} to {strips.dtype}")
+
+
+@dataclass(frozen=True)
+class NativeKernels:
+    """The compiled kernels. Stateless: one object serves every thread."""
+
+    library: Library
+
+    def check_finite(self, source: Tensor) -> None:
+        """See Kernels."""
+        check_matrix(source, FLOATS)
+        self._run("find_not_finite", *_matrix(source), position=True)
+
+    def quantize_w8a8_nz(
+        self, source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
+    ) -> None:
+        check_codes(source, strips, scales, signal, noise)
+        outputs = (strips.data_ptr(), scales.data_ptr(), signal.data_ptr(), noise.data_ptr())
+        self._run("quantize_w8a8_nz", *_matrix(source), *outputs, position=True)
+
+    def error_w8a8_nz(
+        self, source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
+    ) -> None:
+        check_codes(source, strips, scales, signal, noise)
+        outputs = (strips.data_ptr(), scales.data_ptr(), signal.data_ptr(), noise.data_ptr())
+        self._run("error_w8a8_nz", *_matrix(source), *outputs)
+
+    def pack_nz_rows(self, source: Tensor, strips: Tensor, check_finite: bool = True) -> None:
+        check_pack(source, strips)
+        flags = _CHECK_FINITE if check_finite and source.dtype in FLOATS else 0
+        flags |= _TO_BF16 if source.dtype != strips.dtype else 0
+        dtype, *matrix = _matrix(source)
+        rows = strips.shape[1] * ROW_GROUP
+        target = (strips.data_ptr(), _strip_stride(strips), rows)
+        self._run("pack_nz_rows", dtype, flags, *matrix, *target, position=True)
+
+    def unpack_nz_rows(self, strips: Tensor, destination: Tensor) -> None:
+        check_pack(destination, strips)
+        if strips.dtype != destination.dtype:
+            raise ValueError(f"unpacking keeps {strips.dtype}, not {destination.dtype}")
+        size = destination.element_size()
+        rows, columns = destination.shape
+        target = (rows, columns * size, destination.data_ptr(), destination.stride(0) * size)
+        self._run("unpack_nz_rows", strips.data_ptr(), _strip_stride(strips), *target)
+
+    def _run(self, name: str, *arguments: int, position: bool = False) -> None:
+        """Call a kernel; with `position` it reports a non-finite weight as its last argument."""
+        place = (ctypes.c_int64 * 2)()
+        status = self.library.call(name, *arguments, *([place] if position else []))
+        if status == 1:
+            raise NotFinite(place[0], place[1])
+        if status:
+            raise RuntimeError(f"{name}: {_STATUS.get(status, f'status {status}')}")
+
+
+def _matrix(source: Tensor) -> tuple[int, int, int, int, int]:
+    rows, columns = source.shape
+    return _DTYPE_CODES[source.dtype], source.data_ptr(), rows, columns, source.stride(0)
+
+
+def _strip_stride(strips: Tensor) -> int:
+    return strips.stride(0) * strips.element_size()
+
+
+def check_matrix(matrix: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise ValueError unless it is a CPU matrix whose columns are contiguous."""
+    if matrix.dtype not in dtypes or matrix.dim() != 2 or matrix.device.type != "cpu":
+        raise ValueError(f"need a CPU matrix of {dtypes}, not {matrix.dtype} {matrix.shape}")
+    rows, columns = matrix.shape
+    if (columns > 1 and matrix.stride(1) != 1) or (rows > 1 and matrix.stride(0) < columns):
+        raise ValueError(f"columns must be contiguous and rows apart, not {matrix.stride()}")
+    if matrix.data_ptr() % matrix.element_size():
+        raise ValueError(f"data is not aligned to {matrix.element_size()} bytes")
+
+
+def _check_plain(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype is not dtype or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be {dtype} {shape}, not {tensor.dtype} {tensor.shape}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")

@@ -1,0 +1,71 @@
+"""Find the compiled kernels, check that they are the ones we speak to, choose a processor path.
+
+The library is plain C without Python in it, so one file serves every Python version; ctypes lets
+go of the interpreter lock during a call, so a thread pool runs the kernels in parallel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+ABI = 2
+LIBRARY = Path(__file__).with_name("_kernels.so")
+PATHS = {"baseline": 0, "avx2": 1, "avx512": 2}
+
+_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_MATRIX = [_INT, _POINTER, _LONG, _LONG, _LONG]  # dtype, data, rows, columns, row stride
+_SIGNATURES: dict[str, list[type]] = {
+    "find_not_finite": [_INT, *_MATRIX, _POINTER],
+    "quantize_w8a8_nz": [_INT, *_MATRIX, *[_POINTER] * 5],
+    "error_w8a8_nz": [_INT, *_MATRIX, *[_POINTER] * 4],
+    "pack_nz_rows": [_INT, _INT, _INT, *_MATRIX[1:], _POINTER, _LONG, _LONG, _POINTER],
+    "unpack_nz_rows": [_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG],
+}
+
+
+class NativeUnavailable(Exception):
+    """There are no compiled kernels to use; the text says why."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded shared library and the processor path that every call names."""
+
+    handle: ctypes.CDLL
+    path_name: str
+
+    def call(self, name: str, *arguments: object) -> int:
+        """Call `qwen3_ascend_<name>` on the chosen path; returns its status."""
+        function = self.handle[f"qwen3_ascend_{name}"]
+        function.argtypes = _SIGNATURES[name]
+        return int(function(PATHS[self.path_name], *arguments))
+
+
+def open_library(path: str | None = None) -> Library:
+    """Load the library. Raises NativeUnavailable, or ValueError for an unknown path name."""
+    if os.environ.get("QWEN3_ASCEND_NATIVE") == "0":
+        raise NativeUnavailable("switched off by QWEN3_ASCEND_NATIVE=0")
+    wanted = path or os.environ.get("QWEN3_ASCEND_CPU")
+    if wanted and wanted not in PATHS:
+        raise ValueError(f"unknown processor path {wanted!r}: choose from {', '.join(PATHS)}")
+    handle = _open_file(LIBRARY)
+    for name in [wanted] if wanted else reversed(PATHS):
+        if handle.qwen3_ascend_has_path(PATHS[name]):
+            return Library(handle, name)
+    raise NativeUnavailable(f"this processor has no {wanted}")
+
+
+def _open_file(file: Path) -> ctypes.CDLL:
+    if not file.exists():
+        raise NativeUnavailable("not compiled: no C compiler when the package was built")
+    try:
+        handle = ctypes.CDLL(str(file))
+        abi = int(handle.qwen3_ascend_abi())
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailable(f"{file.name} does not load: {error}") from error
+    if abi != ABI:
+        raise NativeUnavailable(f"{file.name} has interface {abi}, not {ABI}: build it again")
+    return handle

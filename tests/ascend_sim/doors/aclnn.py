@@ -1,0 +1,134 @@
+"""The aclnn door: op-plugin's C++ calls aclnnXxxGetWorkspaceSize, then aclnnXxx.
+
+A stand-in is a function that takes the decoded arguments, checks them (the first phase, where a
+card refuses), and returns the closure that computes (the second phase).  Its signature names the
+arguments in the order of the C call, each with a kind:
+
+    T tensor    L tensor list    S scalar    I integer array    B boolean array
+    i integer   b boolean        d double    f float            s string    y dtype
+
+    @aclnn("aclnnRmsNorm", "x:T gamma:T epsilon:d y:T rstd:T")
+    def rms_norm(x, gamma, epsilon, y, rstd): ...
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .. import runtime, tensors, trace
+
+Plan = Callable[..., Callable[[], None]]
+FLOAT_KINDS = frozenset("df")
+
+
+def _boolean(value: int) -> bool:
+    return bool(value & 1)
+
+
+def _string(address: int) -> str | None:
+    return ctypes.string_at(address).decode() if address else None
+
+
+def _tensor_list(address: int) -> list[tensors.DeviceTensor | None] | None:
+    if not address:
+        return None
+    return [tensors.from_acl_tensor(item) for item in tensors.list_elements(address, "Q")]
+
+
+def _integer_list(address: int) -> list[int] | None:
+    return tensors.list_elements(address, "q") if address else None
+
+
+def _boolean_list(address: int) -> list[bool] | None:
+    return tensors.bool_elements(address) if address else None
+
+
+def _single(value: float) -> float:
+    """A C float in the low half of its register."""
+    return ctypes.c_float.from_buffer(ctypes.c_double(value)).value
+
+
+DECODERS: dict[str, Callable] = {
+    "T": tensors.from_acl_tensor,
+    "L": _tensor_list,
+    "S": tensors.scalar,
+    "I": _integer_list,
+    "B": _boolean_list,
+    "i": int,
+    "b": _boolean,
+    "d": float,
+    "f": _single,
+    "s": _string,
+    "y": lambda value: tensors.dtypes.get(value & 0xFFFFFFFF),
+}
+
+
+@dataclass(frozen=True)
+class StandIn:
+    name: str
+    plan: Plan
+    decoders: tuple[tuple[bool, Callable], ...]  # (comes from the float registers, decoder)
+    integers: int
+    workspace: int
+
+
+_pending: dict[str, StandIn] = {}
+_stand_ins: dict[int, StandIn] = {}
+
+
+def aclnn(name: str, signature: str, workspace: int = 0) -> Callable[[Plan], Plan]:
+    """Registers a stand-in; `workspace` is the size in bytes the operator asks for."""
+    kinds = [part.split(":")[1] for part in signature.split()]
+    decoders = tuple((kind in FLOAT_KINDS, DECODERS[kind]) for kind in kinds)
+    integers = sum(kind not in FLOAT_KINDS for kind in kinds)
+
+    def register(plan: Plan) -> Plan:
+        _pending[name] = StandIn(name, plan, decoders, integers, workspace)
+        return plan
+
+    return register
+
+
+def _decode(stand_in: StandIn, integers: object, floats: object) -> list:
+    values = iter(integers[: stand_in.integers])
+    singles = iter(floats[:8])
+    return [
+        decode(next(singles if from_floats else values))
+        for from_floats, decode in stand_in.decoders
+    ]
+
+
+def _plan_call(index: int, integers: object, floats: object) -> int:
+    stand_in = _stand_ins[index]
+    try:
+        arguments = _decode(stand_in, integers, floats)
+        number = runtime.add_kernel(stand_in.plan(*arguments))
+        trace.note(number, "aclnn", stand_in.name, arguments)
+        return number
+    except Exception as error:
+        runtime.set_error(f"{stand_in.name}: {error}")
+        return 0
+
+
+PlanCallback = ctypes.CFUNCTYPE(
+    ctypes.c_int64, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_double)
+)
+
+
+def install() -> None:
+    numbers = {name: number for number, name in enumerate(runtime.operator_names)}
+    for name, stand_in in _pending.items():
+        if name in numbers:
+            _stand_ins[numbers[name]] = stand_in
+            runtime.library.sim_register_operator(
+                numbers[name], stand_in.integers, stand_in.workspace
+            )
+    callback = PlanCallback(_plan_call)
+    runtime.keep_alive(callback)
+    runtime.library.sim_set_plan_callback(callback)
+
+
+def names() -> list[str]:
+    return sorted(stand_in.name for stand_in in _stand_ins.values())

@@ -1,0 +1,210 @@
+"""Matrix products: mm, matmul, bmm, linear, with ND and NZ weights, and npu_quant_matmul."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from .. import nz
+from ..doors.aclnn import aclnn
+from ..limits import is_310p, is_a2_or_a3, require, require_contiguous, require_dtype
+from ..tensors import DeviceTensor, Layout
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+MAX_INNER = 65535
+# The longest sum of products of two int8 numbers that float32 holds exactly.
+EXACT_IN_FLOAT32 = 2**24 // (128 * 128)
+
+
+# -------------------------------------------------------------------------- floating matmul
+@cache
+def check_matmul(operator: str, a: Layout, b: Layout) -> None:
+    require_dtype(operator, "the left matrix", a, FLOATS)
+    require(a.dtype is b.dtype, operator, f"dtypes differ: {a} and {b}")
+    require(a.dims >= 1 and b.dims >= 1, operator, "a scalar is not a matrix")
+    inner = b.size[-2] if b.dims > 1 else b.size[0]
+    require(a.size[-1] == inner, operator, f"inner dims differ: {a} and {b}")
+    require(not a.nz, operator, "the left matrix must be in format ND")
+    if b.nz:
+        two = a.dims == 2 and b.dims == 2
+        require(two, operator, f"an NZ weight multiplies 2-D by 2-D only, not {a} by {b}")
+        require(min(b.size) > 1, operator, "an NZ weight must not have a dim of 1")
+        require_storage(operator, b)
+
+
+def require_storage(operator: str, weight: Layout) -> None:
+    """The kernel derives the tile grid from the view; torch_npu only passes the storage on."""
+    stored = weight.size[:-2] + weight.size[:-3:-1] if weight.transposed else weight.size
+    expected = nz.storage_shape(stored, weight.dtype)
+    rule = f"the NZ storage {weight.storage_size} does not belong to the weight {weight.size}"
+    require(weight.storage_size == expected, operator, rule)
+
+
+def plan_matmul(operator: str, a: DeviceTensor, b: DeviceTensor, out: DeviceTensor) -> Callable:
+    check_matmul(operator, a.layout, b.layout)
+    return lambda: out.write(torch.matmul(a.read().float(), b.read().float()))
+
+
+@aclnn("aclnnMm", "a:T b:T out:T cube:i")
+@aclnn("aclnnMatmul", "a:T b:T out:T cube:i")
+@aclnn("aclnnBatchMatMul", "a:T b:T out:T cube:i")
+def matmul(a: DeviceTensor, b: DeviceTensor, out: DeviceTensor, cube: int) -> Callable[[], None]:
+    require(not b.layout.nz, "matmul", "an NZ weight needs aclnnMatmulWeightNz")
+    return plan_matmul("matmul", a, b, out)
+
+
+@aclnn("aclnnMatmulWeightNz", "a:T b:T out:T cube:i")
+def matmul_weight_nz(
+    a: DeviceTensor, b: DeviceTensor, out: DeviceTensor, cube: int
+) -> Callable[[], None]:
+    require(b.layout.nz, "matmul with an NZ weight", "the weight must be in format NZ")
+    return plan_matmul("matmul with an NZ weight", a, b, out)
+
+
+@aclnn("aclnnAddmm", "bias:T a:T b:T beta:S alpha:S out:T cube:i")
+@aclnn("aclnnAddmmWeightNz", "bias:T a:T b:T beta:S alpha:S out:T cube:i")
+def addmm(
+    bias: DeviceTensor,
+    a: DeviceTensor,
+    b: DeviceTensor,
+    beta: float,
+    alpha: float,
+    out: DeviceTensor,
+    cube: int,
+) -> Callable[[], None]:
+    """A linear with a bias: one rounding, after the bias is added in float32."""
+    check_matmul("addmm", a.layout, b.layout)
+    rule = f"the bias {bias.layout} does not belong to {out.layout}"
+    require(bias.layout.size[-1] == out.layout.size[-1], "addmm", rule)
+    require(bias.layout.dtype is a.layout.dtype, "addmm", rule)
+
+    def run() -> None:
+        product = torch.matmul(a.read().float(), b.read().float())
+        out.write(beta * bias.read().float() + alpha * product)
+
+    return run
+
+
+# ------------------------------------------------------------------------- npu_quant_matmul
+QUANT = "npu_quant_matmul"
+
+
+@cache
+def check_quant_operands(x: Layout, weight: Layout, out: Layout) -> None:
+    require(is_a2_or_a3() or is_310p(), QUANT, "other devices than A2, A3, 310P are not simulated")
+    require_dtype(QUANT, "x1", x, (torch.int8,))
+    require_dtype(QUANT, "x2", weight, (torch.int8,))
+    require(2 <= x.dims <= 6, QUANT, "x1 must have 2 to 6 dims")
+    require(weight.dims == 2, QUANT, "only a two-dimensional x2 is simulated")
+    require(x.size[-1] == weight.size[0], QUANT, f"inner dims differ: {x} and {weight}")
+    for name, layout in (("x1", x), ("x2", weight)):
+        rule = f"the last dim of {name} may be {MAX_INNER} at most, not {layout.size[-1]}"
+        require(layout.size[-1] <= MAX_INNER, QUANT, rule)
+    require(not x.nz, QUANT, "x1 must be in format ND")
+    require_contiguous(QUANT, x1=x)
+    rule = "x2 must be contiguous or a transposed view"
+    require(weight.contiguous or weight.transposed, QUANT, rule)
+    if weight.nz:
+        require_storage(QUANT, weight)
+        upright = weight.transposed or not is_310p()
+        require(upright, QUANT, "310P wants NZ of [N, K], used as a transposed view")
+    allowed = (
+        (torch.float16, torch.int8)
+        if is_310p()
+        else (torch.bfloat16, torch.float16, torch.int8, torch.int32)
+    )
+    require_dtype(QUANT, "the output", out, allowed)
+
+
+@cache
+def check_quant_scales(
+    x: Layout,
+    weight: Layout,
+    token: Layout | None,
+    channel: Layout,
+    bias: Layout | None,
+    out: Layout,
+) -> None:
+    columns, rows = weight.size[-1], x.size[-2]
+    fits = channel.size in ((1,), (columns,))
+    require(fits, QUANT, f"scale must have shape (1,) or ({columns},)")
+    rule = f"scale {channel.dtype} does not go with output {out.dtype}"
+    if out.dtype is torch.float16:
+        require(token is not None, QUANT, "static float16 output is not simulated")
+        require(channel.dtype is torch.float32, QUANT, rule)
+    elif out.dtype in (torch.bfloat16, torch.int32):
+        require(channel.dtype in (torch.float32, torch.bfloat16), QUANT, rule)
+    else:
+        require(False, QUANT, "int8 output is not simulated")
+    if token is not None:
+        require(not is_310p(), QUANT, "310P has no pertoken_scale")
+        require(out.dtype is not torch.int32, QUANT, "int32 output takes no pertoken_scale")
+        require_dtype(QUANT, "pertoken_scale", token, (torch.float32,))
+        require(token.size == (rows,), QUANT, f"pertoken_scale must have shape ({rows},)")
+    if bias is not None:
+        floats = () if out.dtype is torch.int32 else (torch.bfloat16, torch.float32)
+        require_dtype(QUANT, "bias", bias, (torch.int32, *floats))
+        require(bias.size == (columns,), QUANT, f"bias must have shape ({columns},)")
+
+
+def integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """int8 @ int8 with an exact sum, as int32."""
+    exact = torch.float32 if x.shape[-1] <= EXACT_IN_FLOAT32 else torch.float64
+    return torch.matmul(x.to(exact), weight.to(exact)).to(torch.int32)
+
+
+@aclnn(
+    "aclnnQuantMatmulV5",
+    "x:T weight:T token:T channel:T y_scale:T x_offset:T weight_offset:T y_offset:T bias:T "
+    "transpose_x:b transpose_weight:b group:i out:T",
+)
+@aclnn(
+    "aclnnQuantMatmulWeightNz",
+    "x:T weight:T token:T channel:T y_scale:T x_offset:T weight_offset:T y_offset:T bias:T "
+    "transpose_x:b transpose_weight:b group:i out:T",
+)
+def quant_matmul(
+    x: DeviceTensor,
+    weight: DeviceTensor,
+    token: DeviceTensor | None,
+    channel: DeviceTensor,
+    y_scale: DeviceTensor | None,
+    x_offset: DeviceTensor | None,
+    weight_offset: DeviceTensor | None,
+    y_offset: DeviceTensor | None,
+    bias: DeviceTensor | None,
+    transpose_x: bool,
+    transpose_weight: bool,
+    group: int,
+    out: DeviceTensor,
+) -> Callable[[], None]:
+    check_quant_operands(x.layout, weight.layout, out.layout)
+    check_quant_scales(
+        x.layout,
+        weight.layout,
+        token and token.layout,
+        channel.layout,
+        bias and bias.layout,
+        out.layout,
+    )
+    unused = y_scale is None and weight_offset is None and group == 0
+    require(unused, QUANT, "y_scale, offset and group_sizes are not simulated")
+
+    def run() -> None:
+        total = integer_product(x.read(), weight.read())
+        if bias is not None and bias.layout.dtype is torch.int32:
+            total = total + bias.read()
+        if out.layout.dtype is torch.int32:
+            out.write(total)  # the raw sum: the scales are applied by a later operator
+            return
+        result = total.float()
+        if token is not None:
+            result = result * token.read().unsqueeze(-1)
+        result = result * channel.read().float()
+        if bias is not None and bias.layout.dtype is not torch.int32:
+            result = result + bias.read().float()
+        out.write(result)
+
+    return run

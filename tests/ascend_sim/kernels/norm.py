@@ -1,0 +1,167 @@
+"""npu_rms_norm, npu_add_rms_norm, npu_add_rms_norm_dynamic_quant.
+
+Open in the documentation: whether the norm of the sum is taken before or after the sum is rounded
+to the dtype of x (here: after, so that it is the norm of the residual the operator returns), and
+whether the normed row is rounded before it is quantized (here: it is not).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from ..doors.aclnn import aclnn
+from ..limits import is_310p, require, require_a2_or_a3, require_dtype, require_nd, require_shape
+from ..tensors import DeviceTensor, Layout
+from .quant import quantize_rows
+
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, *HALF)
+
+
+def rms(x: torch.Tensor, dims: int, epsilon: float) -> torch.Tensor:
+    """1 / sqrt(mean(x^2) + epsilon) over the last `dims` dimensions, in float32."""
+    axes = tuple(range(-dims, 0))
+    return torch.rsqrt(x.square().mean(axes, keepdim=True) + epsilon)
+
+
+@cache
+def check_norm(operator: str, x: Layout, gamma: Layout) -> None:
+    require_dtype(operator, "x", x, FLOATS)
+    require_nd(operator, x=x, gamma=gamma)
+    tail = x.size[x.dims - gamma.dims :]
+    require(gamma.size == tail, operator, f"gamma {gamma.size} must be the last dims of x {x.size}")
+    require(x.dims <= 8, operator, "x has at most 8 dims")
+    if is_310p():
+        require(x.dtype is not torch.bfloat16, operator, "has no bfloat16 on 310P")
+        wide = x.size[-1] * x.dtype.itemsize >= 32
+        require(wide, operator, "the last dim must be at least 32 bytes on 310P")
+
+
+@cache
+def check_rms_norm(x: Layout, gamma: Layout) -> None:
+    operator = "npu_rms_norm"
+    check_norm(operator, x, gamma)
+    require(x.dims >= 2, operator, "x must have 2 to 8 dims")
+    float_gamma = not is_310p() and gamma.dtype is torch.float32
+    rule = "gamma must have the dtype of x, or float32"
+    require(gamma.dtype is x.dtype or float_gamma, operator, rule)
+
+
+@cache
+def check_add(operator: str, x1: Layout, x2: Layout, gamma: Layout) -> None:
+    check_norm(operator, x1, gamma)
+    require_shape(operator, "x2", x2, x1.size)
+    same = x1.dtype is x2.dtype is gamma.dtype
+    require(same, operator, "x1, x2 and gamma must have one dtype")
+    require(x1.elements, operator, "an empty tensor is not supported")
+
+
+@cache
+def check_add_quant(
+    x1: Layout, x2: Layout, gamma: Layout, vectors: tuple[Layout | None, ...]
+) -> None:
+    operator = "npu_add_rms_norm_dynamic_quant"
+    require_a2_or_a3(operator)
+    require_dtype(operator, "x1", x1, HALF)
+    require(x1.dims >= 2, operator, "x1 must have 2 to 8 dims")
+    require(gamma.dims == 1, operator, "gamma must be one-dimensional")
+    check_add(operator, x1, x2, gamma)
+    for vector in vectors:
+        if vector is not None:
+            require_shape(operator, "smooth_scale and beta", vector, gamma.size)
+            require(
+                vector.dtype is x1.dtype, operator, "smooth_scale and beta share the dtype of x1"
+            )
+
+
+def residual_sum(x1: DeviceTensor, x2: DeviceTensor) -> torch.Tensor:
+    """x1 + x2, rounded once to their dtype."""
+    return (x1.read().float() + x2.read().float()).to(x1.layout.dtype)
+
+
+@aclnn("aclnnRmsNorm", "x:T gamma:T epsilon:d y:T rstd:T")
+def rms_norm(
+    x: DeviceTensor, gamma: DeviceTensor, epsilon: float, y: DeviceTensor, rstd: DeviceTensor
+) -> Callable[[], None]:
+    check_rms_norm(x.layout, gamma.layout)
+
+    def run() -> None:
+        values = x.read().float()
+        inverse = rms(values, gamma.layout.dims, epsilon)
+        y.write(values * inverse * gamma.read().float())
+        rstd.write(inverse)
+
+    return run
+
+
+@aclnn("aclnnAddRmsNorm", "x1:T x2:T gamma:T epsilon:d y:T rstd:T total:T")
+def add_rms_norm(
+    x1: DeviceTensor,
+    x2: DeviceTensor,
+    gamma: DeviceTensor,
+    epsilon: float,
+    y: DeviceTensor,
+    rstd: DeviceTensor,
+    total: DeviceTensor,
+) -> Callable[[], None]:
+    check_add("npu_add_rms_norm", x1.layout, x2.layout, gamma.layout)
+
+    def run() -> None:
+        rounded = residual_sum(x1, x2)
+        values = rounded.float()
+        inverse = rms(values, gamma.layout.dims, epsilon)
+        total.write(rounded)
+        y.write(values * inverse * gamma.read().float())
+        rstd.write(inverse)
+
+    return run
+
+
+@aclnn(
+    "aclnnAddRmsNormDynamicQuantV2",
+    "x1:T x2:T gamma:T smooth1:T smooth2:T beta:T epsilon:d mask:B "
+    "y1:T y2:T total:T scale1:T scale2:T",
+)
+def add_rms_norm_dynamic_quant(
+    x1: DeviceTensor,
+    x2: DeviceTensor,
+    gamma: DeviceTensor,
+    smooth1: DeviceTensor | None,
+    smooth2: DeviceTensor | None,
+    beta: DeviceTensor | None,
+    epsilon: float,
+    mask: list[bool] | None,
+    y1: DeviceTensor,
+    y2: DeviceTensor,
+    total: DeviceTensor,
+    scale1: DeviceTensor,
+    scale2: DeviceTensor,
+) -> Callable[[], None]:
+    operator = "npu_add_rms_norm_dynamic_quant"
+    vectors = tuple(None if v is None else v.layout for v in (smooth1, smooth2, beta))
+    check_add_quant(x1.layout, x2.layout, gamma.layout, vectors)
+    require(y1.layout.dtype is torch.int8, operator, "only int8 output is simulated")
+    wanted = mask or [True, smooth1 is not None and smooth2 is not None]
+    if mask:
+        for name, smooth, asked in (("1", smooth1, mask[0]), ("2", smooth2, mask[1])):
+            require(smooth is None or asked, operator, f"smooth_scale{name} needs its output_mask")
+    outputs = [(smooth1, y1, scale1), (smooth2, y2, scale2)]
+
+    def run() -> None:
+        rounded = residual_sum(x1, x2)
+        values = rounded.float()
+        normed = values * rms(values, 1, epsilon) * gamma.read().float()
+        if beta is not None:
+            normed = normed + beta.read().float()
+        total.write(rounded)
+        for asked, (smooth, codes, scale) in zip(wanted, outputs, strict=True):
+            if asked:
+                smoothed = normed if smooth is None else normed * smooth.read().float()
+                row_codes, row_scale = quantize_rows(smoothed)
+                codes.write(row_codes)
+                scale.write(row_scale)
+
+    return run

@@ -1,0 +1,123 @@
+"""npu_rotary_mul and npu_apply_rotary_pos_emb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from ..doors.aclnn import aclnn
+from ..limits import is_310p, is_a2_or_a3, require, require_dtype, require_nd, require_shape
+from ..tensors import DeviceTensor, Layout
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+MODES = {0: "half", 1: "interleave"}
+LAYOUTS = {1: "BSND", 2: "SBND", 3: "BNSD", 4: "TND"}
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+def rotate_interleaved(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+@cache
+def check_rotary_mul(x: Layout, cos: Layout, sin: Layout, mode: int) -> None:
+    operator = "npu_rotary_mul"
+    for name, layout in (("input", x), ("r1", cos), ("r2", sin)):
+        require_dtype(operator, name, layout, FLOATS)
+        require(layout.dims in (3, 4), operator, f"{name} must have 3 or 4 dims")
+    require_nd(operator, input=x, r1=cos, r2=sin)
+    require(cos.size == sin.size, operator, "r1 and r2 must have one shape")
+    require(cos.dims == x.dims, operator, "r1 must have as many dims as the input")
+    require(cos.size[-1] == x.size[-1], operator, "r1 must have the last dim of the input")
+    fits = all(c in (1, n) for c, n in zip(cos.size, x.size, strict=True))
+    require(fits, operator, f"r1 {cos.size} does not broadcast to the input {x.size}")
+    require(x.size[-1] % 2 == 0, operator, "the last dim must be even")
+    require(mode in MODES, operator, f"mode {mode} is not half or interleave")
+
+
+@aclnn("aclnnRotaryPositionEmbedding", "x:T cos:T sin:T mode:i out:T")
+def rotary_mul(
+    x: DeviceTensor, cos: DeviceTensor, sin: DeviceTensor, mode: int, out: DeviceTensor
+) -> Callable[[], None]:
+    return plan_rotary_mul(x, cos, sin, mode, out)
+
+
+@aclnn("aclnnRotaryPositionEmbeddingV2", "x:T cos:T sin:T mode:i rotate:T out:T")
+def rotary_mul_v2(
+    x: DeviceTensor,
+    cos: DeviceTensor,
+    sin: DeviceTensor,
+    mode: int,
+    rotate: DeviceTensor | None,
+    out: DeviceTensor,
+) -> Callable[[], None]:
+    require(rotate is None, "npu_rotary_mul", "a rotate matrix is not simulated")
+    return plan_rotary_mul(x, cos, sin, mode, out)
+
+
+def plan_rotary_mul(
+    x: DeviceTensor, cos: DeviceTensor, sin: DeviceTensor, mode: int, out: DeviceTensor
+) -> Callable[[], None]:
+    check_rotary_mul(x.layout, cos.layout, sin.layout, mode)
+    rotate = rotate_half if mode == 0 else rotate_interleaved
+
+    def run() -> None:
+        values = x.read().float()
+        out.write(values * cos.read().float() + rotate(values) * sin.read().float())
+
+    return run
+
+
+@cache
+def check_apply(
+    query: Layout, key: Layout, cos: Layout, sin: Layout, layout: int, mode: str
+) -> None:
+    operator = "npu_apply_rotary_pos_emb"
+    require(
+        is_a2_or_a3() or is_310p(), operator, "other devices than A2, A3, 310P are not simulated"
+    )
+    name = LAYOUTS.get(layout)
+    require(name in ("BSND", "TND"), operator, f"layout {name} is not BSND or TND")
+    require(mode == "half", operator, f"rotary_mode {mode} is not half")
+    dims = 3 if name == "TND" else 4
+    for tensor_name, tensor in (("query", query), ("key", key), ("cos", cos), ("sin", sin)):
+        require_dtype(operator, tensor_name, tensor, FLOATS)
+        require(tensor.dtype is query.dtype, operator, "all four tensors must have one dtype")
+        require(tensor.dims == dims, operator, f"{tensor_name} must have {dims} dims for {name}")
+        require(tensor.elements, operator, f"{tensor_name} must not be empty")
+        width = tensor.size[-1]
+        require(width in (64, 128), operator, f"the head size must be 64 or 128, not {width}")
+    require_nd(operator, query=query, key=key, cos=cos, sin=sin)
+    bfloat = query.dtype is torch.bfloat16
+    require(not (is_310p() and bfloat), operator, "has no bfloat16 on 310P")
+    leading, width = query.size[:-2], query.size[-1]
+    require(key.size[:-2] == leading, operator, "query and key must agree in their leading dims")
+    require(key.size[-1] == width, operator, "query and key must have one head size")
+    for tensor_name, tensor in (("cos", cos), ("sin", sin)):
+        require_shape(operator, tensor_name, tensor, (*leading, 1, width))
+
+
+@aclnn("aclnnApplyRotaryPosEmbV2", "query:T key:T cos:T sin:T layout:i mode:s")
+def apply_rotary_pos_emb(
+    query: DeviceTensor,
+    key: DeviceTensor,
+    cos: DeviceTensor,
+    sin: DeviceTensor,
+    layout: int,
+    mode: str,
+) -> Callable[[], None]:
+    check_apply(query.layout, key.layout, cos.layout, sin.layout, layout, mode)
+
+    def run() -> None:
+        cosine, sine = cos.read().float(), sin.read().float()
+        for target in (query, key):  # in place, as on A2 and A3
+            values = target.read().float()
+            target.write(values * cosine + rotate_half(values) * sine)
+
+    return run

@@ -1,0 +1,159 @@
+"""The same bytes from any number of threads, processor path, memory limit and cut; pinned once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from command_line import program, run
+from crash_driver import contents
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_cases import runnable_paths
+from torch import Tensor
+
+from qwen3_ascend import convert_checkpoint, native
+from qwen3_ascend.checkpoint.files import CheckpointReader, file_sha256
+from qwen3_ascend.checkpoint.layout import ND
+from qwen3_ascend.checkpoint.manifest import Manifest, canonical_sha256
+from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, Linear, pieces
+from qwen3_ascend.checkpoint.schemes.pieces import Stack, sqnr_db
+from qwen3_ascend.checkpoint.verify import verify
+
+# If one of these changes, CONVERTER_VERSION in convert/identity.py has to go up as well.
+PINNED = {
+    "w8a8": ("", ""),
+    "bf16": ("", ""),
+}
+
+
+@pytest.mark.parametrize("recipe", PINNED)
+def test_pinned_bytes(recipe: str, tiny_source: Path, tmp_path: Path) -> None:
+    manifest = convert_checkpoint(tiny_source, tmp_path / "out", recipe)
+    shard = file_sha256(tmp_path / "out" / "ascend-00001-of-00001.safetensors")
+    said = manifest.to_json()
+    record = {key: said[key] for key in ("model", "recipe", "source", "linears", "tensors", "shards")}
+    assert (shard, canonical_sha256(record)) == PINNED[recipe]
+
+
+WAYS: dict[str, dict[str, str]] = {
+    "torch": {"QWEN3_ASCEND_NATIVE": "0"},
+    **{path: {"QWEN3_ASCEND_CPU": path} for path in runnable_paths()},
+}
+
+
+@pytest.mark.parametrize("environment", WAYS.values(), ids=WAYS)
+def test_kernels_and_threads(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odd sizes: parts end within strips, and K is no multiple of anything."""
+    data = tiny_models.config(
+        hidden_size=70, intermediate_size=50, num_attention_heads=3, num_key_value_heads=1,
+        head_dim=10, attention_bias=True,
+    )  # fmt: skip
+    source = tiny_models.write(tmp_path / "source", data, shards=3)
+    convert_checkpoint(source, tmp_path / "first", threads=1)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 2000)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for threads in (1, 2, 7):
+        convert_checkpoint(source, tmp_path / f"out{threads}", threads=threads, max_memory=300 << 20)
+        assert contents(tmp_path / f"out{threads}") == contents(tmp_path / "first")
+
+
+def test_a_process_of_its_own(tiny_source: Path, tiny_w8a8: Path, tmp_path: Path) -> None:
+    """With another locale, time zone, hash seed and number of OpenMP threads."""
+    environment = {"OMP_NUM_THREADS": "1", "LC_ALL": "C", "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"}
+    done = program("convert", tiny_source, tmp_path / "out", "-q", environment=environment)
+    assert done.code == 0, done.err
+    assert contents(tmp_path / "out") == contents(tiny_w8a8)
+
+
+def cut_up(kind: type[Linear], source: Stack, layout: Any, kernels: native.Kernels) -> Linear:
+    """A linear put together from its pieces, in reverse; its errors measured once more."""
+    shape = source.shape
+    stored = {
+        suffix: torch.full(storage, 77).to(dtype)
+        for suffix, (dtype, storage) in kind.stored(shape, layout, False).items()
+    }
+    packed = []
+    for piece in reversed(kind.pieces(shape, layout)):
+        packed.append((piece, kind.pack(source, piece, layout, kernels)))
+        for suffix, (start, data) in packed[-1][1].tensors.items():
+            flat = stored[suffix].view(-1).view(torch.uint8)
+            flat[start : start + data.nbytes] = data.contiguous().view(-1).view(torch.uint8)
+    linear = kind.from_tensors(shape, layout, stored)
+    for piece, found in packed:
+        again = linear.errors(source, piece, kernels)
+        assert (again is None) == (found.sums is None)
+        assert again is None or sqnr_db([again]) == sqnr_db([found.sums])
+    return linear
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(1, 70), min_size=1, max_size=3), st.integers(1, 90),
+    st.sampled_from(sorted(SCHEMES)), st.booleans(), st.integers(1, 9000),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+)  # fmt: skip
+def test_any_cut_of_any_stack(
+    parts: list[int], inputs: int, scheme: str, plain: bool, piece_bytes: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(len(parts) * inputs)
+    values = [torch.randn((rows, inputs), generator=generator).to(dtype) for rows in parts]
+    kind = SCHEMES[scheme]
+    layout = ND if plain else kind.default_layout()
+    whole: dict[str, Tensor] = kind.quantize(torch.cat(values), None, layout).tensors()
+    for kernels in (native.best(), native.TorchKernels()):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
+            cut = cut_up(kind, Stack(tuple(values)), layout, kernels).tensors()
+        assert all(torch.equal(cut[suffix], whole[suffix]) for suffix in whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_floats(dtype: torch.dtype, tmp_path: Path) -> None:
+    """bf16 is lossy for them; the figure is that of the stored bytes, and verify finds it again."""
+    weights = {n: t.to(dtype) * 1.001 for n, t in tiny_models.tensors(tiny_models.config()).items()}
+    source = tiny_models.write(tmp_path / "source", weights=weights)
+    manifest = convert_checkpoint(source, tmp_path / "out", "bf16")
+    reader = CheckpointReader(tmp_path / "out")
+    for name, entry in manifest.linears.items():
+        exact = torch.cat([weights[f"{part}.weight"] for part, _ in entry.parts]).double()
+        linear = reader.linear(name)
+        assert isinstance(linear, BF16) and torch.equal(linear.matrix(), exact.to(dtype).bfloat16())
+        noise = (exact - linear.dequantize().double()).square().sum()
+        figure = 10 * torch.log10(exact.square().sum() / noise)
+        assert entry.sqnr_db == pytest.approx(float(figure), abs=0.0051)
+    assert run("verify", tmp_path / "out", "--against", source).code == 0
+
+
+def test_against(tiny_source: Path, tiny_w8a8: Path, tiny_bf16: Path, tmp_path: Path) -> None:
+    for made in (tiny_w8a8, tiny_bf16):
+        done = run("verify", made, "--against", tiny_source)
+        assert (done.code, done.err) == (0, "") and f"as {tiny_source} says" in done.out
+    source = tiny_models.write(tmp_path / "source")
+    convert_checkpoint(source, tmp_path / "out")
+    weights = tiny_models.tensors(tiny_models.config())
+    weights["model.norm.weight"][3] += 1
+    weights["model.layers.1.self_attn.v_proj.weight"][5, 5] += 3
+    weights["lm_head.weight"][9, 9] += 1
+    other = tiny_models.write(tmp_path / "other", weights=weights)
+    assert verify(tmp_path / "out").ok
+    said = run("verify", tmp_path / "out", "--against", other)
+    lines = said.err.splitlines()
+    assert said.code == 1 and len(lines) == 3
+    assert lines[0] == "Error: tensor model.norm.weight differs from the source's"
+    assert "model.layers.1.self_attn.qkv_proj" in lines[1] and "but the manifest says" in lines[1]
+    assert "linear lm_head" in lines[2] and "manifest says exact" in lines[2]
+    run("verify", tmp_path / "out", "--against", tiny_source).one_line_error("another model")
+    run("verify", tmp_path / "out", "--against", tmp_path / "gone").one_line_error("gone")
+
+
+def test_nothing_of_this_machine_is_in_the_manifest(tiny_w8a8: Path, tmp_path: Path) -> None:
+    text = (tiny_w8a8 / "qwen3_ascend.json").read_text()
+    assert str(tiny_w8a8.parent) not in text and str(tmp_path.parent) not in text
+    assert Manifest.read(tiny_w8a8).source.repo == "tiny-qwen3"

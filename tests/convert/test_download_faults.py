@@ -1,0 +1,197 @@
+"""What a network does to a download, and that none of it reaches the checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from command_line import PROGRAM, Run, run
+from hub_client import REPO, big_model, contents, downloads, talk_to
+from hub_server import Fault, HubServer
+
+from qwen3_ascend import convert_checkpoint
+from qwen3_ascend.checkpoint.manifest import Manifest
+
+FIRST, SECOND, LAST = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
+AFTER_HEADER = 200_000  # the header is asked for with the first 100,000 bytes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return big_model(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def sound(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The tensors of a conversion without a network."""
+    out = tmp_path_factory.mktemp("sound") / "out"
+    assert run("convert", folder, out, "--quiet").code == 0
+    return weights(out)
+
+
+@pytest.fixture
+def hub(hub: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    hub.add_model(REPO, folder)
+    talk_to(hub, tmp_path / "cache", monkeypatch)
+    return hub
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    assert (out / "qwen3_ascend.json").is_file()
+    assert not (out / ".partial").exists()
+    return {name: data for name, data in contents(out).items() if name.endswith(".safetensors")}
+
+
+def convert(out: Path, *options: str) -> Run:
+    return run("convert", REPO, out, *options)
+
+
+TEMPORARY = [
+    Fault("drop", f"*/{SECOND}", times=2, offset=AFTER_HEADER),
+    Fault("reset", f"*/{SECOND}", times=2, offset=AFTER_HEADER),
+    Fault("truncate", f"*/{SECOND}", times=2, offset=AFTER_HEADER),
+    Fault("truncate", f"*/{SECOND}", times=2, offset=1000),
+    Fault("corrupt", f"*/{SECOND}", times=2, offset=AFTER_HEADER),
+    Fault("corrupt", f"/cdn/*/{SECOND}", offset=20),
+    Fault("hangup", f"/cdn/*/{FIRST}", times=2),
+    Fault("status", "/cdn/*", times=2, status=503),
+    Fault("status", "/cdn/*", status=500),
+    Fault("status", "/cdn/*", times=2, status=429, retry_after=1),
+    Fault("status", "/api/models/*", times=2, status=502),
+    Fault("status", f"/api/models/{REPO}", times=3, status=429, retry_after=1),
+    Fault("replace", f"*/{LAST}", times=2, body=b"\x08\0\0\0\0\0\0\0{}      "),
+    Fault("redirect", f"/{REPO}/resolve/*/{LAST}", to=f"/{REPO}/resolve/main/config.json"),
+    Fault("redirect", "*/tokenizer.json", to=f"/{REPO}/resolve/main/config.json"),
+    Fault("corrupt", "*/config.json", offset=30),
+    Fault("no-range", "*.safetensors", times=3),
+    Fault("slow", f"*/{SECOND}", times=2, rate=4_000_000),
+]
+
+
+@pytest.mark.parametrize("fault", TEMPORARY, ids=lambda f: f"{f.kind}-{f.status}-{f.path}")
+def test_what_passes_leaves_no_trace(
+    hub: HubServer, tmp_path: Path, sound: dict[str, bytes], fault: Fault
+) -> None:
+    hub.inject(fault)
+    done = convert(tmp_path / "out")
+    assert done.code == 0, done.err
+    assert hub.unspent() == [], "the fault did not happen"
+    assert weights(tmp_path / "out") == sound
+
+
+LASTING = [
+    (Fault("status", "/cdn/*", times=None, status=503), "503"),
+    (Fault("status", "/cdn/*", times=None, status=404), "404"),
+    (Fault("hangup", "/cdn/*", times=None), "disconnected"),
+    (Fault("reset", f"*/{LAST}", times=None, offset=AFTER_HEADER), "reset"),
+    (Fault("corrupt", f"*/{LAST}", times=None, offset=AFTER_HEADER), "SHA-256"),
+    (Fault("truncate", f"*/{LAST}", times=None, offset=AFTER_HEADER), "size"),
+    (Fault("redirect", "*/tokenizer.json", times=None, to="/elsewhere"), "404"),
+    (Fault("redirect", "*/config.json", times=None, to=f"/{REPO}/resolve/main/config.json"), ""),
+    (Fault("corrupt", "*/tokenizer.json", times=None, offset=9), "tokenizer.json"),
+    (Fault("status", "/api/models/*", times=None, status=500), "500"),
+]
+
+
+@pytest.mark.parametrize(("fault", "said"), LASTING, ids=lambda v: getattr(v, "kind", v))
+def test_what_lasts_is_one_line_and_mends_later(
+    hub: HubServer, tmp_path: Path, sound: dict[str, bytes], fault: Fault, said: str
+) -> None:
+    out = tmp_path / "out"
+    hub.inject(fault)
+    convert(out, "--quiet", "--retries", "1").one_line_error(REPO, said)
+    assert not (out / "qwen3_ascend.json").exists()
+    hub.clear_faults()
+    done = convert(out, "--quiet")
+    assert done.code == 0 and done.err == "", done.err
+    assert weights(out) == sound
+
+
+def test_retries_are_noted_and_bounded(hub: HubServer, tmp_path: Path) -> None:
+    hub.inject(Fault("status", f"/cdn/*/{FIRST}", times=None, status=503))
+    lines = convert(tmp_path / "out", "--retries", "2").err.splitlines()
+    notes = [line for line in lines if "trying again" in line]
+    assert [note[-8:] for note in notes] == ["(1 of 2)", "(2 of 2)"]
+    assert all(FIRST in note and "503" in note for note in notes)
+    assert lines[-1].startswith("Error: ") and len(hub.seen(f"/cdn/*/{FIRST}")) == 3
+
+
+def test_a_lasting_damage_is_fetched_a_few_times_only(hub: HubServer, tmp_path: Path) -> None:
+    hub.inject(Fault("corrupt", f"/cdn/*/{FIRST}", times=None, offset=AFTER_HEADER))
+    convert(tmp_path / "out", "--quiet").one_line_error(FIRST, "3 times")
+    assert downloads(hub).count(FIRST) == 3
+    assert not list((tmp_path / "cache").rglob(FIRST)), "the damaged file is still in the cache"
+
+
+def test_a_damaged_cache_is_mended(hub: HubServer, tmp_path: Path, sound: dict[str, bytes]) -> None:
+    assert convert(tmp_path / "first", "--quiet").code == 0
+    cached = next((tmp_path / "cache").rglob(FIRST)).resolve()
+    data = bytearray(cached.read_bytes())
+    for flipped in (20, len(data) - 1):  # in the header, and in the last tensor
+        data[flipped] ^= 0xFF
+        cached.write_bytes(data)
+        done = convert(tmp_path / f"out{flipped}")
+        assert done.code == 0, done.err
+        assert weights(tmp_path / f"out{flipped}") == sound
+
+
+def test_gone_in_the_middle_then_back(
+    hub: HubServer, tmp_path: Path, sound: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    hub.inject(Fault("hangup", f"/cdn/*/{LAST}", times=1))  # one header: retried
+    hub.inject(Fault("drop", f"/cdn/*/{LAST}", times=None, offset=AFTER_HEADER))
+    convert(out, "--quiet", "--retries", "1").one_line_error(LAST)
+    hub.clear_faults()
+    hub.forget()
+    assert convert(out, "--quiet").code == 0
+    assert weights(out) == sound
+    assert downloads(hub) == [LAST]
+
+
+def test_a_branch_that_moves_meanwhile(hub: HubServer, tmp_path: Path, folder: Path) -> None:
+    commit = hub.add_revision(REPO, "main", folder)
+    other = big_model(tmp_path / "other", seed=1)
+    manifest = convert_checkpoint(
+        REPO, tmp_path / "out", on_plan=lambda plan: _ignore(hub.add_revision(REPO, "main", other))
+    )
+    assert manifest.source.revision == commit
+    assert run("convert", folder, tmp_path / "local", "--quiet").code == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "local")
+
+
+def test_the_origin_is_told(hub: HubServer, tmp_path: Path) -> None:
+    commit = Manifest.read(_converted(tmp_path / "one")).source.revision
+    done = convert(tmp_path / "two")
+    assert f"from {REPO} @ {commit}" in done.err.splitlines()
+    assert convert(tmp_path / "three", "--quiet").err == ""
+
+
+def test_interrupted_while_a_download_crawls(hub: HubServer, tmp_path: Path) -> None:
+    """Ctrl-C ends the program though its background thread waits for the network."""
+    hub.inject(Fault("slow", f"/cdn/*/{LAST}", times=None, rate=100_000))
+    command = [*PROGRAM, "convert", REPO, str(tmp_path / "out")]
+    environment = {**os.environ, **hub.environment(tmp_path / "other cache")}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        while LAST not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGINT, rest
+    assert "Traceback" not in rest and rest.count("\n") <= 2, rest
+
+
+def _converted(out: Path) -> Path:
+    assert convert(out, "--quiet").code == 0
+    return out
+
+
+def _ignore(value: object) -> None:
+    """Nothing."""

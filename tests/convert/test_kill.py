@@ -1,0 +1,38 @@
+"""SIGKILL at any instant, then the same command again: the same bytes, whatever was lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny_models
+
+DRIVER = Path(__file__).parents[1] / "crash_driver.py"
+
+
+def drive(source: Path, workdir: Path, *options: str) -> dict[str, int]:
+    workdir.mkdir()
+    done = subprocess.run(
+        [sys.executable, DRIVER, source, workdir, *options], capture_output=True, text=True,
+        timeout=550,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_after_each_step(tmp_path: Path) -> None:
+    """A step is a call that changes the disk: this is every state that a crash can leave."""
+    source = tiny_models.write(tmp_path / "source", tiny_models.config(num_hidden_layers=1))
+    found = drive(source, tmp_path / "work", "--steps", "0", "--threads", "1")
+    assert found["kills"] == found["trials"] == found["steps"] > 50
+    assert 0 < found["completed"] < 15  # it was finished and had only to be tidied up
+
+
+def test_at_random_instants(tiny_source: Path, tmp_path: Path) -> None:
+    """With three threads, and what is continued is killed again."""
+    found = drive(
+        tiny_source, tmp_path / "work", "--steps", "30", "--instants", "20", "--threads", "3"
+    )
+    assert found["trials"] == 50 and found["kills"] >= 30

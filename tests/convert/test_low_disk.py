@@ -1,0 +1,190 @@
+"""Downloads that go one ahead of the conversion and, with --low-disk, when they have been used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_models
+from command_line import Run, run
+from hub_client import REPO, big_model, contents, downloads, talk_to
+from hub_server import Fault, HubServer
+
+from qwen3_ascend import convert_checkpoint
+
+SHARDS = 6
+AFTER_HEADER = 120_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return big_model(tmp_path_factory.mktemp("source") / "model", SHARDS)
+
+
+@pytest.fixture(scope="module")
+def sound(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("sound") / "out"
+    assert run("convert", folder, out, "--quiet").code == 0
+    return weights(out)
+
+
+@pytest.fixture
+def hub(hub: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    hub.add_model(REPO, folder)
+    talk_to(hub, tmp_path / "cache", monkeypatch)
+    return hub
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    assert not (out / ".partial").exists()
+    return {name: data for name, data in contents(out).items() if name.endswith(".safetensors")}
+
+
+def convert(out: Path, *options: str) -> Run:
+    return run("convert", REPO, out, "--low-disk", *options)
+
+
+def test_disk_stays_below_what_was_announced(
+    hub: HubServer, folder: Path, tmp_path: Path, sound: dict[str, bytes]
+) -> None:
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    out, held = tmp_path / "out", list[int]()
+    announced = json.loads(convert(out, "--dry-run", "--json").out)["disk"]["downloads"]
+
+    def look(name: str, nbytes: int) -> None:
+        held.append(sum(path.stat().st_size for path in out.rglob("model-*.safetensors")))
+
+    convert_checkpoint(REPO, out, low_disk=True, threads=1, progress=look)
+    assert weights(out) == sound
+    assert 0 < max(held) <= announced < total
+    assert sorted(downloads(hub)) == sorted(set(downloads(hub))) and len(downloads(hub)) == SHARDS
+    assert not list((tmp_path / "cache").rglob("model-*.safetensors"))
+
+
+def test_without_it_the_cache_is_used(
+    hub: HubServer, tmp_path: Path, sound: dict[str, bytes]
+) -> None:
+    assert run("convert", REPO, tmp_path / "one", "--quiet").code == 0
+    cached = contents(tmp_path / "cache")
+    assert len([name for name in cached if "snapshots" in name and "model-" in name]) == SHARDS
+    hub.forget()
+    done = convert(tmp_path / "two", "--quiet")
+    assert done.code == 0, done.err
+    assert downloads(hub) == [] and weights(tmp_path / "two") == sound
+    assert contents(tmp_path / "cache") == cached, "files of the user's cache were touched"
+
+
+def test_a_local_folder_is_never_touched(folder: Path, tmp_path: Path) -> None:
+    before = contents(folder)
+    assert run("convert", folder, tmp_path / "out", "--low-disk", "--quiet").code == 0
+    assert contents(folder) == before
+
+
+def test_the_next_file_comes_while_one_is_in_use(hub: HubServer, tmp_path: Path) -> None:
+    """At every time one file more than is needed is there or on its way, but not two."""
+    asked: list[set[str]] = []
+    convert_checkpoint(
+        REPO,
+        tmp_path / "out",
+        threads=1,
+        progress=lambda name, size: asked.append(set(downloads(hub))),
+    )
+    assert 2 <= len(asked[0]) <= 4 and len(asked[-1]) == SHARDS
+    assert len({len(names) for names in asked}) >= 3, "they came all at once"
+
+
+def test_an_interrupted_conversion_fetches_only_what_it_lacks(
+    hub: HubServer, tmp_path: Path, sound: dict[str, bytes]
+) -> None:
+    out, last = tmp_path / "out", "model-00006-of-00006.safetensors"
+    hub.inject(Fault("drop", f"*/{last}", times=None, offset=AFTER_HEADER))
+    convert(out, "--quiet", "--retries", "0").one_line_error(last)
+    assert (out / ".partial").is_dir() and not (out / "qwen3_ascend.json").exists()
+    hub.clear_faults()
+    hub.forget()
+    done = convert(out)
+    assert done.code == 0, done.err
+    assert "model-00001-of-00006.safetensors" not in downloads(hub)
+    assert last in downloads(hub) and len(downloads(hub)) < SHARDS - 1
+    assert weights(out) == sound
+
+
+def test_leftovers_that_nobody_needs_are_removed(
+    hub: HubServer, folder: Path, tmp_path: Path, sound: dict[str, bytes]
+) -> None:
+    """A killed conversion may leave files, whole and half; damaged ones are not believed."""
+    out, first = tmp_path / "out", "model-00001-of-00006.safetensors"
+    area = out / ".partial" / "source"
+    (area / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (area / ".cache" / "huggingface" / "download" / "x.incomplete").write_bytes(bytes(99))
+    (area / "model-of-another.safetensors").write_bytes(bytes(99))
+    (area / first).write_bytes(bytes((folder / first).stat().st_size))
+    done = convert(out, "--quiet")
+    assert done.code == 0, done.err
+    assert weights(out) == sound
+
+
+def test_dry_run_tells_the_disk(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    plain = json.loads(run("convert", REPO, tmp_path / "out", "--dry-run", "--json").out)
+    assert plain["disk"] == {"checkpoint": plain["output_bytes"], "downloads": total}
+    low = json.loads(convert(tmp_path / "out", "--dry-run", "--json").out)
+    assert 0 < low["disk"]["downloads"] < total and low["disk"]["checkpoint"] > 0
+    text = convert(tmp_path / "out", "--dry-run").out.splitlines()[-1]
+    assert text.startswith("needs ") and "downloads" in text
+    assert not (tmp_path / "out").exists() and downloads(hub) == []
+    local = json.loads(run("convert", folder, tmp_path / "out", "--dry-run", "--json").out)
+    assert list(local["disk"]) == ["checkpoint"]
+
+
+def free(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    usage = shutil.disk_usage("/")._replace(free=nbytes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+def test_a_small_disk_is_refused_before_the_first_byte(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    needs = json.loads(run("convert", REPO, out, "--dry-run", "--json").out)["disk"]
+    low = json.loads(convert(out, "--dry-run", "--json").out)["disk"]
+    free(monkeypatch, sum(needs.values()) - 1)
+    run("convert", REPO, out, "--quiet").one_line_error("not enough disk", "MB", "--low-disk")
+    free(monkeypatch, sum(low.values()) - 1)
+    line = convert(out, "--quiet").one_line_error("not enough disk", "another output")
+    assert "pass" not in line and "--low-disk" not in line
+    assert downloads(hub) == [] and not out.exists()
+    free(monkeypatch, sum(low.values()))
+    assert convert(out, "--quiet").code == 0
+
+
+def test_little_memory_is_refused_before_the_first_byte(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9 kB\nMemAvailable: 1 kB\n")
+    monkeypatch.setattr("qwen3_ascend.convert.memory.MEMINFO", meminfo)
+    run("convert", REPO, tmp_path / "out", "-q").one_line_error("memory", "1.0 kB", "--max-memory")
+    assert downloads(hub) == [] and not (tmp_path / "out").exists()
+
+
+def test_a_size_that_its_header_denies(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    """A mirror that states one file and serves another is found out by the header."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    hub.add_model(REPO, copy)
+    first = copy / "model-00001-of-00006.safetensors"
+    first.write_bytes((folder / "model-00002-of-00006.safetensors").read_bytes())
+    assert first.stat().st_size != (folder / first.name).stat().st_size
+    run("convert", REPO, tmp_path / "out", "-q", "--retries", "0").one_line_error(
+        first.name, "bytes", "header"
+    )
+    assert downloads(hub) == [] and not (tmp_path / "out").exists()
+
+
+def test_memory_figures_exist_here() -> None:
+    from qwen3_ascend.convert.memory import available_memory
+
+    free = available_memory()
+    assert free is None or free > tiny_models.DATA.stat().st_size

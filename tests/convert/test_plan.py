@@ -1,0 +1,210 @@
+"""The plan: made of headers alone, it says what will happen and refuses what cannot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from command_line import run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwen3_ascend import Recipe, convert_checkpoint
+from qwen3_ascend.checkpoint.errors import CheckpointError, ConfigError, RecipeError, UserError
+from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.checkpoint.model import LinearSpec, Qwen3Config, walk
+from qwen3_ascend.checkpoint.safetensors_file import TensorSlot
+from qwen3_ascend.convert.plan import Plan, make_plan
+
+
+def slots(data: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSlot]:
+    """Headers of a model, without a byte of it."""
+    found: dict[str, TensorSlot] = {}
+    position = 0
+    for name, shape in tiny_models.shapes(data).items():
+        stop = position + torch.Size(shape).numel() * dtype.itemsize
+        found[name] = TensorSlot(dtype, shape, position, stop)
+        position = stop
+    return found
+
+
+def plan(data: dict[str, Any], recipe: str | Recipe = "w8a8", **options: Any) -> Plan:
+    chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    return make_plan(Qwen3Config.from_hf(data), slots(data), chosen, **options)
+
+
+def rules(*lines: tuple[str, str]) -> Recipe:
+    text = [f'{{match: "{match}", scheme: {scheme}}}' for match, scheme in lines]
+    return Recipe.parse(f"{{schema: 1, name: test, rules: [{', '.join(text)}]}}", "test")
+
+
+QWEN3_8B = tiny_models.config(
+    hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
+)  # fmt: skip
+QWEN3_0_6B = QWEN3_8B | tiny_models.config(
+    hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+    num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "parameters"),
+    [(QWEN3_8B, 8_190_735_360), (QWEN3_0_6B, 596_049_920)],
+    ids=["8B", "0.6B"],
+)
+def test_published_models(data: dict[str, Any], parameters: int) -> None:
+    """The parameter counts are those of the models on the Hub."""
+    for recipe, bits in (("bf16", 16.0), ("w8a8", 9.4 if data is QWEN3_8B else 10.3)):
+        made = plan(data, recipe)
+        assert made.parameters == parameters
+        assert made.bits_per_weight == pytest.approx(bits, rel=0.12)
+        assert made.source_bytes == 2 * parameters
+        assert sum(len(shard.tensors) for shard in made.shards) == sum(
+            len(item.forms) for item in made.items
+        )
+
+
+def test_every_tensor_is_read_once_and_written_once() -> None:
+    data = tiny_models.config(attention_bias=False)
+    made = plan(data)
+    read = [name for item in made.items for name in item.reads]
+    assert sorted(read) == sorted(tiny_models.shapes(data))
+    written = [name for shard in made.shards for name in shard.tensors]
+    assert len(set(written)) == len(written)
+    names = [
+        item.name if isinstance(item, LinearSpec) else item[0]
+        for item in walk(Qwen3Config.from_hf(data))
+    ]
+    assert [item.name for item in made.items] == names
+
+
+def test_files_are_cut_at_the_size_asked_for() -> None:
+    made = plan(tiny_models.config(), "bf16", max_shard_bytes=30_000)
+    assert len(made.shards) > 3
+    for shard in made.shards:
+        sizes = [torch.Size(s).numel() * d.itemsize for d, s in shard.tensors.values()]
+        assert sum(sizes) <= 30_000 or len(sizes) == 1
+    flat = [name for shard in made.shards for name in shard.tensors]
+    assert flat == [name for item in made.items for name in item.forms]
+    assert made.shards[0].file == f"ascend-00001-of-{len(made.shards):05d}.safetensors"
+
+
+def test_refusals_name_the_tensor() -> None:
+    data = tiny_models.config()
+    config, recipe, good = Qwen3Config.from_hf(data), Recipe.load("bf16"), slots(data)
+    name = "model.layers.1.self_attn.k_norm.weight"
+    with pytest.raises(CheckpointError, match=f"no tensor {name}"):
+        make_plan(config, {key: slot for key, slot in good.items() if key != name}, recipe)
+    with pytest.raises(CheckpointError, match=rf"{name} is \[33\].*\[32\]"):
+        make_plan(config, good | {name: replace(good[name], shape=(33,))}, recipe)
+    with pytest.raises(CheckpointError, match="model.layers.9.mlp.up_proj.weight"):
+        make_plan(config, good | {"model.layers.9.mlp.up_proj.weight": good[name]}, recipe)
+    with pytest.raises(CheckpointError, match=f"{name} is F8_E4M3"):
+        make_plan(config, good | {name: replace(good[name], dtype=torch.float8_e4m3fn)}, recipe)
+
+
+def test_what_may_be_left_out_is_said() -> None:
+    data = tiny_models.config(tie_word_embeddings=True)
+    extra = {"lm_head.weight": TensorSlot(torch.bfloat16, (320, 64), 0, 0)}
+    extra["model.layers.0.self_attn.rotary_emb.inv_freq"] = TensorSlot(torch.float32, (16,), 0, 0)
+    made = make_plan(Qwen3Config.from_hf(data), slots(data) | extra, Recipe.load("w8a8"))
+    assert set(made.ignored) == set(extra) and all(made.ignored.values())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        (rules(("*.k_proj", "bf16"), ("lm_head", "bf16"), ("*", "w8a8")), {}, "one fused linear"),
+        (rules(("*.up_proj", "w8a8"), ("*", "bf16")), {}, "gate_proj: bf16.*up_proj: w8a8"),
+        (rules(("*.experts.*", "w8a8"), ("*", "bf16")), {}, "rule 1 .*experts.* decides nothing"),
+        (rules(("*", "bf16"), ("*.mlp.*", "w8a8")), {}, "rule 2 .* decides nothing"),
+        (rules(("*", "bf16"), ("*", "bf16")), {}, "rule 2 .* decides nothing"),
+        (rules(("*.mlp.*", "w8a8"),), {}, "no rule matches"),
+        (rules(("*", "w8a8")), {"tie_word_embeddings": True}, "lm_head is tied"),
+        (rules(("*", "w8a8")), {"vocab_size": 65536}, r"lm_head is \[65536, 64\].*65535"),
+    ],
+)  # fmt: skip
+def test_recipes_that_do_not_fit(recipe: Recipe, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan(tiny_models.config(**changes), recipe)
+
+
+def test_a_small_output_projection_may_be_quantized() -> None:
+    made = plan(tiny_models.config(vocab_size=65535), rules(("*", "w8a8")))
+    assert made.items[-1].scheme == "w8a8"  # type: ignore[union-attr]
+
+
+def test_layouts_by_recipe(tmp_path: Path) -> None:
+    text = """
+        schema: 1
+        name: plain
+        rules:
+          - {match: lm_head, scheme: bf16, layout: nz}
+          - {match: "*", scheme: w8a8, layout: nd}
+    """
+    source = tiny_models.write(tmp_path / "source")
+    manifest = convert_checkpoint(source, tmp_path / "out", Recipe.parse(text, "test"))
+    layouts = {name: entry.layout.format for name, entry in manifest.linears.items()}
+    assert layouts.pop("lm_head") == "nz"
+    assert set(layouts.values()) == {"nd"}
+
+
+def test_dry_run_writes_nothing_and_tells_the_truth(tmp_path: Path) -> None:
+    source = tiny_models.write(tmp_path / "source")
+    done = run("convert", source, tmp_path / "out", "--dry-run", "--json")
+    assert done.code == 0 and not (tmp_path / "out").exists()
+    said = json.loads(done.out)
+    convert_checkpoint(source, tmp_path / "out")
+    manifest = Manifest.read(tmp_path / "out")
+    assert said["files"] == list(manifest.shards)
+    assert said["output_bytes"] == sum(tensor.nbytes for tensor in manifest.stored().values())
+    linears = {item["name"]: item for item in said["items"] if "scheme" in item}
+    assert {n: (i["scheme"], i["layout"]) for n, i in linears.items()} == {
+        n: (e.scheme, e.layout.to_json()) for n, e in manifest.linears.items()
+    }
+    text = run("convert", source, tmp_path / "other", "--dry-run")
+    assert text.code == 0 and "model.layers.*.self_attn.qkv_proj (x2)" in text.out
+    assert not (tmp_path / "other").exists()
+    run("convert", source, tmp_path / "other", "--json").one_line_error("--dry-run")
+
+
+JUNK = (
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5)
+    | st.lists(st.integers(0, 3), max_size=2) | st.dictionaries(st.text(max_size=3), st.integers())
+)  # fmt: skip
+KEYS = [
+    *tiny_models.config(), "rope_parameters", "rope_scaling", "layer_types", "quantization_config",
+    "sliding_window",
+]  # fmt: skip
+ROPE_KEYS = [
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "mscale",
+    "mscale_all_dim", "attention_factor", "beta_fast", "beta_slow", "truncate",
+    "partial_rotary_factor",
+]  # fmt: skip
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(KEYS), JUNK, min_size=1, max_size=3))
+def test_any_config_is_refused_in_words_or_read(changes: dict[str, Any]) -> None:
+    try:
+        config = Qwen3Config.from_hf({**tiny_models.config(), **changes})
+    except ConfigError:
+        return
+    assert Qwen3Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@settings(max_examples=400)
+@given(st.dictionaries(st.sampled_from(ROPE_KEYS), JUNK, max_size=4))
+def test_any_rope_is_refused_in_words_or_read(changes: dict[str, Any]) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **changes}
+    try:
+        config = Qwen3Config.from_hf({**tiny_models.config(), "rope_parameters": rope})
+    except UserError:
+        return
+    assert config.context_length >= config.max_position

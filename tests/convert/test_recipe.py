@@ -1,0 +1,129 @@
+"""The recipe language: what it says, and what it refuses to guess."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from command_line import run
+
+from qwen3_ascend import Recipe, recipes
+from qwen3_ascend.checkpoint.errors import RecipeError
+from qwen3_ascend.checkpoint.schemes import SCHEMES
+
+RULES = 'rules: [{match: "*", scheme: bf16}]'
+
+
+def parse(text: str) -> Recipe:
+    return Recipe.parse(text, "test.yaml")
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_shipped_recipes(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert recipe.name == name and recipe.description
+    assert all(rule.scheme in SCHEMES for rule in recipe.rules)
+    assert recipe.verbatim == yaml.safe_load(recipes.text(name))
+
+
+def test_the_first_match_wins() -> None:
+    recipe = parse(
+        """
+        schema: 1
+        name: mixed
+        rules:
+          - {match: "*.0.mlp.*", scheme: bf16, layout: nd}
+          - {match: "*.mlp.*", scheme: w8a8}
+          - {match: "*", scheme: bf16}
+        """
+    )
+    first = recipe.rule_for("model.layers.0.mlp.up_proj")
+    assert (first.scheme, first.layout) == ("bf16", "nd")
+    assert recipe.rule_for("model.layers.10.mlp.up_proj").scheme == "w8a8"
+    assert recipe.rule_for("lm_head") is recipe.rules[2]
+
+
+def test_globs_know_upper_and_lower_case() -> None:
+    recipe = parse('{schema: 1, name: x, rules: [{match: "LM_HEAD", scheme: bf16}]}')
+    with pytest.raises(RecipeError, match="no rule matches lm_head"):
+        recipe.rule_for("lm_head")
+
+
+def test_a_file_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    path.write_text(f"schema: 1\nname: mine\n{RULES}\n")
+    assert Recipe.load(str(path)).name == "mine"
+
+
+BAD = {
+    "unknown key": (f"schema: 1\nname: x\nrulez: []\n{RULES}", ["rulez", "rules"]),
+    "unknown key in a rule": (
+        'schema: 1\nname: x\nrules: [{match: "*", scheme: bf16, group: 4}]',
+        ["rule 1", "'group'", "layout"],
+    ),
+    "unknown scheme": (
+        'schema: 1\nname: x\nrules: [{match: "*", scheme: w8a9}]',
+        ["rule 1", "'w8a9'", "bf16, w8a8"],
+    ),
+    "scheme is a list": ('schema: 1\nname: x\nrules: [{match: "*", scheme: [w8a8]}]', ["w8a8"]),
+    "scheme is a mapping": (
+        'schema: 1\nname: x\nrules: [{match: "*", scheme: {a: 1}}]',
+        ["rule 1"],
+    ),
+    "unknown layout": (
+        'schema: 1\nname: x\nrules: [{match: "*", scheme: bf16, layout: zn}]',
+        ["'zn'", "auto, nz, nd"],
+    ),
+    "layout is a list": (
+        'schema: 1\nname: x\nrules: [{match: "*", scheme: bf16, layout: [nz]}]',
+        ["layout"],
+    ),
+    "no schema": (f"name: x\n{RULES}", ["'schema' is missing"]),
+    "no name": (f"schema: 1\n{RULES}", ["'name' is missing"]),
+    "no rules": ("schema: 1\nname: x", ["'rules' is missing"]),
+    "no match": ("schema: 1\nname: x\nrules: [{scheme: bf16}]", ["rule 1", "'match' is missing"]),
+    "no scheme": ('schema: 1\nname: x\nrules: [{match: "*"}]', ["rule 1", "'scheme' is missing"]),
+    "empty rules": ("schema: 1\nname: x\nrules: []", ["non-empty list"]),
+    "rules are a mapping": ("schema: 1\nname: x\nrules: {a: 1}", ["non-empty list"]),
+    "a rule is text": ("schema: 1\nname: x\nrules: [w8a8]", ["rule 1", "mapping"]),
+    "match is a number": ("schema: 1\nname: x\nrules: [{match: 7, scheme: bf16}]", ["glob"]),
+    "match is empty": ("schema: 1\nname: x\nrules: [{match: '', scheme: bf16}]", ["glob"]),
+    "another schema": (f"schema: 2\nname: x\n{RULES}", ["schema 2", "reads schema 1"]),
+    "name is a date": (f"schema: 1\nname: 2025-01-31\n{RULES}", ["name"]),
+    "name is a number": (f"schema: 1\nname: 8\n{RULES}", ["name"]),
+    "description is a date": (
+        f"schema: 1\nname: x\ndescription: 2025-01-31\n{RULES}",
+        ["description"],
+    ),
+    "not a mapping": ("- 1\n- 2", ["mapping"]),
+    "empty": ("", ["mapping"]),
+    "not yaml": ("schema: [1", ["not valid YAML"]),
+    "tabs": ("schema: 1\n\tname: x", ["not valid YAML"]),
+    "python objects": ("!!python/object/apply:os.system [true]", ["not valid YAML"]),
+    "control characters": ("schema: 1\nname: \x07", ["not valid YAML"]),
+}
+
+
+@pytest.mark.parametrize(("text", "mentions"), BAD.values(), ids=BAD)
+def test_typos_are_refused(
+    text: str, mentions: list[str], tiny_source: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    done = run("convert", tiny_source, tmp_path / "out", "--recipe", path)
+    done.one_line_error("bad.yaml", *mentions)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_names_list_the_known(tiny_source: Path, tmp_path: Path) -> None:
+    done = run("convert", tiny_source, tmp_path / "out", "--recipe", "w8a9")
+    done.one_line_error("'w8a9'", *recipes.names())
+    for name in ("gone.yaml", "gone.yml"):
+        done = run("convert", tiny_source, tmp_path / "out", "--recipe", tmp_path / name)
+        done.one_line_error(name, "does not exist")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
+    for name in ("folder.yaml", "latin.yaml"):
+        done = run("convert", tiny_source, tmp_path / "out", "--recipe", tmp_path / name)
+        done.one_line_error(name, "cannot be read")

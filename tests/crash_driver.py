@@ -1,0 +1,177 @@
+"""Converts again and again in forked processes that are killed, and compares what comes out.
+
+    python crash_driver.py SOURCE WORKDIR --steps 25 --instants 10 [--seed 0] [--threads 2]
+
+One process imports torch and forks the others, so that a trial takes milliseconds. A step is a call
+that changes the disk (write, rename, unlink, sync): a kill after each of them leaves every state
+that a crash can leave; a kill at a random instant leaves whatever it meets. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME
+from qwen3_ascend.convert import convert_checkpoint
+
+JOURNAL = ".partial/journal.jsonl"
+
+STEPS = ("pwrite", "write", "replace", "unlink", "fsync", "fdatasync", "rmdir", "mkdir")
+
+
+class Driver:
+    """Trials on one model; every one must end with the bytes of an undisturbed conversion."""
+
+    def __init__(self, source: Path, workdir: Path, threads: int) -> None:
+        self._source, self._threads = source, threads
+        self._out, self._good = workdir / "out", workdir / "reference"
+        self._trials = self._kills = self._completed = 0
+        started = time.perf_counter()
+        assert self._fork(self._good, lambda: None) == 0
+        self._seconds = time.perf_counter() - started
+        self._expected = contents(self._good)
+
+    def steps(self, count: int, rng: random.Random) -> int:
+        """Kills after `count` of all steps (0: after each); returns how many there are."""
+        total = self._count_steps()
+        chosen = range(1, total + 1)
+        late = [*chosen[-25:]]  # publishing
+        early = [*chosen[:-25]]
+        picked = [*rng.sample(early, min(len(early), max(0, count - len(late)))), *late]
+        for step in sorted(picked) if count else chosen:
+            self._trial(lambda step=step: die_at_step(step))
+        return total
+
+    def instants(self, count: int, rng: random.Random) -> None:
+        """Kills at random instants; what is continued is killed again, up to three times."""
+        for _ in range(count):
+            delays = [rng.uniform(0, self._seconds) for _ in range(rng.randint(1, 3))]
+            self._trial(*[lambda delay=delay: die_in(delay) for delay in delays])
+
+    def summary(self) -> dict[str, int]:
+        """What has been tried."""
+        return {"trials": self._trials, "kills": self._kills, "completed": self._completed}
+
+    def _trial(self, *deaths: Callable[[], None]) -> None:
+        shutil.rmtree(self._out, ignore_errors=True)
+        for death in deaths:
+            status = self._fork(self._out, death)
+            self._kills += status == -signal.SIGKILL
+            assert status in (0, -signal.SIGKILL), f"a run ended with {status}"
+            if status == 0:
+                break
+        # A kill while it tidies up leaves a finished conversion, which is not to be overwritten.
+        if (self._out / JOURNAL).exists() or not (self._out / MANIFEST_NAME).exists():
+            assert self._fork(self._out, lambda: None) == 0, "the conversion was not continued"
+        else:
+            self._completed += 1
+        found = contents(self._out)
+        different = [name for name in {**found, **self._expected}
+                     if found.get(name) != self._expected.get(name)]  # fmt: skip
+        assert not different, f"{different} differ after a kill"
+        self._trials += 1
+
+    def _count_steps(self) -> int:
+        read, write = os.pipe()
+        shutil.rmtree(self._out, ignore_errors=True)
+        assert self._fork(self._out, count_steps, lambda total: os.write(write, b"%d" % total)) == 0
+        return int(os.read(read, 100))
+
+    def _fork(
+        self,
+        output: Path,
+        prepare: Callable[[], Any],
+        report: Callable[[int], Any] = lambda total: None,
+    ) -> int:
+        """Converts in a process of its own; its exit code, or minus the signal that ended it."""
+        child = os.fork()
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try:
+            counter = prepare()
+            convert_checkpoint(self._source, output, threads=self._threads)
+            report(counter[0] if counter else 0)
+            os._exit(0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
+
+
+def on_every_step(action: Callable[[int], None]) -> list[int]:
+    """Calls `action` with the number of each step, after it; the list holds the last number."""
+    counter, lock = [0], threading.Lock()
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            with lock:
+                counter[0] += 1
+                action(counter[0])
+            return result
+
+        return call
+
+    for name in STEPS:
+        setattr(os, name, counted(getattr(os, name)))
+    return counter
+
+
+def count_steps() -> list[int]:
+    """Only counts."""
+    return on_every_step(lambda number: None)
+
+
+def die_at_step(step: int) -> None:
+    """Kills this process after a step."""
+    on_every_step(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == step else None)
+
+
+def die_in(seconds: float) -> None:
+    """Kills this process after a time, from a process that does nothing else."""
+    victim = os.getpid()
+    if os.fork() == 0:
+        time.sleep(seconds)
+        if os.getppid() == victim:
+            os.kill(victim, signal.SIGKILL)
+        os._exit(0)
+
+
+def main() -> None:
+    """See the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--steps", type=int, default=0, help="0 for all")
+    parser.add_argument("--instants", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    driver = Driver(options.source, options.workdir, options.threads)
+    total = driver.steps(options.steps, rng)
+    driver.instants(options.instants, rng)
+    print(json.dumps({"steps": total, **driver.summary()}))
+
+
+if __name__ == "__main__":
+    main()

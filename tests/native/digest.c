@@ -1,0 +1,91 @@
+/* Prints one digest per kernel, dtype and shape, so that two processors can be compared:
+ * digest PATH, where PATH is 0 (baseline), 1 (AVX2) or 2 (AVX-512). */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+int qwen3_ascend_has_path(int path);
+int qwen3_ascend_quantize_w8a8_nz(int path, int dtype, const void *source, int64_t rows,
+                                  int64_t columns, int64_t row_stride, uint8_t *strips,
+                                  float *scales, double *signal, double *noise, int64_t *position);
+int qwen3_ascend_error_w8a8_nz(int path, int dtype, const void *source, int64_t rows,
+                               int64_t columns, int64_t row_stride, const uint8_t *strips,
+                               const float *scales, double *signal, double *noise);
+int qwen3_ascend_pack_nz_rows(int path, int dtype, int flags, const void *source, int64_t rows,
+                              int64_t columns, int64_t row_stride, uint8_t *strips,
+                              int64_t strip_stride, int64_t padded_rows, int64_t *position);
+int qwen3_ascend_unpack_nz_rows(int path, const uint8_t *strips, int64_t strip_stride, int64_t rows,
+                                int64_t row_bytes, uint8_t *destination, int64_t row_stride);
+
+enum { ROWS = 67, COLUMNS = 1051, STRIDE = 1060, BF16 = 1, FP16 = 2, FP32 = 3 };
+
+static uint64_t seed = 1;
+
+static uint32_t next_random(void)
+{
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(seed >> 32);
+}
+
+static uint64_t digest(uint64_t state, const void *data, size_t count)
+{
+    const uint8_t *bytes = data;
+    for (size_t i = 0; i < count; i++) state = (state ^ bytes[i]) * 1099511628211u;
+    return state;
+}
+
+/* Finite bits: everywhere in the format, or in a narrow range of exponents from subnormal on. */
+static void fill(void *data, int dtype, int narrow)
+{
+    for (int i = 0; i < ROWS * STRIDE; i++) {
+        uint32_t bits = next_random();
+        if (dtype == FP32) {
+            uint32_t limit = narrow ? 0x02800000u : 0x7f800000u;
+            ((uint32_t *)data)[i] = (bits & 0x7fffffffu) % limit | (bits & 0x80000000u);
+        } else {
+            uint32_t limit = narrow ? 0x0280u : dtype == BF16 ? 0x7f80u : 0x7c00u;
+            ((uint16_t *)data)[i] = (uint16_t)((bits >> 16) % limit | (bits & 0x8000u));
+        }
+    }
+}
+
+static uint64_t run(int path, int dtype, int64_t rows, int64_t columns, const void *source)
+{
+    static uint8_t strips[96 * STRIDE * 4], restored[ROWS * STRIDE * 4];
+    float scales[ROWS] = {0};
+    double sums[4][ROWS] = {{0}};
+    int64_t position[2] = {-1, -1};
+    int64_t padded_rows = (rows + 15) / 16 * 16;
+    int flags = dtype == BF16 ? 1 : 2;
+    memset(strips, 0x5a, sizeof strips);
+    int status = qwen3_ascend_quantize_w8a8_nz(path, dtype, source, rows, columns, STRIDE, strips,
+                                               scales, sums[0], sums[1], position);
+    status += qwen3_ascend_error_w8a8_nz(path, dtype, source, rows, columns, STRIDE, strips, scales,
+                                         sums[2], sums[3]);
+    if (memcmp(sums[0], sums[2], 2 * sizeof sums[0]) != 0) status += 100;
+    uint64_t state = digest(14695981039346656037u, strips, sizeof strips);
+    state = digest(digest(state, scales, sizeof scales), sums, sizeof sums);
+    status += qwen3_ascend_pack_nz_rows(path, dtype, flags, source, rows, columns, STRIDE, strips,
+                                        padded_rows * 32, padded_rows, position);
+    status += qwen3_ascend_unpack_nz_rows(path, strips, padded_rows * 32, rows, columns * 2,
+                                          restored, STRIDE * 2);
+    state = digest(digest(state, strips, sizeof strips), restored, sizeof restored);
+    return digest(state, &status, sizeof status);
+}
+
+int main(int count, char **arguments)
+{
+    static uint32_t source[ROWS * STRIDE];
+    static const int64_t shapes[][2] = {{1, 1}, {32, 16}, {33, 17}, {64, 256}, {ROWS, COLUMNS}};
+    int path = count > 1 ? atoi(arguments[1]) : 0;
+    if (!qwen3_ascend_has_path(path)) return 77;
+    for (int dtype = BF16; dtype <= FP32; dtype++)
+        for (int narrow = 0; narrow < 2; narrow++)
+            for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+                fill(source, dtype, narrow);
+                printf("%d %d %zu %016llx\n", dtype, narrow, i,
+                       (unsigned long long)run(path, dtype, shapes[i][0], shapes[i][1], source));
+            }
+    return 0;
+}

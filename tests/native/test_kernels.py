@@ -1,0 +1,246 @@
+"""Every implementation against the index-by-index reference, in all corners of the formats."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_cases import BITS, FLAVOURS, Codes, make_source, runnable_paths, strided
+from native_reference import pack, quantize
+
+from qwen3_ascend import native
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+ODD_SHAPES = [(1, 1), (1, 40), (40, 1), (31, 15), (32, 16), (33, 17), (70, 300), (5, 519)]
+sizes = st.integers(1, 70)
+
+
+def bits_of(tensor: torch.Tensor) -> np.ndarray:
+    """The stored bytes as integers, which numpy can compare (it has no bfloat16)."""
+    if tensor.dtype in (torch.int8, torch.uint8):
+        return tensor.contiguous().numpy()
+    return tensor.contiguous().view(BITS[tensor.dtype][1]).numpy()
+
+
+def run_quantize(kernels: native.Kernels, source: torch.Tensor) -> Codes:
+    codes = Codes.garbage(*source.shape)
+    kernels.quantize_w8a8_nz(source, codes.strips, codes.scales, codes.signal, codes.noise)
+    return codes
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+def test_quantize_is_the_definition(kernels, shape, flavour, dtype):
+    source = strided(make_source(flavour, *shape, dtype, seed=3), gap=5)
+    codes = run_quantize(kernels, source)
+    strips, scales, signal, noise = quantize(source.float().numpy())
+    assert np.array_equal(codes.strips.flatten().numpy(), strips)
+    assert codes.scales.tolist() == scales
+    assert codes.signal.tolist() == signal and codes.noise.tolist() == noise
+
+
+@settings(max_examples=150, deadline=None)
+@given(sizes, st.integers(1, 600), st.sampled_from(FLAVOURS), st.sampled_from(FLOATS),
+       st.integers(0, 2**32), st.integers(0, 3))  # fmt: skip
+def test_all_paths_write_the_same_bytes(rows, columns, flavour, dtype, seed, gap):
+    source = strided(make_source(flavour, rows, columns, dtype, seed), gap)
+    fallback = run_quantize(native.TorchKernels(), source)
+    for path in runnable_paths():
+        assert run_quantize(native.load(path), source).equals(fallback)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+def test_measured_error_is_the_reported_one(kernels, shape, dtype):
+    source = make_source("bits", *shape, dtype, seed=4)
+    codes = run_quantize(kernels, source)
+    again = Codes.garbage(*shape)
+    kernels.error_w8a8_nz(source, codes.strips, codes.scales, again.signal, again.noise)
+    assert torch.equal(again.signal, codes.signal) and torch.equal(again.noise, codes.noise)
+
+
+def test_measured_error_of_foreign_codes_is_equal_on_every_path():
+    """Codes of another algorithm make inexact terms: still one order and one rounding."""
+    source = make_source("normal", 70, 519, torch.float32, seed=5)
+    codes = run_quantize(native.TorchKernels(), source)
+    codes.strips.random_(-128, 128, generator=torch.Generator().manual_seed(1))
+    codes.scales.mul_(1.37)
+    results = []
+    for implementation in [*map(native.load, runnable_paths()), native.TorchKernels()]:
+        implementation.error_w8a8_nz(source, *vars(codes).values())
+        results.append((codes.signal.clone(), codes.noise.clone()))
+    for signal, noise in results:
+        assert torch.equal(signal, results[0][0]) and torch.equal(noise, results[0][1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 600), st.sampled_from(FLOATS), st.booleans(),
+       st.data())  # fmt: skip
+def test_first_non_finite_weight_is_named(rows, columns, dtype, negative, data):
+    source = make_source("normal", rows, columns, dtype, seed=6)
+    cells = st.tuples(st.integers(0, rows - 1), st.integers(0, columns - 1))
+    bad = data.draw(st.lists(cells, min_size=1, max_size=4))
+    for cell in bad:
+        value = data.draw(st.sampled_from([float("nan"), float("inf")]))
+        source[cell] = -value if negative else value
+    strips = torch.empty(-(-columns // 16), -(-rows // 16), 16, 16, dtype=torch.bfloat16)
+    for implementation in [*map(native.load, runnable_paths()), native.TorchKernels()]:
+        with pytest.raises(native.NotFinite) as caught:
+            run_quantize(implementation, source)
+        assert (caught.value.row, caught.value.column) == min(bad)
+        with pytest.raises(native.NotFinite) as caught:
+            implementation.check_finite(source)
+        assert (caught.value.row, caught.value.column) == min(bad)
+        with pytest.raises(native.NotFinite) as caught:
+            implementation.pack_nz_rows(source, strips)
+        assert (caught.value.row, caught.value.column) == min(bad)
+
+
+def test_first_row_wins_over_first_tile(kernels):
+    """Packing walks tiles of columns, yet must name the first bad weight in row-major order."""
+    source = torch.zeros(20, 2500, dtype=torch.bfloat16)
+    for cell in [(18, 0), (3, 7), (2, 1500), (2, 2400)]:
+        source[cell] = float("nan")
+    with pytest.raises(native.NotFinite, match="row 2, column 1500"):
+        kernels.pack_nz_rows(source, torch.empty(157, 2, 16, 16, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS[:2], torch.int8, torch.uint8])
+@pytest.mark.parametrize("shape", [*ODD_SHAPES, (16, 64), (48, 96), (17, 2070)])
+def test_pack_is_the_offset_formula_and_unpack_its_inverse(kernels, shape, dtype):
+    rows, columns = shape
+    if dtype in FLOATS:
+        source = strided(make_source("bits", rows, columns, dtype, seed=7), gap=3)
+    else:
+        wide = torch.randint(0, 127, (rows, columns + 3), dtype=dtype)
+        source = wide[:, :columns]
+    width = 32 // source.element_size()
+    strips = torch.full((-(-columns // width), -(-rows // 16), 16, width), 77).to(dtype)
+    kernels.pack_nz_rows(source, strips)
+    expected = pack(bits_of(source), width)
+    assert np.array_equal(bits_of(strips).ravel(), expected)
+    restored = torch.zeros(rows, columns + 2, dtype=dtype)
+    kernels.unpack_nz_rows(strips, restored[:, :columns])
+    assert np.array_equal(bits_of(restored[:, :columns]), bits_of(source))
+    assert not bits_of(restored[:, columns:]).any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_pack_converts_to_bfloat16_like_torch(kernels, flavour, dtype):
+    source = make_source(flavour, 33, 1300, dtype, seed=8)
+    strips = torch.empty(82, 3, 16, 16, dtype=torch.bfloat16)
+    kernels.pack_nz_rows(source, strips, check_finite=False)
+    assert np.array_equal(bits_of(strips).ravel(), pack(bits_of(source.bfloat16()), 16))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_unchecked_pack_keeps_infinities_and_nans(kernels, dtype):
+    source = torch.tensor([[float("inf"), float("-inf"), float("nan"), 1.0]]).to(dtype)
+    strips = torch.empty(1, 1, 16, 16, dtype=torch.bfloat16)
+    kernels.pack_nz_rows(source, strips, check_finite=False)
+    assert str(strips[0, 0, 0, :4].tolist()) == "[inf, -inf, nan, 1.0]"
+
+
+def test_float32_that_overflows_bfloat16_is_named(kernels):
+    source = torch.ones(3, 20)
+    source[2, 19] = torch.finfo(torch.float32).max
+    with pytest.raises(native.NotFinite, match="row 2, column 19"):
+        kernels.pack_nz_rows(source, torch.empty(2, 1, 16, 16, dtype=torch.bfloat16))
+
+
+def test_every_half_converts_exactly(kernels):
+    source = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).view(256, 256)
+    strips = torch.empty(16, 16, 16, 16, dtype=torch.bfloat16)
+    kernels.pack_nz_rows(source, strips, check_finite=False)
+    restored = torch.empty(256, 256, dtype=torch.bfloat16)
+    kernels.unpack_nz_rows(strips, restored)
+    finite = source.isfinite()
+    assert np.array_equal(bits_of(restored[finite]), bits_of(source.bfloat16()[finite]))
+    assert torch.equal(restored.isnan(), source.isnan())
+
+
+def test_row_blocks_on_threads_fill_one_buffer(kernels):
+    source = make_source("normal", 200, 100, torch.bfloat16, seed=9)
+    whole, parts = run_quantize(kernels, source), Codes.garbage(200, 100)
+    strips = [torch.full((7, 13, 16, 16), 9, dtype=torch.bfloat16) for _ in range(2)]
+    kernels.pack_nz_rows(source, strips[0])
+
+    def block(start: int) -> None:
+        stop = min(200, start + 64)
+        rows = slice(start, stop)
+        outputs = (parts.scales[rows], parts.signal[rows], parts.noise[rows])
+        kernels.quantize_w8a8_nz(source[rows], parts.strips[start // 32 : -(-stop // 32)], *outputs)
+        kernels.pack_nz_rows(source[rows], strips[1][:, start // 16 : -(-stop // 16)])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(block, range(0, 200, 64)))
+    assert parts.equals(whole)
+    assert torch.equal(strips[0], strips[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_empty_matrices(kernels, shape):
+    codes = run_quantize(kernels, torch.empty(shape))
+    assert codes.scales.tolist() == [1.0] * shape[0]
+    assert codes.signal.tolist() == codes.noise.tolist() == [0.0] * shape[0]
+    strips = torch.empty(-(-shape[1] // 16), -(-shape[0] // 16), 16, 16, dtype=torch.bfloat16)
+    kernels.pack_nz_rows(torch.empty(shape), strips)
+
+
+def test_flushed_subnormals_do_not_change_the_compiled_bytes():
+    paths = [native.load(path) for path in runnable_paths()]
+    source = make_source("subnormal", 40, 100, torch.bfloat16, seed=10)
+    expected = run_quantize(native.TorchKernels(), source)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        results = [run_quantize(implementation, source) for implementation in paths]
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(result.strips, expected.strips) for result in results)
+    assert all(torch.equal(result.scales, expected.scales) for result in results)
+
+
+BAD_SOURCES = {
+    "int8": torch.zeros(40, 20, dtype=torch.int8),
+    "vector": torch.zeros(40),
+    "transposed": torch.zeros(20, 40).t(),
+    "overlapping rows": torch.zeros(60).as_strided((40, 20), (1, 1)),
+    "another shape": torch.zeros(41, 20),
+    "unaligned": torch.frombuffer(bytearray(3201), dtype=torch.float32, count=800, offset=1),
+}
+
+
+@pytest.mark.parametrize("source", BAD_SOURCES.values(), ids=BAD_SOURCES)
+def test_wrong_sources_are_refused(kernels, source):
+    matrix = source.view(40, 20) if source.numel() == 800 and source.is_contiguous() else source
+    with pytest.raises(ValueError):
+        kernels.quantize_w8a8_nz(matrix, *vars(Codes.garbage(40, 20)).values())
+
+
+@pytest.mark.parametrize("field", ["strips", "scales", "signal", "noise"])
+def test_wrong_outputs_are_refused(kernels, field):
+    codes = vars(Codes.garbage(40, 20))
+    codes[field] = codes[field].repeat_interleave(2, 0)[::2]
+    with pytest.raises(ValueError, match=field):
+        kernels.quantize_w8a8_nz(torch.zeros(40, 20), *codes.values())
+
+
+def test_wrong_strips_are_refused(kernels):
+    source = torch.zeros(40, 20, dtype=torch.float16)
+    for strips in (
+        torch.zeros(2, 3, 16, 16),  # float32 has no layout here
+        torch.zeros(2, 3, 16, 32, dtype=torch.int8),
+        torch.zeros(2, 2, 16, 16, dtype=torch.float16),
+        torch.zeros(2, 3, 16, 32, dtype=torch.float16)[..., ::2],
+    ):
+        with pytest.raises(ValueError):
+            kernels.pack_nz_rows(source, strips)
+    with pytest.raises(ValueError, match="unpacking keeps"):
+        kernels.unpack_nz_rows(torch.zeros(2, 3, 16, 16, dtype=torch.bfloat16), source)

@@ -1,0 +1,49 @@
+"""The same C sources on other processors and compilers give the same digests.
+
+Each row needs a compiler that a machine may lack (Debian: clang, gcc-aarch64-linux-gnu with
+libc6-dev-arm64-cross, qemu-user); a missing one is a skip.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qwen3_ascend.native import library
+
+SOURCES = sorted((Path(library.__file__).parent / "csrc").glob("*.c"))
+FLAGS = ["-std=c11", "-ffp-contract=off"]
+QEMU = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
+BUILDS = {
+    "gcc -O0": (["gcc", "-O0"], []),
+    "gcc -O3": (["gcc", "-O3"], []),
+    "clang -O3": (["clang", "-O3"], []),
+    "aarch64 -O0": (["aarch64-linux-gnu-gcc", "-O0"], QEMU),
+    "aarch64 -O3": (["aarch64-linux-gnu-gcc", "-O3"], QEMU),
+}
+
+pytestmark = pytest.mark.skipif(not SOURCES, reason="installed without the C sources")
+
+
+def compile_digest(folder: Path, compiler: list[str]) -> Path:
+    program = folder / "digest"
+    source = Path(__file__).with_name("digest.c")
+    subprocess.run([*compiler, *FLAGS, source, *SOURCES, "-o", program], check=True)
+    return program
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_digests_are_equal_everywhere(tmp_path, build):
+    compiler, runner = BUILDS[build]
+    for tool in (compiler[0], *runner[:1]):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool}")
+    program = compile_digest(tmp_path, compiler)
+    expected = Path(__file__).with_name("digests.txt").read_text()
+    for path in library.PATHS.values():
+        done = subprocess.run([*runner, program, str(path)], capture_output=True, text=True)
+        assert done.returncode in (0, 77), done.stderr
+        assert done.stdout == ("" if done.returncode == 77 else expected)

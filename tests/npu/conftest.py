@@ -1,0 +1,44 @@
+"""Tests of the NPU backend: real torch_npu on a simulated device.
+
+They run in an environment of their own (`make simulated`), where torch_npu is installed. In the
+plain environment it is not, and this folder is left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("torch_npu") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    import ascend_sim
+
+    ascend_sim.install()  # before anything touches torch_npu
+
+TINY_MODEL = Path(__file__).parent.parent / "data" / "tiny-qwen3"
+
+
+@pytest.fixture(autouse=True)
+def clean_device() -> Iterator[None]:
+    """Every test begins with an empty trace and ends with an idle device."""
+    import torch_npu
+
+    torch_npu.npu.synchronize()
+    ascend_sim.reset_trace()
+    yield
+    ascend_sim.abandon_pending()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny model converted with each recipe."""
+    from qwen3_ascend import convert_checkpoint
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    for recipe in ("w8a8", "bf16"):
+        convert_checkpoint(TINY_MODEL, root / recipe, recipe)
+    return {recipe: root / recipe for recipe in ("w8a8", "bf16")}

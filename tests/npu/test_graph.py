@@ -1,0 +1,214 @@
+"""Captured decode steps: what a replay costs, and that every planted mistake is noticed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ascend_sim
+import pytest
+import torch
+import torch_npu
+
+from qwen3_ascend import SamplingParams, load
+from qwen3_ascend.checkpoint.errors import RequestError
+from qwen3_ascend.runtime import LLM
+from qwen3_ascend.runtime.backends.npu import graph
+from qwen3_ascend.runtime.backends.npu.attention import FusedAttention, HeadCounts, PagedAttention
+from qwen3_ascend.runtime.backends.npu.device import DeviceError
+from qwen3_ascend.runtime.backends.npu.graph import decode_buckets
+from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
+from qwen3_ascend.runtime.paged_kv import LayerKV
+from qwen3_ascend.runtime.step import StepInputs
+
+COUNTS = HeadCounts(heads=4, kv_heads=2, head_dim=128)
+
+
+def open_npu(path: Path, **options: Any) -> LLM:
+    return load(path, device="npu", kv_cache_tokens=2048, max_batch=4, **options)
+
+
+def cache() -> LayerKV:
+    blocks = torch.randn(4, 128, 2, 128, generator=torch.Generator().manual_seed(0))
+    return LayerKV(blocks.bfloat16().to("npu"), (-blocks).bfloat16().to("npu"))
+
+
+def decode_step(lengths: tuple[int, ...]) -> StepInputs:
+    rows = len(lengths)
+    table = torch.arange(1, rows + 1, dtype=torch.int32).view(rows, 1).to("npu")
+    zeros = torch.zeros(rows, dtype=torch.int32).to("npu")
+    return StepInputs(
+        zeros, zeros, zeros, table, lengths, tuple(range(rows + 1)), logit_rows=None, is_decode=True
+    )
+
+
+def capture_attention(strategy: FusedAttention, lengths: tuple[int, ...]) -> Any:
+    """A graph of one attention call over the lengths, and what it computes them from."""
+    query = torch.randn(len(lengths), 4, 128, generator=torch.Generator().manual_seed(1))
+    query = query.bfloat16().to("npu")
+    layer, step = cache(), decode_step(lengths)
+    strategy.decode(query, layer, step)
+    torch_npu.npu.synchronize()
+    captured = torch_npu.npu.NPUGraph()
+    with torch_npu.npu.graph(captured, auto_dispatch_capture=True):
+        output = strategy.decode(query, layer, step)
+    return captured, output, query, layer
+
+
+@pytest.mark.parametrize("strategy", [FusedAttention, PagedAttention])
+def test_an_updated_replay_attends_over_the_new_lengths(strategy: type[FusedAttention]) -> None:
+    chosen = strategy(COUNTS)
+    captured, output, query, layer = capture_attention(chosen, (1, 1))
+    for lengths in ((5, 90), (6, 91), (128, 2)):
+        expected = chosen.decode(query, layer, decode_step(lengths)).cpu()
+        stream = captured.graph_dispatch_mode.update_stream
+        stream.wait_stream(torch_npu.npu.current_stream())
+        captured.replay()
+        captured.update(cpu_update_input=[chosen.update(lengths)])
+        torch_npu.npu.synchronize()
+        assert torch.equal(output.cpu(), expected)
+
+
+def test_a_forgotten_update_is_detected_instead_of_hanging(checkpoints: dict[str, Path]) -> None:
+    captured, *_ = capture_attention(FusedAttention(COUNTS), (1,))
+    captured.replay()
+    with pytest.raises(RuntimeError, match="ascend_sim|wait"):
+        torch_npu.npu.synchronize()
+
+
+@pytest.mark.parametrize("strategy", [FusedAttention, PagedAttention])
+def test_an_update_key_torch_npu_does_not_know_is_an_error(
+    strategy: type[FusedAttention], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch_npu itself ignores such a key in silence."""
+    graph.check_update_key(strategy(COUNTS))
+    monkeypatch.setattr(strategy, "update_key", "context_length")
+    with pytest.raises(DeviceError, match="does not update 'context_length'"):
+        graph.check_update_key(strategy(COUNTS))
+
+
+def test_a_synchronization_inside_a_capture_is_refused() -> None:
+    ones = torch.ones(4, device="npu", dtype=torch.bfloat16)
+    torch_npu.npu.synchronize()
+    captured = torch_npu.npu.NPUGraph()
+    with (
+        pytest.raises(RuntimeError, match="107027|captur"),
+        torch_npu.npu.graph(captured),
+    ):
+        (ones + ones).sum().item()
+
+
+def test_a_prefetch_stream_that_is_not_joined_breaks_the_capture() -> None:
+    weight = torch.zeros(1 << 20, dtype=torch.int8).to("npu")
+    after = torch.zeros(2, 8, dtype=torch.bfloat16).to("npu")
+    prefetcher = Prefetcher(budget=1 << 20)
+    torch_npu.npu.synchronize()
+    with (
+        pytest.raises(RuntimeError, match="107025|join"),
+        torch_npu.npu.graph(torch_npu.npu.NPUGraph()),
+    ):
+        prefetcher.fork((weight,), after)
+    ascend_sim.abandon_pending()
+
+
+def test_a_joined_prefetch_is_captured_within_its_budget() -> None:
+    weights = tuple(torch.zeros(n, dtype=torch.int8).to("npu") for n in (1 << 20, 1 << 19))
+    after = torch.zeros(2, 8, dtype=torch.bfloat16).to("npu")
+    prefetcher = Prefetcher(budget=(1 << 20) + (1 << 18))
+    torch_npu.npu.synchronize()
+    ascend_sim.reset_trace()
+    captured = torch_npu.npu.NPUGraph()
+    with torch_npu.npu.graph(captured):
+        prefetcher.fork(weights, after)
+        prefetcher.join()
+    sizes = [entry.bytes for entry in ascend_sim.trace.prefetches()]
+    assert sizes == [1 << 20, 1 << 18]
+    assert all(entry.captured for entry in ascend_sim.trace.prefetches())
+    captured.replay()
+    torch_npu.npu.synchronize()
+
+
+def test_long_steps_and_a_zero_budget_prefetch_nothing() -> None:
+    weight = torch.zeros(1 << 20, dtype=torch.int8).to("npu")
+    for budget, rows in ((0, 1), (1 << 20, 501)):
+        prefetcher = Prefetcher(budget)
+        prefetcher.fork((weight,), torch.zeros(rows, 8, dtype=torch.bfloat16).to("npu"))
+        prefetcher.join()
+    assert ascend_sim.trace.prefetches() == []
+
+
+def test_prefetch_settings() -> None:
+    assert prefetch_budget("off", 1 << 20) == 0
+    assert prefetch_budget("auto", 1 << 20) == 1 << 19
+    assert prefetch_budget("auto", 0) == 96 << 20
+    assert prefetch_budget("64M", 0) == 64 << 20
+    assert prefetch_budget(5000, 0) == 5000
+    with pytest.raises(RequestError, match="off, auto, or bytes"):
+        prefetch_budget("much", 0)
+
+
+def test_the_default_cache_mode_would_be_refused_for_a_plain_cache() -> None:
+    """Why `write` says Norm: npu_scatter_pa_kv_cache's own default is PA_NZ."""
+    key = torch.randn(1, 2, 128).bfloat16().to("npu")
+    slots = torch.tensor([130], dtype=torch.int32).to("npu")
+    layer = cache()
+    FusedAttention(COUNTS).write(key, key, layer, slots)
+    assert torch.equal(layer.keys.cpu().flatten(0, 1)[130], key.cpu()[0])
+    with pytest.raises(RuntimeError, match="(?i)pa_nz"):
+        torch_npu.npu_scatter_pa_kv_cache(key, key, layer.keys, layer.values, slots)
+
+
+OPEN_PAGED = """
+import sys, ascend_sim
+ascend_sim.install()
+from qwen3_ascend import load
+for attention in ("fused", "paged"):
+    load(sys.argv[1], device="npu", attention=attention, kv_cache_tokens=256, graph=False)
+    print(attention, "loaded")
+"""
+
+
+def test_paged_attention_without_atb_says_what_to_install(checkpoints: dict[str, Path]) -> None:
+    """In a process of its own: a machine without libatb.so."""
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_PAGED, str(checkpoints["w8a8"])],
+        env=os.environ | {"ASCEND_SIM_FAULTS": "no_atb", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "fused loaded" in done.stdout and "paged loaded" not in done.stdout
+    assert "DeviceError: libatb.so is missing" in done.stderr
+    assert "install Ascend-cann-nnal" in done.stderr and "attention=fused" in done.stderr
+
+
+def test_a_replayed_step_costs_one_copy_and_one_update_a_layer(
+    checkpoints: dict[str, Path],
+) -> None:
+    llm = open_npu(checkpoints["w8a8"], buckets=(1,))
+    params = SamplingParams(max_new_tokens=11, ignore_eos=True)
+    ascend_sim.reset_trace()
+    llm.generate(["What does river mean?"], params)
+    trace = ascend_sim.trace
+    assert len(trace.replays()) == 10  # the first token comes from the prefill
+    assert len(trace.host_updates()) == 10 * llm.config.num_layers
+    replayed = {entry.launches for entry in trace.replays()}
+    assert len(replayed) == 1 and replayed.pop() > 10 * llm.config.num_layers
+
+
+def test_buckets() -> None:
+    assert decode_buckets(1) == (1,)
+    assert decode_buckets(3) == (1, 2, 3)
+    assert decode_buckets(16) == (1, 2, 4, 8, 16)
+    assert decode_buckets(20) == (1, 2, 4, 8, 16, 20)
+    assert decode_buckets(20, [4, 1, 4]) == (1, 4)
+    with pytest.raises(RequestError):
+        decode_buckets(4, [0])
+
+
+def test_the_model_path_needs_no_operator_without_a_stand_in(checkpoints: dict[str, Path]) -> None:
+    """The simulator is strict: an operator that nobody wrote a stand-in for would have raised."""
+    llm = open_npu(checkpoints["w8a8"])
+    llm.generate(["What does river mean?"], SamplingParams(max_new_tokens=3, temperature=0.7))
+    assert ascend_sim.trace.fallbacks() == []

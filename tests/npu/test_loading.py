@@ -1,0 +1,152 @@
+"""Loading is plain copies: no cast, one transfer of each byte, no second copy in memory."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import ascend_sim
+import pytest
+import torch
+import torch_npu
+
+from qwen3_ascend.checkpoint.files import CheckpointReader
+from qwen3_ascend.checkpoint.layout import ND
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8
+from qwen3_ascend.runtime.backends.npu import formats, self_check
+from qwen3_ascend.runtime.backends.npu.backend import NpuBackend
+from qwen3_ascend.runtime.backends.npu.device import DeviceError
+from qwen3_ascend.runtime.backends.npu.linears import Int8Linear
+from qwen3_ascend.runtime.backends.options import DeviceOptions
+from qwen3_ascend.runtime.loader import load_model
+
+PADDING = 544
+"""torch_npu rounds an allocation up to 512 bytes and adds 32."""
+
+
+def open_backend(reader: CheckpointReader) -> NpuBackend:
+    return NpuBackend(reader.manifest.model, DeviceOptions())
+
+
+def stored_tensors(reader: CheckpointReader) -> dict[str, torch.Tensor]:
+    """Every stored tensor, as the loader sees it in the mapped file."""
+    found = {name: reader.tensor(name) for name in reader.manifest.tensors}
+    for name in reader.manifest.linears:
+        for suffix, tensor in reader.linear(name).tensors().items():
+            found[f"{name}.{suffix}"] = tensor
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "bf16"])
+def test_each_byte_is_copied_once_and_never_cast(checkpoints: dict[str, Path], recipe: str) -> None:
+    reader = CheckpointReader(checkpoints[recipe])
+    backend = open_backend(reader)
+    ascend_sim.reset_trace()
+    model = load_model(reader, backend)
+    torch_npu.npu.synchronize()
+    assert ascend_sim.trace.format_casts() == []
+    copies = ascend_sim.trace.copies("host_to_device")
+    for name, tensor in stored_tensors(reader).items():
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        inside = [copy for copy in copies if start <= copy.source < stop]
+        assert [copy.bytes for copy in inside] == [tensor.nbytes], name
+    assert len(model.layers) == 4
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "bf16"])
+def test_peak_memory_is_the_bytes_of_the_weights(checkpoints: dict[str, Path], recipe: str) -> None:
+    reader = CheckpointReader(checkpoints[recipe])
+    backend = open_backend(reader)
+    torch_npu.npu.synchronize()
+    before = torch_npu.npu.memory_allocated()
+    torch_npu.npu.reset_peak_memory_stats()
+    model = load_model(reader, backend)
+    stored = reader.manifest.stored().values()
+    weights = sum(tensor.nbytes for tensor in stored)
+    held = torch_npu.npu.memory_allocated() - before
+    peak = torch_npu.npu.max_memory_allocated() - before
+    assert weights <= held <= weights + PADDING * len(stored)
+    # While the first linear of a kind is checked, its probe and result exist too: a few rows.
+    largest = max(linear.shape[0] for linear in reader.manifest.linears.values())
+    assert peak <= held + self_check.PROBE_ROWS * largest * 8
+    assert model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "bf16"])
+def test_all_four_self_checks_hold(checkpoints: dict[str, Path], recipe: str) -> None:
+    reader = CheckpointReader(checkpoints[recipe])
+    backend = open_backend(reader)
+    assert self_check.layouts_agree(torch.int8 if recipe == "w8a8" else torch.bfloat16)
+    for name in reader.manifest.linears:
+        linear = reader.linear(name)
+        loaded = backend.linear(linear)
+        assert self_check.reads_back(linear, loaded)
+        assert self_check.kernel_sees_weight(linear, loaded)
+
+
+def test_a_wrong_orientation_is_caught_by_s3_and_only_there(checkpoints: dict[str, Path]) -> None:
+    """NZ bytes of [N, K] where the kernel reads [K, N], for a square weight: every size fits."""
+    reader = CheckpointReader(checkpoints["w8a8"])
+    open_backend(reader)
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
+    right = W8A8.quantize(weight, None, W8A8.default_layout())
+    codes = right.codes()
+    wrong = W8A8(right.shape, right.layout, right.layout.pack(codes.t()), None, right.scale)
+    loaded = Int8Linear(wrong, formats.upload_packed)
+    assert self_check.reads_back(wrong, loaded)  # S2 sees the file's own bytes
+    assert not self_check.kernel_sees_weight(right, loaded)  # S3 knows the weight
+
+
+def test_a_device_with_another_tile_order_falls_back_with_a_warning(
+    checkpoints: dict[str, Path],
+) -> None:
+    reader = CheckpointReader(checkpoints["w8a8"])
+    backend = open_backend(reader)
+    name = next(iter(reader.manifest.linears))
+    linear = reader.linear(name)
+    with (
+        ascend_sim.faults.transposed_nz_tiles(),
+        pytest.warns(UserWarning, match="casting each weight on the device"),
+    ):
+        loaded = backend.linear(linear)
+        assert self_check.layouts_agree(torch.int8) is False
+        assert self_check.kernel_sees_weight(linear, loaded)
+
+
+def test_formats_that_silently_stay_nd_are_noticed(checkpoints: dict[str, Path]) -> None:
+    """allow_internal_format off: the wheel's cast quietly returns ND; S1 says so."""
+    reader = CheckpointReader(checkpoints["w8a8"])
+    backend = open_backend(reader)
+    torch_npu.npu.config.allow_internal_format = False
+    try:
+        assert self_check.layouts_agree(torch.int8) is None
+    finally:
+        torch_npu.npu.config.allow_internal_format = True
+    linear = reader.linear(next(iter(reader.manifest.linears)))
+    with ascend_sim.faults.nd_instead_of_nz():
+        with pytest.raises(formats.FormatError, match="not FRACTAL_NZ"):
+            formats.upload_packed(linear.weight, linear.layout, *linear.shape)
+        with pytest.warns(UserWarning, match="not FRACTAL_NZ"):
+            loaded = backend.linear(linear)  # the announced fallback runs in ND
+    assert self_check.kernel_sees_weight(linear, loaded)
+
+
+def test_a_failing_copy_is_one_clear_error(checkpoints: dict[str, Path]) -> None:
+    reader = CheckpointReader(checkpoints["w8a8"])
+    backend = open_backend(reader)
+    linear = reader.linear(next(iter(reader.manifest.linears)))
+    with ascend_sim.faults.failing_copies(), pytest.raises(DeviceError, match="aclrtMemcpy"):
+        backend.linear(linear)
+
+
+def test_plain_layouts_and_biases_load_too(checkpoints: dict[str, Path]) -> None:
+    backend = open_backend(CheckpointReader(checkpoints["w8a8"]))
+    generator = torch.Generator().manual_seed(2)
+    weight, bias = (torch.randn(*shape, generator=generator) for shape in ((64, 96), (64,)))
+    x = torch.randn(3, 96, generator=generator).bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scheme, layout in ((W8A8, ND), (W8A8, W8A8.default_layout()), (BF16, ND)):
+            linear = scheme.quantize(weight, bias, layout)
+            y = backend.linear(linear)(x.to("npu")).cpu()
+            assert torch.allclose(y.float(), linear.reference(x), atol=0.1), (scheme, layout)

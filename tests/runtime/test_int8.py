@@ -1,0 +1,155 @@
+"""The int8 path: exact integers, the epilogue's rounding, and what it costs a trained model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3ForCausalLM
+
+from qwen3_ascend import load
+from qwen3_ascend.checkpoint.layout import ND
+from qwen3_ascend.checkpoint.schemes import W8A8
+from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
+from qwen3_ascend.runtime import LLM
+from qwen3_ascend.runtime.backends.cpu import Int8Linear
+from qwen3_ascend.runtime.backends.int8_matmul import (
+    CANDIDATES,
+    float64,
+    is_exact,
+    pick_int8_matmul,
+)
+
+EXACT = [candidate for candidate in CANDIDATES if is_exact(candidate)]
+EPSILON = 2.0**-24
+SIZES = [(1, 1), (3, 5), (7, 31), (16, 32), (33, 63), (65, 129), (47, 1001), (5, 4097), (9, 25601)]
+"""(outputs, inputs); the last has more inputs than any Qwen3, and sums beyond 2^24."""
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
+
+
+def assert_exact(product: Tensor, codes: Tensor, weight: Tensor) -> None:
+    """Equal to the int64 product; what comes as float32 is its correct rounding."""
+    expected = codes.long() @ weight.long().t()
+    assert product.shape == expected.shape
+    if product.dtype == torch.float32:
+        assert torch.equal(product, expected.float())
+    else:
+        assert torch.equal(product.long(), expected)
+
+
+@pytest.mark.parametrize("candidate", EXACT, ids=lambda candidate: candidate.__name__)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_products_are_exact(candidate: object, size: tuple[int, int]) -> None:
+    weight = draw(*size)
+    product = candidate(weight)  # type: ignore[operator]
+    for rows in range(1, 10):
+        codes = draw(rows, size[1], seed=rows)
+        assert_exact(product(codes), codes, weight)
+
+
+@pytest.mark.parametrize("candidate", EXACT, ids=lambda candidate: candidate.__name__)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_largest_sums(candidate: object, size: tuple[int, int]) -> None:
+    """Every combination of the extreme codes: no 16-bit saturation, no 32-bit overflow."""
+    signs = torch.tensor([127, -128, 127], dtype=torch.int8)
+    for extreme in (127, -127, -128):
+        weight = torch.full(size, extreme, dtype=torch.int8)
+        product = candidate(weight)  # type: ignore[operator]
+        for rows in (1, 2, 3):
+            codes = signs[:rows, None].expand(rows, size[1]).contiguous()
+            assert_exact(product(codes), codes, weight)
+
+
+def test_the_picked_one_is_exact() -> None:
+    assert pick_int8_matmul() is EXACT[0]
+    assert float64 in EXACT, "the one that works everywhere does not"
+
+
+def test_a_saturating_kernel_is_found_out() -> None:
+    def saturating(weight: Tensor) -> object:
+        def product(codes: Tensor) -> Tensor:
+            pairs = codes.int()[:, None, :] * weight.int()[None]
+            halves = pairs.unflatten(-1, (-1, 2)).sum(-1).clamp(-32768, 32767)
+            return halves.sum(-1).float()
+
+        return product
+
+    assert not is_exact(saturating)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("size", [(33, 65), (64, 128), (100, 1024)], ids=str)
+def test_a_linear_is_its_reference(size: tuple[int, int], bias: bool) -> None:
+    """Both sides multiply the same integer sum by the same two scales in float32.
+
+    The sum is rounded to float32 once, each of the two products once, and the bias is added once:
+    against exact arithmetic that is at most 3 EPSILON of the product and one more of the total.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(size, generator=generator).bfloat16()
+    offset = torch.randn(size[0], generator=generator).bfloat16() if bias else None
+    linear = W8A8.quantize(weight, offset, W8A8.default_layout())
+    ours = Int8Linear(linear, torch.float32)
+    for rows in range(1, 10):
+        x = torch.randn(rows, size[1], generator=generator) * 3
+        y = ours(ours.prepare(x))
+        assert torch.equal(y, ours(x))
+        codes, scale = quantize_tokens(x)
+        total = (codes.double() @ linear.codes().double().t()) * scale.double()[:, None]
+        exact = total * linear.scale.double()
+        shifted = exact + (offset.double() if offset is not None else 0)
+        bound = 3.01 * EPSILON * exact.abs() + 1.01 * EPSILON * shifted.abs()
+        assert bool(((y.double() - shifted).abs() <= bound).all())
+        assert bool(((linear.reference(x).double() - shifted).abs() <= bound).all())
+        half = Int8Linear(linear, torch.bfloat16)(x)
+        assert torch.equal(half, linear.reference(x).bfloat16())
+
+
+def test_a_token_of_zeros() -> None:
+    linear = W8A8.quantize(torch.randn(8, 16).bfloat16(), None, ND)
+    assert torch.equal(Int8Linear(linear, torch.float32)(torch.zeros(2, 16)), torch.zeros(2, 8))
+
+
+WINDOW, WINDOWS = 768, 8
+
+
+def windows(llm: LLM, text: str) -> list[list[int]]:
+    tokens = llm.tokenizer.encode(text[:40_000])
+    assert len(tokens) >= WINDOW * WINDOWS
+    return [tokens[start : start + WINDOW] for start in range(0, WINDOW * WINDOWS, WINDOW)]
+
+
+def perplexity(logits: list[Tensor], tokens: list[list[int]]) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of each window."""
+    total = sum(
+        float(torch.nn.functional.cross_entropy(rows[:-1].double(), torch.tensor(window[1:])))
+        for rows, window in zip(logits, tokens, strict=True)
+    )
+    return math.exp(total / len(tokens))
+
+
+def test_perplexity_of_a_trained_model(
+    tiny_source: Path, tiny_bf16: Path, tiny_w8a8: Path, record_property: pytest.RecordProperty
+) -> None:
+    plain, quantized = load(tiny_bf16), load(tiny_w8a8)
+    held_out = windows(plain, (tiny_source / "heldout.txt").read_text(encoding="utf-8"))
+    theirs = Qwen3ForCausalLM.from_pretrained(tiny_source, dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        reference = [theirs(torch.tensor([window])).logits[0] for window in held_out]
+    expected = perplexity(reference, held_out)
+    bf16 = perplexity([plain.logits(window) for window in held_out], held_out)
+    w8a8 = perplexity([quantized.logits(window) for window in held_out], held_out)
+    for name, figure in (("transformers", expected), ("bf16", bf16), ("w8a8", w8a8)):
+        record_property(name, figure)
+    print(f"perplexity: transformers {expected:.4f}, bf16 {bf16:.4f}, w8a8 {w8a8:.4f}")
+    assert 4 < expected < 20, "this is not a trained model"
+    assert abs(bf16 / expected - 1) < 0.003
+    assert abs(w8a8 / bf16 - 1) < 0.01
+    assert w8a8 != bf16
