@@ -34,10 +34,11 @@ def onednn(weight: Tensor) -> Product:
 
     def product(codes: Tensor) -> Tensor:
         shifted = codes.view(torch.uint8) ^ ZERO_POINT
-        return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
+        result: Tensor = torch.ops.onednn.qlinear_pointwise(
             shifted, 1.0, ZERO_POINT, packed, scales, zero_points,
             None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
+        return result
 
     return product
 

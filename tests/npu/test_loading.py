@@ -92,7 +92,7 @@ def test_a_wrong_orientation_is_caught_by_s3_and_only_there(checkpoints: dict[st
     right = W8A8.quantize(weight, None, W8A8.default_layout())
     codes = right.codes()
     wrong = W8A8(right.shape, right.layout, right.layout.pack(codes.t()), None, right.scale)
-    loaded = Int8Linear(wrong, formats.upload_packed)
+    loaded = Int8Linear.load(wrong, formats.upload_packed)
     assert self_check.reads_back(wrong, loaded)  # S2 sees the file's own bytes
     assert not self_check.kernel_sees_weight(right, loaded)  # S3 knows the weight
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.errors import CheckpointError, RequestError
+from qwen3_ascend.checkpoint.errors import RequestError
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.model import Qwen3Config
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Linear
+from qwen3_ascend.checkpoint.schemes import Linear
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     CacheShape,
@@ -32,6 +32,7 @@ from qwen3_ascend.runtime.backends.npu.linears import (
     Int8Linear,
     NpuLinear,
     QuantizedActivation,
+    load_linear,
 )
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
@@ -85,7 +86,7 @@ class NpuBackend:
         """See Backend. The first of each kind is checked through its own kernel (S3)."""
         kind = (linear.scheme, linear.layout)
         try:
-            loaded = self._make(linear)
+            loaded = load_linear(linear, self._upload)
             sound = kind in self._checked or kernel_sees_weight(linear, loaded)
             reason = "the kernel reads other rows than the file holds"
         except formats.FormatError as error:
@@ -94,14 +95,6 @@ class NpuBackend:
             loaded = self._fall_back(linear, reason)
         self._checked.add(kind)
         return loaded
-
-    def _make(self, linear: Linear) -> NpuLinear:
-        upload = self._upload
-        if isinstance(linear, BF16):
-            return DenseLinear.load(linear, upload)
-        if isinstance(linear, W8A8):
-            return Int8Linear(linear, upload)
-        raise CheckpointError(f"the npu backend has no kernel for the scheme {linear.scheme}")
 
     def _fall_back(self, linear: Linear, reason: str) -> NpuLinear:
         """Goes over to recipe R5 for all weights; DeviceError if that does not help either."""
@@ -113,7 +106,7 @@ class NpuBackend:
             stacklevel=2,
         )
         self._upload = formats.upload_by_cast
-        loaded = self._make(linear)
+        loaded = load_linear(linear, self._upload)
         if not kernel_sees_weight(linear, loaded):
             raise DeviceError("the kernels do not read the weights as the file holds them")
         return loaded

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
+from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.layout import Layout
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Linear
 from qwen3_ascend.runtime.backends.base import Activation
 
 Upload = Callable[[Tensor, Layout, int, int], Tensor]
@@ -50,12 +51,17 @@ class DenseLinear:
 class Int8Linear:
     """w8a8: npu_quant_matmul reads the contiguous [K, N], in FRACTAL_NZ."""
 
-    def __init__(self, linear: W8A8, upload: Upload) -> None:
-        self.weight = upload(linear.weight, linear.layout, *linear.shape)
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.scale, self.bias = weight, scale, bias
+
+    @classmethod
+    def load(cls, linear: W8A8, upload: Upload) -> Int8Linear:
+        """Puts a stored linear on the device."""
+        weight = upload(linear.weight, linear.layout, *linear.shape)
         if linear.layout.format == "nd":
-            self.weight = self.weight.t()
-        self.scale = linear.scale.to("npu")
-        self.bias = None if linear.bias is None else linear.bias.to("npu")
+            weight = weight.t()
+        bias = None if linear.bias is None else linear.bias.to("npu")
+        return cls(weight, linear.scale.to("npu"), bias)
 
     def prepare(self, x: Tensor) -> QuantizedActivation:
         """See DeviceLinear."""
@@ -95,3 +101,12 @@ class Int8Linear:
 
 
 NpuLinear = DenseLinear | Int8Linear
+
+
+def load_linear(linear: Linear, upload: Upload) -> NpuLinear:
+    """Puts a stored linear of any scheme on the device; CheckpointError if none has a kernel."""
+    if isinstance(linear, BF16):
+        return DenseLinear.load(linear, upload)
+    if isinstance(linear, W8A8):
+        return Int8Linear.load(linear, upload)
+    raise CheckpointError(f"the npu backend has no kernel for the scheme {linear.scheme}")
