@@ -92,7 +92,8 @@ def convert_checkpoint(
             been used, instead of keeping it in the hub's cache.
         retries: further attempts at a download that failed.
         on_plan: receives the plan before the first byte is written.
-        progress: called with each finished item's name and source bytes.
+        progress: called with each finished item's name and source bytes, from any thread but one
+            at a time.
         arrived: called with how many more bytes of weights have come; less than 0 takes some back.
         note: receives a line about each download.
 

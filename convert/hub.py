@@ -125,7 +125,8 @@ class CachedRepository(LocalFolder):
             return next((name for name in (CONFIG_NAME, SINGLE_NAME) if name not in names), None)
         weight_map = read_json_object(self.folder / INDEX_NAME).get("weight_map")
         files = weight_map.values() if isinstance(weight_map, dict) else ()
-        return next((str(file) for file in (CONFIG_NAME, *files) if file not in names), None)
+        needed = (CONFIG_NAME, *(file for file in files if isinstance(file, str)))
+        return next((file for file in needed if file not in names), None)
 
 
 def open_repository(
@@ -146,14 +147,16 @@ def open_repository(
 
 
 def _judge_info(repo: str, revision: str | None, error: Exception) -> float | None:
-    """As judge; but there is no need for patience with a Hub whose model is in the cache."""
+    """As judge; but nobody is kept waiting for a Hub that is away while its model is in the cache.
+
+    A Hub that answers is only busy, and may know of a newer commit than the cache.
+    """
     asked = judge(error)
-    if asked is not None:
-        try:
+    if asked is not None and not isinstance(error, hub_errors.HfHubHTTPError):
+        with suppress(CheckpointError):
             CachedRepository(repo, revision)
-        except CheckpointError:
-            return asked
-    return None
+            return None
+    return asked
 
 
 def _from_cache(

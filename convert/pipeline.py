@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from queue import SimpleQueue
 
 from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.journal import Done
@@ -33,7 +32,7 @@ from qwen3_ascend.convert.work import Assembly, make_task
 from qwen3_ascend.native import Kernels
 
 Progress = Callable[[str, int], None]
-"""Called when an item is done: its name and its bytes in the source."""
+"""Called when an item is done, from any thread but one at a time: its name and source bytes."""
 
 DROP_BYTES = 1 << 28
 """After so many bytes of source the mapped pages are given back."""
@@ -42,38 +41,36 @@ Item = LinearPlan | TensorPlan
 
 
 class Conversion:
-    """A plan being carried out. All methods run in the thread that made it."""
+    """A plan being carried out."""
 
     def __init__(
-        self, plan: Plan, source: Source, writer: CheckpointWriter, budget: Budget, kernels: Kernels
+        self,
+        plan: Plan,
+        source: Source,
+        writer: CheckpointWriter,
+        budget: Budget,
+        kernels: Kernels,
+        progress: Progress,
     ) -> None:
         self.plan, self.source, self.writer = plan, source, writer
-        self._budget, self._kernels = budget, kernels
+        self._budget, self._kernels, self._progress = budget, kernels, progress
         self._items = {item.name: item for item in plan.items}
         self._files = {name: shard.file for shard in plan.shards for name in shard.tensors}
-        self._open = {shard.file: len(shard.tensors) for shard in plan.shards}
-        self._finished: SimpleQueue[Done] = SimpleQueue()
+        self._missing = {shard.file: len(shard.tensors) for shard in plan.shards}
+        self._settling = threading.Lock()
         self.done: dict[str, Done] = {}
+        self._read = 0
 
-    def run(self, progress: Progress) -> None:
+    def run(self) -> None:
         """Takes up what is left of an earlier run and does the rest."""
         for done in self._intact():
-            self._settle(done, progress)
+            self._settle(done)
         todo = [item for item in self.plan.items if item.name not in self.done]
         self.source.expect(name for item in todo for name in item.reads)
         with Line(self._budget) as line:
-            read = 0
             for item in todo:
                 self._submit(item, line)
-                read += item.source_bytes
-                if read >= DROP_BYTES:
-                    self.source.drop_pages()
-                    read = 0
-                while not self._finished.empty():
-                    self._settle(self._finished.get(), progress)
             line.drain()
-        while not self._finished.empty():
-            self._settle(self._finished.get(), progress)
 
     def _intact(self) -> list[Done]:
         """Items of an earlier run whose bytes are still what its journal says."""
@@ -91,27 +88,32 @@ class Conversion:
         task = make_task(item, self.source)
         shard = self.writer.shards[self._files[next(iter(item.forms))]]
         shard.open()
-        assembly = Assembly(task, shard, self._kernels, self._note)
+        assembly = Assembly(task, shard, self._kernels, self._finish)
         for index in range(len(task.pieces)):
             line.submit(partial(assembly.process, index))
+            self._read += item.source_bytes // len(task.pieces)
+            if self._read >= DROP_BYTES:
+                self.source.drop_pages()
+                self._read = 0
 
-    def _note(self, done: Done) -> None:
-        """Called by the thread that hashed the last byte of an item."""
+    def _finish(self, done: Done) -> None:
+        """Called by the thread that hashed the last byte of an item, while others work on."""
         self.writer.note(done)
-        self._finished.put(done)
+        self._settle(done)
 
-    def _settle(self, done: Done, progress: Progress) -> None:
+    def _settle(self, done: Done) -> None:
         """Closes what nobody needs any more."""
         item = self._items[done.name]
-        self.done[done.name] = done
         file = self._files[next(iter(item.forms))]
-        self._open[file] -= len(item.forms)
-        if not self._open[file]:
-            self.writer.finish_shard(file)
-        self.source.release(
-            name for item in self.plan.items if item.name not in self.done for name in item.reads
-        )
-        progress(item.name, item.source_bytes)
+        with self._settling:
+            self.done[done.name] = done
+            self._missing[file] -= len(item.forms)
+            if not self._missing[file]:
+                self.writer.finish_shard(file)
+            self.source.release(
+                name for i in self.plan.items if i.name not in self.done for name in i.reads
+            )
+            self._progress(item.name, item.source_bytes)
 
     def entries(self) -> tuple[dict[str, LinearEntry], dict[str, StoredTensor]]:
         """The manifest's linears and tensors, in the order of the plan."""
@@ -195,8 +197,8 @@ def run(
     """
     # The hash of a local file is best taken while its pages are in memory; a hub states it.
     hashing = Background(source.file_entries) if source.provider.store is None else None
-    conversion = Conversion(plan, source, writer, budget, kernels)
-    conversion.run(progress)
+    conversion = Conversion(plan, source, writer, budget, kernels, progress)
+    conversion.run()
     files = hashing.result() if hashing else source.file_entries()
     for name, data in carried.items():
         writer.add_file(name, data)

@@ -13,10 +13,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.files import plain_name
 from qwen3_ascend.checkpoint.manifest import FileEntry
 from qwen3_ascend.checkpoint.model import read_json_object
 from qwen3_ascend.checkpoint.safetensors_file import MappedFile, TensorSlot
+from qwen3_ascend.convert.client import is_plain
 from qwen3_ascend.convert.download import Prefetch, Transfer
 from qwen3_ascend.convert.provider import (
     CARRIED_FILES,
@@ -95,9 +95,10 @@ class Source:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{path} has no weight_map")
         for tensor, file in weight_map.items():
-            if not isinstance(file, str) or not file.endswith(".safetensors"):
+            weights = isinstance(file, str) and file.endswith(".safetensors") and is_plain(file)
+            if not weights:
                 raise CheckpointError(f"{path}: tensor {tensor} is in {file!r}, no weight file")
-            if plain_name(file) not in self.names:
+            if file not in self.names:
                 raise CheckpointError(f"{path}: tensor {tensor} is in {file}, which is missing")
         return weight_map
 
@@ -160,8 +161,11 @@ class Source:
         A temporary one is removed as well; views of it stay readable until they are dropped.
         """
         needed = {self.location[tensor] for tensor in tensors}
-        for name in [name for name in self._open if name not in needed]:
-            del self._open[name]
+        with self._opening:
+            unneeded = [name for name in self._open if name not in needed]
+            for name in unneeded:
+                del self._open[name]
+        for name in unneeded:
             self._files.forget(name)
             self.provider.discard(name)
 

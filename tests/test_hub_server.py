@@ -651,7 +651,9 @@ def test_client_follows_a_redirect_to_another_file(
     assert _download(hub, tmp_path, "config.json") == b"hello"
 
 
-@pytest.mark.parametrize("name", ["../evil", "/absolute/evil", "a/../../evil", "..\\evil", "C:\\evil"])
+@pytest.mark.parametrize(
+    "name", ["../evil", "/absolute/evil", "a/../../evil", "..\\evil", "C:\\evil"]
+)
 def test_hostile_names_are_listed_and_served(hub: HubServer, folder: Path, name: str) -> None:
     hub.add_model(_REPO, folder, extra={name: b"evil"})
     siblings = _api(hub).model_info(_REPO).siblings or []
@@ -662,7 +664,9 @@ def test_hostile_names_are_listed_and_served(hub: HubServer, folder: Path, name:
 
 
 @_CURRENT
-@pytest.mark.parametrize("name", ["../evil", "/absolute/evil", "a/../../evil", "..\\evil", "C:\\evil"])
+@pytest.mark.parametrize(
+    "name", ["../evil", "/absolute/evil", "a/../../evil", "..\\evil", "C:\\evil"]
+)
 def test_client_refuses_hostile_names(
     hub: HubServer, folder: Path, tmp_path: Path, name: str
 ) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
+LONGEST_ERROR = 2000
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -42,7 +43,7 @@ class OneLineErrors(click.Group):
             click.echo(f"Error: {stop}", err=True)
             sys.exit(stop.exit_code)
         except UserError as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+            raise click.ClickException(_printable(error)) from error
         except click.UsageError as error:
             raise _one_line(error) from error
         except BrokenPipeError:  # the reader of our output is gone: | head
@@ -176,7 +177,7 @@ def convert(
     started = time.perf_counter()
     with (
         stoppable(lambda: _kept(output)),
-        _bar("downloading", quiet, None) as downloads,
+        _bar("downloading", quiet or Path(model).is_dir(), None) as downloads,
         _bar("converting", quiet) as bar,
     ):
 
@@ -417,6 +418,12 @@ def _kept(output: Path) -> str:
 
     kept = (output / STAGING).is_dir()
     return "; what is done is kept, the same command continues" if kept else ""
+
+
+def _printable(error: UserError) -> str:
+    """One line of bounded length; names in it may come from a source that nobody vouches for."""
+    line = " ".join(str(error).split())[:LONGEST_ERROR]
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def _silent(line: str) -> None:

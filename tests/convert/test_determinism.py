@@ -25,8 +25,14 @@ from qwen3_ascend.checkpoint.verify import verify
 
 # If one of these changes, CONVERTER_VERSION in convert/identity.py has to go up as well.
 PINNED = {
-    "w8a8": ("", ""),
-    "bf16": ("", ""),
+    "w8a8": (
+        "9ba509149ddf2b0be59c39a16240b33cecab9e91cf1d6b32a6adcfa7a858fc96",
+        "045cb842f8322c8ef3acf04603e08fddc1c6111017d2c4960110a35cd57cb661",
+    ),
+    "bf16": (
+        "752513b0281a812c6c83409c14aa1fa4b7bd40d57128b5543f1e0f0ad9f97a14",
+        "3fd8dc3028bd5d452b02951046010d0fd206807af3580bfff3fd20116ffc6b4a",
+    ),
 }
 
 
@@ -35,7 +41,9 @@ def test_pinned_bytes(recipe: str, tiny_source: Path, tmp_path: Path) -> None:
     manifest = convert_checkpoint(tiny_source, tmp_path / "out", recipe)
     shard = file_sha256(tmp_path / "out" / "ascend-00001-of-00001.safetensors")
     said = manifest.to_json()
-    record = {key: said[key] for key in ("model", "recipe", "source", "linears", "tensors", "shards")}
+    record = {
+        key: said[key] for key in ("model", "recipe", "source", "linears", "tensors", "shards")
+    }
     assert (shard, canonical_sha256(record)) == PINNED[recipe]
 
 
@@ -60,7 +68,9 @@ def test_kernels_and_threads(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     for threads in (1, 2, 7):
-        convert_checkpoint(source, tmp_path / f"out{threads}", threads=threads, max_memory=300 << 20)
+        convert_checkpoint(
+            source, tmp_path / f"out{threads}", threads=threads, max_memory=300 << 20
+        )
         assert contents(tmp_path / f"out{threads}") == contents(tmp_path / "first")
 
 

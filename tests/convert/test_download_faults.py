@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -170,22 +173,34 @@ def test_the_origin_is_told(hub: HubServer, tmp_path: Path) -> None:
     assert convert(tmp_path / "three", "--quiet").err == ""
 
 
-def test_interrupted_while_a_download_crawls(hub: HubServer, tmp_path: Path) -> None:
-    """Ctrl-C ends the program though its background thread waits for the network."""
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_while_a_download_crawls(
+    hub: HubServer, tmp_path: Path, sound: dict[str, bytes], ending: signal.Signals
+) -> None:
+    """Ctrl-C ends the program though its background thread waits for the network, and whatever
+    ended it: what had come is not fetched again, nor is half a file taken for a whole."""
+    out = tmp_path / "out"
     hub.inject(Fault("slow", f"/cdn/*/{LAST}", times=None, rate=100_000))
-    command = [*PROGRAM, "convert", REPO, str(tmp_path / "out")]
+    command = [*PROGRAM, "convert", REPO, str(out), "--low-disk"]
     environment = {**os.environ, **hub.environment(tmp_path / "other cache")}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         said = ""
-        while LAST not in said:
+        while f"fetching {REPO}/{LAST}" not in said:
             line = process.stderr.readline()
             assert line, said
             said += line
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ending)
         rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGINT, rest
-    assert "Traceback" not in rest and rest.count("\n") <= 2, rest
+    if ending is signal.SIGINT:
+        assert process.returncode == 128 + signal.SIGINT, rest
+        assert rest.startswith("Error: interrupted") and rest.count("\n") == 1, rest
+    hub.clear_faults()
+    hub.forget()
+    done = convert(out, "--low-disk")
+    assert done.code == 0, done.err
+    assert weights(out) == sound
+    assert LAST in downloads(hub) and FIRST not in downloads(hub)
 
 
 def _converted(out: Path) -> Path:
@@ -195,3 +210,71 @@ def _converted(out: Path) -> Path:
 
 def _ignore(value: object) -> None:
     """Nothing."""
+
+
+def test_a_mirror_that_states_no_sizes_and_hashes(
+    hub: HubServer, folder: Path, tmp_path: Path, sound: dict[str, bytes]
+) -> None:
+    """Some mirrors tell the name of a file only; the manifest holds its hash all the same."""
+    commit = hub.add_revision(REPO, "main", folder)
+    siblings = [{"rfilename": path.name} for path in folder.iterdir()]
+    said = json.dumps({"id": REPO, "sha": commit, "siblings": siblings}).encode()
+    hub.inject(Fault("replace", f"/api/models/{REPO}", times=None, body=said))
+    for option in ("--quiet", "--low-disk"):
+        out = tmp_path / f"out{option}"
+        done = convert(out, option)
+        assert done.code == 0, done.err
+        assert weights(out) == sound
+        digest = hashlib.sha256((folder / LAST).read_bytes()).hexdigest()
+        assert Manifest.read(out).source.files[LAST].sha256 == digest
+
+
+def test_a_busy_hub_is_asked_again_though_the_cache_is_full(
+    hub: HubServer, tmp_path: Path, sound: dict[str, bytes]
+) -> None:
+    """The branch may have moved: a cache that is merely old is no answer to a passing 503."""
+    assert convert(tmp_path / "one", "--quiet").code == 0
+    hub.inject(Fault("status", f"/api/models/{REPO}", status=503))
+    done = convert(tmp_path / "two")
+    assert done.code == 0 and "trying again" in done.err and "offline" not in done.err
+    hub.inject(Fault("status", f"/api/models/{REPO}", times=None, status=503))
+    done = convert(tmp_path / "three", "--retries", "1")
+    assert done.code == 0 and "offline" in done.err
+    assert weights(tmp_path / "two") == weights(tmp_path / "three") == sound
+
+
+def test_a_hub_that_names_no_commit(hub: HubServer, tmp_path: Path) -> None:
+    for sha in (None, "main", "../../evil"):
+        said = json.dumps({"id": REPO, "sha": sha, "siblings": []}).encode()
+        hub.inject(Fault("replace", f"/api/models/{REPO}", body=said))
+        convert(tmp_path / "out", "--quiet").one_line_error("no commit")
+
+
+def test_a_damaged_cache_without_a_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sound: dict[str, bytes]
+) -> None:
+    with HubServer() as gone:
+        commit = gone.add_model(REPO, folder)
+        talk_to(gone, tmp_path / "cache", monkeypatch)
+        assert convert(tmp_path / "one", "--quiet").code == 0
+    done = convert(tmp_path / "two")
+    assert done.code == 0 and f"offline: taking {REPO} @ {commit}" in done.err, done.err
+    assert weights(tmp_path / "two") == sound
+    cached = next((tmp_path / "cache").rglob(LAST)).resolve()
+    data = bytearray(cached.read_bytes())
+    data[-2] ^= 1
+    cached.write_bytes(data)
+    convert(tmp_path / "three", "--quiet").one_line_error(LAST, "damaged", "delete it")
+    cached.unlink()
+    convert(tmp_path / "four", "--quiet", "--retries", "0").one_line_error("not reachable", LAST)
+
+
+def test_a_disk_that_is_full(hub: HubServer, tmp_path: Path) -> None:
+    """No retries where they cannot help, and one line."""
+    limited = f"ulimit -f 1000; exec {shlex.join(PROGRAM)} convert {REPO} out --quiet"
+    environment = {**os.environ, **hub.environment(tmp_path / "cache")}
+    done = subprocess.run(
+        ["bash", "-c", limited], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    Run(done.returncode, done.stdout, done.stderr).one_line_error("File too large")
+    assert len(set(downloads(hub))) == len(downloads(hub))

@@ -162,7 +162,9 @@ def test_another_conversion_is_refused(source: Path, interrupted: Path, tmp_path
     with pytest.raises(CheckpointError, match="output files: 1 .* then"):
         convert_checkpoint(source, interrupted, max_shard_bytes=20_000)
     os.utime(source / "model.safetensors", (1, 1))
-    run("convert", source, interrupted).one_line_error("source file model.safetensors", "changed at")
+    run("convert", source, interrupted).one_line_error(
+        "source file model.safetensors", "changed at"
+    )
     moved = Path(shutil.copytree(source, tmp_path / "moved"))
     run("convert", moved, interrupted).one_line_error("source: source then, moved now")
     assert contents(interrupted) == before
@@ -273,7 +275,9 @@ def test_a_polite_end(
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "convert", source, out, "-q"], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW, "convert", source, out, "-q"],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not (out / ".partial" / JOURNAL).exists() or not done(out):
         assert process.poll() is None

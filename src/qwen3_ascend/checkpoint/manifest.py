@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from qwen3_ascend.checkpoint.errors import CheckpointError, ConfigError
 from qwen3_ascend.checkpoint.layout import Cut, Layout
-from qwen3_ascend.checkpoint.model import Qwen3Config, read_json_object
+from qwen3_ascend.checkpoint.model import ROPE_TYPES, Qwen3Config, read_json_object
 from qwen3_ascend.checkpoint.safetensors_file import DTYPES, NAMES, tensor_nbytes
 
 MANIFEST_NAME = "qwen3_ascend.json"
@@ -145,7 +146,7 @@ class Manifest:
 
     def text(self) -> str:
         """The file's text."""
-        return json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
+        return _text(self.to_json())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -164,9 +165,13 @@ class Manifest:
                 f"make one with: qwen3-ascend convert MODEL OUT"
             )
         try:
-            return cls.from_json(read_json_object(path))
+            data = read_json_object(path)
+            found = cls.from_json(data)
+            if path.read_bytes() != _text(data).encode():  # white space, or 1E3 for 1e3
+                raise _changed()
         except (ConfigError, CheckpointError) as error:
             raise CheckpointError(f"{path}: {error}") from error
+        return found
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Manifest:
@@ -174,16 +179,16 @@ class Manifest:
         _check_identity(data)
         try:
             return cls(
-                tool_version=data["tool_version"],
-                model=Qwen3Config.from_json(data["model"]),
-                recipe=data["recipe"],
+                tool_version=_string(data["tool_version"]),
+                model=_model(data["model"]),
+                recipe=_recipe(data["recipe"]),
                 source=_source_from_json(data["source"]),
                 linears={n: _linear_from_json(e) for n, e in data["linears"].items()},
                 tensors={n: _tensor_from_json(e) for n, e in data["tensors"].items()},
-                shards={n: FileEntry(**e) for n, e in data["shards"].items()},
-                files={n: FileEntry(**e) for n, e in data["files"].items()},
+                shards={n: _file_from_json(e) for n, e in data["shards"].items()},
+                files={n: _file_from_json(e) for n, e in data["files"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"the manifest is not readable: {error!r}") from error
 
 
@@ -204,7 +209,15 @@ def _check_identity(data: dict[str, Any]) -> None:
         )
     body = {key: value for key, value in data.items() if key != "manifest_sha256"}
     if data.get("manifest_sha256") != canonical_sha256(body):
-        raise CheckpointError("the manifest was changed after it was written; convert again")
+        raise _changed()
+
+
+def _changed() -> CheckpointError:
+    return CheckpointError("the manifest was changed after it was written; convert again")
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def _tensor_to_json(entry: StoredTensor) -> dict[str, Any]:
@@ -217,11 +230,18 @@ def _tensor_to_json(entry: StoredTensor) -> dict[str, Any]:
 
 
 def _tensor_from_json(data: dict[str, Any]) -> StoredTensor:
-    return StoredTensor(DTYPES[data["dtype"]], tuple(data["shape"]), data["file"], data["sha256"])
+    shape = tuple(map(_count, data["shape"]))
+    return StoredTensor(
+        DTYPES[data["dtype"]], shape, _string(data["file"]), _string(data["sha256"])
+    )
 
 
 def _file_to_json(entry: FileEntry) -> dict[str, Any]:
     return {"size": entry.size, "sha256": entry.sha256}
+
+
+def _file_from_json(data: dict[str, Any]) -> FileEntry:
+    return FileEntry(_count(data["size"]), _string(data["sha256"]))
 
 
 def _linear_to_json(entry: LinearEntry) -> dict[str, Any]:
@@ -237,16 +257,16 @@ def _linear_to_json(entry: LinearEntry) -> dict[str, Any]:
 
 
 def _linear_from_json(data: dict[str, Any]) -> LinearEntry:
-    outputs, inputs = data["shape"]
+    outputs, inputs = map(_count, data["shape"])
     if data["cut"] not in ("column", "row"):
         raise ValueError(f"unknown cut {data['cut']!r}")
     return LinearEntry(
-        scheme=data["scheme"],
+        scheme=_string(data["scheme"]),
         shape=(outputs, inputs),
-        parts=tuple((source, rows) for source, rows in data["parts"]),
+        parts=tuple((_string(source), _count(rows)) for source, rows in data["parts"]),
         cut=data["cut"],
         layout=Layout.from_json(data["layout"]),
-        sqnr_db=data["sqnr_db"],
+        sqnr_db=None if data["sqnr_db"] is None else _number(data["sqnr_db"]),
         tensors={suffix: _tensor_from_json(tensor) for suffix, tensor in data["tensors"].items()},
     )
 
@@ -261,5 +281,55 @@ def _source_to_json(record: SourceRecord) -> dict[str, Any]:
 
 
 def _source_from_json(data: dict[str, Any]) -> SourceRecord:
-    files = {name: FileEntry(**entry) for name, entry in data["files"].items()}
-    return SourceRecord(data["repo"], data["revision"], files, data["ignored"])
+    revision = data["revision"]
+    return SourceRecord(
+        repo=_string(data["repo"]),
+        revision=None if revision is None else _string(revision),
+        files={name: _file_from_json(entry) for name, entry in data["files"].items()},
+        ignored={name: _string(reason) for name, reason in data["ignored"].items()},
+    )
+
+
+def _model(data: dict[str, Any]) -> Qwen3Config:
+    """The configuration, each number of it of its type: the runtime divides by some of them."""
+    config = Qwen3Config.from_json(data)
+    check = {"int": _count, "float": _number, "bool": _flag}
+    for holder in (config, config.rope):
+        for field in fields(holder):
+            value = getattr(holder, field.name)
+            if str(field.type) in check:
+                check[str(field.type)](value)
+            if str(field.type) == "int" and not value and field.name != "original_max_position":
+                raise ValueError(f"{field.name} is 0")
+    if config.rope.type not in ROPE_TYPES:
+        raise ValueError(f"unknown rope type {config.rope.type!r}")
+    return config
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
+
+
+def _recipe(data: dict[str, Any]) -> dict[str, Any]:
+    _string(data["name"])
+    return data
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError(f"{value!r} is not a count")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.files import CheckpointReader
-from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest
 from qwen3_ascend.checkpoint.model import LinearSpec, walk
 from qwen3_ascend.checkpoint.threads import run_all
 
@@ -101,6 +101,8 @@ def total_bytes(manifest: Manifest) -> int:
 def _structure(reader: CheckpointReader) -> list[str]:
     """The manifest must describe exactly the tensors of its model, in the model's shapes."""
     manifest, problems = reader.manifest, []
+    if manifest.model.num_layers > len(manifest.linears):
+        return [f"{MANIFEST_NAME}: {manifest.model.num_layers} layers have too few linears"]
     linears, tensors = set(manifest.linears), set(manifest.tensors)
     for item in walk(manifest.model):
         if isinstance(item, LinearSpec):

@@ -1,0 +1,82 @@
+"""`--hub modelscope` with the real modelscope-hub client, against a stand-in for the service."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_line import Run, program, run
+from hub_client import big_model, contents
+from modelscope_server import ModelScopeServer
+
+from qwen3_ascend.checkpoint.manifest import Manifest
+
+REPO = "Qwen/Qwen3-Tiny"
+FIRST = "model-00001-of-00003.safetensors"
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("modelscope_hub") is None, reason="the extra is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return big_model(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture
+def service(folder: Path) -> Iterator[ModelScopeServer]:
+    with ModelScopeServer(REPO, folder) as server:
+        yield server
+
+
+def convert(service: ModelScopeServer, cache: Path, out: Path, *options: str) -> Run:
+    return program(
+        "convert", REPO, out, "--hub", "modelscope", *options,
+        environment=service.environment(cache),
+    )  # fmt: skip
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(out).items() if name.endswith(".safetensors")}
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    done = run("convert", REPO, tmp_path / "out", "--hub", "modelscope", "--quiet")
+    done.one_line_error("pip install 'qwen3-ascend[modelscope]'")
+
+
+def test_an_unknown_hub(tmp_path: Path) -> None:
+    run("convert", REPO, tmp_path / "out", "--hub", "elsewhere").one_line_error("elsewhere")
+
+
+@installed
+@pytest.mark.parametrize("low_disk", [(), ("--low-disk",)], ids=["cache", "low-disk"])
+def test_the_same_bytes_as_from_the_folder(
+    service: ModelScopeServer, folder: Path, tmp_path: Path, low_disk: tuple[str, ...]
+) -> None:
+    out, local = tmp_path / "out", tmp_path / "local"
+    service.damage, service.refuse = 1, 1
+    done = convert(service, tmp_path / "cache", out, *low_disk)
+    assert done.code == 0, done.err
+    assert "trying again" in done.err and "SHA-256" in done.err
+    assert run("convert", folder, local, "--quiet").code == 0
+    assert weights(out) == weights(local)
+    ours, theirs = Manifest.read(out).source, Manifest.read(local).source
+    assert ours.files == theirs.files and (ours.revision or "").startswith("master, files ")
+    assert f"from {REPO} @ {ours.revision}" in done.err.splitlines()
+    kept = [path.name for path in (tmp_path / "cache").rglob("model-*.safetensors")]
+    assert len(kept) == (0 if low_disk else 3)
+
+
+@installed
+def test_errors_are_one_line(service: ModelScopeServer, tmp_path: Path) -> None:
+    service.damage = 99
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    convert(service, cache, out, "--quiet").one_line_error("came damaged 3 times", "SHA-256")
+    service.repo = "Qwen/Other"
+    convert(service, cache, out, "--quiet").one_line_error("ModelScope has no", REPO)
