@@ -88,7 +88,7 @@ def report_replay(scheme: str, attention: str, batch: int) -> None:
     copied = sum(entry.bytes for entry in trace.copies("host_to_device")) / STEPS
     updates, graphs = len(trace.host_updates()) / STEPS, len(trace.replays()) / STEPS
     print(
-        f"{scheme}, {attention}, batch {batch}, replayed: {graphs:g} graph, {updates:g} host updates "
+        f"{scheme}, {attention}, batch {batch}, replayed: {graphs:g} graph, {updates:g} updates "
         f"(2 layers), {copied:g} bytes to the device a step"
     )
 

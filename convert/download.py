@@ -70,7 +70,7 @@ class Transfer:
                 self.check()
                 return action()
             except Exception as error:
-                asked = judge(error)
+                asked = None if self.cancelled.is_set() else judge(error)
                 if asked is None or attempt == self.retries:
                     raise
                 self._wait(what, error, asked, attempt)

@@ -1,8 +1,9 @@
 """The conversion itself: pieces of every item through a pool of threads, into the staged shards.
 
 Each byte of the source is read once and each byte of the output written once. A thread packs a
-piece while it is in its core's cache, writes it, and hashes whatever is due; meanwhile the source
-files are hashed beside it, and the disk is kept busy by a further thread. Only so many pieces are
+piece while it is in its core's cache, writes it, and hashes whatever is due. One thread hashes the
+source files meanwhile, which nobody can help it with, and then joins in; a further one only waits
+for the disk. Only so many pieces are
 in memory at a time as the budget allows, whatever the size of the model.
 """
 
@@ -61,13 +62,15 @@ class Conversion:
         self.done: dict[str, Done] = {}
         self._read = 0
 
-    def run(self) -> None:
-        """Takes up what is left of an earlier run and does the rest."""
+    def run(self, beside: threading.Thread | None) -> None:
+        """Takes up what is left of an earlier run and does the rest, beside another thread."""
         for done in self._intact():
             self._settle(done)
         todo = [item for item in self.plan.items if item.name not in self.done]
         self.source.expect(name for item in todo for name in item.reads)
         with Line(self._budget) as line:
+            if beside is not None and self._budget.threads > 1:
+                line.make_room_for(beside)
             for item in todo:
                 self._submit(item, line)
             line.drain()
@@ -159,6 +162,14 @@ class Line:
             raise self._error
         self._submit(self._run, work)
 
+    def make_room_for(self, thread: threading.Thread) -> None:
+        """Lets one of the pool's threads stand still as long as another thread is working."""
+        self._submit(self._stand_still, thread)
+
+    def _stand_still(self, thread: threading.Thread) -> None:
+        while thread.is_alive() and self._error is None:
+            thread.join(0.02)
+
     def drain(self) -> None:
         """Waits for every piece; raises what one of them has raised."""
         for _ in range(self._budget.pieces):
@@ -198,7 +209,7 @@ def run(
     # The hash of a local file is best taken while its pages are in memory; a hub states it.
     hashing = Background(source.file_entries) if source.provider.store is None else None
     conversion = Conversion(plan, source, writer, budget, kernels, progress)
-    conversion.run()
+    conversion.run(hashing)
     files = hashing.result() if hashing else source.file_entries()
     for name, data in carried.items():
         writer.add_file(name, data)

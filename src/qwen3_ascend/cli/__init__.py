@@ -1,0 +1,37 @@
+"""The command line. Each command is one call; heavy imports stay inside it, so that --help is
+instant."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from qwen3_ascend.cli.checking import doctor, inspect, verify
+from qwen3_ascend.cli.converting import convert
+from qwen3_ascend.cli.generating import generate
+from qwen3_ascend.cli.terminal import OneLineErrors
+from qwen3_ascend.version import __version__
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=OneLineErrors, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="qwen3-ascend")
+def main() -> None:
+    """Take Qwen3 from the Hub to an Ascend NPU.
+
+    \b
+    qwen3-ascend convert Qwen/Qwen3-8B out/      quantize and lay out, offline, on any CPU
+    qwen3-ascend generate out/ --prompt "..."    run the result
+    qwen3-ascend inspect out/                    what is in it
+    qwen3-ascend verify out/                     re-hash every byte
+    qwen3-ascend doctor                          check this machine's NPU
+    """
+    # torch would import torch_npu by itself and fail with a traceback where CANN is not set up;
+    # the NPU backend imports it when it is asked for, and says what is missing.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+
+for command in (convert, generate, inspect, verify, doctor):
+    main.add_command(command)

@@ -1,0 +1,118 @@
+"""`qwen3-ascend inspect`, `verify` and `doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from qwen3_ascend.cli.terminal import progress_bar, silent, to_stderr
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
+def inspect(checkpoint: Path, as_json: bool) -> None:
+    """Show what is in CHECKPOINT: model, source, and what was done to every tensor."""
+    from qwen3_ascend.checkpoint.manifest import Manifest
+    from qwen3_ascend.convert.report import inspect_lines
+
+    manifest = Manifest.read(checkpoint)
+    if as_json:
+        click.echo(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False))
+    else:
+        click.echo("\n".join(inspect_lines(manifest)))
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="Also compare with the model it was made of, and measure every error again.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Default: one for each processor.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bar; only what differs.")
+def verify(checkpoint: Path, against: str | None, threads: int | None, quiet: bool) -> None:
+    """Re-hash every byte of CHECKPOINT and re-derive every shape.
+
+    Exits with 1 and names each tensor or file that differs from the manifest. With --against
+    MODEL, a folder or a Hub id as for convert, also each that differs from the model.
+
+    \b
+    qwen3-ascend verify out/
+    qwen3-ascend verify out/ --against Qwen/Qwen3-8B
+    """
+    from qwen3_ascend.checkpoint.manifest import Manifest
+    from qwen3_ascend.checkpoint.verify import total_bytes
+    from qwen3_ascend.checkpoint.verify import verify as verify_checkpoint
+
+    with progress_bar("verifying", quiet) as bar:
+        bar.reset(total=total_bytes(Manifest.read(checkpoint)))
+        verdict = verify_checkpoint(checkpoint, bar.update, threads)
+    problems = [*verdict.problems]
+    if against is not None and verdict.ok:
+        problems += _compare(checkpoint, against, threads, quiet)
+    for problem in problems:
+        click.echo(f"Error: {problem}", err=True)
+    if problems:
+        sys.exit(1)
+    if not quiet:
+        model = f", and as {against} says" if against is not None else ""
+        click.echo(
+            f"{checkpoint}: {verdict.tensors} tensors and {verdict.files} files, "
+            f"{verdict.nbytes:,} bytes: all as the manifest says{model}"
+        )
+
+
+def _compare(checkpoint: Path, model: str, threads: int | None, quiet: bool) -> list[str]:
+    """What differs between a checkpoint and a model."""
+    from qwen3_ascend.checkpoint.files import CheckpointReader
+    from qwen3_ascend.convert.against import compare
+    from qwen3_ascend.convert.download import Transfer
+    from qwen3_ascend.convert.source import open_source
+
+    reader = CheckpointReader(checkpoint)
+    stored = reader.manifest.stored().values()
+    revision = None if Path(model).expanduser().is_dir() else reader.manifest.source.revision
+    transfer = Transfer(silent if quiet else to_stderr)
+    with (
+        open_source(model, revision, transfer=transfer) as source,
+        progress_bar("comparing", quiet) as bar,
+    ):
+        bar.reset(total=sum(tensor.nbytes for tensor in stored))
+        return compare(reader, source, bar.update, threads)
+
+
+@click.command()
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here.")
+def doctor(checkpoint: Path | None, json_path: Path | None) -> None:
+    """Check this machine's NPU: environment, layouts, every operator, graphs, prefetch.
+
+    Runs in about a minute what this project could only prove on a simulated device. Without
+    CHECKPOINT a small random model is used. On a machine without a card it says what is missing.
+    Exits with 1 if anything failed; please attach the --json report to an issue.
+
+    \b
+    qwen3-ascend doctor
+    qwen3-ascend doctor out/ --json report.json
+    """
+    from qwen3_ascend.runtime import doctor as examination
+
+    def show(check: examination.Check) -> None:
+        detail = f"  ({check.detail})" if check.detail else ""
+        click.echo(f"{check.status:8}{check.area:12}{check.name}{detail}")
+
+    report = examination.run(checkpoint, show)
+    click.echo()
+    for name, fact in report.environment.items():
+        click.echo(f"{name:28}{fact}")
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    failed = [check for check in report.checks if check.status == "failed"]
+    click.echo(f"\n{len(report.checks)} checks, {len(failed)} failed")
+    if not report.ok:
+        sys.exit(1)
