@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen3_ascend.checkpoint.errors import ConfigError, RequestError
 from qwen3_ascend.checkpoint.files import CheckpointReader
 from qwen3_ascend.checkpoint.model import read_json_object
+from qwen3_ascend.checkpoint.verify import check_reader
 from qwen3_ascend.runtime import backends
 from qwen3_ascend.runtime.assembly import (
     DEFAULT_MAX_BATCH,
@@ -41,6 +43,7 @@ def load(
     graph: bool = True,
     buckets: Sequence[int] | None = None,
     prefetch: str | int = "auto",
+    verify: bool = True,
     progress: Progress = lambda what, done, total: None,
 ) -> LLM:
     """Loads a converted checkpoint.
@@ -58,13 +61,16 @@ def load(
         graph: NPU only: capture decode steps once and replay them.
         buckets: NPU only: batch sizes to capture; default 1, 2, 4, 8 and every 8th.
         prefetch: NPU only: MLP weights fetched ahead into L2: "off", "auto" or bytes ("64M").
-        progress: called with (what, done, total) while layers load and graphs are captured.
+        verify: re-hash every tensor first, on all cores; False saves that second or so for each
+            gigabyte and core, and still checks everything but the tensors' own bytes.
+        progress: called with (what, done, total) while tensors are checked, layers load and graphs
+            are captured.
 
     Returns:
         An LLM that generates.
 
     Raises:
-        CheckpointError: naming the file or tensor that is missing or damaged.
+        CheckpointError: naming the file or tensor that is missing, damaged or changed.
         RequestError: for an argument out of range.
         DeviceError: if an NPU is asked for and something is missing; says what.
     """
@@ -73,8 +79,16 @@ def load(
     folder = Path(path).expanduser()
     reader, tokenizer = CheckpointReader(folder), Tokenizer(folder)
     params, stops = default_params(folder), eos_ids(folder, tokenizer)
+    if verify:
+        check_reader(reader, _counted("checking tensors", len(reader.manifest.stored()), progress))
     backend = backends.get(device, dtype, reader.manifest.model, options)
     return LLM(make_engine(reader, backend, limits, progress), tokenizer, stops, params)
+
+
+def _counted(what: str, total: int, progress: Progress) -> Callable[[int], None]:
+    """A callback for bytes that reports how many calls there were."""
+    calls = itertools.count(1)
+    return lambda nbytes: progress(what, next(calls), total)
 
 
 def default_params(folder: Path) -> SamplingParams:

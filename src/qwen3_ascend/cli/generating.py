@@ -65,6 +65,11 @@ if TYPE_CHECKING:
     metavar="off|auto|BYTES",
     help="NPU: MLP weights to fetch ahead into L2, such as 64M.",
 )
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    help="Re-hash every tensor while loading (default), or not.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="Only the answer: no speed, no progress bar.")
 def generate(
     checkpoint: Path,
@@ -79,6 +84,7 @@ def generate(
     graph: str,
     buckets: str | None,
     prefetch: str,
+    verify: bool,
     quiet: bool,
     **sampling: Any,
 ) -> None:
@@ -98,6 +104,7 @@ def generate(
     llm, loaded = _load(
         checkpoint, quiet, device=device, dtype=dtype, attention=attention,
         graph=graph == "on", buckets=_numbers(buckets), prefetch=prefetch,
+        verify=verify,
     )  # fmt: skip
     params = _sampling_params(llm, sampling)
     if chat and llm.tokenizer.chat_template is not None:

@@ -1,0 +1,52 @@
+"""Loading trusts nothing: a changed byte is named before the first token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_line import run
+
+from qwen3_ascend import SamplingParams, load
+from qwen3_ascend.checkpoint.errors import CheckpointError
+from qwen3_ascend.checkpoint.files import CheckpointReader
+
+NAME = "model.layers.2.mlp.down_proj.weight"
+
+
+def flip_a_byte(folder: Path, name: str) -> None:
+    """Changes one byte in the middle of a stored tensor."""
+    reader = CheckpointReader(folder)
+    file = folder / reader.manifest.stored()[name].file
+    slot = reader._files[file.name].header.slots[name]
+    with file.open("r+b") as opened:
+        opened.seek((slot.start + slot.stop) // 2)
+        byte = opened.read(1)[0]
+        opened.seek(-1, 1)
+        opened.write(bytes([byte ^ 1]))
+
+
+def test_a_flipped_byte_is_named(w8a8_copy: Path) -> None:
+    flip_a_byte(w8a8_copy, NAME)
+    with pytest.raises(CheckpointError, match=f"tensor {NAME} in ascend-00001.*differ"):
+        load(w8a8_copy)
+    done = run("generate", w8a8_copy, "--prompt", "x")
+    assert done.code == 1 and done.err.startswith("Error:") and NAME in done.err
+
+
+def test_checking_can_be_left_out(w8a8_copy: Path) -> None:
+    flip_a_byte(w8a8_copy, NAME)
+    llm = load(w8a8_copy, verify=False)
+    assert llm.generate(["What does river mean?"], SamplingParams(max_new_tokens=3))[0].token_ids
+
+
+def test_progress_counts_every_stage_to_its_end(w8a8_copy: Path) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {}
+    load(
+        w8a8_copy,
+        progress=lambda what, done, total: seen.setdefault(what, []).append((done, total)),
+    )
+    assert list(seen) == ["checking tensors", "loading layers"]
+    for steps in seen.values():
+        total = steps[0][1]
+        assert steps == [(done, total) for done in range(1, total + 1)]
