@@ -61,8 +61,8 @@ def load(
         graph: NPU only: capture decode steps once and replay them.
         buckets: NPU only: batch sizes to capture; default 1, 2, 4, 8 and every 8th.
         prefetch: NPU only: MLP weights fetched ahead into L2: "off", "auto" or bytes ("64M").
-        verify: re-hash every tensor first, on all cores; False saves that second or so for each
-            gigabyte and core, and still checks everything but the tensors' own bytes.
+        verify: re-hash every tensor first, on all cores (half a second a gigabyte on one core);
+            False still checks everything but the tensors' own bytes.
         progress: called with (what, done, total) while tensors are checked, layers load and graphs
             are captured.
 
