@@ -52,9 +52,9 @@ unit: $(VENV)/.dev
 # and without torch_npu's task queue.
 simulated: $(SIM)/.installed
 	ASCEND_SIM_STREAMS=eager TASK_QUEUE_ENABLE=0 $(SIM_RUN) tests/ascend_sim tests/npu
+	ASCEND_SIM_STREAMS=eager TASK_QUEUE_ENABLE=1 $(SIM_RUN) tests/ascend_sim tests/npu
+	ASCEND_SIM_STREAMS=lazy TASK_QUEUE_ENABLE=0 $(SIM_RUN) tests/ascend_sim tests/npu
 	ASCEND_SIM_STREAMS=lazy TASK_QUEUE_ENABLE=1 $(SIM_RUN) tests/ascend_sim tests/npu
-	ASCEND_SIM_STREAMS=eager TASK_QUEUE_ENABLE=1 $(SIM_RUN) tests/ascend_sim
-	ASCEND_SIM_STREAMS=lazy TASK_QUEUE_ENABLE=0 $(SIM_RUN) tests/ascend_sim
 
 clean:
 	rm -rf $(VENV) $(SIM) out build src/*.egg-info

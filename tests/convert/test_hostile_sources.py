@@ -25,7 +25,7 @@ FEW = settings(
 
 HOSTILE_NAMES = [
     "../evil.safetensors",
-    "/tmp/evil.safetensors",
+    "/absolute/evil.safetensors",
     "sub/evil.safetensors",
     "..\\evil.safetensors",
     "C:\\evil.safetensors",
