@@ -257,6 +257,12 @@ API aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus *status) {
 API void sim_abandon_pending(void) {
     for (Stream *stream = sim_streams; stream; stream = stream->next) {
         pthread_mutex_lock(&sim_lock);
+        /* A task that torch_npu's queue thread is just running is that thread's to free. */
+        for (int i = 0; busy_elsewhere(stream) && i < 200000; i++) {
+            pthread_mutex_unlock(&sim_lock);
+            usleep(50);
+            pthread_mutex_lock(&sim_lock);
+        }
         Task *task = stream->pending.head;
         stream->pending = (TaskList){0};
         stream->done = stream->issued;
