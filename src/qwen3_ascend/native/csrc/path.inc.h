@@ -162,9 +162,20 @@ struct row_lanes {
     double signal[LANES], noise[LANES];
 };
 
+/* a * b + c; if the product is exact, a path that can rounds once, which is the same then. */
+INLINE double add_product(double a, double b, double c, int is_exact)
+{
+#if defined(PATH_FUSES)
+    if (is_exact) return __builtin_fma(a, b, c);
+#else
+    (void)is_exact;
+#endif
+    return a * b + c;
+}
+
 /* `count` is a multiple of LANES; padding holds zeros, which add nothing. */
-LOOP void add_errors(const float *weights, const int32_t *codes, int64_t count, float scale,
-                     struct row_lanes *lanes)
+INLINE void add_error_terms(const float *weights, const int32_t *codes, int64_t count, float scale,
+                            struct row_lanes *lanes, int is_exact)
 {
     double signal[LANES], noise[LANES];
     double step = scale;
@@ -173,13 +184,27 @@ LOOP void add_errors(const float *weights, const int32_t *codes, int64_t count, 
     for (int64_t i = 0; i < count; i += LANES) {
         for (int lane = 0; lane < LANES; lane++) {
             double weight = weights[i + lane];
-            double error = weight - (double)codes[i + lane] * step;
-            signal[lane] += weight * weight;
-            noise[lane] += error * error;
+            double error = add_product(-(double)codes[i + lane], step, weight, is_exact);
+            signal[lane] = add_product(weight, weight, signal[lane], is_exact);
+            noise[lane] = add_product(error, error, noise[lane], is_exact);
         }
     }
     memcpy(lanes->signal, signal, sizeof signal);
     memcpy(lanes->noise, noise, sizeof noise);
+}
+
+/* Of codes that quantize() writes: every product is exact. */
+LOOP void add_exact_errors(const float *weights, const int32_t *codes, int64_t count, float scale,
+                           struct row_lanes *lanes)
+{
+    add_error_terms(weights, codes, count, scale, lanes, 1);
+}
+
+/* Of any codes. */
+LOOP void add_errors(const float *weights, const int32_t *codes, int64_t count, float scale,
+                     struct row_lanes *lanes)
+{
+    add_error_terms(weights, codes, count, scale, lanes, 0);
 }
 
 static double add_lanes(double *lanes)
@@ -297,7 +322,7 @@ INLINE void quantize_strip(struct matrix source, int64_t row, int64_t rows, cons
             widen_row(element(source, row + i, column), source.dtype, count, padded, weights);
             round_codes(weights, padded, scales[row + i], codes);
             narrow_codes(codes, padded, tile + i * TILE_COLUMNS);
-            add_errors(weights, codes, padded, scales[row + i], &lanes[i]);
+            add_exact_errors(weights, codes, padded, scales[row + i], &lanes[i]);
         }
         tile_to_strip(tile, padded, strip + column * RUN_BYTES);
     }
