@@ -10,7 +10,7 @@ from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.model import Qwen3Config
 from qwen3_ascend.checkpoint.writer import CheckpointWriter, check_output
-from qwen3_ascend.convert.budget import Budget
+from qwen3_ascend.convert.budget import Budget, quick_garbage_collection
 from qwen3_ascend.convert.download import RETRIES, Transfer
 from qwen3_ascend.convert.identity import identity
 from qwen3_ascend.convert.pipeline import Progress, run
@@ -28,6 +28,7 @@ def plan_conversion(
     *,
     revision: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    hash_source: bool = False,
     hub: str = HUBS[0],
     low_disk_output: Path | None = None,
     transfer: Transfer | None = None,
@@ -39,6 +40,7 @@ def plan_conversion(
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
         revision: branch, tag or commit of a Hub model.
         max_shard_bytes: size at which a new output file begins.
+        hash_source: hash every source tensor that is read.
         hub: where a model that is no local folder is looked for: huggingface or modelscope.
         low_disk_output: the output, if downloaded weights are to be removed as they are used.
         transfer: notes, retries and cancellation of the downloads.
@@ -51,9 +53,10 @@ def plan_conversion(
     source = open_source(model, revision, hub=hub, area=area, transfer=transfer)
     config = Qwen3Config.from_file(source.provider.small_file(CONFIG_NAME))
     slots = {name: source.slot(name) for name in source.location}
-    return source, make_plan(config, slots, chosen, max_shard_bytes)
+    return source, make_plan(config, slots, chosen, max_shard_bytes, hash_source)
 
 
+@quick_garbage_collection()
 def convert_checkpoint(
     model: str | Path,
     output: str | Path,
@@ -65,6 +68,7 @@ def convert_checkpoint(
     threads: int | None = None,
     max_memory: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    hash_source: bool = False,
     hub: str = HUBS[0],
     low_disk: bool = False,
     retries: int = RETRIES,
@@ -87,6 +91,8 @@ def convert_checkpoint(
         threads: that work at a time; default one for each processor. No byte depends on it.
         max_memory: private bytes to take beyond Python with torch loaded; default 2 GiB.
         max_shard_bytes: size at which a new output file begins.
+        hash_source: note in the manifest the SHA-256 of every source tensor. That takes an
+            eighth longer; the files of a hub are held against the hashes that it states anyway.
         hub: where a model that is no local folder is looked for: huggingface or modelscope.
         low_disk: download weights into the output folder and remove each file as soon as it has
             been used, instead of keeping it in the hub's cache.
@@ -109,8 +115,9 @@ def convert_checkpoint(
     if source_folder.is_dir() and source_folder.resolve() == folder.resolve():
         raise CheckpointError(f"{folder} is the source itself; choose another output folder")
     source, plan = plan_conversion(
-        str(model), recipe, revision=revision, max_shard_bytes=max_shard_bytes, hub=hub,
-        low_disk_output=folder if low_disk else None, transfer=Transfer(note, arrived, retries),
+        str(model), recipe, revision=revision, max_shard_bytes=max_shard_bytes,
+        hash_source=hash_source, hub=hub, low_disk_output=folder if low_disk else None,
+        transfer=Transfer(note, arrived, retries),
     )  # fmt: skip
     budget = Budget.fit(plan.piece_bytes, threads, max_memory)
     carried = source.carried()
@@ -124,7 +131,7 @@ def convert_checkpoint(
         if writer.finished is not None:
             return writer.finished
         # With the output locked, so that what an interrupted run has left can be counted in.
-        check_machine(plan, source, folder, budget.working_bytes(plan.piece_bytes))
+        check_machine(plan, source, folder, budget.working_bytes)
         on_plan(plan)
         if writer.left:
             note(f"continuing: {len(writer.left)} of {len(plan.items)} items were done before")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -11,13 +11,16 @@ from torch import Tensor
 from qwen3_ascend import native
 from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.files import CheckpointReader
+from qwen3_ascend.checkpoint.hashing import HASH_BLOCK, Job, run_jobs
 from qwen3_ascend.checkpoint.manifest import LinearEntry
 from qwen3_ascend.checkpoint.schemes import Linear
 from qwen3_ascend.checkpoint.schemes.base import row_slices, store_bias
 from qwen3_ascend.checkpoint.schemes.pieces import Piece, Stack, Sums, sqnr_db
+from qwen3_ascend.checkpoint.shard_writer import tensor_bytes
 from qwen3_ascend.checkpoint.threads import available_threads, run_all
 from qwen3_ascend.convert.plan import PLAIN_DTYPE
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.native.sha256 import digests
 
 
 def compare(
@@ -29,7 +32,8 @@ def compare(
     """A line for each tensor of a checkpoint that was not made of this source.
 
     Plain tensors and biases must equal the source's, rounded to bfloat16; of each linear the error
-    is measured again from the stored bytes and must be the manifest's.
+    is measured again from the stored bytes and must be the manifest's. Where the manifest holds
+    the source tensors' hashes, they are compared as well.
 
     Args:
         reader: the checkpoint.
@@ -54,7 +58,27 @@ def compare(
         problems += _linear_problems(name, entry, reader.linear(name), source, kernels, count)
         progress(sum(tensor.nbytes for tensor in entry.tensors.values()))
         source.drop_pages()
-    return problems
+    return [*problems, *_changed(source, manifest.source.tensors, count)]
+
+
+def _changed(source: Source, noted: Mapping[str, str], threads: int) -> list[str]:
+    """A line for each source tensor whose hash is not the noted one."""
+    way, changed = digests(), set()
+
+    def job(name: str) -> Job:
+        digest, data = way.start(), tensor_bytes(source.read(name))
+        for start in range(0, data.nbytes, HASH_BLOCK):
+            yield [(digest, data[start : start + HASH_BLOCK])]
+        if digest.hexdigest() != noted[name]:
+            changed.add(name)
+
+    names = [name for name in noted if name in source.location]
+    run_jobs(map(job, names), way, threads)
+    return [
+        f"source tensor {name} is not the one that was converted: its SHA-256 differs"
+        for name in names
+        if name in changed
+    ]
 
 
 def _linear_problems(
@@ -70,7 +94,8 @@ def _linear_problems(
     stack = Stack(tuple(parts))
     pieces = type(linear).pieces(entry.shape, entry.layout)
     tasks = [partial(_errors, linear, stack, piece, kernels) for piece in pieces]
-    found = sqnr_db(sums for sums in run_all(tasks, threads) if sums is not None)
+    measured = dict(run_all(tasks, threads))
+    found = sqnr_db([sums for piece in pieces if (sums := measured[piece]) is not None])
     if found != entry.sqnr_db:
         yield f"linear {name}: {_text(found)} against the source, but the manifest says " + _text(
             entry.sqnr_db
@@ -82,8 +107,10 @@ def _linear_problems(
             yield f"linear {name}: its bias differs from the source's"
 
 
-def _errors(linear: Linear, stack: Stack, piece: Piece, kernels: native.Kernels) -> Sums | None:
-    return linear.errors(stack, piece, kernels)
+def _errors(
+    linear: Linear, stack: Stack, piece: Piece, kernels: native.Kernels
+) -> tuple[Piece, Sums | None]:
+    return piece, linear.errors(stack, piece, kernels)
 
 
 def _read(source: Source, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from qwen3_ascend.checkpoint.errors import RequestError
+from qwen3_ascend.checkpoint.hashing import JOBS_PER_THREAD
 from qwen3_ascend.checkpoint.threads import available_threads
 
 MAX_MEMORY = 2 << 30
@@ -16,16 +20,20 @@ FIXED_BYTES = 64 << 20
 THREAD_BYTES = 16 << 20
 """Of each thread: blocks of the torch kernels, and what its allocator keeps."""
 
-PIECES_PER_THREAD = 4
-"""Pieces under way: enough that no thread waits while another hashes in order."""
-
 
 @dataclass(frozen=True)
 class Budget:
-    """Threads that work, and pieces that may be in memory at a time."""
+    """What may be under way at a time.
+
+    Attributes:
+        threads: that work.
+        items: that each of them works on, with one piece in memory.
+        piece_bytes: memory of the largest piece.
+    """
 
     threads: int
-    pieces: int
+    items: int
+    piece_bytes: int
 
     @classmethod
     def fit(
@@ -54,8 +62,24 @@ class Budget:
             )
         chosen = min(wanted, most)
         left = limit - FIXED_BYTES - chosen * THREAD_BYTES
-        return cls(chosen, min(PIECES_PER_THREAD * chosen, left // piece_bytes))
+        items = min(JOBS_PER_THREAD, left // (chosen * piece_bytes))
+        return cls(chosen, items, piece_bytes)
 
-    def working_bytes(self, piece_bytes: int) -> int:
+    @property
+    def working_bytes(self) -> int:
         """Peak private memory beyond the interpreter with torch loaded."""
-        return FIXED_BYTES + self.threads * THREAD_BYTES + self.pieces * piece_bytes
+        return FIXED_BYTES + self.threads * (THREAD_BYTES + self.items * self.piece_bytes)
+
+
+@contextmanager
+def quick_garbage_collection() -> Iterator[None]:
+    """Spares the collector what is there already: walking through torch stops all threads for a
+    tenth of a second, several times in a conversion."""
+    if gc.get_freeze_count():  # somebody else's, and there is one freezer only
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import re
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -107,16 +108,25 @@ class CachedRepository(LocalFolder):
             raise CheckpointError(f"{repo} is not in the local cache") from error
         super().__init__(Path(folder))
         self.repo, self.revision = repo, Path(folder).name
+        self._checked: set[str] = set()
+        self._checking = threading.Lock()
         if missing := self._missing():
             raise CheckpointError(f"{repo} is in the local cache only in part, without {missing}")
 
-    def shard_sha256(self, name: str) -> str:
-        """See Provider; the cache names a large file by the SHA-256 that the Hub stated for it."""
+    def shard_file(self, name: str) -> Path:
+        """See Provider."""
         path = self.folder / name
-        digest, stated = file_sha256(path), path.resolve().name
-        if SHA256.fullmatch(stated) and digest != stated:
-            raise CheckpointError(f"{path} is damaged; delete it and convert again when online")
-        return digest
+        with self._checking:
+            stated = self.shard_sha256(name)
+            if stated is not None and name not in self._checked and file_sha256(path) != stated:
+                raise CheckpointError(f"{path} is damaged; delete it and convert again when online")
+            self._checked.add(name)
+        return path
+
+    def shard_sha256(self, name: str) -> str | None:
+        """See Provider; the cache names a large file by the SHA-256 that the Hub stated for it."""
+        stated = (self.folder / name).resolve().name
+        return stated if SHA256.fullmatch(stated) else None
 
     def _missing(self) -> str | None:
         """A file that a download which was broken off did not get to."""

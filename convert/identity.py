@@ -11,7 +11,7 @@ from qwen3_ascend.checkpoint.safetensors_file import NAMES
 from qwen3_ascend.convert.plan import Plan
 from qwen3_ascend.convert.source import Source
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Goes up when the same source and recipe give other bytes than before."""
 
 DIGITS = 16
@@ -26,6 +26,7 @@ def identity(plan: Plan, source: Source, carried: Mapping[str, bytes]) -> Identi
         "source": provider.repo,
         "revision": provider.revision or "none",
         "recipe": f"{plan.recipe.name} {_short(dict(plan.recipe.verbatim))}",
+        "source hashes": "yes" if plan.hash_source else "no",
         "output files": f"{len(plan.shards)} {_short(_shards(plan))}",
         **{f"source file {name}": _weights(source, name) for name in source.shards},
         **{f"source file {name}": bytes_sha256(data)[:DIGITS] for name, data in carried.items()},

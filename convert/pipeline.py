@@ -1,44 +1,41 @@
-"""The conversion itself: pieces of every item through a pool of threads, into the staged shards.
+"""The conversion itself: every item through a pool of threads into the staged shards.
 
-Each byte of the source is read once and each byte of the output written once. A thread packs a
-piece while it is in its core's cache, writes it, and hashes whatever is due. One thread hashes the
-source files meanwhile, which nobody can help it with, and then joins in; a further one only waits
-for the disk. Only so many pieces are
-in memory at a time as the budget allows, whatever the size of the model.
+Each byte of the source is read once and each byte of the output written once. A thread works on
+two items at a time: it packs and writes a piece of each and then hashes, in step, what it has
+written, and read if asked to, all while that is in its core's cache. So two pieces a thread are in memory, whatever
+the size of the model; nobody waits for another's turn, and one more thread waits for the disk.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 
-from qwen3_ascend.checkpoint.errors import CheckpointError
+from qwen3_ascend.checkpoint.hashing import Job, run_jobs
 from qwen3_ascend.checkpoint.journal import Done
 from qwen3_ascend.checkpoint.manifest import (
-    FileEntry,
     LinearEntry,
     Manifest,
     SourceRecord,
     StoredTensor,
 )
-from qwen3_ascend.checkpoint.threads import run_all, workers
 from qwen3_ascend.checkpoint.writer import CheckpointWriter
 from qwen3_ascend.convert import report
 from qwen3_ascend.convert.budget import Budget
-from qwen3_ascend.convert.plan import LinearPlan, Plan, TensorPlan
+from qwen3_ascend.convert.order import working_order
+from qwen3_ascend.convert.plan import Item, LinearPlan, Plan
 from qwen3_ascend.convert.source import Source
-from qwen3_ascend.convert.work import Assembly, make_task
+from qwen3_ascend.convert.work import convert, make_task
 from qwen3_ascend.native import Kernels
+from qwen3_ascend.native.sha256 import digests
 
 Progress = Callable[[str, int], None]
 """Called when an item is done, from any thread but one at a time: its name and source bytes."""
 
 DROP_BYTES = 1 << 28
 """After so many bytes of source the mapped pages are given back."""
-
-Item = LinearPlan | TensorPlan
 
 
 class Conversion:
@@ -55,68 +52,88 @@ class Conversion:
     ) -> None:
         self.plan, self.source, self.writer = plan, source, writer
         self._budget, self._kernels, self._progress = budget, kernels, progress
+        self._way = digests()
+        self._order = working_order(plan, source)
         self._items = {item.name: item for item in plan.items}
         self._files = {name: shard.file for shard in plan.shards for name in shard.tensors}
         self._missing = {shard.file: len(shard.tensors) for shard in plan.shards}
+        self._readers = Counter(
+            file for item in plan.items for file in source.shard_order(item.reads)
+        )
         self._settling = threading.Lock()
         self.done: dict[str, Done] = {}
         self._read = 0
 
-    def run(self, beside: threading.Thread | None) -> None:
-        """Takes up what is left of an earlier run and does the rest, beside another thread."""
+    def run(self) -> None:
+        """Takes up what is left of an earlier run and does the rest."""
         for done in self._intact():
             self._settle(done)
-        todo = [item for item in self.plan.items if item.name not in self.done]
+        todo = [item for item in self._order if item.name not in self.done]
         self.source.expect(name for item in todo for name in item.reads)
-        with Line(self._budget) as line:
-            if beside is not None and self._budget.threads > 1:
-                line.make_room_for(beside)
-            for item in todo:
-                self._submit(item, line)
-            line.drain()
+        run_jobs(map(self._job, todo), self._way, self._budget.threads, self._budget.items)
 
     def _intact(self) -> list[Done]:
         """Items of an earlier run whose bytes are still what its journal says."""
-        left = [done for name, done in self.writer.left.items() if name in self._items]
+        intact: list[Done] = []
 
-        def check(done: Done) -> Done | None:
-            names = self._items[done.name].forms
-            shard = self.writer.shards[self._files[next(iter(names))]]
-            return done if set(names) == set(done.sha256) and shard.holds(done) else None
+        def job(done: Done) -> Job:
+            shard = self.writer.shards[self._file(self._items[done.name])]
+            return shard.check_job(done, self._way, intact.append)
 
-        tasks = [partial(check, done) for done in left]
-        return [done for done in run_all(tasks, self._budget.threads) if done is not None]
+        left = [
+            done
+            for done in self.writer.left.values()
+            if done.name in self._items and set(self._items[done.name].forms) == set(done.sha256)
+        ]
+        run_jobs(map(job, left), self._way, self._budget.threads, self._budget.items)
+        return intact
 
-    def _submit(self, item: Item, line: Line) -> None:
+    def _job(self, item: Item) -> Job:
         task = make_task(item, self.source)
-        shard = self.writer.shards[self._files[next(iter(item.forms))]]
+        shard = self.writer.shards[self._file(item)]
         shard.open()
-        assembly = Assembly(task, shard, self._kernels, self._finish)
-        for index in range(len(task.pieces)):
-            line.submit(partial(assembly.process, index))
-            self._read += item.source_bytes // len(task.pieces)
+        job = convert(task, shard, self._kernels, self._way, self.plan.hash_source, self._finish)
+        return self._releasing(job, item.source_bytes // len(task.pieces))
+
+    def _releasing(self, job: Job, nbytes: int) -> Job:
+        """A job each step of which reads so many bytes: their memory is given back in time."""
+        for streams in job:
+            yield streams
+            self._read += nbytes  # threads may lose a step of another: it is no exact limit
             if self._read >= DROP_BYTES:
-                self.source.drop_pages()
                 self._read = 0
+                self.source.drop_pages()
 
     def _finish(self, done: Done) -> None:
-        """Called by the thread that hashed the last byte of an item, while others work on."""
+        """Called by the thread that has converted an item, while others work on."""
         self.writer.note(done)
         self._settle(done)
 
     def _settle(self, done: Done) -> None:
         """Closes what nobody needs any more."""
         item = self._items[done.name]
-        file = self._files[next(iter(item.forms))]
+        file = self._file(item)
         with self._settling:
             self.done[done.name] = done
             self._missing[file] -= len(item.forms)
             if not self._missing[file]:
                 self.writer.finish_shard(file)
-            self.source.release(
-                name for i in self.plan.items if i.name not in self.done for name in i.reads
-            )
+            for name in self.source.shard_order(item.reads):
+                self._readers[name] -= 1
+                if not self._readers[name]:
+                    self.source.release(name)
             self._progress(item.name, item.source_bytes)
+
+    def _file(self, item: Item) -> str:
+        return self._files[next(iter(item.forms))]
+
+    def source_hashes(self) -> dict[str, str]:
+        """SHA-256 of each source tensor that was read, in the order of the plan."""
+        return {
+            name: sha256
+            for item in self.plan.items
+            for name, sha256 in self.done[item.name].source.items()
+        }
 
     def entries(self) -> tuple[dict[str, LinearEntry], dict[str, StoredTensor]]:
         """The manifest's linears and tensors, in the order of the plan."""
@@ -135,61 +152,6 @@ class Conversion:
         return linears, tensors
 
 
-class Line:
-    """A pool of threads with a bounded number of pieces between submission and hash."""
-
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
-        self._slots = threading.Semaphore(budget.pieces)
-        self._pool = workers(budget.threads)
-        self._error: BaseException | None = None
-
-    def __enter__(self) -> Line:
-        self._submit = self._pool.__enter__().submit
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._error = self._error or CheckpointError("stopped")
-        self._pool.__exit__(None, None, None)
-
-    def submit(self, work: Callable[[], int]) -> None:
-        """Queues a piece once there is room; raises what an earlier one has raised.
-
-        `work` returns how many pieces, this or others, have now left memory.
-        """
-        self._slots.acquire()
-        if self._error is not None:
-            raise self._error
-        self._submit(self._run, work)
-
-    def make_room_for(self, thread: threading.Thread) -> None:
-        """Lets one of the pool's threads stand still as long as another thread is working."""
-        self._submit(self._stand_still, thread)
-
-    def _stand_still(self, thread: threading.Thread) -> None:
-        while thread.is_alive() and self._error is None:
-            thread.join(0.02)
-
-    def drain(self) -> None:
-        """Waits for every piece; raises what one of them has raised."""
-        for _ in range(self._budget.pieces):
-            self._slots.acquire()
-            if self._error is not None:
-                raise self._error
-
-    def _run(self, work: Callable[[], int]) -> None:
-        if self._error is not None:
-            return
-        try:
-            hashed = work()
-        except BaseException as error:
-            self._error = self._error or error
-            self._slots.release()
-        else:
-            if hashed:
-                self._slots.release(hashed)
-
-
 def run(
     plan: Plan,
     source: Source,
@@ -206,14 +168,14 @@ def run(
         CheckpointError: if a weight is not finite, a source file is damaged or a file cannot be
             written; nothing is published then.
     """
-    # The hash of a local file is best taken while its pages are in memory; a hub states it.
-    hashing = Background(source.file_entries) if source.provider.store is None else None
-    conversion = Conversion(plan, source, writer, budget, kernels, progress)
-    conversion.run(hashing)
-    files = hashing.result() if hashing else source.file_entries()
     for name, data in carried.items():
         writer.add_file(name, data)
-    record = SourceRecord(source.provider.repo, source.provider.revision, files, plan.ignored)
+    conversion = Conversion(plan, source, writer, budget, kernels, progress)
+    conversion.run()
+    record = SourceRecord(
+        source.provider.repo, source.provider.revision, source.file_entries(),
+        conversion.source_hashes(), plan.ignored,
+    )  # fmt: skip
     linears, tensors = conversion.entries()
     shards = {file: shard.entry for file, shard in writer.shards.items()}
     manifest = Manifest(
@@ -224,31 +186,6 @@ def run(
     manifest = replace(manifest, files=writer.files)
     writer.commit(manifest)
     return manifest
-
-
-class Background(threading.Thread):
-    """One call in a thread that cannot keep the process from ending."""
-
-    def __init__(self, call: Callable[[], dict[str, FileEntry]]) -> None:
-        super().__init__(daemon=True)
-        self._call = call
-        self._result: dict[str, FileEntry] = {}
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        """See threading.Thread."""
-        try:
-            self._result = self._call()
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> dict[str, FileEntry]:
-        """What the call returned, once it has; or its error."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._result
 
 
 def _linear_entry(

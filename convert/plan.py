@@ -22,7 +22,6 @@ from qwen3_ascend.checkpoint.safetensors_file import NAMES, TensorSlot, tensor_n
 from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES
 from qwen3_ascend.checkpoint.schemes.base import StoredForm
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
-from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.recipe import Recipe, Rule
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -103,15 +102,25 @@ class TensorPlan:
         return _piece_bytes(BF16.pieces(matrix, ND)[0], matrix, self.source_bytes)
 
 
+Item = LinearPlan | TensorPlan
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A whole conversion, in the order in which it runs."""
+    """A whole conversion.
+
+    Attributes:
+        items: in the order of the model.
+        ignored: source tensors that are left out, each with the reason.
+        hash_source: whether every source tensor that is read is hashed.
+    """
 
     config: Qwen3Config
     recipe: Recipe
-    items: tuple[LinearPlan | TensorPlan, ...]
+    items: tuple[Item, ...]
     shards: tuple[ShardPlan, ...]
     ignored: Mapping[str, str]
+    hash_source: bool
 
     @property
     def source_bytes(self) -> int:
@@ -143,17 +152,13 @@ class Plan:
         """Most memory that one piece takes while it is under way."""
         return max(item.piece_bytes for item in self.items)
 
-    @property
-    def working_bytes(self) -> int:
-        """Peak private memory beyond the interpreter with torch loaded, unless told otherwise."""
-        return Budget.fit(self.piece_bytes).working_bytes(self.piece_bytes)
-
 
 def make_plan(
     config: Qwen3Config,
     slots: Mapping[str, TensorSlot],
     recipe: Recipe,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    hash_source: bool = False,
 ) -> Plan:
     """Plans a conversion.
 
@@ -162,6 +167,7 @@ def make_plan(
         slots: type and shape of every source tensor.
         recipe: the rules.
         max_shard_bytes: size at which a new output file begins.
+        hash_source: hash every source tensor that is read.
 
     Raises:
         CheckpointError: a tensor is missing, has a wrong shape or type, or is unknown.
@@ -175,7 +181,8 @@ def make_plan(
         for entry in walk(config)
     )
     ignored = _unread(config, items, slots)
-    return Plan(config, recipe, items, _cut_into_shards(items, max_shard_bytes), ignored)
+    shards = _cut_into_shards(items, max_shard_bytes)
+    return Plan(config, recipe, items, shards, ignored, hash_source)
 
 
 def _piece_bytes(piece: Piece, shape: tuple[int, int], source_bytes: int) -> int:
@@ -264,7 +271,7 @@ def _plan_linear(spec: LinearSpec, slots: Mapping[str, TensorSlot], recipe: Reci
 
 def _unread(
     config: Qwen3Config,
-    items: Sequence[LinearPlan | TensorPlan],
+    items: Sequence[Item],
     slots: Mapping[str, TensorSlot],
 ) -> dict[str, str]:
     """Source tensors that are left out, each with the reason; refuses those nobody can explain."""
@@ -285,9 +292,7 @@ def _unread(
     return ignored
 
 
-def _cut_into_shards(
-    items: Sequence[LinearPlan | TensorPlan], max_shard_bytes: int
-) -> tuple[ShardPlan, ...]:
+def _cut_into_shards(items: Sequence[Item], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
     """Fills files in order; the tensors of one linear stay together."""
     groups: list[dict[str, StoredForm]] = [{}]
     filled = 0

@@ -12,6 +12,7 @@ from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.files import STAGING
 from qwen3_ascend.checkpoint.writer import SHARD_PATTERN
 from qwen3_ascend.convert.memory import available_memory
+from qwen3_ascend.convert.order import working_order
 from qwen3_ascend.convert.plan import Plan
 from qwen3_ascend.convert.report import size_text
 from qwen3_ascend.convert.source import Source
@@ -53,14 +54,14 @@ def low_disk_peak(plan: Plan, source: Source) -> int:
 
     A file is there from its first use to its last, and while it is in use the next one comes.
     """
-    uses = [source.shard_order(item.reads) for item in plan.items]
+    uses = [source.shard_order(item.reads) for item in working_order(plan, source)]
     order = list(dict.fromkeys(name for names in uses for name in names))
     first = {name: index for index, names in reversed([*enumerate(uses)]) for name in names}
     last = {name: index for index, names in enumerate(uses) for name in names}
     peak = 0
     for index in range(len(uses)):
         begun = sum(first[name] <= index for name in order)
-        # One item longer: the last pieces are still at work when the next item begins.
+        # One item longer: others are still at work when the next item begins.
         held = [name for name in order[:begun] if last[name] + 1 >= index]
         peak = max(peak, _missing(source, [*held, *order[begun : begun + 1]]))
     return peak

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.files import file_sha256
 from qwen3_ascend.checkpoint.safetensors_file import TensorSlot, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -67,8 +66,9 @@ class Provider(Protocol):
         """A local path of a weight file, downloading and checking it if need be; from any
         thread."""
 
-    def shard_sha256(self, name: str) -> str:
-        """SHA-256 of a weight file; downloads it only if its hub states none."""
+    def shard_sha256(self, name: str) -> str | None:
+        """SHA-256 of a weight file that its hub states and that is or will be checked before it is
+        read; of a file of which the hub states none, what was found. None for a folder."""
 
     def keep_only(self, names: Collection[str]) -> None:
         """Removes what an earlier, interrupted conversion downloaded, but for these files."""
@@ -114,9 +114,9 @@ class LocalFolder:
         """See Provider."""
         return self.folder / name
 
-    def shard_sha256(self, name: str) -> str:
+    def shard_sha256(self, name: str) -> str | None:
         """See Provider."""
-        return file_sha256(self.folder / name)
+        return None
 
     def keep_only(self, names: Collection[str]) -> None:
         """See Provider."""

@@ -10,6 +10,7 @@ import torch
 
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
+from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.plan import LinearPlan, Plan
 
 WORST_SHOWN = 3
@@ -65,13 +66,13 @@ def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
     ]
 
 
-def plan_totals(plan: Plan) -> list[str]:
+def plan_totals(plan: Plan, budget: Budget) -> list[str]:
     """What the plan comes to."""
     lines = [
         f"{plan.parameters:,} weights, {plan.bits_per_weight:.2f} bits each",
         f"reads {size_text(plan.source_bytes)}, writes {size_text(plan.output_bytes)} "
         f"in {len(plan.shards)} file(s)",
-        f"peak memory about {size_text(plan.working_bytes)} beyond Python with torch loaded",
+        f"peak memory about {size_text(budget.working_bytes)} beyond Python with torch loaded",
     ]
     return lines + [f"leaves out {name}: {reason}" for name, reason in plan.ignored.items()]
 
@@ -99,7 +100,7 @@ def inspect_lines(manifest: Manifest) -> list[str]:
     return lines + table(rows, ("tensor", "shape", "scheme", "layout", "SQNR dB", "bytes"))
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: Plan, budget: Budget) -> dict[str, Any]:
     """The plan for machines."""
     return {
         "recipe": plan.recipe.name,
@@ -110,7 +111,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "bits_per_weight": round(plan.bits_per_weight, 3),
-        "working_bytes": plan.working_bytes,
+        "threads": budget.threads,
+        "working_bytes": budget.working_bytes,
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.manifest import FileEntry
+from qwen3_ascend.checkpoint.manifest import SourceFile
 from qwen3_ascend.checkpoint.model import read_json_object
 from qwen3_ascend.checkpoint.safetensors_file import MappedFile, TensorSlot
 from qwen3_ascend.convert.client import is_plain
@@ -38,8 +38,8 @@ class Source:
     """A model's tensors by name, wherever they lie; weight files are fetched when first needed.
 
     Who reads says first, by `expect`, what will be read and in which order, and afterwards, by
-    `release`, what is still needed. Between the two a weight file is fetched while the one before
-    it is in use, and with a temporary provider it is removed when nothing more is needed from it.
+    `release`, which file is not needed any more. Between the two a weight file is fetched while
+    the one before it is in use, and a temporary provider removes it when it is released.
     `read` may be called from several threads.
     """
 
@@ -155,34 +155,29 @@ class Source:
             raise CheckpointError(f"{path} has changed since its header was read; start again")
         return file
 
-    def release(self, tensors: Iterable[str]) -> None:
-        """Closes every weight file that none of the given, still needed, tensors lies in.
+    def release(self, file: str) -> None:
+        """Closes a weight file of which nothing more will be read.
 
         A temporary one is removed as well; views of it stay readable until they are dropped.
         """
-        needed = {self.location[tensor] for tensor in tensors}
         with self._opening:
-            unneeded = [name for name in self._open if name not in needed]
-            for name in unneeded:
-                del self._open[name]
-        for name in unneeded:
-            self._files.forget(name)
-            self.provider.discard(name)
+            self._open.pop(file, None)
+        self._files.forget(file)
+        self.provider.discard(file)
 
     def drop_pages(self) -> None:
         """Gives the memory of what was read back to the system; views stay valid."""
         for file in list(self._open.values()):
             file.drop_pages()
 
-    def file_entries(self) -> dict[str, FileEntry]:
-        """Size and SHA-256 of every weight file.
+    def file_entries(self) -> dict[str, SourceFile]:
+        """Size and SHA-256 of every weight file, as far as anybody states it.
 
-        Of a local folder every file is hashed here. Of a hub the stated SHA-256 is taken at once,
-        against which each file is checked before it is read; a file of which the hub states none
-        has to be here, so this is best asked when everything has been read.
+        A file of which its hub states none has to be here, so this is best asked when everything
+        has been read.
         """
         return {
-            name: FileEntry(shard.size, self.provider.shard_sha256(name))
+            name: SourceFile(shard.size, self.provider.shard_sha256(name))
             for name, shard in self.shards.items()
         }
 

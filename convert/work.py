@@ -1,16 +1,15 @@
-"""One item of the plan at work: packed piece by piece, written at once, hashed in file order."""
+"""One item of the plan at work: read, packed, written and hashed piece by piece."""
 
 from __future__ import annotations
 
-import hashlib
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.errors import DamagedSourceError
+from qwen3_ascend.checkpoint.hashing import Job
 from qwen3_ascend.checkpoint.journal import Done
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, Linear
@@ -20,6 +19,7 @@ from qwen3_ascend.checkpoint.shard_writer import ShardWriter, tensor_bytes
 from qwen3_ascend.convert.plan import PLAIN_DTYPE, LinearPlan, TensorPlan
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.native import Kernels, NotFinite
+from qwen3_ascend.native.sha256 import Digests, Stream
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class Task:
     scheme: type[Linear]
     layout: Layout
     pieces: tuple[Piece, ...]
+
+    @property
+    def is_verbatim(self) -> bool:
+        """Whether what is stored is, byte by byte, the one source tensor."""
+        plain = self.scheme is BF16 and self.layout == ND
+        return plain and len(self.reads) == 1 and self.reads[0][1].dtype == PLAIN_DTYPE
 
     def pack(self, index: int, kernels: Kernels) -> Packed:
         """Piece `index`, its tensors by full name; a bias comes with the first.
@@ -87,58 +93,64 @@ def make_task(item: LinearPlan | TensorPlan, source: Source) -> Task:
     )
 
 
-class Assembly:
-    """The pieces of one task on their way into a shard; every method may run in any thread.
+def convert(
+    task: Task,
+    shard: ShardWriter,
+    kernels: Kernels,
+    way: Digests,
+    hash_source: bool,
+    finished: Callable[[Done], None],
+) -> Job:
+    """Packs and writes an item piece by piece, and has what was written, and read, hashed.
 
-    The hash of a tensor needs its bytes in order, but nobody waits for his turn: who finishes a
-    piece leaves it for the thread that is hashing, or, if there is none, hashes what lies ready.
+    Raises:
+        CheckpointError: if the source is damaged or the disk refuses.
     """
-
-    def __init__(
-        self, task: Task, shard: ShardWriter, kernels: Kernels, finished: Callable[[Done], None]
-    ) -> None:
-        self._task, self._shard, self._kernels, self._finished = task, shard, kernels, finished
-        self._digests = {name: hashlib.sha256() for name in task.names.values()}
-        self._sums: list[Sums] = []
-        self._ready: dict[int, Packed] = {}
-        self._next, self._hashing = 0, False
-        self._lock = threading.Lock()
-
-    def process(self, index: int) -> int:
-        """Packs, writes and, when it is its turn, hashes a piece; returns how many were hashed."""
-        packed = self._task.pack(index, self._kernels)
+    stored = {name: way.start() for name in task.names.values()}
+    origin = _Origin(task, way) if hash_source and not task.is_verbatim else None
+    sums: list[Sums] = []
+    for index, piece in enumerate(task.pieces):
+        packed = task.pack(index, kernels)
+        streams: list[Stream] = []
         for name, (offset, tensor) in packed.tensors.items():
-            self._shard.write(name, offset, tensor_bytes(tensor))
-        with self._lock:
-            self._ready[index] = packed
-            if self._hashing:
-                return 0
-            self._hashing = True
-        return self._hash_ready()
+            data = tensor_bytes(tensor)
+            shard.write(name, offset, data)
+            streams.append((stored[name], data))
+        yield [*streams, *origin.advance(piece)] if origin else streams
+        if packed.sums is not None:
+            sums.append(packed.sums)
+    hashes = {name: digest.hexdigest() for name, digest in stored.items()}
+    source = origin.hashes() if origin else {}
+    if hash_source and task.is_verbatim:
+        source = dict(zip((name for name, _ in task.reads), hashes.values(), strict=True))
+    finished(Done(task.name, hashes, source, sqnr_db(sums)))
 
-    def _hash_ready(self) -> int:
-        count = 0
-        while (packed := self._take()) is not None:
-            for name, (_, tensor) in packed.tensors.items():
-                self._digests[name].update(tensor_bytes(tensor))
-            if packed.sums is not None:
-                self._sums.append(packed.sums)
-            count += 1
-            if self._next == len(self._task.pieces):
-                self._finish()
-        return count
 
-    def _take(self) -> Packed | None:
-        """The next piece in order, if it is there; else nobody is hashing any more."""
-        with self._lock:
-            packed = self._ready.pop(self._next, None)
-            self._hashing = packed is not None
-            self._next += self._hashing
-            return packed
+class _Origin:
+    """The source bytes of a task, hashed in file order while the pieces bring them into memory."""
 
-    def _finish(self) -> None:
-        hashes = {name: digest.hexdigest() for name, digest in self._digests.items()}
-        self._finished(Done(self._task.name, hashes, sqnr_db(self._sums)))
+    def __init__(self, task: Task, way: Digests) -> None:
+        self._task = task
+        self._digests = {name: way.start() for name, _ in task.reads}
+        self._data = [(name, tensor_bytes(tensor)) for name, tensor in task.reads]
+        self._at = 0
+
+    def advance(self, piece: Piece) -> Iterator[Stream]:
+        """The bytes that come next, about as many as this piece was made of."""
+        weights = sum(tensor.nbytes for tensor in self._task.weight.parts)
+        length = self._task.pieces[-1].stop
+        stop = weights * piece.stop // length
+        if piece.stop == length:
+            stop = sum(data.nbytes for _, data in self._data)  # the biases as well
+        start, self._at = self._at, stop
+        for name, data in self._data:
+            if start < data.nbytes and stop > 0:
+                yield self._digests[name], data[max(start, 0) : stop]
+            start, stop = start - data.nbytes, stop - data.nbytes
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each source tensor."""
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

@@ -19,7 +19,12 @@ from hypothesis import strategies as st
 from qwen3_ascend import convert_checkpoint
 from qwen3_ascend.checkpoint.errors import CheckpointError, UserError
 from qwen3_ascend.checkpoint.files import CheckpointReader
-from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest, canonical_sha256
+from qwen3_ascend.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    canonical_sha256,
+    manifest_text,
+)
 from qwen3_ascend.checkpoint.safetensors_file import read_header
 from qwen3_ascend.checkpoint.verify import check_reader, verify
 
@@ -173,7 +178,7 @@ def put(document: Any, path: tuple[Any, ...], change: Callable[[Any], Any]) -> N
 
 
 def write(folder: Path, document: Any) -> None:
-    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    text = manifest_text(document)
     (folder / MANIFEST_NAME).write_bytes(text.encode("utf-8", "replace"))
 
 

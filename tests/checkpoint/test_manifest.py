@@ -48,8 +48,8 @@ def test_what_it_says(tiny_w8a8: Path, tiny_source: Path) -> None:
     assert data["recipe_sha256"] == canonical_sha256(data["recipe"])
     source = data["source"]
     raw = (tiny_source / "model.safetensors").read_bytes()
-    record = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    assert source["files"] == {"model.safetensors": record}
+    assert source["files"] == {"model.safetensors": {"size": len(raw), "sha256": None}}
+    assert source["tensors"] == {}
     assert source["repo"] == "tiny-qwen3" and source["revision"] is None
     assert source["ignored"] == {}
     qkv = data["linears"]["model.layers.0.self_attn.qkv_proj"]

@@ -27,11 +27,11 @@ from qwen3_ascend.checkpoint.verify import verify
 PINNED = {
     "w8a8": (
         "9ba509149ddf2b0be59c39a16240b33cecab9e91cf1d6b32a6adcfa7a858fc96",
-        "045cb842f8322c8ef3acf04603e08fddc1c6111017d2c4960110a35cd57cb661",
+        "910d01148176149084c0a962e0407b9fdd1aed8013d5b17b3b92d95408b9537f",
     ),
     "bf16": (
         "752513b0281a812c6c83409c14aa1fa4b7bd40d57128b5543f1e0f0ad9f97a14",
-        "3fd8dc3028bd5d452b02951046010d0fd206807af3580bfff3fd20116ffc6b4a",
+        "c6e766e730697fc21066c85fde9591a048a5627dd6cb597b10c75c471518bdcc",
     ),
 }
 

@@ -174,6 +174,15 @@ def test_dry_run_writes_nothing_and_tells_the_truth(tmp_path: Path) -> None:
     run("convert", source, tmp_path / "other", "--json").one_line_error("--dry-run")
 
 
+def test_dry_run_obeys_the_memory_limit(tmp_path: Path) -> None:
+    source = tiny_models.write(tmp_path / "source")
+    limit = ("--dry-run", "--max-memory", "100MiB", "--threads", "7")
+    said = json.loads(run("convert", source, tmp_path / "out", *limit, "--json").out)
+    assert said["working_bytes"] <= 100 << 20 and said["threads"] < 7
+    few = ("--dry-run", "--max-memory", "1MiB")
+    run("convert", source, tmp_path / "out", *few).one_line_error("bytes of memory are too little")
+
+
 JUNK = (
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5)
     | st.lists(st.integers(0, 3), max_size=2) | st.dictionaries(st.text(max_size=3), st.integers())

@@ -218,16 +218,33 @@ def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
-def test_a_full_disk(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
-    """As the system reports it: a limit on the size of a file stands in for it."""
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_a_full_disk(tokenizer: bool, tmp_path: Path) -> None:
+    """As the system reports it: a limit on the size of a file stands in for it.
+
+    It is said of the first file that has no room, before any work is done for nothing.
+    """
+    source = tiny_models.write(tmp_path / "source", tokenizer=tokenizer)
     command = [*PROGRAM, "convert", source, tmp_path / "out", "-q"]
+    name = "tokenizer.json" if tokenizer else "ascend-00001-of-00001.safetensors"
     for _ in range(2):
         end = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_files)
-        Run(end.returncode, end.stdout, end.stderr).one_line_error(
-            "ascend-00001-of-00001.safetensors", "File too large", KEPT
-        )
+        Run(end.returncode, end.stdout, end.stderr).one_line_error(name, "File too large")
+        assert not (tmp_path / "out").exists()
     assert run(*command[len(PROGRAM) :]).code == 0
-    assert contents(tmp_path / "out") == whole
+    assert verify(tmp_path / "out").ok
+
+
+def test_a_file_system_that_reserves_nothing(
+    source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, and where the C library has no fallocate, a full disk shows later."""
+    monkeypatch.setattr("qwen3_ascend.checkpoint.shard_writer._reserve", lambda *arguments: None)
+    out = tmp_path / "out"
+    with failing(monkeypatch, 20, OSError(errno.ENOSPC, "No space left on device")):
+        run("convert", source, out, "-q").one_line_error("ascend-00001", "No space left", KEPT)
+    assert run("convert", source, out, "-q").code == 0
+    assert contents(out) == whole
 
 
 def obey_permissions() -> None:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.hashing import bytes_sha256, range_sha256
+from qwen3_ascend.checkpoint.hashing import Job, bytes_sha256, range_sha256
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest, StoredTensor
 from qwen3_ascend.checkpoint.model import Qwen3Config
 from qwen3_ascend.checkpoint.safetensors_file import MappedFile
 from qwen3_ascend.checkpoint.schemes import Linear, scheme
+from qwen3_ascend.native.sha256 import Digest
 
 STAGING = ".partial"
 """Folder within the output in which a checkpoint is built."""
@@ -121,9 +122,9 @@ class CheckpointReader:
         }
         return scheme(entry.scheme).from_tensors(entry.shape, entry.layout, tensors)
 
-    def stored_sha256(self, name: str) -> str:
-        """SHA-256 of the bytes of a stored tensor as they are on disk now."""
-        return self._files[self.manifest.stored()[name].file].sha256(name)
+    def hash_job(self, name: str, file: str, digest: Digest) -> Job:
+        """Appends the bytes of a stored tensor, as they are on disk now, to a digest."""
+        return self._files[file].hash_job(name, digest)
 
     def tensor_names(self, file: str) -> set[str]:
         """Names of all tensors in a shard."""

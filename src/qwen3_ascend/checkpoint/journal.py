@@ -32,11 +32,13 @@ class Done:
     Attributes:
         name: of the linear or tensor.
         sha256: of each of its stored tensors, by full name.
+        source: SHA-256 of each source tensor that it was made of, by name.
         sqnr_db: its error, see LinearEntry.
     """
 
     name: str
     sha256: Mapping[str, str]
+    source: Mapping[str, str]
     sqnr_db: float | None
 
 

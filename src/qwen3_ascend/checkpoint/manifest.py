@@ -78,19 +78,31 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """A weight file of the source; the hash of the whole file is the one that its hub states and
+    that was checked, and None for a folder, where nobody states any."""
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
 class SourceRecord:
     """Where the weights came from.
 
     Attributes:
         repo: a Hub id, or the name of a local folder.
         revision: the commit, for a Hub source.
-        files: weight files read.
+        files: weight files.
+        tensors: SHA-256 of the bytes of every tensor that was read, by its name in the source; none
+            unless the conversion was asked for them.
         ignored: tensors of the source that are not part of the model, each with the reason.
     """
 
     repo: str
     revision: str | None
-    files: Mapping[str, FileEntry]
+    files: Mapping[str, SourceFile]
+    tensors: Mapping[str, str]
     ignored: Mapping[str, str]
 
 
@@ -146,7 +158,7 @@ class Manifest:
 
     def text(self) -> str:
         """The file's text."""
-        return _text(self.to_json())
+        return manifest_text(self.to_json())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -167,7 +179,7 @@ class Manifest:
         try:
             data = read_json_object(path)
             found = cls.from_json(data)
-            if path.read_bytes() != _text(data).encode():  # white space, or 1E3 for 1e3
+            if path.read_bytes() != manifest_text(data).encode():  # white space, or 1E3 for 1e3
                 raise _changed()
         except (ConfigError, CheckpointError) as error:
             raise CheckpointError(f"{path}: {error}") from error
@@ -216,8 +228,22 @@ def _changed() -> CheckpointError:
     return CheckpointError("the manifest was changed after it was written; convert again")
 
 
-def _text(data: Mapping[str, Any]) -> str:
-    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+def manifest_text(data: Mapping[str, Any]) -> str:
+    """The one spelling of a manifest: a line for each linear, tensor and file, for people to read
+    and quick to make."""
+    entries = [f" {_compact(key)}: {_section(value)}" for key, value in data.items()]
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def _section(value: Any) -> str:
+    if not isinstance(value, dict) or not value:
+        return _compact(value)
+    entries = [f"  {_compact(key)}: {_compact(entry)}" for key, entry in value.items()]
+    return "{\n" + ",\n".join(entries) + "\n }"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _tensor_to_json(entry: StoredTensor) -> dict[str, Any]:
@@ -275,17 +301,24 @@ def _source_to_json(record: SourceRecord) -> dict[str, Any]:
     return {
         "repo": record.repo,
         "revision": record.revision,
-        "files": {name: _file_to_json(entry) for name, entry in record.files.items()},
+        "files": {
+            name: {"size": entry.size, "sha256": entry.sha256}
+            for name, entry in record.files.items()
+        },
+        "tensors": dict(record.tensors),
         "ignored": dict(record.ignored),
     }
 
 
 def _source_from_json(data: dict[str, Any]) -> SourceRecord:
-    revision = data["revision"]
     return SourceRecord(
         repo=_string(data["repo"]),
-        revision=None if revision is None else _string(revision),
-        files={name: _file_from_json(entry) for name, entry in data["files"].items()},
+        revision=_optional_string(data["revision"]),
+        files={
+            name: SourceFile(_count(entry["size"]), _optional_string(entry["sha256"]))
+            for name, entry in data["files"].items()
+        },
+        tensors={name: _string(sha256) for name, sha256 in data["tensors"].items()},
         ignored={name: _string(reason) for name, reason in data["ignored"].items()},
     )
 
@@ -321,6 +354,10 @@ def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
     return value
+
+
+def _optional_string(value: Any) -> str | None:
+    return None if value is None else _string(value)
 
 
 def _count(value: Any) -> int:

@@ -8,6 +8,7 @@ believed only after every statement in it has been checked against the file, bef
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.hashing import range_sha256
+from qwen3_ascend.checkpoint.hashing import Job, range_job
+from qwen3_ascend.native.sha256 import Digest
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -174,10 +176,10 @@ class MappedFile:
         flat = torch.frombuffer(self._map, dtype=slot.dtype, count=count, offset=slot.start)
         return flat.view(slot.shape)
 
-    def sha256(self, name: str) -> str:
-        """SHA-256 of a tensor's bytes, read from the file again."""
+    def hash_job(self, name: str, digest: Digest) -> Job:
+        """Appends a tensor's bytes, read from the file again, to a digest."""
         slot = self.header.slots[name]
-        return range_sha256(self.path, slot.start, slot.stop)
+        return range_job(self.path, slot.start, slot.stop, digest)
 
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor."""
@@ -189,7 +191,10 @@ class MappedFile:
 
         Tensors stay valid: what is touched again comes from the page cache, or the disk.
         """
-        self._map.madvise(mmap.MADV_DONTNEED)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        # Through ctypes, which lets other threads go on; mmap.madvise does not.
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(len(self._map)), mmap.MADV_DONTNEED)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.files import CheckpointReader
-from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest
+from qwen3_ascend.checkpoint.hashing import Job, run_jobs
+from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredTensor
 from qwen3_ascend.checkpoint.model import LinearSpec, walk
-from qwen3_ascend.checkpoint.threads import run_all
+from qwen3_ascend.native.sha256 import digests
 
 
 @dataclass(frozen=True)
@@ -74,22 +75,24 @@ def changed_tensors(
 ) -> list[str]:
     """A line for each tensor whose bytes differ from the manifest, in the manifest's order."""
     stored = reader.manifest.stored()
+    changed, way, counting = set(), digests(), threading.Lock()
+
+    def check(name: str, tensor: StoredTensor) -> Job:
+        digest = way.start()
+        yield from reader.hash_job(name, tensor.file, digest)
+        with counting:
+            if digest.hexdigest() != tensor.sha256:
+                changed.add(name)
+            progress(tensor.nbytes)
+
     # A hash cannot be divided, so the largest tensors go first.
     names = sorted(stored, key=lambda name: stored[name].nbytes, reverse=True)
-    changed = set()
-    for name, digest in run_all([partial(_hashed, reader, name) for name in names], threads):
-        if digest != stored[name].sha256:
-            changed.add(name)
-        progress(stored[name].nbytes)
+    run_jobs((check(name, stored[name]) for name in names), way, threads)
     return [
         f"tensor {name} in {tensor.file}: its bytes differ from the manifest"
         for name, tensor in stored.items()
         if name in changed
     ]
-
-
-def _hashed(reader: CheckpointReader, name: str) -> tuple[str, str]:
-    return name, reader.stored_sha256(name)
 
 
 def total_bytes(manifest: Manifest) -> int:

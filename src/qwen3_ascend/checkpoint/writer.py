@@ -176,10 +176,12 @@ class CheckpointWriter:
         self.files[name] = FileEntry(len(data), bytes_sha256(data))
 
     def _stage(self, name: str, data: bytes) -> None:
-        with (self.staging / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        path = self.staging / name
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+        self._syncs.append(self._syncer.submit(_sync, path))
 
     def commit(self, manifest: Manifest) -> None:
         """Publishes everything staged; the manifest is the last file to appear."""
@@ -187,18 +189,18 @@ class CheckpointWriter:
         self._stage(MANIFEST_NAME, text)
         for sync in self._syncs:
             sync.result()
-        sync_folder(self.staging)
+        _sync(self.staging)
         names = (*self.shards, *self.files, MANIFEST_NAME)
         old = _old_files(self.folder)
         self._journal.publish(Publication(names, old, bytes_sha256(text)))
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
-        sync_folder(self.folder)
+        _sync(self.folder)
         for name in names:
             if name == MANIFEST_NAME:
-                sync_folder(self.folder)
+                _sync(self.folder)
             os.replace(self.staging / name, self.folder / name)
-        sync_folder(self.folder)
+        _sync(self.folder)
         self._published = True
 
 
@@ -220,9 +222,9 @@ def _not_empty(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder} is not empty; choose another or pass --overwrite")
 
 
-def sync_folder(folder: Path) -> None:
-    """Forces the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -16,6 +16,7 @@ from qwen3_ascend.cli.interruption import stoppable
 from qwen3_ascend.cli.terminal import progress_bar, silent, to_stderr
 
 if TYPE_CHECKING:
+    from qwen3_ascend.convert.budget import Budget
     from qwen3_ascend.convert.plan import Plan
 
 UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -68,6 +69,11 @@ def size(text: str) -> int:
 @click.option("--threads", type=click.IntRange(1), help="Default: one for each processor.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is already in OUTPUT.")
 @click.option("--restart", is_flag=True, help="Discard an interrupted conversion, do not continue.")
+@click.option(
+    "--hash-source",
+    is_flag=True,
+    help="Note the SHA-256 of every source tensor in the manifest (an eighth slower).",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no report.")
@@ -83,6 +89,7 @@ def convert(
     threads: int | None,
     overwrite: bool,
     restart: bool,
+    hash_source: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -107,6 +114,7 @@ def convert(
     if hub == "modelscope":  # it draws bars that no argument of its own turns off
         os.environ.setdefault("TQDM_DISABLE", "1")
     from qwen3_ascend.convert import convert_checkpoint, plan_conversion, preflight, report
+    from qwen3_ascend.convert.budget import Budget
     from qwen3_ascend.convert.download import Transfer
 
     note = silent if quiet else to_stderr
@@ -115,12 +123,13 @@ def convert(
             model, recipe, revision=revision, hub=hub,
             low_disk_output=output if low_disk else None, transfer=Transfer(note, retries=retries),
         )  # fmt: skip
+        budget = Budget.fit(plan.piece_bytes, threads, max_memory)
         disk = preflight.disk_needs(plan, source, output)
         if as_json:
             needs = {"disk": {need.what: need.nbytes for need in disk}}
-            click.echo(json.dumps(report.plan_json(plan) | needs, indent=1))
+            click.echo(json.dumps(report.plan_json(plan, budget) | needs, indent=1))
         else:
-            click.echo(f"{_plan_text(plan)}\n{preflight.describe_disk(disk)}")
+            click.echo(f"{_plan_text(plan, budget)}\n{preflight.describe_disk(disk)}")
         return
     if as_json:
         raise click.UsageError("--json is for --dry-run; the manifest in OUTPUT is JSON already")
@@ -140,7 +149,8 @@ def convert(
 
         manifest = convert_checkpoint(
             model, output, recipe, revision=revision, overwrite=overwrite, restart=restart,
-            max_memory=max_memory, threads=threads, hub=hub, low_disk=low_disk, retries=retries,
+            hash_source=hash_source, max_memory=max_memory, threads=threads, hub=hub,
+            low_disk=low_disk, retries=retries,
             on_plan=begin, progress=advance, arrived=downloads.update, note=note,
         )  # fmt: skip
     if quiet:
@@ -160,10 +170,10 @@ def _kept(output: Path) -> str:
     return "; what is done is kept, the same command continues" if kept else ""
 
 
-def _plan_text(plan: Plan) -> str:
+def _plan_text(plan: Plan, budget: Budget) -> str:
     from qwen3_ascend.convert import report
 
     header = ("tensor", "shape", "scheme", "layout", "bytes")
     lines = report.table([*report.plan_rows(plan)], header)
-    lines += ["", *report.plan_totals(plan)]
+    lines += ["", *report.plan_totals(plan, budget)]
     return "\n".join(lines)

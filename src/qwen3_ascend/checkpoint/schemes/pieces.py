@@ -8,7 +8,7 @@ belong, and hashed in order; the bytes do not depend on how the linear was cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,12 +84,22 @@ class Stack:
         if piece.axis == "columns":
             found = [part[:, piece.start : piece.stop] for part in self.parts]
         else:
-            found = [
-                part[max(piece.start - row, 0) : piece.stop - row]
-                for row, part in self.starts()
-                if piece.start < row + part.shape[0] and row < piece.stop
-            ]
+            found = self._rows(piece)
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def rows(self, piece: Piece, unit: int) -> list[Tensor]:
+        """Rows of a piece as matrices of a multiple of `unit` rows each, but for the last one:
+        views of the parts if those end at such multiples, else one copy."""
+        found = self._rows(piece)
+        aligned = all(part.shape[0] % unit == 0 for part in found[:-1])
+        return found if aligned else [torch.cat(found)]
+
+    def _rows(self, piece: Piece) -> list[Tensor]:
+        return [
+            part[max(piece.start - row, 0) : piece.stop - row]
+            for row, part in self.starts()
+            if piece.start < row + part.shape[0] and row < piece.stop
+        ]
 
     def is_all(self, dtype: torch.dtype) -> bool:
         """Whether every part is of a type."""
@@ -124,15 +134,18 @@ def measured(source: Tensor, decoded: Tensor, axis: Literal["rows", "columns"]) 
     return Sums(lane_sums(signal), lane_sums(noise))
 
 
-def sqnr_db(sums: Iterable[Sums]) -> float | None:
+def sqnr_db(sums: Sequence[Sums]) -> float | None:
     """Signal to quantization noise, 10 log10(sum w^2 / sum (w - w')^2), in decibels.
 
-    The totals are exactly rounded and the figure is rounded to 0.01, so that no order of summation
-    can show. None if every weight is equal.
+    The sums, in the order of the pieces, are added up one after the other, so that neither the cut
+    nor the processor can show; the figure is rounded to 0.01. None if every weight is equal.
     """
-    found = list(sums)
-    signal = math.fsum(value for item in found for value in item.signal.tolist())
-    noise = math.fsum(value for item in found for value in item.noise.tolist())
+    signal, noise = _total([item.signal for item in sums]), _total([item.noise for item in sums])
     if noise == 0.0 or signal == 0.0:  # a weight of zeros is kept exactly
         return None
     return round(10 * math.log10(signal / noise), 2)
+
+
+def _total(sums: Sequence[Tensor]) -> float:
+    """The last of the partial sums, which depend on each other: nothing can reorder them."""
+    return float(torch.cat([*sums]).cumsum(0)[-1]) if sums else 0.0

@@ -79,13 +79,19 @@ class W8A8(Linear):
     @classmethod
     def pack(cls, source: Stack, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
         """See Linear.pack: one bf16-representable scale per output channel, nearest codes."""
-        rows = source.cut(piece)
-        count, inputs = rows.shape
+        count, inputs = piece.stop - piece.start, source.shape[1]
         default = cls.default_layout()
         strips = torch.empty(default.storage_shape(count, inputs), dtype=torch.int8)
         scale = torch.empty(count, dtype=torch.float32)
-        sums = Sums(torch.empty(count).double(), torch.empty(count).double())
-        kernels.quantize_w8a8_nz(rows, strips, scale, sums.signal, sums.noise)
+        sums = Sums(*torch.empty(2, count, dtype=torch.float64))
+        row = 0
+        for matrix in source.rows(piece, STRIP):
+            stop = row + matrix.shape[0]
+            kernels.quantize_w8a8_nz(
+                matrix, strips[row // STRIP : -(-stop // STRIP)], scale[row:stop],
+                sums.signal[row:stop], sums.noise[row:stop],
+            )  # fmt: skip
+            row = stop
         start = piece.start // STRIP * strips[0].nbytes
         weight = strips
         if layout != default:
@@ -103,7 +109,7 @@ class W8A8(Linear):
         else:
             strips = default.pack(self.codes()[piece.start : piece.stop])
         count = rows.shape[0]
-        sums = Sums(torch.empty(count).double(), torch.empty(count).double())
+        sums = Sums(*torch.empty(2, count, dtype=torch.float64))
         scale = self.scale[piece.start : piece.stop]
         kernels.error_w8a8_nz(rows, strips, scale, sums.signal, sums.noise)
         return sums

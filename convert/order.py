@@ -1,0 +1,22 @@
+"""The order in which the items of a plan are converted."""
+
+from __future__ import annotations
+
+from qwen3_ascend.convert.plan import Item, Plan
+from qwen3_ascend.convert.source import Source
+
+
+def working_order(plan: Plan, source: Source) -> list[Item]:
+    """The items of a plan as their source files come, and of each file the largest first.
+
+    Only one thread can hash a tensor: a large one that begins last would keep the others waiting.
+    What lies in two files comes first of those in the second one, so that the first can go.
+    """
+    order = source.shard_order(name for item in plan.items for name in item.reads)
+    place = {file: index for index, file in enumerate(order)}
+
+    def key(item: Item) -> tuple[int, bool, int]:
+        places = [place[file] for file in source.shard_order(item.reads)]
+        return max(places), len(places) == 1, -item.source_bytes
+
+    return sorted(plan.items, key=key)
