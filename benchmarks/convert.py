@@ -5,17 +5,20 @@
     python benchmarks/convert.py --peer-python other/bin/python    with llm-compressor, see below
 
 Makes a random-weight checkpoint (kept in --workdir), reads it once so that it is in the page cache,
-and then runs in turn, --repeat times: `cp` of the weights, `cp` and a sync, and our conversion to
-w8a8 in FRACTAL_NZ with a SHA-256 of every byte read and of every byte written, synced to disk. The
-best of each counts, because other work on the machine only ever adds. "work" is without start and
-imports. Private memory is what no other process shares and no file backs (RssAnon); the base is
-the interpreter with everything imported, just before it begins.
+and then runs in turn, --repeat times: `cp` of the weights, `cp` and a sync, our conversion to w8a8
+in FRACTAL_NZ with a SHA-256 of every byte written (with --hash-source also of every byte read),
+synced to disk, and the peer. The best of each counts, because other work on the machine only ever
+adds; medians are printed beside them. "work" is without start and imports. Private memory is what
+no other process shares and no file backs (RssAnon); the base is the interpreter with everything
+imported, just before it begins.
 
 Why a C kernel: on two Zen 4 cores torch operators on whole tensors reached 0.2 to 0.28 of cp's
 rate, most of it spent in the byte transpose; with --fallback the same pipeline runs on torch
-operators over small blocks. Of the processor time of a conversion, hashing is half by now.
+operators over small blocks. A quarter of the processor time of a conversion is hashing.
 
-llm-compressor, the peer (data-free W8A8, which writes row-major int8):
+llm-compressor, the peer, has two ways to data-free W8A8: model_free_ptq, which works on files as we
+do, and oneshot, which loads the whole model with transformers. Both write row-major int8; neither
+hashes anything or waits for the disk. It needs an environment of its own:
 
     python -m venv peer && peer/bin/pip install llmcompressor
 """
@@ -23,7 +26,6 @@ llm-compressor, the peer (data-free W8A8, which writes row-major int8):
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -38,19 +40,39 @@ from pathlib import Path
 import random_model
 
 PEER = """
-import json, sys, time
+import json, shutil, subprocess, sys, time
+{imports}
+source, output, settle = sys.argv[1:]
+subprocess.run(["cp", "-r", source, settle], check=True)
+shutil.rmtree(settle)
+started = time.perf_counter()
+{work}
+used = {{"work": time.perf_counter() - started, "cpu": time.process_time()}}
+print(json.dumps(used))
+"""
+
+PEERS = {
+    "model_free_ptq": PEER.format(
+        imports="from llmcompressor import model_free_ptq",
+        work="""
+model_free_ptq(source, output, scheme="W8A8", ignore=["lm_head", "model.embed_tokens"],
+               max_workers=2, device="cpu")
+""",
+    ),
+    "oneshot": PEER.format(
+        imports="""
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
-source, output = sys.argv[1:]
-started = time.perf_counter()
+""",
+        work="""
 model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-recipe = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
-oneshot(model=model, recipe=recipe)
+oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme="W8A8",
+                                                 ignore=["lm_head"]))
 model.save_pretrained(output, save_compressed=True)
-used = {"work": time.perf_counter() - started, "cpu": time.process_time()}
-print(json.dumps(used))
-"""
+""",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -65,17 +87,21 @@ class Figures:
     peak_private: int
 
 
-def child(
-    source: str, output: str, threads: int | None, max_memory: int | None, recipe: str
-) -> None:
+def child(source: str, output: str, options: argparse.Namespace) -> None:
     """What the measured process does."""
     from qwen3_ascend.convert import convert_checkpoint
 
+    settled = settle(Path(source), Path(output).parent)
     base = status(os.getpid())["RssAnon"]
     started, cpu = time.perf_counter(), time.process_time()
-    convert_checkpoint(source, output, recipe, threads=threads, max_memory=max_memory)
+    convert_checkpoint(
+        source, output, options.recipe, threads=options.threads, max_memory=options.max_memory,
+        hash_source=options.hash_source,
+    )  # fmt: skip
     found = {"work": time.perf_counter() - started, "cpu": time.process_time() - cpu}
-    print(json.dumps({**found, "base": base, "rss": status(os.getpid())["VmHWM"]}))
+    print(
+        json.dumps({**found, "settled": settled, "base": base, "rss": status(os.getpid())["VmHWM"]})
+    )
 
 
 def status(pid: int) -> dict[str, int]:
@@ -105,7 +131,12 @@ def measure(command: list[str], environment: dict[str, str], quiet: bool = False
         sys.exit(f"{' '.join(command)} failed")
     data = json.loads(said[-1])
     return Figures(
-        wall, data["work"], data.get("cpu", 0), data.get("rss", 0), data.get("base", 0), peak
+        wall - data.get("settled", 0),
+        data["work"],
+        data.get("cpu", 0),
+        data.get("rss", 0),
+        data.get("base", 0),
+        peak,
     )
 
 
@@ -120,14 +151,35 @@ def copy(files: list[Path], folder: Path, sync: bool) -> float:
     return time.perf_counter() - started
 
 
-def hash_rate() -> float:
-    """Bytes a second of SHA-256 on one processor, best of five."""
-    block, rates = os.urandom(1 << 18), []
+def settle(source: Path, workdir: Path) -> float:
+    """Copies a model and removes the copy, which takes the returned seconds.
+
+    What is timed next, cp or a conversion, then finds memory that has just been in use: other
+    memory may cost a virtual machine several times as much, and its host takes back what has been
+    free for two seconds.
+    """
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(workdir / "settle")], check=True)
+    shutil.rmtree(workdir / "settle")
+    return time.perf_counter() - started
+
+
+def written(output: Path) -> int:
+    """Bytes of the weight files in a checkpoint."""
+    return sum(file.stat().st_size for file in output.glob("ascend-*"))
+
+
+def hash_rate(count: int) -> float:
+    """Bytes a second of SHA-256 on one processor, of so many streams together, best of five."""
+    from qwen3_ascend.native.sha256 import digests
+
+    block, rates, way = memoryview(os.urandom(1 << 18)), [], digests()
+    streams = [(way.start(), block) for _ in range(count)]
     for _ in range(5):
-        started, digest = time.perf_counter(), hashlib.sha256()
-        for _ in range(400):
-            digest.update(block)
-        rates.append(400 * len(block) / (time.perf_counter() - started))
+        started = time.perf_counter()
+        for _ in range(200):
+            way.update(streams)
+        rates.append(200 * count * len(block) / (time.perf_counter() - started))
     return max(rates)
 
 
@@ -153,37 +205,41 @@ def main() -> None:
           f"file(s); other work on this machine: load {os.getloadavg()[0]:.1f}")  # fmt: skip
     warm(files)
     output = workdir / "out"
+    for name in ("out", "copy", "peer", "settle"):  # of a run that was broken off
+        shutil.rmtree(workdir / name, ignore_errors=True)
     environment = {"QWEN3_ASCEND_NATIVE": "0"} if options.fallback else {}
     command = [sys.executable, __file__, "--child", str(source), str(output)]
     for name in ("threads", "max_memory", "recipe"):
         if getattr(options, name) is not None:
             command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
+    command += ["--hash-source"] if options.hash_source else []
     copies, synced, ours = [], [], []
+    peers: dict[str, list[Figures]] = {name: [] for name in PEERS if options.peer_python}
     for _ in range(options.repeat):
-        copies.append(copy(files, workdir / "copy", False))
-        synced.append(copy(files, workdir / "copy", True))
-        shutil.rmtree(workdir / "copy")
-        shutil.rmtree(output, ignore_errors=True)
+        for sync, times in ((False, copies), (True, synced)):
+            settle(source, workdir)
+            times.append(copy(files, workdir / "copy", sync))
+            shutil.rmtree(workdir / "copy")
         ours.append(measure(command, environment))
-    report(nbytes, output, copies, synced, ours)
-    if options.peer_python:
-        peer(options.peer_python, source, workdir / "peer", nbytes, ours)
-    else:
+        stored = written(output)
+        shutil.rmtree(output)
+        for name, runs in peers.items():
+            runs.append(peer(options.peer_python, PEERS[name], source, workdir / "peer"))
+    report(nbytes, stored + options.hash_source * nbytes, copies, synced, ours)
+    for name, runs in peers.items():
+        compare(name, nbytes, ours, runs)
+    if not peers:
         print("llm-compressor: not run; see --help for how to get it")
-    shutil.rmtree(output)
 
 
 def report(
-    nbytes: int, output: Path, copies: list[float], synced: list[float], ours: list[Figures]
+    nbytes: int, hashed: int, copies: list[float], synced: list[float], ours: list[Figures]
 ) -> None:
     """Prints our figures beside cp's and the hash's."""
     from qwen3_ascend import native
 
-    written = sum(file.stat().st_size for file in output.glob("ascend-*"))
     best = min(run.work for run in ours)
-    rate = hash_rate()
     processors = len(os.sched_getaffinity(0))
-    hashing = max((nbytes + written) / rate / processors, nbytes / rate)
 
     def line(what: str, times: list[float], note: str = "") -> None:
         spread = f"{min(times):6.2f} s  (median {statistics.median(times):.2f})"
@@ -197,8 +253,11 @@ def report(
     cpu = min(run.cpu for run in ours)
     print(f"processor time of the work: {cpu:.2f} s, so {cpu / processors:.2f} s on {processors} "
           "idle processor(s)")  # fmt: skip
-    print(f"hashing alone: {rate / 1e9:.2f} GB/s a processor, so {hashing:.2f} s for the "
-          f"{nbytes / 1e9:.2f} GB read and {written / 1e9:.2f} GB written")  # fmt: skip
+    rates = {count: hash_rate(count) for count in (1, 2, 3)}
+    said = ", ".join(f"{rate / 1e9:.2f} GB/s for {count}" for count, rate in rates.items())
+    hashing = hashed / max(rates.values()) / processors
+    print(f"SHA-256 alone, a processor, by streams: {said}; so at least {hashing:.2f} s for the "
+          f"{hashed / 1e9:.2f} GB that are hashed")  # fmt: skip
     private = max(run.peak_private for run in ours)
     base = max(run.base_private for run in ours)
     print(f"peak RSS {max(run.peak_rss for run in ours) / 2**20:.0f} MiB, peak private memory "
@@ -207,19 +266,23 @@ def report(
     print(f"kernels: {native.describe()}")
 
 
-def peer(python: str, source: Path, output: Path, nbytes: int, ours: list[Figures]) -> None:
-    """Runs llm-compressor once in its own interpreter."""
-    shutil.rmtree(output, ignore_errors=True)
-    run = measure(
-        [python, "-c", PEER, str(source), str(output)], {"CUDA_VISIBLE_DEVICES": ""}, quiet=True
-    )
-    shutil.rmtree(output, ignore_errors=True)
-    work, cpu = min(figures.work for figures in ours), min(figures.cpu for figures in ours)
-    print(f"llm-compressor, work {run.work:.2f} s, {nbytes / run.work / 1e9:.2f} GB/s, processor "
-          f"time {run.cpu:.2f} s, peak private memory {run.peak_private / 2**20:.0f} MiB"
+def peer(python: str, script: str, source: Path, output: Path) -> Figures:
+    """Runs llm-compressor in its own interpreter."""
+    command = [python, "-c", script, str(source), str(output), str(output.with_name("settle"))]
+    figures = measure(command, {"CUDA_VISIBLE_DEVICES": ""}, quiet=True)
+    shutil.rmtree(output)
+    return figures
+
+
+def compare(name: str, nbytes: int, ours: list[Figures], theirs: list[Figures]) -> None:
+    """Prints a peer's figures and how many times as long as ours it took."""
+    times, mine = [run.work for run in theirs], [run.work for run in ours]
+    best, median = min(times), statistics.median(times)
+    private = max(run.peak_private for run in theirs) / 2**20
+    print(f"llm-compressor {name:14}{best:5.2f} s  (median {median:.2f})  "
+          f"{nbytes / best / 1e9:5.2f} GB/s of source  {best / min(mine):.1f} x our time (medians "
+          f"{median / statistics.median(mine):.1f} x), peak private memory {private:.0f} MiB"
     )  # fmt: skip
-    print(f"ours takes 1/{run.work / work:.1f} of its time, 1/{run.cpu / cpu:.1f} of its processor "
-          "time (the peer's includes imports)")  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
@@ -234,6 +297,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--max-memory", type=int, help="bytes")
     parser.add_argument("--workdir", help="holds the models between runs; default: below /tmp")
+    parser.add_argument("--hash-source", action="store_true", help="convert with this option")
     parser.add_argument("--fallback", action="store_true", help="torch instead of the C kernels")
     parser.add_argument("--peer-python", help="an interpreter that has llmcompressor")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -243,6 +307,6 @@ def parse() -> argparse.Namespace:
 if __name__ == "__main__":
     given = parse()
     if given.child:
-        child(*given.child, given.threads, given.max_memory, given.recipe)
+        child(*given.child, given)
     else:
         main()
