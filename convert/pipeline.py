@@ -2,8 +2,9 @@
 
 Each byte of the source is read once and each byte of the output written once. A thread works on
 two items at a time: it packs and writes a piece of each and then hashes, in step, what it has
-written, and read if asked to, all while that is in its core's cache. So two pieces a thread are in memory, whatever
-the size of the model; nobody waits for another's turn, and one more thread waits for the disk.
+written, and read if asked to, all while that is in its core's cache. So two pieces a thread are in
+memory, whatever the size of the model; nobody waits for another's turn, and one more thread waits
+for the disk.
 """
 
 from __future__ import annotations

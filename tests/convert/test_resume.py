@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
+import json
 import os
 import resource
 import shutil
@@ -216,6 +218,22 @@ def test_an_overwrite_is_resumed_as_one(
 
 def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def test_a_journal_of_another_version(source: Path, interrupted: Path) -> None:
+    """Its items may be described in another way; what matters is that nobody continues it."""
+    path = interrupted / ".partial" / JOURNAL
+    lines = []
+    for line in path.read_bytes().splitlines():
+        [(kind, value)] = json.loads(line.partition(b" ")[2]).items()
+        if kind == "identity":
+            value["converter version"] = "1"
+        else:
+            del value["source"]
+        text = json.dumps({kind: value}).encode()
+        lines.append(hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n")
+    path.write_bytes(b"".join(lines))
+    run("convert", source, interrupted).one_line_error("converter version: 1 then, 2 now")
 
 
 @pytest.mark.parametrize("tokenizer", [False, True])

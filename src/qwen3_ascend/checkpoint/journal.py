@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def read_journal(staging: Path) -> Record | None:
         kind, value = _parse(line)
         if kind == "identity":
             identity = value
-        elif kind == "done":
+        elif kind == "done" and set(value) == {field.name for field in fields(Done)}:
             done[value["name"]] = Done(**value)
         elif kind == "publish":
             names, old = tuple(value["names"]), tuple(value["old"])
