@@ -31,7 +31,7 @@ struct sha256 {
 static const uint32_t first_state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
                                         0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
 
-static const uint32_t round_constants[64] __attribute__((aligned(16))) = {
+static const uint32_t round_constants[64] __attribute__((aligned(16), unused)) = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
     0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
@@ -115,10 +115,11 @@ static int has_instructions(void)
     return answer;
 }
 
-#elif defined(__aarch64__)
+/* Clang declares these intrinsics only if the whole file is compiled for them. */
+#elif defined(__aarch64__) && (!defined(__clang__) || defined(__ARM_FEATURE_CRYPTO))
 #define HAS_INSTRUCTIONS 1
 #if defined(__clang__)
-#define TARGET __attribute__((target("sha2")))
+#define TARGET
 #else
 #define TARGET __attribute__((target("+crypto")))
 #endif
