@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -37,6 +38,12 @@ class Run:
         for mention in mentions:
             assert mention in self.err, f"{mention!r} is not in: {self.err}"
         return self.err
+
+
+def obey_interrupts() -> None:
+    """For a child before it begins: a shell tells what it runs in the background to ignore Ctrl-C,
+    and the tests may be such."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*arguments: str | Path) -> Run:

@@ -69,10 +69,9 @@ class Driver:
             status = self._fork(self._out, death)
             self._kills += status == -signal.SIGKILL
             assert status in (0, -signal.SIGKILL), f"a run ended with {status}"
-            if status == 0:
+            if status == 0 or self._is_finished():
                 break
-        # A kill while it tidies up leaves a finished conversion, which is not to be overwritten.
-        if (self._out / JOURNAL).exists() or not (self._out / MANIFEST_NAME).exists():
+        if not self._is_finished():
             assert self._fork(self._out, lambda: None) == 0, "the conversion was not continued"
         else:
             self._completed += 1
@@ -81,6 +80,11 @@ class Driver:
                      if found.get(name) != self._expected.get(name)]  # fmt: skip
         assert not different, f"{different} differ after a kill"
         self._trials += 1
+
+    def _is_finished(self) -> bool:
+        """A kill while it tidies up leaves a finished conversion, which is not to be overwritten:
+        the same command would refuse."""
+        return (self._out / MANIFEST_NAME).exists() and not (self._out / JOURNAL).exists()
 
     def _count_steps(self) -> int:
         read, write = os.pipe()

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command_line import PROGRAM, Run, run
+from command_line import PROGRAM, Run, obey_interrupts, run
 from hub_client import REPO, big_model, contents, downloads, talk_to
 from hub_server import Fault, HubServer
 
@@ -183,7 +183,9 @@ def test_stopped_while_a_download_crawls(
     hub.inject(Fault("slow", f"/cdn/*/{LAST}", times=None, rate=100_000))
     command = [*PROGRAM, "convert", REPO, str(out), "--low-disk"]
     environment = {**os.environ, **hub.environment(tmp_path / "other cache")}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=obey_interrupts
+    ) as process:
         assert process.stderr is not None
         said = ""
         while f"fetching {REPO}/{LAST}" not in said:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from command_line import PROGRAM, Run, run
+from command_line import PROGRAM, Run, obey_interrupts, run
 from crash_driver import contents
 
 from qwen3_ascend import convert_checkpoint
@@ -313,6 +313,7 @@ def test_a_polite_end(
         [sys.executable, "-c", SLOW, "convert", source, out, "-q"],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=obey_interrupts,
     )
     while not (out / ".partial" / JOURNAL).exists() or not done(out):
         assert process.poll() is None
