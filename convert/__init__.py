@@ -9,8 +9,9 @@ from qwen3_ascend import native
 from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.model import Qwen3Config
+from qwen3_ascend.checkpoint.threads import quick_garbage_collection
 from qwen3_ascend.checkpoint.writer import CheckpointWriter, check_output
-from qwen3_ascend.convert.budget import Budget, quick_garbage_collection
+from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.download import RETRIES, Transfer
 from qwen3_ascend.convert.identity import identity
 from qwen3_ascend.convert.pipeline import Progress, run

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from qwen3_ascend.checkpoint.errors import RequestError
@@ -69,17 +66,3 @@ class Budget:
     def working_bytes(self) -> int:
         """Peak private memory beyond the interpreter with torch loaded."""
         return FIXED_BYTES + self.threads * (THREAD_BYTES + self.items * self.piece_bytes)
-
-
-@contextmanager
-def quick_garbage_collection() -> Iterator[None]:
-    """Spares the collector what is there already: walking through torch stops all threads for a
-    tenth of a second, several times in a conversion."""
-    if gc.get_freeze_count():  # somebody else's, and there is one freezer only
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
