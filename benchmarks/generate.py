@@ -20,10 +20,10 @@ import random_model
 import torch
 
 from qwen3_ascend import SamplingParams, convert_checkpoint
-from qwen3_ascend.checkpoint.files import CheckpointReader
+from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.runtime import backends
-from qwen3_ascend.runtime.assembly import EngineLimits, make_engine
 from qwen3_ascend.runtime.backends.options import DeviceOptions
+from qwen3_ascend.runtime.engine.assembly import EngineLimits, make_engine
 
 Run = Callable[[list[int], int], tuple[float, float]]
 """(prompt, new tokens) -> seconds of prefill and of decode."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import random_model
 
-DRIVER = Path(__file__).parents[1] / "tests" / "crash_driver.py"
+DRIVER = Path(__file__).parents[1] / "tests" / "support" / "crash_driver.py"
 
 
 def main() -> None:

@@ -26,10 +26,10 @@ ascend_sim.install()
 import torch
 
 from qwen3_ascend.runtime import backends
-from qwen3_ascend.runtime.assembly import EngineLimits, make_engine
 from qwen3_ascend.runtime.backends.options import DeviceOptions
-from qwen3_ascend.runtime.engine import Engine
-from qwen3_ascend.runtime.sequence import SamplingParams
+from qwen3_ascend.runtime.engine.assembly import EngineLimits, make_engine
+from qwen3_ascend.runtime.engine.engine import Engine
+from qwen3_ascend.runtime.engine.request import SamplingParams
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG, SyntheticWeights
 
 FLOOR = {"w8a8": 10, "bf16": 9}

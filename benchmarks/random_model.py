@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.model import LinearSpec, Qwen3Config, walk
-from qwen3_ascend.checkpoint.safetensors_file import build_header, tensor_nbytes
+from qwen3_ascend.checkpoint.architecture import LinearSpec, walk
+from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.files.safetensors import build_header, tensor_nbytes
 
 TABLE = (1 << 24) + 4099
 SHARD_BYTES = 5 * 10**9

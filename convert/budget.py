@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen3_ascend.checkpoint.errors import RequestError
-from qwen3_ascend.checkpoint.hashing import JOBS_PER_THREAD
-from qwen3_ascend.checkpoint.threads import available_threads
+from qwen3_ascend.errors import RequestError
+from qwen3_ascend.files.hashing import JOBS_PER_THREAD
+from qwen3_ascend.files.threads import available_threads
 
 MAX_MEMORY = 2 << 30
 """Bytes beyond the interpreter with torch loaded; mapped source files do not count."""

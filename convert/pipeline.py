@@ -1,4 +1,4 @@
-"""The conversion itself: every item through a pool of threads into the staged shards.
+"""The conversion itself: every item through a pool of threads into the staged weight files.
 
 Each byte of the source is read once and each byte of the output written once. A thread works on
 two items at a time: it packs and writes a piece of each and then hashes, in step, what it has
@@ -14,21 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from qwen3_ascend.checkpoint.hashing import Job, run_jobs
-from qwen3_ascend.checkpoint.journal import Done
-from qwen3_ascend.checkpoint.manifest import (
-    LinearEntry,
-    Manifest,
-    SourceRecord,
-    StoredTensor,
-)
-from qwen3_ascend.checkpoint.writer import CheckpointWriter
+from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest, SourceRecord, StoredTensor
 from qwen3_ascend.convert import report
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.order import working_order
+from qwen3_ascend.convert.output.journal import Done
+from qwen3_ascend.convert.output.writer import CheckpointWriter
 from qwen3_ascend.convert.plan import Item, LinearPlan, Plan
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.work import convert, make_task
+from qwen3_ascend.files.hashing import Job, run_jobs
 from qwen3_ascend.native import Kernels
 from qwen3_ascend.native.sha256 import digests
 
@@ -56,10 +51,10 @@ class Conversion:
         self._way = digests()
         self._order = working_order(plan, source)
         self._items = {item.name: item for item in plan.items}
-        self._files = {name: shard.file for shard in plan.shards for name in shard.tensors}
-        self._missing = {shard.file: len(shard.tensors) for shard in plan.shards}
+        self._files = {name: file.file for file in plan.weight_files for name in file.tensors}
+        self._missing = {file.file: len(file.tensors) for file in plan.weight_files}
         self._readers = Counter(
-            file for item in plan.items for file in source.shard_order(item.reads)
+            file for item in plan.items for file in source.file_order(item.reads)
         )
         self._settling = threading.Lock()
         self.done: dict[str, Done] = {}
@@ -78,8 +73,8 @@ class Conversion:
         intact: list[Done] = []
 
         def job(done: Done) -> Job:
-            shard = self.writer.shards[self._file(self._items[done.name])]
-            return shard.check_job(done, self._way, intact.append)
+            file = self.writer.weight_files[self._file(self._items[done.name])]
+            return file.check_job(done, self._way, intact.append)
 
         left = [
             done
@@ -91,9 +86,9 @@ class Conversion:
 
     def _job(self, item: Item) -> Job:
         task = make_task(item, self.source)
-        shard = self.writer.shards[self._file(item)]
-        shard.open()
-        job = convert(task, shard, self._kernels, self._way, self.plan.hash_source, self._finish)
+        file = self.writer.weight_files[self._file(item)]
+        file.open()
+        job = convert(task, file, self._kernels, self._way, self.plan.hash_source, self._finish)
         return self._releasing(job, item.source_bytes // len(task.pieces))
 
     def _releasing(self, job: Job, nbytes: int) -> Job:
@@ -118,8 +113,8 @@ class Conversion:
             self.done[done.name] = done
             self._missing[file] -= len(item.forms)
             if not self._missing[file]:
-                self.writer.finish_shard(file)
-            for name in self.source.shard_order(item.reads):
+                self.writer.finish_weight_file(file)
+            for name in self.source.file_order(item.reads):
                 self._readers[name] -= 1
                 if not self._readers[name]:
                     self.source.release(name)
@@ -178,10 +173,10 @@ def run(
         conversion.source_hashes(), plan.ignored,
     )  # fmt: skip
     linears, tensors = conversion.entries()
-    shards = {file: shard.entry for file, shard in writer.shards.items()}
+    weight_files = {file: weights.entry for file, weights in writer.weight_files.items()}
     manifest = Manifest(
         tool_version, plan.config, plan.recipe.verbatim, record, linears, tensors,
-        shards, writer.files,
+        weight_files, writer.files,
     )  # fmt: skip
     writer.add_file("README.md", report.model_card(manifest))
     manifest = replace(manifest, files=writer.files)

@@ -8,28 +8,23 @@ from dataclasses import dataclass
 
 import torch
 
-from qwen3_ascend.checkpoint.errors import CheckpointError, RecipeError
-from qwen3_ascend.checkpoint.files import ShardPlan, shard_name
+from qwen3_ascend.checkpoint.architecture import LM_HEAD, LinearSpec, lm_head_linear, walk
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
-from qwen3_ascend.checkpoint.model import (
-    LM_HEAD,
-    LinearSpec,
-    Qwen3Config,
-    lm_head_linear,
-    walk,
-)
-from qwen3_ascend.checkpoint.safetensors_file import NAMES, TensorSlot, tensor_nbytes
 from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES
 from qwen3_ascend.checkpoint.schemes.base import StoredForm
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
+from qwen3_ascend.convert.output.weight_file import WeightFilePlan, weight_file_name
 from qwen3_ascend.convert.recipe import Recipe, Rule
+from qwen3_ascend.errors import CheckpointError, RecipeError
+from qwen3_ascend.files.safetensors import NAMES, TensorSlot, tensor_nbytes
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 PLAIN_DTYPE = torch.bfloat16
 """Type of the tensors that are not linears: embedding and norms."""
 
-MAX_SHARD_BYTES = 4 << 30
+MAX_FILE_BYTES = 4 << 30
 
 MAX_QUANT_MATMUL_DIM = 65535
 """npu_quant_matmul refuses a larger last dimension (torch_npu documentation of the operator)."""
@@ -118,7 +113,7 @@ class Plan:
     config: Qwen3Config
     recipe: Recipe
     items: tuple[Item, ...]
-    shards: tuple[ShardPlan, ...]
+    weight_files: tuple[WeightFilePlan, ...]
     ignored: Mapping[str, str]
     hash_source: bool
 
@@ -130,7 +125,7 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Bytes of tensors that will be written."""
-        return sum(_nbytes(shard.tensors) for shard in self.shards)
+        return sum(_nbytes(file.tensors) for file in self.weight_files)
 
     @property
     def parameters(self) -> int:
@@ -157,7 +152,7 @@ def make_plan(
     config: Qwen3Config,
     slots: Mapping[str, TensorSlot],
     recipe: Recipe,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_file_bytes: int = MAX_FILE_BYTES,
     hash_source: bool = False,
 ) -> Plan:
     """Plans a conversion.
@@ -166,7 +161,7 @@ def make_plan(
         config: of the model.
         slots: type and shape of every source tensor.
         recipe: the rules.
-        max_shard_bytes: size at which a new output file begins.
+        max_file_bytes: size at which a new output file begins.
         hash_source: hash every source tensor that is read.
 
     Raises:
@@ -181,8 +176,8 @@ def make_plan(
         for entry in walk(config)
     )
     ignored = _unread(config, items, slots)
-    shards = _cut_into_shards(items, max_shard_bytes)
-    return Plan(config, recipe, items, shards, ignored, hash_source)
+    weight_files = _fill_files(items, max_file_bytes)
+    return Plan(config, recipe, items, weight_files, ignored, hash_source)
 
 
 def _piece_bytes(piece: Piece, shape: tuple[int, int], source_bytes: int) -> int:
@@ -292,17 +287,18 @@ def _unread(
     return ignored
 
 
-def _cut_into_shards(items: Sequence[Item], max_shard_bytes: int) -> tuple[ShardPlan, ...]:
+def _fill_files(items: Sequence[Item], max_file_bytes: int) -> tuple[WeightFilePlan, ...]:
     """Fills files in order; the tensors of one linear stay together."""
     groups: list[dict[str, StoredForm]] = [{}]
     filled = 0
     for item in items:
         nbytes = _nbytes(item.forms)
-        if groups[-1] and filled + nbytes > max_shard_bytes:
+        if groups[-1] and filled + nbytes > max_file_bytes:
             groups.append({})
             filled = 0
         groups[-1].update(item.forms)
         filled += nbytes
     return tuple(
-        ShardPlan(shard_name(index, len(groups)), group) for index, group in enumerate(groups, 1)
+        WeightFilePlan(weight_file_name(index, len(groups)), group)
+        for index, group in enumerate(groups, 1)
     )

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.files import STAGING
-from qwen3_ascend.checkpoint.writer import SHARD_PATTERN
-from qwen3_ascend.convert.memory import available_memory
 from qwen3_ascend.convert.order import working_order
+from qwen3_ascend.convert.output.weight_file import STAGING
+from qwen3_ascend.convert.output.writer import WEIGHT_FILE_PATTERN
 from qwen3_ascend.convert.plan import Plan
-from qwen3_ascend.convert.report import size_text
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.files.memory import available_memory
+from qwen3_ascend.files.text import size_text
 
 LOW_DISK_FOLDER = Path(STAGING) / "source"
 """Where --low-disk keeps weight files until they have been used, below the output."""
@@ -32,12 +32,14 @@ class DiskNeed:
 
 def disk_needs(plan: Plan, source: Source, output: Path) -> list[DiskNeed]:
     """What will be written where; without what an interrupted conversion has left already."""
-    staged = sum(_allocated(path) for path in (output / STAGING).glob(SHARD_PATTERN))
+    staged = sum(_allocated(path) for path in (output / STAGING).glob(WEIGHT_FILE_PATTERN))
     needs = [DiskNeed("checkpoint", output, max(0, plan.output_bytes - staged))]
     provider = source.provider
     if provider.store is not None:
         peak = (
-            low_disk_peak(plan, source) if provider.temporary else _missing(source, source.shards)
+            low_disk_peak(plan, source)
+            if provider.temporary
+            else _missing(source, source.weight_files)
         )
         needs.append(DiskNeed("downloads", provider.store, peak))
     return needs
@@ -54,7 +56,7 @@ def low_disk_peak(plan: Plan, source: Source) -> int:
 
     A file is there from its first use to its last, and while it is in use the next one comes.
     """
-    uses = [source.shard_order(item.reads) for item in working_order(plan, source)]
+    uses = [source.file_order(item.reads) for item in working_order(plan, source)]
     order = list(dict.fromkeys(name for names in uses for name in names))
     first = {name: index for index, names in reversed([*enumerate(uses)]) for name in names}
     last = {name: index for index, names in enumerate(uses) for name in names}
@@ -123,7 +125,9 @@ def _advice(plan: Plan, source: Source) -> str:
 
 
 def _missing(source: Source, names: Iterable[str]) -> int:
-    return sum(source.shards[name].size for name in names if not source.provider.is_here(name))
+    return sum(
+        source.weight_files[name].size for name in names if not source.provider.is_here(name)
+    )
 
 
 def _allocated(path: Path) -> int:

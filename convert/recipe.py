@@ -11,8 +11,8 @@ from typing import Any, Literal
 import yaml
 
 from qwen3_ascend import recipes
-from qwen3_ascend.checkpoint.errors import RecipeError
 from qwen3_ascend.checkpoint.schemes import SCHEMES
+from qwen3_ascend.errors import RecipeError
 
 SCHEMA = 1
 RECIPE_KEYS = ("schema", "name", "description", "rules")

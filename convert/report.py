@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from qwen3_ascend.checkpoint.layout import Layout
+from qwen3_ascend.checkpoint.describe import dims, layout_text
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.plan import LinearPlan, Plan
+from qwen3_ascend.files.text import size_text
 
 WORST_SHOWN = 3
 
@@ -71,33 +72,10 @@ def plan_totals(plan: Plan, budget: Budget) -> list[str]:
     lines = [
         f"{plan.parameters:,} weights, {plan.bits_per_weight:.2f} bits each",
         f"reads {size_text(plan.source_bytes)}, writes {size_text(plan.output_bytes)} "
-        f"in {len(plan.shards)} file(s)",
+        f"in {len(plan.weight_files)} file(s)",
         f"peak memory about {size_text(budget.working_bytes)} beyond Python with torch loaded",
     ]
     return lines + [f"leaves out {name}: {reason}" for name, reason in plan.ignored.items()]
-
-
-def inspect_lines(manifest: Manifest) -> list[str]:
-    """A finished checkpoint for people."""
-    model, source = manifest.model, manifest.source
-    stored = manifest.stored()
-    revision = f" @ {source.revision}" if source.revision else ""
-    lines = [
-        f"Qwen3, {model.num_layers} layers, hidden {model.hidden_size}, "
-        f"{model.num_heads} query and {model.num_kv_heads} key/value heads of {model.head_dim}, "
-        f"context {model.context_length}",
-        f"from {source.repo}{revision}, recipe {manifest.recipe['name']}, "
-        f"qwen3-ascend {manifest.tool_version}",
-        f"{len(stored)} tensors, {size_text(sum(t.nbytes for t in stored.values()))} "
-        f"in {len(manifest.shards)} file(s)",
-        "",
-    ]
-    rows = [_linear_row(name, entry) for name, entry in manifest.linears.items()]
-    rows += [
-        (name, _dims(tensor.shape), "bf16", "nd", "exact", size_text(tensor.nbytes))
-        for name, tensor in manifest.tensors.items()
-    ]
-    return lines + table(rows, ("tensor", "shape", "scheme", "layout", "SQNR dB", "bytes"))
 
 
 def plan_json(plan: Plan, budget: Budget) -> dict[str, Any]:
@@ -105,7 +83,7 @@ def plan_json(plan: Plan, budget: Budget) -> dict[str, Any]:
     return {
         "recipe": plan.recipe.name,
         "items": [_item_json(item) for item in plan.items],
-        "files": [shard.file for shard in plan.shards],
+        "files": [file.file for file in plan.weight_files],
         "ignored": dict(plan.ignored),
         "parameters": plan.parameters,
         "source_bytes": plan.source_bytes,
@@ -114,25 +92,6 @@ def plan_json(plan: Plan, budget: Budget) -> dict[str, Any]:
         "threads": budget.threads,
         "working_bytes": budget.working_bytes,
     }
-
-
-def size_text(nbytes: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
-
-
-def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> list[str]:
-    """Aligned columns; the last one to the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = []
-    for row in [header, *rows]:
-        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
-        lines.append("  ".join([*cells, row[-1].rjust(widths[-1])]))
-    return lines
 
 
 def model_card(manifest: Manifest) -> bytes:
@@ -152,27 +111,12 @@ def _form_bytes(form: tuple[torch.dtype, tuple[int, ...]]) -> int:
     return math.prod(form[1]) * form[0].itemsize
 
 
-def _dims(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _layout_text(layout: Layout) -> str:
-    return layout.format if layout.format == "nd" else f"nz of {layout.nz_of}"
-
-
-def _linear_row(name: str, entry: LinearEntry) -> tuple[str, str, str, str, str, str]:
-    error = "exact" if entry.sqnr_db is None else f"{entry.sqnr_db:.2f}"
-    nbytes = sum(tensor.nbytes for tensor in entry.tensors.values())
-    shape, layout = _dims(entry.shape), _layout_text(entry.layout)
-    return (name, shape, entry.scheme, layout, error, size_text(nbytes))
-
-
 def _row_key(item: Any) -> tuple[str, str, str, str]:
     name = ".".join("*" if part.isdigit() else part for part in item.name.split("."))
     if isinstance(item, LinearPlan):
-        shape = _dims((item.spec.outputs, item.spec.inputs))
-        return (name, shape, item.scheme, _layout_text(item.layout))
-    return (name, _dims(item.shape), "bf16", "nd")
+        shape = dims((item.spec.outputs, item.spec.inputs))
+        return (name, shape, item.scheme, layout_text(item.layout))
+    return (name, dims(item.shape), "bf16", "nd")
 
 
 def _item_json(item: Any) -> dict[str, Any]:

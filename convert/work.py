@@ -8,16 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.errors import DamagedSourceError
-from qwen3_ascend.checkpoint.hashing import Job
-from qwen3_ascend.checkpoint.journal import Done
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, Linear
 from qwen3_ascend.checkpoint.schemes.base import row_slices, store_bias
-from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums, sqnr_db
-from qwen3_ascend.checkpoint.shard_writer import ShardWriter, tensor_bytes
+from qwen3_ascend.checkpoint.schemes.pieces import (
+    Packed,
+    Piece,
+    Stack,
+    Sums,
+    sqnr_db,
+)
+from qwen3_ascend.convert.output.journal import Done
+from qwen3_ascend.convert.output.weight_file import WeightFileWriter, tensor_bytes
 from qwen3_ascend.convert.plan import PLAIN_DTYPE, LinearPlan, TensorPlan
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.errors import DamagedSourceError
+from qwen3_ascend.files.hashing import Job
 from qwen3_ascend.native import Kernels, NotFinite
 from qwen3_ascend.native.sha256 import Digests, Stream
 
@@ -95,7 +101,7 @@ def make_task(item: LinearPlan | TensorPlan, source: Source) -> Task:
 
 def convert(
     task: Task,
-    shard: ShardWriter,
+    file: WeightFileWriter,
     kernels: Kernels,
     way: Digests,
     hash_source: bool,
@@ -114,7 +120,7 @@ def convert(
         streams: list[Stream] = []
         for name, (offset, tensor) in packed.tensors.items():
             data = tensor_bytes(tensor)
-            shard.write(name, offset, data)
+            file.write(name, offset, data)
             streams.append((stored[name], data))
         yield [*streams, *origin.advance(piece)] if origin else streams
         if packed.sums is not None:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.model import Qwen3Config
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.schemes import SCHEMES, Linear
 from qwen3_ascend.runtime.backends.base import Activation, Backend
-from qwen3_ascend.runtime.paged_kv import DEFAULT_BLOCK_SIZE, PagedKVCache
-from qwen3_ascend.runtime.sequence import SamplingParams, Sequence
-from qwen3_ascend.runtime.step import StepInputs, decode_inputs, prefill_inputs
+from qwen3_ascend.runtime.backends.cache import DEFAULT_BLOCK_SIZE, PagedKVCache
+from qwen3_ascend.runtime.backends.step import StepInputs
+from qwen3_ascend.runtime.engine.batch import decode_inputs, prefill_inputs
+from qwen3_ascend.runtime.engine.request import Request, SamplingParams
 
 BF16_UNIT = 2.0**-8
 """Relative distance of neighbouring bf16 numbers, at its largest 2^-7, at its smallest 2^-8."""
@@ -159,9 +160,9 @@ class _AttentionSide:
         sequences = [self._sequence(i, done + 1) for i, done in enumerate(self.computed)]
         return self._run(qkv, decode_inputs(sequences, DEFAULT_BLOCK_SIZE))
 
-    def _sequence(self, index: int, length: int) -> Sequence:
+    def _sequence(self, index: int, length: int) -> Request:
         table = list(self.tables[index])
-        return Sequence(
+        return Request(
             index, SamplingParams(), [0] * length, length, length, frozenset(), block_table=table
         )
 

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen3_ascend.checkpoint.errors import UserError
-from qwen3_ascend.checkpoint.files import CheckpointReader
+from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.errors import UserError
 from qwen3_ascend.runtime import backends
-from qwen3_ascend.runtime.assembly import EngineLimits, make_engine
 from qwen3_ascend.runtime.backends.npu import diagnose
 from qwen3_ascend.runtime.backends.options import DeviceOptions
 from qwen3_ascend.runtime.conformance import compare_backends
-from qwen3_ascend.runtime.engine import Engine
-from qwen3_ascend.runtime.loader import WeightSource
-from qwen3_ascend.runtime.sequence import SamplingParams
+from qwen3_ascend.runtime.engine.assembly import EngineLimits, make_engine
+from qwen3_ascend.runtime.engine.engine import Engine
+from qwen3_ascend.runtime.engine.request import SamplingParams
+from qwen3_ascend.runtime.model.loader import WeightSource
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG, SyntheticWeights
 from qwen3_ascend.version import __version__
 

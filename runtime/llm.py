@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.errors import RequestError
-from qwen3_ascend.checkpoint.model import Qwen3Config
-from qwen3_ascend.runtime.engine import Engine
-from qwen3_ascend.runtime.sequence import FinishReason, SamplingParams
-from qwen3_ascend.runtime.sequence import Sequence as Request
+from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.errors import RequestError
+from qwen3_ascend.runtime.engine.engine import Engine
+from qwen3_ascend.runtime.engine.request import FinishReason, Request, SamplingParams
 from qwen3_ascend.runtime.tokenizer import Message, StopFilter, Tokenizer
 
 Prompt = str | Sequence[int]

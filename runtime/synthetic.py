@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen3_ascend.checkpoint.architecture import LM_HEAD, LinearSpec, walk
+from qwen3_ascend.checkpoint.config import Qwen3Config, RopeConfig
 from qwen3_ascend.checkpoint.layout import ND
-from qwen3_ascend.checkpoint.model import LM_HEAD, LinearSpec, Qwen3Config, RopeConfig, walk
 from qwen3_ascend.checkpoint.schemes import SCHEMES, Linear
 
 SMALL_CONFIG = Qwen3Config(

@@ -14,8 +14,8 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers.decoders import DecodeStream
 
-from qwen3_ascend.checkpoint.errors import CheckpointError, ConfigError, RequestError
-from qwen3_ascend.checkpoint.model import read_json_object
+from qwen3_ascend.errors import CheckpointError, ConfigError, RequestError
+from qwen3_ascend.files.json_file import read_json_object
 
 Message = Mapping[str, Any]
 """{"role": "user", "content": "..."}; templates may read further keys (tool_calls, ...)."""

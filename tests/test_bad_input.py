@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
-from command_line import PROGRAM, Run, program, run
 from safetensors.torch import load_file, save_file
+from support import tiny_models
+from support.command_line import PROGRAM, Run, program, run
 
 from qwen3_ascend.checkpoint.verify import verify
 

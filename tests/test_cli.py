@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import PROGRAM, program, run
+from support.command_line import PROGRAM, program, run
 
 from qwen3_ascend import SamplingParams, load, recipes
 from qwen3_ascend.checkpoint.verify import verify

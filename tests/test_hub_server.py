@@ -33,7 +33,6 @@ from urllib.parse import urlsplit
 
 import huggingface_hub
 import pytest
-from hub_server import Fault, HubServer, Request
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -43,6 +42,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from support.hub_server import Fault, HubServer, Request
 
 _REPO = "Qwen/Qwen3-Tiny"
 _SMALL = 300_000  # less than the 10 MiB that the client reads at a time

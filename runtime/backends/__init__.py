@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qwen3_ascend.checkpoint.errors import RequestError
-from qwen3_ascend.checkpoint.model import Qwen3Config
+from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.backends.base import Backend
 from qwen3_ascend.runtime.backends.options import DeviceOptions
 

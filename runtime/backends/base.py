@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.model import Qwen3Config
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.schemes import Linear
-from qwen3_ascend.runtime.paged_kv import LayerKV
-from qwen3_ascend.runtime.step import StepInputs
+from qwen3_ascend.runtime.backends.cache import LayerKV
+from qwen3_ascend.runtime.backends.step import StepInputs
 
 Activation = Any
 """Input of a linear as its backend prepared it: a tensor [T, K], or codes and scales."""

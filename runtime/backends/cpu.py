@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.model import Qwen3Config
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Linear
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
+from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     CacheShape,
@@ -26,10 +26,10 @@ from qwen3_ascend.runtime.backends.base import (
     Forward,
     Progress,
 )
+from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.int8_matmul import Product, pick_int8_matmul
-from qwen3_ascend.runtime.paged_kv import LayerKV
-from qwen3_ascend.runtime.rotary import rotary_tables
-from qwen3_ascend.runtime.step import StepInputs
+from qwen3_ascend.runtime.backends.rotary import rotary_tables
+from qwen3_ascend.runtime.backends.step import StepInputs
 
 CACHE_SHARE = 4
 """The cache may take a quarter of the memory that is free when the model is loaded."""

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from qwen3_ascend.convert import convert_checkpoint
     from qwen3_ascend.convert.recipe import Recipe
     from qwen3_ascend.runtime import load
-    from qwen3_ascend.runtime.sequence import SamplingParams
+    from qwen3_ascend.runtime.engine.request import SamplingParams
 
 _HOMES = {
     "load": "qwen3_ascend.runtime",
     "convert_checkpoint": "qwen3_ascend.convert",
     "Recipe": "qwen3_ascend.convert.recipe",
-    "SamplingParams": "qwen3_ascend.runtime.sequence",
+    "SamplingParams": "qwen3_ascend.runtime.engine.request",
 }
 
 

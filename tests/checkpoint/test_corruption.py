@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
-from command_line import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import tiny_models
+from support.command_line import run
 
 from qwen3_ascend import convert_checkpoint
-from qwen3_ascend.checkpoint.errors import CheckpointError, UserError
-from qwen3_ascend.checkpoint.files import CheckpointReader
 from qwen3_ascend.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
     canonical_sha256,
     manifest_text,
 )
-from qwen3_ascend.checkpoint.safetensors_file import read_header
+from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.verify import check_reader, verify
+from qwen3_ascend.errors import CheckpointError, UserError
+from qwen3_ascend.files.safetensors import read_header
 
 FUZZ = settings(
     max_examples=60, deadline=None,
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("corruption")
     data = tiny_models.config(num_hidden_layers=2, attention_bias=True)
     source = tiny_models.write(root / "source", data)
-    convert_checkpoint(source, root / "out", max_shard_bytes=50_000)
+    convert_checkpoint(source, root / "out", max_file_bytes=50_000)
     assert len(list((root / "out").glob("ascend-*"))) > 2
     return root / "out"
 
@@ -222,7 +222,7 @@ def test_any_forged_manifest(folder: Path, data: st.DataObject, junk: Any) -> No
         assert run("inspect", folder).code == 0
 
 
-@pytest.mark.parametrize("section", ["linears", "tensors", "shards", "files"])
+@pytest.mark.parametrize("section", ["linears", "tensors", "weight_files", "files"])
 def test_a_forged_manifest_that_lacks_something(folder: Path, section: str) -> None:
     document = Manifest.read(folder).to_json()
     for name in [*document[section]]:
@@ -237,7 +237,7 @@ def test_a_forged_manifest_that_lacks_something(folder: Path, section: str) -> N
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/file", "..", "", "a\0b"])
-@pytest.mark.parametrize("section", ["shards", "files"])
+@pytest.mark.parametrize("section", ["weight_files", "files"])
 def test_names_cannot_leave_the_folder(folder: Path, section: str, name: str) -> None:
     document = Manifest.read(folder).to_json()
     body = {key: value for key, value in document.items() if key != "manifest_sha256"}

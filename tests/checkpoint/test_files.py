@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
-from command_line import run
+from support import tiny_models
+from support.command_line import run
 
 from qwen3_ascend import convert_checkpoint
-from qwen3_ascend.checkpoint.files import CheckpointReader
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest
+from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.verify import verify
 
 
@@ -42,7 +42,7 @@ def test_nothing_is_left_over(source: Path, tmp_path: Path) -> None:
     manifest = convert_checkpoint(source, tmp_path / "out")
     assert manifest == Manifest.read(tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {MANIFEST_NAME, *manifest.shards, *manifest.files}
+    assert names == {MANIFEST_NAME, *manifest.weight_files, *manifest.files}
 
 
 def test_a_failure_leaves_no_folder(damaged: Path, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_full_folder_is_refused_and_untouched(source: Path, tmp_path: Path) ->
 
 def test_overwrite_replaces_ours_and_keeps_the_rest(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert_checkpoint(source, out, "bf16", max_shard_bytes=20_000)
+    convert_checkpoint(source, out, "bf16", max_file_bytes=20_000)
     assert len(list(out.glob("ascend-*.safetensors"))) > 3
     (out / "notes.txt").write_text("mine")
     (out / "folder").mkdir()
@@ -73,7 +73,7 @@ def test_overwrite_replaces_ours_and_keeps_the_rest(source: Path, tmp_path: Path
     assert (done.code, done.out, done.err) == (0, "", "")
     manifest = Manifest.read(out)
     assert manifest.recipe["name"] == "w8a8"
-    expected = {MANIFEST_NAME, *manifest.shards, *manifest.files, "notes.txt", "folder"}
+    expected = {MANIFEST_NAME, *manifest.weight_files, *manifest.files, "notes.txt", "folder"}
     assert {path.name for path in out.iterdir()} == expected
     assert (out / "notes.txt").read_text() == "mine"
     assert (out / "folder" / "x").read_text() == "also mine"

@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.hashing import HASH_BLOCK, Job, range_job, range_sha256, run_jobs
+from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.files.hashing import (
+    HASH_BLOCK,
+    Job,
+    range_job,
+    range_sha256,
+    run_jobs,
+)
 from qwen3_ascend.native.sha256 import Digests, HashlibDigests, digests
 
 WAYS = [HashlibDigests(), digests()]

@@ -6,15 +6,14 @@ import itertools
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support import tiny_models
 from torch import Tensor
 
 from qwen3_ascend import convert_checkpoint
-from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.layout import (
     ND,
     Layout,
@@ -24,6 +23,7 @@ from qwen3_ascend.checkpoint.layout import (
     nz_unpack,
 )
 from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.errors import CheckpointError
 
 STRIPS = {torch.int8: 32, torch.bfloat16: 16, torch.float16: 16, torch.int32: 8, torch.float32: 8}
 SHAPES = [(16, 32), (1, 1), (17, 33), (15, 8), (48, 7), (3, 16, 32), (2, 5, 19), (2, 3, 18, 9)]

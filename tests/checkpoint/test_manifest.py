@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import run
 from safetensors.torch import load_file
+from support.command_line import run
 
-from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.files import CheckpointReader
 from qwen3_ascend.checkpoint.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -22,6 +20,8 @@ from qwen3_ascend.checkpoint.manifest import (
     Manifest,
     canonical_sha256,
 )
+from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.version import __version__
 
 
@@ -61,14 +61,14 @@ def test_what_it_says(tiny_w8a8: Path, tiny_source: Path) -> None:
         [f"{prefix}.v_proj", 256],
     ]
     assert qkv["layout"] == {"format": "nz", "nz_of": "KN", "c0": 32}
-    assert qkv["scheme"] == "w8a8" and qkv["cut"] == "column"
+    assert qkv["scheme"] == "w8a8" and qkv["cut"] == "outputs"
     assert 30 < qkv["sqnr_db"] < 60
-    assert data["linears"]["model.layers.0.mlp.down_proj"]["cut"] == "row"
+    assert data["linears"]["model.layers.0.mlp.down_proj"]["cut"] == "inputs"
 
 
 def test_every_hash_is_of_the_bytes(tiny_w8a8: Path) -> None:
     manifest = Manifest.read(tiny_w8a8)
-    shards = {name: load_file(tiny_w8a8 / name) for name in manifest.shards}
+    shards = {name: load_file(tiny_w8a8 / name) for name in manifest.weight_files}
     for name, entry in manifest.stored().items():
         tensor = shards[entry.file][name]
         assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape)
@@ -78,7 +78,7 @@ def test_every_hash_is_of_the_bytes(tiny_w8a8: Path) -> None:
         data = (tiny_w8a8 / name).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (file.size, file.sha256), name
     on_disk = {path.name for path in tiny_w8a8.iterdir()}
-    assert on_disk == {*manifest.files, *manifest.shards, MANIFEST_NAME}
+    assert on_disk == {*manifest.files, *manifest.weight_files, MANIFEST_NAME}
 
 
 def test_error_figures_are_those_of_the_bytes(tiny_w8a8: Path, tiny_source: Path) -> None:
@@ -160,10 +160,10 @@ FORGERIES = {
     "type of another tensor": put("F32", *NORM, "dtype"),
     "unknown type": put("F7", *NORM, "dtype"),
     "shape of another tensor": put([128], *NORM, "shape"),
-    "shards are a list": put([], "shards"),
-    "no shards": put({}, "shards"),
-    "path out of the folder": put({"size": 1, "sha256": "0"}, "shards", "../x.safetensors"),
-    "shard with another size": put(7, "shards", "ascend-00001-of-00001.safetensors", "size"),
+    "shards are a list": put([], "weight_files"),
+    "no shards": put({}, "weight_files"),
+    "path out of the folder": put({"size": 1, "sha256": "0"}, "weight_files", "../x.safetensors"),
+    "shard with another size": put(7, "weight_files", "ascend-00001-of-00001.safetensors", "size"),
     "no rope": put(None, "model", "rope"),
     "unknown model key": put(1, "model", "experts"),
     "no source": put(None, "source"),

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.safetensors_file import (
+from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.files.safetensors import (
     DTYPES,
     MappedFile,
     build_header,

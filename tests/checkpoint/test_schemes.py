@@ -9,10 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.layout import ND, Layout
-from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W8A8, Linear, scheme
+from qwen3_ascend.checkpoint.schemes import (
+    BF16,
+    SCHEMES,
+    W8A8,
+    Linear,
+    scheme,
+)
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
+from qwen3_ascend.errors import CheckpointError
 
 EPSILON = 2.0**-24
 """Half the distance from 1 to the next float32: the relative error of one rounding."""

@@ -6,12 +6,12 @@ import random
 from pathlib import Path
 
 import pytest
-from command_line import run
+from support.command_line import run
 
-from qwen3_ascend.checkpoint.files import CheckpointReader
 from qwen3_ascend.checkpoint.manifest import Manifest
-from qwen3_ascend.checkpoint.safetensors_file import read_header
+from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.verify import changed_tensors, total_bytes, verify
+from qwen3_ascend.files.safetensors import read_header
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:

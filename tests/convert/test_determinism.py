@@ -6,32 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
-from command_line import program, run
-from crash_driver import contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import runnable_paths
+from support import tiny_models
+from support.command_line import program, run
+from support.crash_driver import contents
+from support.native_cases import runnable_paths
 from torch import Tensor
 
 from qwen3_ascend import convert_checkpoint, native
-from qwen3_ascend.checkpoint.files import CheckpointReader, file_sha256
 from qwen3_ascend.checkpoint.layout import ND
 from qwen3_ascend.checkpoint.manifest import Manifest, canonical_sha256
+from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, Linear, pieces
 from qwen3_ascend.checkpoint.schemes.pieces import Stack, sqnr_db
 from qwen3_ascend.checkpoint.verify import verify
+from qwen3_ascend.files.hashing import file_sha256
 
 # If one of these changes, CONVERTER_VERSION in convert/identity.py has to go up as well.
 PINNED = {
     "w8a8": (
         "9ba509149ddf2b0be59c39a16240b33cecab9e91cf1d6b32a6adcfa7a858fc96",
-        "910d01148176149084c0a962e0407b9fdd1aed8013d5b17b3b92d95408b9537f",
+        "ead5d90c8a6d411ce66050fa70aba1abd5e522a935f10be722e674407d48f547",
     ),
     "bf16": (
         "752513b0281a812c6c83409c14aa1fa4b7bd40d57128b5543f1e0f0ad9f97a14",
-        "c6e766e730697fc21066c85fde9591a048a5627dd6cb597b10c75c471518bdcc",
+        "6515f91d89c677186f835732a7cb9db3f89d305f594b7d86c47b80633b20bf13",
     ),
 }
 
@@ -42,7 +43,8 @@ def test_pinned_bytes(recipe: str, tiny_source: Path, tmp_path: Path) -> None:
     shard = file_sha256(tmp_path / "out" / "ascend-00001-of-00001.safetensors")
     said = manifest.to_json()
     record = {
-        key: said[key] for key in ("model", "recipe", "source", "linears", "tensors", "shards")
+        key: said[key]
+        for key in ("model", "recipe", "source", "linears", "tensors", "weight_files")
     }
     assert (shard, canonical_sha256(record)) == PINNED[recipe]
 

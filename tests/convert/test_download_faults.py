@@ -11,9 +11,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command_line import PROGRAM, Run, obey_interrupts, run
-from hub_client import REPO, big_model, contents, downloads, talk_to
-from hub_server import Fault, HubServer
+from support.command_line import PROGRAM, Run, obey_interrupts, run
+from support.hub_client import REPO, big_model, contents, downloads, talk_to
+from support.hub_server import Fault, HubServer
 
 from qwen3_ascend import convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import Manifest

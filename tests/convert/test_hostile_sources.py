@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
-from command_line import Run, run
-from hub_client import REPO, contents, talk_to
-from hub_server import HubServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import tiny_models
+from support.command_line import Run, run
+from support.hub_client import REPO, contents, talk_to
+from support.hub_server import HubServer
 
 MODEL = "model.safetensors"
 FEW = settings(

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tiny_models
+from support import tiny_models
 
-DRIVER = Path(__file__).parents[1] / "crash_driver.py"
+DRIVER = Path(__file__).parents[1] / "support" / "crash_driver.py"
 
 
 def drive(source: Path, workdir: Path, *options: str) -> dict[str, int]:

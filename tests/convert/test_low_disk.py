@@ -8,10 +8,10 @@ import threading
 from pathlib import Path
 
 import pytest
-import tiny_models
-from command_line import Run, run
-from hub_client import REPO, big_model, contents, downloads, talk_to
-from hub_server import Fault, HubServer
+from support import tiny_models
+from support.command_line import Run, run
+from support.hub_client import REPO, big_model, contents, downloads, talk_to
+from support.hub_server import Fault, HubServer
 
 from qwen3_ascend import convert_checkpoint
 
@@ -184,7 +184,7 @@ def test_little_memory_is_refused_before_the_first_byte(
 ) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9 kB\nMemAvailable: 1 kB\n")
-    monkeypatch.setattr("qwen3_ascend.convert.memory.MEMINFO", meminfo)
+    monkeypatch.setattr("qwen3_ascend.files.memory.MEMINFO", meminfo)
     run("convert", REPO, tmp_path / "out", "-q").one_line_error("memory", "1.0 kB", "--max-memory")
     assert downloads(hub) == [] and not (tmp_path / "out").exists()
 
@@ -203,7 +203,7 @@ def test_a_size_that_its_header_denies(hub: HubServer, folder: Path, tmp_path: P
 
 
 def test_memory_figures_exist_here() -> None:
-    from qwen3_ascend.convert.memory import available_memory
+    from qwen3_ascend.files.memory import available_memory
 
     free = available_memory()
     assert free is None or free > tiny_models.DATA.stat().st_size

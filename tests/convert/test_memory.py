@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tiny_models
+from support import tiny_models
 
 WATCHED = """
 import json, re, sys, threading, time

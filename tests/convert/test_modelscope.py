@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import Run, program, run
-from hub_client import big_model, contents
-from modelscope_server import ModelScopeServer
+from support.command_line import Run, program, run
+from support.hub_client import big_model, contents
+from support.modelscope_server import ModelScopeServer
 
-from qwen3_ascend.checkpoint.files import file_sha256
 from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.files.hashing import file_sha256
 
 REPO = "Qwen/Qwen3-Tiny"
 FIRST = "model-00001-of-00003.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_models
+from support import tiny_models
 
 from qwen3_ascend.convert import plan_conversion
 from qwen3_ascend.convert.order import working_order
@@ -16,13 +16,13 @@ def test_working_order(shards: int, tmp_path: Path) -> None:
     source, plan = plan_conversion(str(tiny_models.write(tmp_path / "source", shards=shards)))
     order = working_order(plan, source)
     assert sorted(item.name for item in order) == sorted(item.name for item in plan.items)
-    files = source.shard_order(name for item in plan.items for name in item.reads)
+    files = source.file_order(name for item in plan.items for name in item.reads)
     assert len(files) == shards
-    last_file = [max(files.index(file) for file in source.shard_order(i.reads)) for i in order]
+    last_file = [max(files.index(file) for file in source.file_order(i.reads)) for i in order]
     assert last_file == sorted(last_file)
     for file in range(shards):
         group = [item for item, last in zip(order, last_file, strict=True) if last == file]
-        inside = [item for item in group if len(source.shard_order(item.reads)) == 1]
+        inside = [item for item in group if len(source.file_order(item.reads)) == 1]
         assert group[len(group) - len(inside) :] == inside  # what began in an earlier file is first
         sizes = [item.source_bytes for item in inside]
         assert sizes == sorted(sizes, reverse=True)

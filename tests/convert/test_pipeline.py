@@ -7,15 +7,15 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
-from command_line import run
 from safetensors.torch import load_file, save_file
+from support import tiny_models
+from support.command_line import run
 from torch import Tensor
 
 from qwen3_ascend import convert_checkpoint
-from qwen3_ascend.checkpoint.files import CheckpointReader
 from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.verify import verify
 
 BIASED = tiny_models.config(attention_bias=True)
@@ -51,7 +51,7 @@ def test_how_the_source_is_cut_changes_nothing(recipe: str, tmp_path: Path) -> N
 def test_how_the_output_is_cut_changes_nothing(tmp_path: Path) -> None:
     source = tiny_models.write(tmp_path / "source", BIASED)
     convert_checkpoint(source, tmp_path / "one")
-    convert_checkpoint(source, tmp_path / "many", max_shard_bytes=1)
+    convert_checkpoint(source, tmp_path / "many", max_file_bytes=1)
     assert len(list((tmp_path / "many").glob("ascend-*"))) > 10
     assert_equal(stored(tmp_path / "many"), stored(tmp_path / "one"))
     assert verify(tmp_path / "many").ok

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
-from command_line import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import tiny_models
+from support.command_line import run
 
 from qwen3_ascend import Recipe, convert_checkpoint
-from qwen3_ascend.checkpoint.errors import CheckpointError, ConfigError, RecipeError, UserError
+from qwen3_ascend.checkpoint.architecture import LinearSpec, walk
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.manifest import Manifest
-from qwen3_ascend.checkpoint.model import LinearSpec, Qwen3Config, walk
-from qwen3_ascend.checkpoint.safetensors_file import TensorSlot
 from qwen3_ascend.convert.plan import Plan, make_plan
+from qwen3_ascend.errors import CheckpointError, ConfigError, RecipeError, UserError
+from qwen3_ascend.files.safetensors import TensorSlot
 
 
 def slots(data: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, TensorSlot]:
@@ -65,7 +66,7 @@ def test_published_models(data: dict[str, Any], parameters: int) -> None:
         assert made.parameters == parameters
         assert made.bits_per_weight == pytest.approx(bits, rel=0.12)
         assert made.source_bytes == 2 * parameters
-        assert sum(len(shard.tensors) for shard in made.shards) == sum(
+        assert sum(len(shard.tensors) for shard in made.weight_files) == sum(
             len(item.forms) for item in made.items
         )
 
@@ -75,7 +76,7 @@ def test_every_tensor_is_read_once_and_written_once() -> None:
     made = plan(data)
     read = [name for item in made.items for name in item.reads]
     assert sorted(read) == sorted(tiny_models.shapes(data))
-    written = [name for shard in made.shards for name in shard.tensors]
+    written = [name for shard in made.weight_files for name in shard.tensors]
     assert len(set(written)) == len(written)
     names = [
         item.name if isinstance(item, LinearSpec) else item[0]
@@ -85,14 +86,14 @@ def test_every_tensor_is_read_once_and_written_once() -> None:
 
 
 def test_files_are_cut_at_the_size_asked_for() -> None:
-    made = plan(tiny_models.config(), "bf16", max_shard_bytes=30_000)
-    assert len(made.shards) > 3
-    for shard in made.shards:
+    made = plan(tiny_models.config(), "bf16", max_file_bytes=30_000)
+    assert len(made.weight_files) > 3
+    for shard in made.weight_files:
         sizes = [torch.Size(s).numel() * d.itemsize for d, s in shard.tensors.values()]
         assert sum(sizes) <= 30_000 or len(sizes) == 1
-    flat = [name for shard in made.shards for name in shard.tensors]
+    flat = [name for shard in made.weight_files for name in shard.tensors]
     assert flat == [name for item in made.items for name in item.forms]
-    assert made.shards[0].file == f"ascend-00001-of-{len(made.shards):05d}.safetensors"
+    assert made.weight_files[0].file == f"ascend-00001-of-{len(made.weight_files):05d}.safetensors"
 
 
 def test_refusals_name_the_tensor() -> None:
@@ -162,7 +163,7 @@ def test_dry_run_writes_nothing_and_tells_the_truth(tmp_path: Path) -> None:
     said = json.loads(done.out)
     convert_checkpoint(source, tmp_path / "out")
     manifest = Manifest.read(tmp_path / "out")
-    assert said["files"] == list(manifest.shards)
+    assert said["files"] == list(manifest.weight_files)
     assert said["output_bytes"] == sum(tensor.nbytes for tensor in manifest.stored().values())
     linears = {item["name"]: item for item in said["items"] if "scheme" in item}
     assert {n: (i["scheme"], i["layout"]) for n, i in linears.items()} == {

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_line import run
+from support.command_line import run
 
 from qwen3_ascend import Recipe, recipes
-from qwen3_ascend.checkpoint.errors import RecipeError
 from qwen3_ascend.checkpoint.schemes import SCHEMES
+from qwen3_ascend.errors import RecipeError
 
 RULES = 'rules: [{match: "*", scheme: bf16}]'
 

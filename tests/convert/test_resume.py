@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
-from command_line import PROGRAM, Run, obey_interrupts, run
-from crash_driver import contents
+from support import tiny_models
+from support.command_line import PROGRAM, Run, obey_interrupts, run
+from support.crash_driver import contents
 
 from qwen3_ascend import convert_checkpoint
-from qwen3_ascend.checkpoint.errors import CheckpointError, RequestError
-from qwen3_ascend.checkpoint.journal import JOURNAL, read_journal
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.verify import verify
+from qwen3_ascend.convert.output.journal import JOURNAL, read_journal
 from qwen3_ascend.convert.work import Task
+from qwen3_ascend.errors import CheckpointError, RequestError
 
 PR_CAPBSET_DROP = 24
 
@@ -162,7 +162,7 @@ def test_another_conversion_is_refused(source: Path, interrupted: Path, tmp_path
     other = run("convert", source, interrupted, "--recipe", "bf16")
     other.one_line_error("recipe: w8a8 ", "then, bf16 ", "now", "--restart", "repeat that command")
     with pytest.raises(CheckpointError, match="output files: 1 .* then"):
-        convert_checkpoint(source, interrupted, max_shard_bytes=20_000)
+        convert_checkpoint(source, interrupted, max_file_bytes=20_000)
     os.utime(source / "model.safetensors", (1, 1))
     run("convert", source, interrupted).one_line_error(
         "source file model.safetensors", "changed at"
@@ -257,7 +257,7 @@ def test_a_file_system_that_reserves_nothing(
     source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There, and where the C library has no fallocate, a full disk shows later."""
-    monkeypatch.setattr("qwen3_ascend.checkpoint.shard_writer._reserve", lambda *arguments: None)
+    monkeypatch.setattr("qwen3_ascend.convert.output.weight_file._reserve", lambda *arguments: None)
     out = tmp_path / "out"
     with failing(monkeypatch, 20, OSError(errno.ENOSPC, "No space left on device")):
         run("convert", source, out, "-q").one_line_error("ascend-00001", "No space left", KEPT)

@@ -6,18 +6,18 @@ import hashlib
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
-from command_line import run
-from crash_driver import contents
 from safetensors.torch import load_file, save_file
+from support import tiny_models
+from support.command_line import run
+from support.crash_driver import contents
 from torch import Tensor
 
 from qwen3_ascend import convert_checkpoint
-from qwen3_ascend.checkpoint.files import CheckpointReader
 from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import pieces
-from qwen3_ascend.convert.against import compare
+from qwen3_ascend.convert.compare import compare
 from qwen3_ascend.convert.source import open_source
 
 ODD = tiny_models.config(

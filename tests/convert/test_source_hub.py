@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
-from command_line import Run, program
-from hub_server import Fault, HubServer
+from support import tiny_models
+from support.command_line import Run, program
+from support.hub_server import Fault, HubServer
 
-from qwen3_ascend.checkpoint.files import CheckpointReader
 from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.verify import verify
 
 REPO = "Qwen/Qwen3-Tiny"

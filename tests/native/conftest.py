@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from native_cases import runnable_paths
+from support.native_cases import runnable_paths
 
 from qwen3_ascend import native
 

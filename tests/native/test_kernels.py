@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import BITS, FLAVOURS, Codes, make_source, runnable_paths, strided
-from native_reference import pack, quantize
+from support.native_cases import BITS, FLAVOURS, Codes, make_source, runnable_paths, strided
+from support.native_reference import pack, quantize
 
 from qwen3_ascend import native
 

@@ -14,15 +14,15 @@ import torch
 import torch_npu
 
 from qwen3_ascend import SamplingParams, load
-from qwen3_ascend.checkpoint.errors import RequestError
+from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime import LLM
+from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.npu import graph
 from qwen3_ascend.runtime.backends.npu.attention import FusedAttention, HeadCounts, PagedAttention
 from qwen3_ascend.runtime.backends.npu.device import DeviceError
 from qwen3_ascend.runtime.backends.npu.graph import decode_buckets
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
-from qwen3_ascend.runtime.paged_kv import LayerKV
-from qwen3_ascend.runtime.step import StepInputs
+from qwen3_ascend.runtime.backends.step import StepInputs
 
 COUNTS = HeadCounts(heads=4, kv_heads=2, head_dim=128)
 

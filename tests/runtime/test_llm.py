@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_models
+from support import tiny_models
 
 from qwen3_ascend import SamplingParams, convert_checkpoint, load
-from qwen3_ascend.checkpoint.errors import RequestError
+from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime import LLM
 
 QUESTIONS = ["What does river mean?", "What does bicycle mean?", "What does oxygen mean?",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_line import run
+from support.command_line import run
 
 from qwen3_ascend import SamplingParams, load
-from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.files import CheckpointReader
+from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.errors import CheckpointError
 
 NAME = "model.layers.2.mlp.down_proj.weight"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
+from support import tiny_models
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from qwen3_ascend import SamplingParams
-from qwen3_ascend.checkpoint.errors import RequestError
-from qwen3_ascend.runtime.sampler import Sampler, candidate_probabilities, penalize
-from qwen3_ascend.runtime.sequence import Sequence
+from qwen3_ascend.errors import RequestError
+from qwen3_ascend.runtime.engine.request import Request
+from qwen3_ascend.runtime.engine.sampler import Sampler, candidate_probabilities, penalize
 
 VOCABULARY = 50
 
@@ -36,9 +36,9 @@ def sequence(
     number: int = 0,
     prompt: tuple[int, ...] = (1, 2),
     output: tuple[int, ...] = (),
-) -> Sequence:
+) -> Request:
     tokens = [*prompt, *output]
-    return Sequence(number, params, tokens, len(prompt), 1000, frozenset())
+    return Request(number, params, tokens, len(prompt), 1000, frozenset())
 
 
 PARAMS = st.builds(

@@ -17,9 +17,10 @@ from hypothesis.stateful import (
 )
 
 from qwen3_ascend import SamplingParams
-from qwen3_ascend.runtime.paged_kv import SCRATCH_BLOCK, BlockAllocator
-from qwen3_ascend.runtime.scheduler import Decode, Prefill, Scheduler
-from qwen3_ascend.runtime.sequence import Sequence
+from qwen3_ascend.runtime.backends.cache import SCRATCH_BLOCK
+from qwen3_ascend.runtime.engine.blocks import BlockAllocator
+from qwen3_ascend.runtime.engine.request import Request
+from qwen3_ascend.runtime.engine.scheduler import Decode, Prefill, Scheduler
 
 
 class Allocations(RuleBasedStateMachine):
@@ -82,7 +83,7 @@ class Turns(RuleBasedStateMachine):
     def start(self, blocks: int, size: int, max_batch: int, chunk: int) -> None:
         self.allocator = BlockAllocator(blocks, size)
         self.scheduler = Scheduler(self.allocator, max_batch, chunk)
-        self.alive: list[Sequence] = []
+        self.alive: list[Request] = []
         self.started: list[int] = []
         self.count = 0
 
@@ -94,7 +95,7 @@ class Turns(RuleBasedStateMachine):
             return
         self.count += 1
         params = SamplingParams(max_new_tokens=new)
-        request = Sequence(self.count, params, [0] * prompt, prompt, length, frozenset())
+        request = Request(self.count, params, [0] * prompt, prompt, length, frozenset())
         self.scheduler.add(request)
         self.alive.append(request)
 
@@ -123,7 +124,7 @@ class Turns(RuleBasedStateMachine):
             self.scheduler.prefilled(request)
             self.give_token(request)
 
-    def give_token(self, request: Sequence) -> None:
+    def give_token(self, request: Request) -> None:
         request.append(1)
         assert len(request.tokens) <= request.max_length
         if request.finish_reason:
@@ -167,8 +168,8 @@ TestTurns = Turns.TestCase
 TestTurns.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
-def request(number: int, prompt: int = 3, length: int = 10) -> Sequence:
-    return Sequence(number, SamplingParams(), [0] * prompt, prompt, length, frozenset({9}))
+def request(number: int, prompt: int = 3, length: int = 10) -> Request:
+    return Request(number, SamplingParams(), [0] * prompt, prompt, length, frozenset({9}))
 
 
 def test_capacity_leaves_out_the_scratch_block() -> None:
@@ -210,12 +211,12 @@ def test_prompts_first_and_no_more_than_the_batch() -> None:
 
 @pytest.mark.parametrize("token", [9, 10])
 def test_either_of_two_end_tokens_ends(token: int) -> None:
-    one = Sequence(0, SamplingParams(), [1], 1, 10, frozenset({9, 10}))
+    one = Request(0, SamplingParams(), [1], 1, 10, frozenset({9, 10}))
     one.append(3)
     assert one.finish_reason is None
     one.append(token)
     assert one.finish_reason == "stop" and list(one.output) == [3, token]
-    ignoring = Sequence(0, SamplingParams(ignore_eos=True), [1], 1, 3, frozenset({9, 10}))
+    ignoring = Request(0, SamplingParams(ignore_eos=True), [1], 1, 3, frozenset({9, 10}))
     ignoring.append(token)
     assert ignoring.finish_reason is None
     ignoring.append(4)
@@ -223,6 +224,6 @@ def test_either_of_two_end_tokens_ends(token: int) -> None:
 
 
 def test_an_end_token_at_the_last_place_is_a_stop() -> None:
-    one = Sequence(0, SamplingParams(), [1], 1, 2, frozenset({9}))
+    one = Request(0, SamplingParams(), [1], 1, 2, frozenset({9}))
     one.append(9)
     assert one.finish_reason == "stop"

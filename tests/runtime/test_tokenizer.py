@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from qwen3_ascend.checkpoint.errors import RequestError
+from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.tokenizer import StopFilter, Tokenizer, eos_ids
 
 TEXTS = [

@@ -19,11 +19,11 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.errors import RequestError
-from qwen3_ascend.checkpoint.model import Qwen3Config
+from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.errors import RequestError
+from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.npu.device import require_atb
-from qwen3_ascend.runtime.paged_kv import LayerKV
-from qwen3_ascend.runtime.step import StepInputs
+from qwen3_ascend.runtime.backends.step import StepInputs
 
 CAUSAL_MASK_SIZE = 2048
 """npu_fused_infer_attention_score wants this triangle for sparse_mode 2 to 4."""

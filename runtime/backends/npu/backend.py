@@ -12,10 +12,10 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.errors import RequestError
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import Layout
-from qwen3_ascend.checkpoint.model import Qwen3Config
 from qwen3_ascend.checkpoint.schemes import Linear
+from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     CacheShape,
@@ -23,6 +23,7 @@ from qwen3_ascend.runtime.backends.base import (
     Forward,
     Progress,
 )
+from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.attention import choose_attention
 from qwen3_ascend.runtime.backends.npu.device import DeviceError, free_bytes, open_device
@@ -37,9 +38,8 @@ from qwen3_ascend.runtime.backends.npu.linears import (
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
 from qwen3_ascend.runtime.backends.options import DeviceOptions
-from qwen3_ascend.runtime.paged_kv import LayerKV
-from qwen3_ascend.runtime.rotary import rotary_tables
-from qwen3_ascend.runtime.step import StepInputs
+from qwen3_ascend.runtime.backends.rotary import rotary_tables
+from qwen3_ascend.runtime.backends.step import StepInputs
 
 RESERVED_SHARE = 10
 """A tenth of the free memory stays free of the cache: for activations, workspaces and graphs."""

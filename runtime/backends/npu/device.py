@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qwen3_ascend.checkpoint.errors import UserError
+from qwen3_ascend.errors import UserError
 
 # SoC generations by torch_npu's own enumeration (csrc/core/npu/NpuVariables.h).
 A2_SOCS = range(220, 226)

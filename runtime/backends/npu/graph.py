@@ -17,10 +17,10 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.errors import RequestError
+from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.backends.npu.attention import AttentionStrategy
 from qwen3_ascend.runtime.backends.npu.device import DeviceError
-from qwen3_ascend.runtime.step import StepInputs
+from qwen3_ascend.runtime.backends.step import StepInputs
 
 WARM_UPS = 2
 """Eager runs before a capture, so that nothing is set up or compiled inside it."""

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Linear
+from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.runtime.backends.base import Activation
 
 Upload = Callable[[Tensor, Layout, int, int], Tensor]

@@ -14,7 +14,7 @@ import re
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.errors import RequestError
+from qwen3_ascend.errors import RequestError
 
 DEFAULT_L2_BYTES = 192 << 20
 """L2 of an Ascend 910B, for drivers that do not state it (sgl-kernel-npu, hardware.h)."""

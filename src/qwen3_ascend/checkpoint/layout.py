@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.errors import CheckpointError
+from qwen3_ascend.errors import CheckpointError
 
 ROW_BLOCK = 16
 """Rows of a fractal (M0), the same for every type."""
@@ -28,8 +28,8 @@ ROW_BLOCK = 16
 STRIP_BYTES = 32
 """Bytes of one row of a strip."""
 
-Cut = Literal["column", "row"]
-"""How tensor parallelism divides a linear: its outputs (column) or its inputs (row)."""
+Cut = Literal["outputs", "inputs"]
+"""The axis of a linear that tensor parallelism divides among the ranks."""
 
 
 def nz_columns(itemsize: int) -> int:
@@ -126,9 +126,9 @@ class Layout:
 
         A shard must begin and end on a multiple of the unit, or it would need repacking.
         """
-        along_strips = (self.nz_of == "KN") == (cut == "column")
+        along_strips = (self.nz_of == "KN") == (cut == "outputs")
         if self.format == "nd":
-            return (0, 1) if cut == "column" else (1, 1)
+            return (0, 1) if cut == "outputs" else (1, 1)
         return (0, self.c0) if along_strips else (1, ROW_BLOCK)
 
     def to_json(self) -> dict[str, Any]:

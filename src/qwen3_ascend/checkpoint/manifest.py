@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from qwen3_ascend.checkpoint.errors import CheckpointError, ConfigError
+from qwen3_ascend.checkpoint.config import ROPE_TYPES, Qwen3Config
 from qwen3_ascend.checkpoint.layout import Cut, Layout
-from qwen3_ascend.checkpoint.model import ROPE_TYPES, Qwen3Config, read_json_object
-from qwen3_ascend.checkpoint.safetensors_file import DTYPES, NAMES, tensor_nbytes
+from qwen3_ascend.errors import CheckpointError, ConfigError
+from qwen3_ascend.files.json_file import read_json_object
+from qwen3_ascend.files.safetensors import DTYPES, NAMES, tensor_nbytes
 
 MANIFEST_NAME = "qwen3_ascend.json"
 FORMAT = "qwen3-ascend"
@@ -31,7 +32,7 @@ TARGET = "ascend-a2-a3"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a shard: type, storage shape, file name, and the SHA-256 of its bytes."""
+    """One tensor in a weight file: type, storage shape, file name, and the SHA-256 of its bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -70,8 +71,8 @@ class LinearEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file and its bytes' hash; for a shard the hash covers the header only, because each of
-    its tensors has its own."""
+    """A file and its bytes' hash; for a weight file the hash covers the header only, because each
+    of its tensors has its own."""
 
     size: int
     sha256: str
@@ -117,7 +118,7 @@ class Manifest:
         source: where the weights came from.
         linears: by name, such as "model.layers.0.self_attn.qkv_proj".
         tensors: unquantized tensors (norms, embedding) by name.
-        shards: our weight files.
+        weight_files: those that hold the tensors.
         files: every other file of the folder that we wrote.
     """
 
@@ -127,11 +128,11 @@ class Manifest:
     source: SourceRecord
     linears: Mapping[str, LinearEntry]
     tensors: Mapping[str, StoredTensor]
-    shards: Mapping[str, FileEntry]
+    weight_files: Mapping[str, FileEntry]
     files: Mapping[str, FileEntry]
 
     def stored(self) -> dict[str, StoredTensor]:
-        """Every stored tensor by its name in the shards."""
+        """Every stored tensor by its name in the weight files."""
         return dict(self.tensors) | {
             f"{name}.{suffix}": tensor
             for name, entry in self.linears.items()
@@ -151,7 +152,9 @@ class Manifest:
             "source": _source_to_json(self.source),
             "linears": {name: _linear_to_json(entry) for name, entry in self.linears.items()},
             "tensors": {name: _tensor_to_json(entry) for name, entry in self.tensors.items()},
-            "shards": {name: _file_to_json(entry) for name, entry in self.shards.items()},
+            "weight_files": {
+                name: _file_to_json(entry) for name, entry in self.weight_files.items()
+            },
             "files": {name: _file_to_json(entry) for name, entry in self.files.items()},
         }
         return {**body, "manifest_sha256": canonical_sha256(body)}
@@ -197,7 +200,7 @@ class Manifest:
                 source=_source_from_json(data["source"]),
                 linears={n: _linear_from_json(e) for n, e in data["linears"].items()},
                 tensors={n: _tensor_from_json(e) for n, e in data["tensors"].items()},
-                shards={n: _file_from_json(e) for n, e in data["shards"].items()},
+                weight_files={n: _file_from_json(e) for n, e in data["weight_files"].items()},
                 files={n: _file_from_json(e) for n, e in data["files"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -284,7 +287,7 @@ def _linear_to_json(entry: LinearEntry) -> dict[str, Any]:
 
 def _linear_from_json(data: dict[str, Any]) -> LinearEntry:
     outputs, inputs = map(_count, data["shape"])
-    if data["cut"] not in ("column", "row"):
+    if data["cut"] not in ("outputs", "inputs"):
         raise ValueError(f"unknown cut {data['cut']!r}")
     return LinearEntry(
         scheme=_string(data["scheme"]),

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.layout import Cut, Layout
 from qwen3_ascend.checkpoint.schemes import Linear
+from qwen3_ascend.errors import CheckpointError
 
 
 def shard(linear: Linear, cut: Cut, parts: Sequence[int], rank: int, world: int) -> Linear:
@@ -21,14 +21,14 @@ def shard(linear: Linear, cut: Cut, parts: Sequence[int], rank: int, world: int)
 
     Args:
         linear: the whole linear.
-        cut: "column" divides the outputs of each part, "row" the inputs.
+        cut: "outputs" divides the outputs of each part one by one, "inputs" the inputs.
         parts: outputs of each fused source (q, k, v or gate, up), which are cut one by one.
         rank: 0 <= rank < world.
         world: number of ranks.
 
     Returns:
-        A linear of the same scheme. After a row cut only rank 0 keeps the bias, because the
-        ranks' products are summed.
+        A linear of the same scheme. After a cut of the inputs only rank 0 keeps the bias,
+        because the ranks' products are summed.
 
     Raises:
         CheckpointError: if a cut would fall inside a block of the layout.
@@ -36,8 +36,8 @@ def shard(linear: Linear, cut: Cut, parts: Sequence[int], rank: int, world: int)
     if world == 1:
         return linear
     outputs, inputs = linear.shape
-    if cut == "column":
-        spans = _column_spans(parts, rank, world)
+    if cut == "outputs":
+        spans = _output_spans(parts, rank, world)
         shape = (sum(length for _, length in spans), inputs)
     else:
         spans = [_span(0, inputs, rank, world)]
@@ -45,7 +45,7 @@ def shard(linear: Linear, cut: Cut, parts: Sequence[int], rank: int, world: int)
     tensors = {
         name: _cut_tensor(name, tensor, linear.layout, cut, spans)
         for name, tensor in linear.tensors().items()
-        if not (name == "bias" and cut == "row" and rank > 0)
+        if not (name == "bias" and cut == "inputs" and rank > 0)
     }
     return type(linear).from_tensors(shape, linear.layout, tensors)
 
@@ -53,7 +53,7 @@ def shard(linear: Linear, cut: Cut, parts: Sequence[int], rank: int, world: int)
 def max_world(cut: Cut, parts: Sequence[int], inputs: int, layout: Layout) -> int:
     """The largest number of ranks, a power of two, that `shard` accepts."""
     unit = layout.cut_axis(cut)[1]
-    lengths = parts if cut == "column" else (inputs,)
+    lengths = parts if cut == "outputs" else (inputs,)
     world = 1
     while all(length % (2 * world * unit) == 0 for length in lengths):
         world *= 2
@@ -67,7 +67,7 @@ def _span(start: int, length: int, rank: int, world: int) -> tuple[int, int]:
     return start + rank * share, share
 
 
-def _column_spans(parts: Sequence[int], rank: int, world: int) -> list[tuple[int, int]]:
+def _output_spans(parts: Sequence[int], rank: int, world: int) -> list[tuple[int, int]]:
     starts = [sum(parts[:index]) for index in range(len(parts))]
     return [_span(start, part, rank, world) for start, part in zip(starts, parts, strict=True)]
 
@@ -77,7 +77,7 @@ def _cut_tensor(
 ) -> Tensor:
     if name == "weight":
         axis, unit = layout.cut_axis(cut)
-    elif cut == "column":
+    elif cut == "outputs":
         axis, unit = 0, 1
     else:
         return tensor

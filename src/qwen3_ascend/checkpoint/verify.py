@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3_ascend.checkpoint.errors import CheckpointError
-from qwen3_ascend.checkpoint.files import CheckpointReader
-from qwen3_ascend.checkpoint.hashing import Job, run_jobs
+from qwen3_ascend.checkpoint.architecture import LinearSpec, walk
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredTensor
-from qwen3_ascend.checkpoint.model import LinearSpec, walk
+from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.files.hashing import Job, run_jobs
 from qwen3_ascend.native.sha256 import digests
 
 
@@ -43,14 +43,14 @@ def verify(
         threads: that hash at a time; default one for each processor.
 
     Raises:
-        CheckpointError: if the folder cannot be opened at all (no manifest, a truncated shard).
+        CheckpointError: if the folder cannot be opened at all (no manifest, a truncated file).
     """
     reader = CheckpointReader(folder, check_files=False)
     manifest = reader.manifest
     problems = [*_structure(reader), *changed_tensors(reader, progress, threads)]
     problems += reader.file_problems()
     progress(sum(entry.size for entry in manifest.files.values()))
-    files = len(manifest.files) + len(manifest.shards)
+    files = len(manifest.files) + len(manifest.weight_files)
     return Verdict(len(manifest.stored()), files, total_bytes(manifest), tuple(problems))
 
 
@@ -96,7 +96,7 @@ def changed_tensors(
 
 
 def total_bytes(manifest: Manifest) -> int:
-    """Bytes of all tensors and of all files that are not shards."""
+    """Bytes of all tensors and of all files that are not weight files."""
     tensors = sum(tensor.nbytes for tensor in manifest.stored().values())
     return tensors + sum(entry.size for entry in manifest.files.values())
 
@@ -116,7 +116,7 @@ def _structure(reader: CheckpointReader) -> list[str]:
             tensors.discard(item[0])
     problems += [f"{name} is not part of the model" for name in sorted(linears | tensors)]
     names = set(manifest.stored())
-    for file in manifest.shards:
+    for file in manifest.weight_files:
         extra = reader.tensor_names(file) - names
         problems += [f"tensor {name} in {file} is not in the manifest" for name in sorted(extra)]
     return problems

@@ -16,8 +16,8 @@ from qwen3_ascend.cli.terminal import progress_bar, silent, to_stderr
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
 def inspect(checkpoint: Path, as_json: bool) -> None:
     """Show what is in CHECKPOINT: model, source, and what was done to every tensor."""
+    from qwen3_ascend.checkpoint.describe import inspect_lines
     from qwen3_ascend.checkpoint.manifest import Manifest
-    from qwen3_ascend.convert.report import inspect_lines
 
     manifest = Manifest.read(checkpoint)
     if as_json:
@@ -69,10 +69,10 @@ def verify(checkpoint: Path, against: str | None, threads: int | None, quiet: bo
 
 def _compare(checkpoint: Path, model: str, threads: int | None, quiet: bool) -> list[str]:
     """What differs between a checkpoint and a model."""
-    from qwen3_ascend.checkpoint.files import CheckpointReader
-    from qwen3_ascend.convert.against import compare
-    from qwen3_ascend.convert.download import Transfer
+    from qwen3_ascend.checkpoint.reader import CheckpointReader
+    from qwen3_ascend.convert.compare import compare
     from qwen3_ascend.convert.source import open_source
+    from qwen3_ascend.convert.source.transfer import Transfer
 
     reader = CheckpointReader(checkpoint)
     stored = reader.manifest.stored().values()

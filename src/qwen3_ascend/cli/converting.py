@@ -115,7 +115,8 @@ def convert(
         os.environ.setdefault("TQDM_DISABLE", "1")
     from qwen3_ascend.convert import convert_checkpoint, plan_conversion, preflight, report
     from qwen3_ascend.convert.budget import Budget
-    from qwen3_ascend.convert.download import Transfer
+    from qwen3_ascend.convert.source.transfer import Transfer
+    from qwen3_ascend.files.text import size_text
 
     note = silent if quiet else to_stderr
     if dry_run:
@@ -156,15 +157,15 @@ def convert(
     if quiet:
         return
     seconds = time.perf_counter() - started
-    nbytes = sum(entry.size for entry in manifest.shards.values())
-    click.echo(f"{output}: {report.size_text(nbytes)} in {seconds:.1f} s")
+    nbytes = sum(entry.size for entry in manifest.weight_files.values())
+    click.echo(f"{output}: {size_text(nbytes)} in {seconds:.1f} s")
     click.echo("\n".join(report.describe_errors(manifest)))
     click.echo(f'next: qwen3-ascend generate {output} --prompt "Hello"')
 
 
 def _kept(output: Path) -> str:
     """What becomes of an interrupted conversion."""
-    from qwen3_ascend.checkpoint.files import STAGING
+    from qwen3_ascend.convert.output.weight_file import STAGING
 
     kept = (output / STAGING).is_dir()
     return "; what is done is kept, the same command continues" if kept else ""
@@ -172,8 +173,9 @@ def _kept(output: Path) -> str:
 
 def _plan_text(plan: Plan, budget: Budget) -> str:
     from qwen3_ascend.convert import report
+    from qwen3_ascend.files.text import table
 
     header = ("tensor", "shape", "scheme", "layout", "bytes")
-    lines = report.table([*report.plan_rows(plan)], header)
+    lines = table([*report.plan_rows(plan)], header)
     lines += ["", *report.plan_totals(plan, budget)]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from qwen3_ascend.cli.terminal import step_bar, to_stderr
 
 if TYPE_CHECKING:
     from qwen3_ascend.runtime import LLM, AnswerStream
-    from qwen3_ascend.runtime.sequence import SamplingParams
+    from qwen3_ascend.runtime.engine.request import SamplingParams
 
 
 @click.command()

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from qwen3_ascend.checkpoint.errors import UserError
 from qwen3_ascend.cli.interruption import Stopped, stoppable
+from qwen3_ascend.errors import UserError
 
 LONGEST_ERROR = 2000
 

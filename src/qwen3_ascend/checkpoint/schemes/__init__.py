@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qwen3_ascend.checkpoint.errors import CheckpointError
 from qwen3_ascend.checkpoint.schemes.base import Linear
 from qwen3_ascend.checkpoint.schemes.bf16 import BF16
 from qwen3_ascend.checkpoint.schemes.w8a8 import W8A8
+from qwen3_ascend.errors import CheckpointError
 
 SCHEMES: dict[str, type[Linear]] = {
     "bf16": BF16,

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from qwen3_ascend.checkpoint.layout import ND, ROW_BLOCK, Layout, nz_columns, nz_shape
-from qwen3_ascend.checkpoint.safetensors_file import tensor_nbytes
+from qwen3_ascend.checkpoint.layout import (
+    ND,
+    ROW_BLOCK,
+    Layout,
+    nz_columns,
+    nz_shape,
+)
 from qwen3_ascend.checkpoint.schemes.base import (
     Linear,
     LinearShape,
@@ -21,7 +26,15 @@ from qwen3_ascend.checkpoint.schemes.base import (
     row_slices,
     with_bias,
 )
-from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums, cut, measured
+from qwen3_ascend.checkpoint.schemes.pieces import (
+    Packed,
+    Piece,
+    Stack,
+    Sums,
+    cut,
+    measured,
+)
+from qwen3_ascend.files.safetensors import tensor_nbytes
 from qwen3_ascend.native import Kernels
 
 

@@ -35,7 +35,13 @@ from qwen3_ascend.checkpoint.schemes.base import (
     row_slices,
     with_bias,
 )
-from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums, cut
+from qwen3_ascend.checkpoint.schemes.pieces import (
+    Packed,
+    Piece,
+    Stack,
+    Sums,
+    cut,
+)
 from qwen3_ascend.native import Kernels
 
 CODE_MAX = 127

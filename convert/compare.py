@@ -1,0 +1,139 @@
+"""Holds a finished checkpoint against the model it was made of: the error figures, once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend import native
+from qwen3_ascend.checkpoint.manifest import LinearEntry
+from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.checkpoint.schemes import Linear
+from qwen3_ascend.checkpoint.schemes.base import row_slices, store_bias
+from qwen3_ascend.checkpoint.schemes.pieces import Piece, Stack, Sums, sqnr_db
+from qwen3_ascend.convert.output.weight_file import tensor_bytes
+from qwen3_ascend.convert.plan import PLAIN_DTYPE
+from qwen3_ascend.convert.source import Source
+from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.files.hashing import HASH_BLOCK, Job, run_jobs
+from qwen3_ascend.files.threads import available_threads, run_all
+from qwen3_ascend.native.sha256 import digests
+
+
+def compare(
+    reader: CheckpointReader,
+    source: Source,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    threads: int | None = None,
+) -> list[str]:
+    """A line for each tensor of a checkpoint that was not made of this source.
+
+    Plain tensors and biases must equal the source's, rounded to bfloat16; of each linear the error
+    is measured again from the stored bytes and must be the manifest's. Where the manifest holds
+    the source tensors' hashes, they are compared as well.
+
+    Args:
+        reader: the checkpoint.
+        source: the model.
+        progress: called with the stored bytes of each tensor once it is compared.
+        threads: that work at a time; default one for each processor.
+
+    Raises:
+        CheckpointError: if the source lacks a tensor or has one of another shape.
+    """
+    count, kernels = threads or available_threads(), native.best()
+    manifest, problems = reader.manifest, []
+    needed = [*manifest.tensors]
+    needed += [f"{part}.weight" for entry in manifest.linears.values() for part, _ in entry.parts]
+    source.expect(name for name in needed if name in source.location)
+    for name, stored in manifest.tensors.items():
+        if not _equal(_read(source, name, stored.shape), reader.tensor(name), count):
+            problems.append(f"tensor {name} differs from the source's")
+        progress(stored.nbytes)
+        source.drop_pages()
+    for name, entry in manifest.linears.items():
+        problems += _linear_problems(name, entry, reader.linear(name), source, kernels, count)
+        progress(sum(tensor.nbytes for tensor in entry.tensors.values()))
+        source.drop_pages()
+    return [*problems, *_changed(source, manifest.source.tensors, count)]
+
+
+def _changed(source: Source, noted: Mapping[str, str], threads: int) -> list[str]:
+    """A line for each source tensor whose hash is not the noted one."""
+    way, changed = digests(), set()
+
+    def job(name: str) -> Job:
+        digest, data = way.start(), tensor_bytes(source.read(name))
+        for start in range(0, data.nbytes, HASH_BLOCK):
+            yield [(digest, data[start : start + HASH_BLOCK])]
+        if digest.hexdigest() != noted[name]:
+            changed.add(name)
+
+    names = [name for name in noted if name in source.location]
+    run_jobs(map(job, names), way, threads)
+    return [
+        f"source tensor {name} is not the one that was converted: its SHA-256 differs"
+        for name in names
+        if name in changed
+    ]
+
+
+def _linear_problems(
+    name: str,
+    entry: LinearEntry,
+    linear: Linear,
+    source: Source,
+    kernels: native.Kernels,
+    threads: int,
+) -> Iterator[str]:
+    inputs = entry.shape[1]
+    parts = [_read(source, f"{part}.weight", (rows, inputs)) for part, rows in entry.parts]
+    stack = Stack(tuple(parts))
+    pieces = type(linear).pieces(entry.shape, entry.layout)
+    tasks = [partial(_errors, linear, stack, piece, kernels) for piece in pieces]
+    measured = dict(run_all(tasks, threads))
+    found = sqnr_db([sums for piece in pieces if (sums := measured[piece]) is not None])
+    if found != entry.sqnr_db:
+        yield f"linear {name}: {_text(found)} against the source, but the manifest says " + _text(
+            entry.sqnr_db
+        )
+    if linear.bias is not None:
+        biases = [_read(source, f"{part}.bias", (rows,)) for part, rows in entry.parts]
+        bias = store_bias(torch.cat(biases))
+        if bias is None or not torch.equal(bias, linear.bias):
+            yield f"linear {name}: its bias differs from the source's"
+
+
+def _errors(
+    linear: Linear, stack: Stack, piece: Piece, kernels: native.Kernels
+) -> tuple[Piece, Sums | None]:
+    return piece, linear.errors(stack, piece, kernels)
+
+
+def _read(source: Source, name: str, shape: tuple[int, ...]) -> Tensor:
+    if name not in source.location:
+        raise CheckpointError(f"the source has no tensor {name}: it is another model")
+    found = source.slot(name).shape
+    if found != shape:
+        raise CheckpointError(
+            f"tensor {name} is {list(found)} in the source and {list(shape)} here: another model"
+        )
+    return source.read(name)
+
+
+def _equal(source: Tensor, stored: Tensor, threads: int) -> bool:
+    """Whether the stored bits are the source's, rounded to bfloat16."""
+
+    def same(rows: slice) -> bool:
+        return torch.equal(
+            source[rows].to(PLAIN_DTYPE).view(torch.int16), stored[rows].view(torch.int16)
+        )
+
+    return all(run_all([partial(same, rows) for rows in row_slices(source.shape[0])], threads))
+
+
+def _text(figure: float | None) -> str:
+    return "exact" if figure is None else f"{figure:.2f} dB"

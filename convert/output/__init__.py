@@ -1,0 +1,1 @@
+"""The files of a checkpoint on their way to the disk."""

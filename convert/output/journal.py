@@ -1,0 +1,136 @@
+"""What an interrupted conversion had finished: .partial/journal.jsonl, one JSON object a line.
+
+The first line tells what is being converted, the following ones each a finished item. A line begins
+with a hash of itself, so that a torn or damaged one ends the journal instead of being believed. The
+journal promises nothing about the disk: who resumes hashes the tensors again, which is why nothing
+has to be forced to disk, and in order, while a conversion runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from qwen3_ascend.files.hashing import bytes_sha256
+
+JOURNAL = "journal.jsonl"
+
+CHECK_DIGITS = 16
+
+Identity = Mapping[str, str]
+"""All that decides the bytes of a conversion, in words that a user understands."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished item.
+
+    Attributes:
+        name: of the linear or tensor.
+        sha256: of each of its stored tensors, by full name.
+        source: SHA-256 of each source tensor that it was made of, by name.
+        sqnr_db: its error, see LinearEntry.
+    """
+
+    name: str
+    sha256: Mapping[str, str]
+    source: Mapping[str, str]
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class Publication:
+    """The point of no return: which files move into the output, and which old ones go."""
+
+    names: tuple[str, ...]
+    old: tuple[str, ...]
+    manifest_sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A journal as it was found."""
+
+    identity: Identity
+    done: Mapping[str, Done] = field(default_factory=dict)
+    publication: Publication | None = None
+
+
+class Journal:
+    """A journal being written; lines may be added from any thread."""
+
+    def __init__(self, staging: Path, identity: Identity, done: Iterable[Done]) -> None:
+        """Replaces the journal of a staging folder by one that holds only this."""
+        lines = [_line("identity", dict(identity)), *(_line("done", asdict(item)) for item in done)]
+        path, fresh = staging / JOURNAL, staging / f"{JOURNAL}.new"
+        fresh.write_bytes(b"".join(lines))
+        os.replace(fresh, path)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def add(self, done: Done) -> None:
+        """Notes a finished item."""
+        self._write(_line("done", asdict(done)))
+
+    def publish(self, publication: Publication) -> None:
+        """Notes that publishing begins, and makes sure that this is on disk before it does."""
+        self._write(_line("publish", asdict(publication)))
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._descriptor)
+
+    def _write(self, line: bytes) -> None:
+        if os.write(self._descriptor, line) != len(line):
+            raise OSError(28, "the journal could not be written", JOURNAL)
+
+
+def read_journal(staging: Path) -> Record | None:
+    """The journal of a staging folder; None if there is none that can be believed."""
+    try:
+        lines = (staging / JOURNAL).read_bytes().split(b"\n")
+    except OSError:
+        return None
+    identity: Identity | None = None
+    done: dict[str, Done] = {}
+    publication = None
+    for line in lines:
+        kind, value = _parse(line)
+        if kind == "identity":
+            identity = value
+        elif kind == "done" and set(value) == {field.name for field in fields(Done)}:
+            done[value["name"]] = Done(**value)
+        elif kind == "publish":
+            names, old = tuple(value["names"]), tuple(value["old"])
+            publication = Publication(names, old, value["manifest_sha256"])
+        else:
+            break
+    return None if identity is None else Record(identity, done, publication)
+
+
+def difference(before: Identity, now: Identity) -> str | None:
+    """What differs between two conversions, in words; None if they are the same."""
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if not changed:
+        return None
+    key = changed[0]
+    more = f" (and {len(changed) - 1} more differences)" if len(changed) > 1 else ""
+    return f"{key}: {before.get(key, 'none')} then, {now.get(key, 'none')} now{more}"
+
+
+def _line(kind: str, value: Any) -> bytes:
+    text = json.dumps({kind: value}, separators=(",", ":")).encode()
+    return bytes_sha256(text)[:CHECK_DIGITS].encode() + b" " + text + b"\n"
+
+
+def _parse(line: bytes) -> tuple[str, Any]:
+    """Kind and value of a line; the kind is empty if the line is not whole."""
+    check, _, text = line.partition(b" ")
+    if not text or check.decode(errors="replace") != bytes_sha256(text)[:CHECK_DIGITS]:
+        return "", None
+    [(kind, value)] = json.loads(text).items()
+    return kind, value

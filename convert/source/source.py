@@ -1,0 +1,238 @@
+"""Where the weights come from: a local folder or a hub."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+from typing_extensions import Self
+
+from qwen3_ascend.checkpoint.manifest import SourceFile
+from qwen3_ascend.convert.source.client import is_plain
+from qwen3_ascend.convert.source.provider import (
+    CARRIED_FILES,
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    LocalFolder,
+    Provider,
+    SourceWeights,
+)
+from qwen3_ascend.convert.source.transfer import Prefetch, Transfer
+from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.files.json_file import read_json_object
+from qwen3_ascend.files.safetensors import MappedFile, TensorSlot
+
+HUBS = ("huggingface", "modelscope")
+
+HEADERS_AT_ONCE = 8
+"""Requests for headers under way together: a large model has more than a hundred files."""
+
+
+class Source:
+    """A model's tensors by name, wherever they lie; weight files are fetched when first needed.
+
+    Who reads says first, by `expect`, what will be read and in which order, and afterwards, by
+    `release`, which file is not needed any more. Between the two a weight file is fetched while
+    the one before it is in use, and a temporary provider removes it when it is released.
+    `read` may be called from several threads.
+    """
+
+    def __init__(self, provider: Provider) -> None:
+        """Reads the index and every header.
+
+        Raises:
+            CheckpointError: if there are no weights, the index names a file or tensor that does
+                not exist, or a header is damaged.
+        """
+        self.provider = provider
+        self.names = provider.names()
+        if CONFIG_NAME not in self.names:
+            raise CheckpointError(
+                f"{provider.repo} has no {CONFIG_NAME}: this is not a Hugging Face model folder"
+            )
+        indexed = self._index()
+        names = sorted(set(indexed.values())) if indexed else self._single()
+        self.weight_files = self._headers(names)
+        self._check_index(indexed)
+        self.location = {
+            tensor: weights.name
+            for weights in self.weight_files.values()
+            for tensor in weights.slots
+        } | indexed
+        self._open: dict[str, MappedFile] = {}
+        self._opening = threading.Lock()
+        self._files = Prefetch(provider.weight_file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.provider.close()
+        self._files.close()
+
+    def _headers(self, names: Sequence[str]) -> dict[str, SourceWeights]:
+        with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+            try:
+                return dict(zip(names, pool.map(self.provider.weight_header, names), strict=True))
+            except BaseException:
+                self.provider.close()  # the other threads need not go on trying
+                raise
+
+    def _index(self) -> dict[str, str]:
+        if INDEX_NAME not in self.names:
+            return {}
+        path = self.provider.small_file(INDEX_NAME)
+        weight_map = read_json_object(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{path} has no weight_map")
+        for tensor, file in weight_map.items():
+            weights = isinstance(file, str) and file.endswith(".safetensors") and is_plain(file)
+            if not weights:
+                raise CheckpointError(f"{path}: tensor {tensor} is in {file!r}, no weight file")
+            if file not in self.names:
+                raise CheckpointError(f"{path}: tensor {tensor} is in {file}, which is missing")
+        return weight_map
+
+    def _single(self) -> list[str]:
+        if SINGLE_NAME in self.names:
+            return [SINGLE_NAME]
+        if any(name.endswith((".bin", ".pth", ".pt")) for name in self.names):
+            raise CheckpointError(
+                f"{self.provider.repo} holds pickled weights only; save it as safetensors first"
+            )
+        raise CheckpointError(
+            f"{self.provider.repo} holds neither {SINGLE_NAME} nor {INDEX_NAME}: no weights to read"
+        )
+
+    def _check_index(self, indexed: Mapping[str, str]) -> None:
+        for tensor, file in indexed.items():
+            if tensor not in self.weight_files[file].slots:
+                raise CheckpointError(
+                    f"{INDEX_NAME} says tensor {tensor} is in {file}, but it is not there"
+                )
+
+    def slot(self, tensor: str) -> TensorSlot:
+        """Type and shape of a tensor, from its header."""
+        return self.weight_files[self.location[tensor]].slots[tensor]
+
+    def file_order(self, tensors: Iterable[str]) -> list[str]:
+        """The weight files that these tensors lie in, in the order of their first use."""
+        return list(dict.fromkeys(self.location[tensor] for tensor in tensors))
+
+    def expect(self, tensors: Iterable[str]) -> None:
+        """Says which tensors will be read, in order: all, or what a resumed conversion lacks.
+
+        Nothing is fetched yet, and a weight file without such a tensor never is. What else an
+        interrupted conversion had downloaded for itself is removed, so the caller must hold the
+        lock of the output.
+        """
+        order = self.file_order(tensors)
+        self.provider.keep_only(order)
+        self._files = Prefetch(self.provider.weight_file, order)
+
+    def read(self, tensor: str) -> Tensor:
+        """A tensor as a view of its mapped file, which is waited for."""
+        name = self.location[tensor]
+        file = self._open.get(name)
+        if file is None:
+            path = self._files.get(name)
+            with self._opening:
+                file = self._open.get(name) or self._map(name, path)
+        return file.tensor(tensor)
+
+    def _map(self, name: str, path: Path) -> MappedFile:
+        file = self._open[name] = MappedFile(path)
+        if file.header.slots != self.weight_files[name].slots:
+            raise CheckpointError(f"{path} has changed since its header was read; start again")
+        return file
+
+    def release(self, file: str) -> None:
+        """Closes a weight file of which nothing more will be read.
+
+        A temporary one is removed as well; views of it stay readable until they are dropped.
+        """
+        with self._opening:
+            self._open.pop(file, None)
+        self._files.forget(file)
+        self.provider.discard(file)
+
+    def drop_pages(self) -> None:
+        """Gives the memory of what was read back to the system; views stay valid."""
+        for file in list(self._open.values()):
+            file.drop_pages()
+
+    def file_entries(self) -> dict[str, SourceFile]:
+        """Size and SHA-256 of every weight file, as far as anybody states it.
+
+        A file of which its hub states none has to be here, so this is best asked when everything
+        has been read.
+        """
+        return {
+            name: SourceFile(weights.size, self.provider.weight_sha256(name))
+            for name, weights in self.weight_files.items()
+        }
+
+    def carried(self) -> dict[str, bytes]:
+        """Config, tokenizer and the like, to be carried over unchanged."""
+        found = [name for name in CARRIED_FILES if name in self.names]
+        return {name: self.provider.small_file(name).read_bytes() for name in found}
+
+
+def open_source(
+    model: str,
+    revision: str | None = None,
+    *,
+    hub: str = HUBS[0],
+    area: Path | None = None,
+    transfer: Transfer | None = None,
+) -> Source:
+    """Opens a local folder, or a repository on a hub if there is no such folder.
+
+    Args:
+        model: a path, or a hub's id such as "Qwen/Qwen3-8B".
+        revision: branch, tag or commit; hubs only.
+        hub: one of HUBS.
+        area: folder for downloaded weights that are removed as soon as they have been used;
+            without it they stay in the hub's cache.
+        transfer: notes, retries and cancellation of the downloads.
+
+    Raises:
+        CheckpointError: if it is neither, or its files are damaged.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision:
+            raise CheckpointError(f"{model} is a local folder; --revision is for Hub models")
+        return Source(LocalFolder(path))
+    looks_local = model.startswith((".", "/", "~")) or path.exists()
+    if looks_local or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", model, re.ASCII):
+        raise CheckpointError(
+            f"{model} is neither an existing folder nor a Hub id such as Qwen/Qwen3-8B"
+        )
+    return Source(_open_hub(hub, model, revision, area, transfer or Transfer()))
+
+
+def _open_hub(
+    hub: str, repo: str, revision: str | None, area: Path | None, transfer: Transfer
+) -> Provider:
+    """The client libraries are imported only where they are asked for."""
+    if hub == "huggingface":
+        from qwen3_ascend.convert.source import huggingface as huggingface
+
+        return huggingface.open_repository(repo, revision, area, transfer)
+    if hub == "modelscope":
+        from qwen3_ascend.convert.source import modelscope
+
+        return modelscope.open_repository(repo, revision, area, transfer)
+    raise CheckpointError(f"there is no hub {hub!r}; known are {', '.join(HUBS)}")

@@ -1,0 +1,60 @@
+"""The paged key/value cache: the blocks themselves, on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend.checkpoint.config import Qwen3Config
+
+DEFAULT_BLOCK_SIZE = 128
+"""Tokens of a block. Of the sizes Ascend's attention kernels take, the one that all of them take
+(npu_fused_infer_attention_score: multiples of 128 for prefill, 128 recommended for decode)."""
+
+
+SCRATCH_BLOCK = 0
+"""Never given to a sequence: padding rows of a captured batch write here."""
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """Keys and values of one layer: each [blocks, block_size, kv_heads, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class PagedKVCache:
+    """Keys and values of all layers, in blocks of `block_size` tokens."""
+
+    layers: tuple[LayerKV, ...]
+    block_size: int
+
+    @classmethod
+    def allocate(
+        cls,
+        config: Qwen3Config,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> PagedKVCache:
+        """Uninitialised memory, since a slot is written before it is read; but padding rows read
+        any slot of the scratch block, so that one is zero."""
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+
+        def blocks() -> Tensor:
+            empty = torch.empty(shape, dtype=dtype, device=device)
+            empty[SCRATCH_BLOCK].zero_()
+            return empty
+
+        layers = tuple(LayerKV(blocks(), blocks()) for _ in range(config.num_layers))
+        return cls(layers, block_size)
+
+
+def bytes_per_token(config: Qwen3Config, dtype: torch.dtype) -> int:
+    """Cache bytes of one token over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize

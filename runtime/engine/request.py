@@ -1,0 +1,101 @@
+"""One request: how its tokens are to be chosen, and how far it has come. Host only, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qwen3_ascend.errors import RequestError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop.
+
+    Attributes:
+        temperature: 0 takes the most probable token; otherwise logits are divided by it.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probabilities reach this sum.
+        min_p: drop tokens less probable than this share of the most probable one.
+        repetition_penalty: divides positive and multiplies negative logits of every token that
+            occurs in the prompt or the output (arXiv 1909.05858); 1 is off.
+        presence_penalty: subtracted once from the logit of every token in the output; 0 is off.
+        seed: of this request's own random generator; None draws a fresh one.
+        stop: a string, or several, that end the output and are not part of it.
+        max_new_tokens: upper bound on the tokens generated.
+        ignore_eos: go on after an end-of-sequence token.
+
+    Raises:
+        RequestError: on construction, for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    stop: str | tuple[str, ...] = ()
+    max_new_tokens: int = 256
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature must be 0 or more": 0 <= self.temperature < math.inf,
+            "top_k must be 0 (off) or more": isinstance(self.top_k, int) and self.top_k >= 0,
+            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
+            "min_p must be between 0 and 1": 0 <= self.min_p <= 1,
+            "repetition_penalty must be above 0": 0 < self.repetition_penalty < math.inf,
+            "presence_penalty must be a number": math.isfinite(self.presence_penalty),
+            "seed must fit into 64 bits": -(1 << 63) <= (self.seed or 0) < 1 << 64,
+            "max_new_tokens must be 1 or more": self.max_new_tokens >= 1,
+            "stop strings must not be empty": self.stop == () or all(self.stop_strings),
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise RequestError(message)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+@dataclass
+class Request:
+    """A request on its way; the engine moves it forward.
+
+    Attributes:
+        tokens: prompt and output token ids.
+        prompt_length: how many of them are the prompt.
+        computed: how many have their keys and values in the cache.
+        max_length: bound on len(tokens), from max_new_tokens and the context.
+    """
+
+    number: int
+    params: SamplingParams
+    tokens: list[int]
+    prompt_length: int
+    max_length: int
+    eos_ids: frozenset[int]
+    computed: int = 0
+    finish_reason: FinishReason | None = None
+    block_table: list[int] = field(default_factory=list)
+
+    @property
+    def output(self) -> Sequence[int]:
+        """The generated token ids."""
+        return self.tokens[self.prompt_length :]
+
+    def append(self, token: int) -> None:
+        """Adds a generated token and notes whether it is the last."""
+        self.tokens.append(token)
+        if token in self.eos_ids and not self.params.ignore_eos:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.max_length:
+            self.finish_reason = "length"

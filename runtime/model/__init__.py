@@ -1,0 +1,1 @@
+"""The Qwen3 forward, and how its weights get onto a device."""

@@ -1,0 +1,45 @@
+"""A finished checkpoint in words for the terminal."""
+
+from __future__ import annotations
+
+from qwen3_ascend.checkpoint.layout import Layout
+from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
+from qwen3_ascend.files.text import size_text, table
+
+
+def inspect_lines(manifest: Manifest) -> list[str]:
+    """A finished checkpoint for people."""
+    model, source = manifest.model, manifest.source
+    stored = manifest.stored()
+    revision = f" @ {source.revision}" if source.revision else ""
+    lines = [
+        f"Qwen3, {model.num_layers} layers, hidden {model.hidden_size}, "
+        f"{model.num_heads} query and {model.num_kv_heads} key/value heads of {model.head_dim}, "
+        f"context {model.context_length}",
+        f"from {source.repo}{revision}, recipe {manifest.recipe['name']}, "
+        f"qwen3-ascend {manifest.tool_version}",
+        f"{len(stored)} tensors, {size_text(sum(t.nbytes for t in stored.values()))} "
+        f"in {len(manifest.weight_files)} file(s)",
+        "",
+    ]
+    rows = [_linear_row(name, entry) for name, entry in manifest.linears.items()]
+    rows += [
+        (name, dims(tensor.shape), "bf16", "nd", "exact", size_text(tensor.nbytes))
+        for name, tensor in manifest.tensors.items()
+    ]
+    return lines + table(rows, ("tensor", "shape", "scheme", "layout", "SQNR dB", "bytes"))
+
+
+def dims(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def layout_text(layout: Layout) -> str:
+    return layout.format if layout.format == "nd" else f"nz of {layout.nz_of}"
+
+
+def _linear_row(name: str, entry: LinearEntry) -> tuple[str, str, str, str, str, str]:
+    error = "exact" if entry.sqnr_db is None else f"{entry.sqnr_db:.2f}"
+    nbytes = sum(tensor.nbytes for tensor in entry.tensors.values())
+    shape, layout = dims(entry.shape), layout_text(entry.layout)
+    return (name, shape, entry.scheme, layout, error, size_text(nbytes))

@@ -1,0 +1,114 @@
+"""Names, hashes and the reader of a checkpoint's files; `writer` makes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest, StoredTensor
+from qwen3_ascend.checkpoint.schemes import Linear, scheme
+from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.files.hashing import Job, bytes_sha256, file_sha256
+from qwen3_ascend.files.safetensors import MappedFile
+from qwen3_ascend.native.sha256 import Digest
+
+
+class CheckpointReader:
+    """A finished checkpoint: its manifest, and its tensors as views of the mapped files.
+
+    Opening it finds every structural damage (a file that is missing, cut, swapped or replaced, a
+    header or manifest that was edited) but does not read the tensors; `verify.check_reader` does.
+    """
+
+    def __init__(self, folder: Path, check_files: bool = True) -> None:
+        """Opens every weight file and holds its header against the manifest.
+
+        Args:
+            folder: a finished checkpoint.
+            check_files: also hash the small files beside the weight files.
+
+        Raises:
+            CheckpointError: naming the file or tensor that is missing or does not fit.
+        """
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        self._files = {name: self._open(name) for name in self.manifest.weight_files}
+        for name, stored in self.manifest.stored().items():
+            self._check_slot(name, stored)
+        for name, entry in self.manifest.linears.items():
+            self._check_forms(name, entry)
+        for problem in self.file_problems() if check_files else ():
+            raise CheckpointError(f"{folder}: {problem}")
+
+    def file_problems(self) -> list[str]:
+        """A line for each small file that is missing or differs from the manifest."""
+        found = []
+        for name, entry in self.manifest.files.items():
+            path = self.folder / plain_name(name)
+            if not path.is_file():
+                found.append(f"file {name} is missing")
+            elif path.stat().st_size != entry.size or file_sha256(path) != entry.sha256:
+                found.append(f"file {name}: its bytes differ from the manifest")
+        return found
+
+    def _open(self, name: str) -> MappedFile:
+        path, entry = self.folder / plain_name(name), self.manifest.weight_files[name]
+        file = MappedFile(path)
+        if path.stat().st_size != entry.size:
+            raise CheckpointError(f"{path} has another size than its manifest says")
+        if bytes_sha256(file.header.raw) != entry.sha256:
+            raise CheckpointError(f"{path}: the header was changed after it was written")
+        return file
+
+    def _check_slot(self, name: str, stored: StoredTensor) -> None:
+        file = self._files.get(stored.file)
+        slot = file.header.slots.get(name) if file else None
+        if slot is None:
+            raise CheckpointError(f"tensor {name} is not in {self.folder / stored.file}")
+        if (slot.dtype, slot.shape) != (stored.dtype, stored.shape):
+            raise CheckpointError(f"tensor {name} has another type or shape than the manifest says")
+
+    def _check_forms(self, name: str, entry: LinearEntry) -> None:
+        """Re-derives what a linear of this scheme and shape must be made of."""
+        forms = scheme(entry.scheme).stored(entry.shape, entry.layout, "bias" in entry.tensors)
+        held = {suffix: (stored.dtype, stored.shape) for suffix, stored in entry.tensors.items()}
+        if held != forms:
+            raise CheckpointError(
+                f"linear {name}: the stored tensors are not those of a {entry.scheme} "
+                f"{list(entry.shape)}"
+            )
+
+    @property
+    def config(self) -> Qwen3Config:
+        """Of the model."""
+        return self.manifest.model
+
+    def tensor(self, name: str) -> Tensor:
+        """An unquantized tensor."""
+        return self._files[self.manifest.tensors[name].file].tensor(name)
+
+    def linear(self, name: str) -> Linear:
+        """A stored linear; its tensors alias the mapped file."""
+        entry = self.manifest.linears[name]
+        tensors = {
+            suffix: self._files[stored.file].tensor(f"{name}.{suffix}")
+            for suffix, stored in entry.tensors.items()
+        }
+        return scheme(entry.scheme).from_tensors(entry.shape, entry.layout, tensors)
+
+    def hash_job(self, name: str, file: str, digest: Digest) -> Job:
+        """Appends the bytes of a stored tensor, as they are on disk now, to a digest."""
+        return self._files[file].hash_job(name, digest)
+
+    def tensor_names(self, file: str) -> set[str]:
+        """Names of all tensors in a weight file."""
+        return set(self._files[file].header.slots)
+
+
+def plain_name(name: str) -> str:
+    """A file name that stays within its folder; CheckpointError for any other."""
+    if not name or name != Path(name).name or name in (".", "..") or "\0" in name:
+        raise CheckpointError(f"{name!r} is not a plain file name")
+    return name

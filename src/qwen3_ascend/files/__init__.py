@@ -1,0 +1,1 @@
+"""Bytes, files and threads: what knows nothing of models."""
