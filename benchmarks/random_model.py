@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.architecture import LinearSpec, walk
+from qwen3_ascend.checkpoint.architecture import LinearSpec, model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.files.safetensors import build_header, tensor_nbytes
 
@@ -48,12 +48,12 @@ def config(model: str, layers: int | None = None) -> dict[str, Any]:
 def tensors(data: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the source, sorted as transformers sorts them."""
     found: dict[str, tuple[int, ...]] = {}
-    for entry in walk(Qwen3Config.from_hf(data)):
+    for entry in model_spec(Qwen3Config.from_hf(data)):
         if isinstance(entry, LinearSpec):
             for source, rows in zip(entry.sources, entry.parts, strict=True):
                 found[f"{source}.weight"] = (rows, entry.inputs)
         else:
-            found[entry[0]] = entry[1]
+            found[entry.name] = entry.shape
     return dict(sorted(found.items()))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwen3_ascend.checkpoint.architecture import LM_HEAD, LinearSpec, lm_head_linear, walk
+from qwen3_ascend.checkpoint.architecture import LM_HEAD, LinearSpec, lm_head_spec, model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES
@@ -172,8 +172,8 @@ def make_plan(
     items = tuple(
         _plan_linear(entry, slots, recipe)
         if isinstance(entry, LinearSpec)
-        else TensorPlan(*entry, _source_bytes(entry[0], entry[1], slots))
-        for entry in walk(config)
+        else TensorPlan(entry.name, entry.shape, _source_bytes(entry.name, entry.shape, slots))
+        for entry in model_spec(config)
     )
     ignored = _unread(config, items, slots)
     weight_files = _fill_files(items, max_file_bytes)
@@ -212,8 +212,8 @@ def _source_bytes(name: str, shape: tuple[int, ...], slots: Mapping[str, TensorS
 
 def _all_linears(config: Qwen3Config) -> list[LinearSpec]:
     """Every linear a rule can speak of, the tied output projection included."""
-    linears = [entry for entry in walk(config) if isinstance(entry, LinearSpec)]
-    return linears if linears[-1].name == LM_HEAD else [*linears, lm_head_linear(config)]
+    spec = model_spec(config)
+    return [*spec.linears, *(() if spec.lm_head else (lm_head_spec(config),))]
 
 
 def _check_rules(config: Qwen3Config, recipe: Recipe) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.architecture import LM_HEAD, LinearSpec, walk
+from qwen3_ascend.checkpoint.architecture import LM_HEAD, TensorSpec, model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config, RopeConfig
 from qwen3_ascend.checkpoint.layout import ND
 from qwen3_ascend.checkpoint.schemes import SCHEMES, Linear
@@ -40,22 +40,20 @@ class SyntheticWeights:
 
     def tensor(self, name: str) -> Tensor:
         """See WeightSource. Norms lie around 1."""
-        shapes = dict(item for item in walk(self.config) if not isinstance(item, LinearSpec))
-        shape = shapes[name]
+        spec = next(spec for spec in model_spec(self.config) if spec.name == name)
+        assert isinstance(spec, TensorSpec)
+        shape = spec.shape
         values = torch.randn(shape, generator=_generator(name))
         return (values if len(shape) > 1 else 1 + 0.1 * values).bfloat16()
 
     def linear(self, name: str) -> Linear:
         """See WeightSource."""
-        spec = next(item for item in self._linears() if item.name == name)
+        spec = next(spec for spec in model_spec(self.config).linears if spec.name == name)
         weight = torch.randn(spec.outputs, spec.inputs, generator=_generator(name))
         weight = (weight / math.sqrt(spec.inputs)).bfloat16()
         kind = SCHEMES["bf16" if name == LM_HEAD else self.scheme]
         layout = ND if name == LM_HEAD else kind.default_layout()
         return kind.quantize(weight, None, layout)
-
-    def _linears(self) -> list[LinearSpec]:
-        return [item for item in walk(self.config) if isinstance(item, LinearSpec)]
 
 
 def _generator(name: str) -> torch.Generator:

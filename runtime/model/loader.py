@@ -6,13 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.architecture import (
-    EMBEDDING,
-    FINAL_NORM,
-    LM_HEAD,
-    layer_linears,
-    layer_norms,
-)
+from qwen3_ascend.checkpoint.architecture import LayerSpec, LinearSpec, TensorSpec, model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.schemes import Linear
 from qwen3_ascend.runtime.backends.base import Backend, DeviceLinear, Progress
@@ -45,25 +39,37 @@ def load_model(
             scheme.
     """
     config = source.config
+    spec = model_spec(config)
     layers = []
-    for layer in range(config.num_layers):
-        layers.append(_load_layer(source, backend, layer))
-        progress("loading layers", layer + 1, config.num_layers)
-    embedding = backend.upload(source.tensor(f"{EMBEDDING}.weight"))
-    tied = config.tie_word_embeddings
-    lm_head = backend.tied_head(embedding) if tied else backend.linear(source.linear(LM_HEAD))
-    final_norm = backend.upload(source.tensor(f"{FINAL_NORM}.weight"))
+    for layer in spec.layers:
+        layers.append(load_layer(source, backend, layer))
+        progress("loading layers", len(layers), len(spec.layers))
+    embedding = backend.upload(source.tensor(spec.embedding.name))
+    lm_head = (
+        backend.linear(source.linear(spec.lm_head.name))
+        if spec.lm_head
+        else backend.tied_head(embedding)
+    )
+    final_norm = backend.upload(source.tensor(spec.final_norm.name))
     return Qwen3(config, backend, embedding, tuple(layers), final_norm, lm_head)
 
 
-def _load_layer(source: WeightSource, backend: Backend, layer: int) -> DecoderLayer:
-    config = source.config
-    linears: list[DeviceLinear] = [
-        backend.linear(source.linear(spec.name)) for spec in layer_linears(config, layer)
-    ]
-    norms = [backend.upload(source.tensor(name)) for name in layer_norms(config, layer)]
-    qkv, output, gate_up, down = linears
-    input_norm, query_norm, key_norm, post_attention_norm = norms
+def load_layer(source: WeightSource, backend: Backend, spec: LayerSpec) -> DecoderLayer:
+    """Puts the weights of one layer on the backend's device."""
+
+    def linear(spec: LinearSpec) -> DeviceLinear:
+        return backend.linear(source.linear(spec.name))
+
+    def norm(spec: TensorSpec) -> Tensor:
+        return backend.upload(source.tensor(spec.name))
+
     return DecoderLayer(
-        input_norm, qkv, query_norm, key_norm, output, post_attention_norm, gate_up, down
+        input_norm=norm(spec.input_norm),
+        qkv=linear(spec.qkv),
+        query_norm=norm(spec.query_norm),
+        key_norm=norm(spec.key_norm),
+        output=linear(spec.output),
+        post_attention_norm=norm(spec.post_attention_norm),
+        gate_up=linear(spec.mlp.gate_up),
+        down=linear(spec.mlp.down),
     )

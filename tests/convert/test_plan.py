@@ -15,7 +15,7 @@ from support import tiny_models
 from support.command_line import run
 
 from qwen3_ascend import Recipe, convert_checkpoint
-from qwen3_ascend.checkpoint.architecture import LinearSpec, walk
+from qwen3_ascend.checkpoint.architecture import model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.convert.plan import Plan, make_plan
@@ -78,10 +78,7 @@ def test_every_tensor_is_read_once_and_written_once() -> None:
     assert sorted(read) == sorted(tiny_models.shapes(data))
     written = [name for shard in made.weight_files for name in shard.tensors]
     assert len(set(written)) == len(written)
-    names = [
-        item.name if isinstance(item, LinearSpec) else item[0]
-        for item in walk(Qwen3Config.from_hf(data))
-    ]
+    names = [spec.name for spec in model_spec(Qwen3Config.from_hf(data))]
     assert [item.name for item in made.items] == names
 
 

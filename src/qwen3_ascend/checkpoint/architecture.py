@@ -1,20 +1,26 @@
-"""What a Qwen3 is made of: its tensors, and which of them form one linear."""
+"""What a Qwen3 is made of, as named data: its tensors, and which of them form one linear.
+
+A `ModelSpec` names every weight once. The converter walks it, `verify` holds a checkpoint against
+it, and the loader makes device weights of it field by field, so that no order has to be agreed on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import Cut
 
-EMBEDDING = "model.embed_tokens"
-
-
-FINAL_NORM = "model.norm"
-
-
 LM_HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A plain tensor, such as a norm's weight: its name and its shape."""
+
+    name: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -42,52 +48,128 @@ class LinearSpec:
         """N, the outputs of the fused linear."""
         return sum(self.parts)
 
-
-def layer_linears(config: Qwen3Config, layer: int) -> tuple[LinearSpec, ...]:
-    """The four linears of a decoder layer, in the order in which a forward meets them."""
-    attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.attention_bias
-    qkv = tuple(f"{attention}.{name}" for name in ("q_proj", "k_proj", "v_proj"))
-    gate_up = tuple(f"{mlp}.{name}" for name in ("gate_proj", "up_proj"))
-    output, down = f"{attention}.o_proj", f"{mlp}.down_proj"
-    return (
-        LinearSpec(
-            f"{attention}.qkv_proj", qkv, (query, key_value, key_value), hidden, "outputs", bias
-        ),
-        LinearSpec(output, (output,), (hidden,), query, "inputs", bias),
-        LinearSpec(f"{mlp}.gate_up_proj", gate_up, (inner, inner), hidden, "outputs", False),
-        LinearSpec(down, (down,), (hidden,), inner, "inputs", False),
-    )
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical (N, K)."""
+        return self.outputs, self.inputs
 
 
-def lm_head_linear(config: Qwen3Config) -> LinearSpec:
-    """The output projection; with tied embeddings it has no tensor of its own."""
-    return LinearSpec(
-        LM_HEAD, (LM_HEAD,), (config.vocab_size,), config.hidden_size, "outputs", False
-    )
+Spec = TensorSpec | LinearSpec
+"""One weight of a model."""
 
 
-def layer_norms(config: Qwen3Config, layer: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the norm weights of a decoder layer."""
-    prefix = f"model.layers.{layer}"
-    return {
-        f"{prefix}.input_layernorm.weight": (config.hidden_size,),
-        f"{prefix}.self_attn.q_norm.weight": (config.head_dim,),
-        f"{prefix}.self_attn.k_norm.weight": (config.head_dim,),
-        f"{prefix}.post_attention_layernorm.weight": (config.hidden_size,),
-    }
+@dataclass(frozen=True)
+class MlpSpec:
+    """The gated MLP of a layer: down(silu(gate(x)) * up(x))."""
+
+    gate_up: LinearSpec
+    down: LinearSpec
 
 
-def walk(config: Qwen3Config) -> Iterator[LinearSpec | tuple[str, tuple[int, ...]]]:
-    """Every linear and every plain tensor (name, shape) of the model, in forward order.
+@dataclass(frozen=True)
+class LayerSpec:
+    """The weights of one decoder layer: the norms, then the linears."""
 
-    With tied embeddings the output projection is not listed: the embedding serves twice.
+    input_norm: TensorSpec
+    query_norm: TensorSpec
+    key_norm: TensorSpec
+    post_attention_norm: TensorSpec
+    qkv: LinearSpec
+    output: LinearSpec
+    mlp: MlpSpec
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The weights of a whole model.
+
+    Attributes:
+        embedding: [vocab, hidden].
+        layers: in forward order.
+        final_norm: before the output projection.
+        lm_head: the output projection; None if the embedding serves as it (tied embeddings).
     """
-    yield f"{EMBEDDING}.weight", (config.vocab_size, config.hidden_size)
-    for layer in range(config.num_layers):
-        yield from layer_norms(config, layer).items()
-        yield from layer_linears(config, layer)
-    yield f"{FINAL_NORM}.weight", (config.hidden_size,)
-    if not config.tie_word_embeddings:
-        yield lm_head_linear(config)
+
+    embedding: TensorSpec
+    layers: tuple[LayerSpec, ...]
+    final_norm: TensorSpec
+    lm_head: LinearSpec | None
+
+    def __iter__(self) -> Iterator[Spec]:
+        """Every weight that is stored, layer by layer: the order of the weight files."""
+        return _weights(self)
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """The linears that are stored."""
+        return tuple(spec for spec in self if isinstance(spec, LinearSpec))
+
+
+def _weights(spec: object) -> Iterator[Spec]:
+    if isinstance(spec, Spec):
+        yield spec
+    elif isinstance(spec, tuple):
+        for item in spec:
+            yield from _weights(item)
+    elif spec is not None:
+        for field in fields(spec):  # type: ignore[arg-type]  # one of the dataclasses above
+            yield from _weights(getattr(spec, field.name))
+
+
+def model_spec(config: Qwen3Config) -> ModelSpec:
+    """The weights of the model that a configuration describes."""
+    layers = tuple(layer_spec(config, layer) for layer in range(config.num_layers))
+    return ModelSpec(
+        embedding=TensorSpec("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)),
+        layers=layers,
+        final_norm=TensorSpec("model.norm.weight", (config.hidden_size,)),
+        lm_head=None if config.tie_word_embeddings else lm_head_spec(config),
+    )
+
+
+def layer_spec(config: Qwen3Config, layer: int) -> LayerSpec:
+    """The weights of decoder layer number `layer`, counted from 0."""
+    prefix = f"model.layers.{layer}"
+    attention = f"{prefix}.self_attn"
+    hidden, bias = config.hidden_size, config.attention_bias
+    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+    def norm(name: str, size: int) -> TensorSpec:
+        return TensorSpec(f"{prefix}.{name}.weight", (size,))
+
+    return LayerSpec(
+        input_norm=norm("input_layernorm", hidden),
+        query_norm=norm("self_attn.q_norm", config.head_dim),
+        key_norm=norm("self_attn.k_norm", config.head_dim),
+        post_attention_norm=norm("post_attention_layernorm", hidden),
+        qkv=LinearSpec(
+            f"{attention}.qkv_proj",
+            tuple(f"{attention}.{name}" for name in ("q_proj", "k_proj", "v_proj")),
+            (query, key_value, key_value),
+            hidden,
+            "outputs",
+            bias,
+        ),
+        output=_single(f"{attention}.o_proj", hidden, query, bias),
+        mlp=_mlp(config, f"{prefix}.mlp"),
+    )
+
+
+def lm_head_spec(config: Qwen3Config) -> LinearSpec:
+    """The output projection; with tied embeddings it has no tensor of its own."""
+    shape = (config.vocab_size, config.hidden_size)
+    return LinearSpec(LM_HEAD, (LM_HEAD,), (shape[0],), shape[1], "outputs", False)
+
+
+def _mlp(config: Qwen3Config, prefix: str) -> MlpSpec:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    sources = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
+    gate_up = LinearSpec(
+        f"{prefix}.gate_up_proj", sources, (inner, inner), hidden, "outputs", False
+    )
+    return MlpSpec(gate_up, _single(f"{prefix}.down_proj", hidden, inner, False))
+
+
+def _single(name: str, outputs: int, inputs: int, bias: bool) -> LinearSpec:
+    """A linear that is fused of nothing else and sums over what the one before it has made."""
+    return LinearSpec(name, (name,), (outputs,), inputs, "inputs", bias)

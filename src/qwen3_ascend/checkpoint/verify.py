@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3_ascend.checkpoint.architecture import LinearSpec, walk
+from qwen3_ascend.checkpoint.architecture import LinearSpec, TensorSpec, model_spec
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredTensor
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.errors import CheckpointError
@@ -107,13 +107,13 @@ def _structure(reader: CheckpointReader) -> list[str]:
     if manifest.model.num_layers > len(manifest.linears):
         return [f"{MANIFEST_NAME}: {manifest.model.num_layers} layers have too few linears"]
     linears, tensors = set(manifest.linears), set(manifest.tensors)
-    for item in walk(manifest.model):
+    for item in model_spec(manifest.model):
         if isinstance(item, LinearSpec):
             problems += _linear_problems(reader, item)
             linears.discard(item.name)
         else:
-            problems += _tensor_problems(reader, *item)
-            tensors.discard(item[0])
+            problems += _tensor_problems(reader, item)
+            tensors.discard(item.name)
     problems += [f"{name} is not part of the model" for name in sorted(linears | tensors)]
     names = set(manifest.stored())
     for file in manifest.weight_files:
@@ -133,10 +133,11 @@ def _linear_problems(reader: CheckpointReader, spec: LinearSpec) -> list[str]:
     return []
 
 
-def _tensor_problems(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> list[str]:
-    entry = reader.manifest.tensors.get(name)
+def _tensor_problems(reader: CheckpointReader, spec: TensorSpec) -> list[str]:
+    entry = reader.manifest.tensors.get(spec.name)
     if entry is None:
-        return [f"tensor {name} is missing"]
-    if entry.shape != shape:
-        return [f"tensor {name} is {list(entry.shape)}, but the model needs {list(shape)}"]
+        return [f"tensor {spec.name} is missing"]
+    if entry.shape != spec.shape:
+        needed = list(spec.shape)
+        return [f"tensor {spec.name} is {list(entry.shape)}, but the model needs {needed}"]
     return []
