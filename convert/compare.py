@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend import native
+from qwen3_ascend.checkpoint.linear import Linear, stored_bias
 from qwen3_ascend.checkpoint.manifest import LinearEntry
 from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.checkpoint.schemes import Linear
-from qwen3_ascend.checkpoint.schemes.base import row_slices, store_bias
 from qwen3_ascend.checkpoint.schemes.pieces import Piece, Stack, Sums, sqnr_db
 from qwen3_ascend.convert.output.weight_file import tensor_bytes
-from qwen3_ascend.convert.plan import PLAIN_DTYPE
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.convert.work import ROWS_AT_A_TIME
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.hashing import HASH_BLOCK, Job, run_jobs
 from qwen3_ascend.files.threads import available_threads, run_all
@@ -92,7 +91,7 @@ def _linear_problems(
     inputs = entry.shape[1]
     parts = [_read(source, f"{part}.weight", (rows, inputs)) for part, rows in entry.parts]
     stack = Stack(tuple(parts))
-    pieces = type(linear).pieces(entry.shape, entry.layout)
+    pieces = linear.scheme.pieces(entry.shape, entry.layout)
     tasks = [partial(_errors, linear, stack, piece, kernels) for piece in pieces]
     measured = dict(run_all(tasks, threads))
     found = sqnr_db([sums for piece in pieces if (sums := measured[piece]) is not None])
@@ -102,15 +101,14 @@ def _linear_problems(
         )
     if linear.bias is not None:
         biases = [_read(source, f"{part}.bias", (rows,)) for part, rows in entry.parts]
-        bias = store_bias(torch.cat(biases))
-        if bias is None or not torch.equal(bias, linear.bias):
+        if not torch.equal(stored_bias(torch.cat(biases)), linear.bias):
             yield f"linear {name}: its bias differs from the source's"
 
 
 def _errors(
     linear: Linear, stack: Stack, piece: Piece, kernels: native.Kernels
 ) -> tuple[Piece, Sums | None]:
-    return piece, linear.errors(stack, piece, kernels)
+    return piece, linear.scheme.errors(linear.piece(piece), stack, piece, kernels)
 
 
 def _read(source: Source, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -127,12 +125,13 @@ def _read(source: Source, name: str, shape: tuple[int, ...]) -> Tensor:
 def _equal(source: Tensor, stored: Tensor, threads: int) -> bool:
     """Whether the stored bits are the source's, rounded to bfloat16."""
 
-    def same(rows: slice) -> bool:
-        return torch.equal(
-            source[rows].to(PLAIN_DTYPE).view(torch.int16), stored[rows].view(torch.int16)
-        )
+    def same(start: int) -> bool:
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        found = source[rows].to(torch.bfloat16)
+        return torch.equal(found.view(torch.int16), stored[rows].view(torch.int16))
 
-    return all(run_all([partial(same, rows) for rows in row_slices(source.shape[0])], threads))
+    starts = range(0, source.shape[0], ROWS_AT_A_TIME)
+    return all(run_all([partial(same, start) for start in starts], threads))
 
 
 def _text(figure: float | None) -> str:

@@ -39,7 +39,7 @@ def _short(value: object) -> str:
 
 def _output_files(plan: Plan) -> object:
     return {
-        file.file: {name: [NAMES[dtype], *shape] for name, (dtype, shape) in file.tensors.items()}
+        file.file: {name: [NAMES[form.dtype], *form.shape] for name, form in file.tensors.items()}
         for file in plan.weight_files
     }
 

@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from qwen3_ascend.checkpoint.architecture import LinearSpec
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest, SourceRecord, StoredTensor
 from qwen3_ascend.convert import report
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.order import working_order
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.writer import CheckpointWriter
-from qwen3_ascend.convert.plan import Item, LinearPlan, Plan
+from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.work import convert, make_task
 from qwen3_ascend.files.hashing import Job, run_jobs
@@ -138,11 +139,11 @@ class Conversion:
         for item in self.plan.items:
             done = self.done[item.name]
             stored = {
-                name: StoredTensor(dtype, shape, self._files[name], done.sha256[name])
-                for name, (dtype, shape) in item.forms.items()
+                name: StoredTensor(form.dtype, form.shape, self._files[name], done.sha256[name])
+                for name, form in item.forms.items()
             }
-            if isinstance(item, LinearPlan):
-                linears[item.name] = _linear_entry(item, stored, done.sqnr_db)
+            if isinstance(item.spec, LinearSpec):
+                linears[item.name] = _linear_entry(item, item.spec, stored, done.sqnr_db)
             else:
                 tensors |= stored
         return linears, tensors
@@ -175,7 +176,7 @@ def run(
     linears, tensors = conversion.entries()
     weight_files = {file: weights.entry for file, weights in writer.weight_files.items()}
     manifest = Manifest(
-        tool_version, plan.config, plan.recipe.verbatim, record, linears, tensors,
+        tool_version, plan.target.name, plan.config, plan.recipe.verbatim, record, linears, tensors,
         weight_files, writer.files,
     )  # fmt: skip
     writer.add_file("README.md", report.model_card(manifest))
@@ -185,12 +186,11 @@ def run(
 
 
 def _linear_entry(
-    item: LinearPlan, stored: Mapping[str, StoredTensor], sqnr_db: float | None
+    item: Item, spec: LinearSpec, stored: Mapping[str, StoredTensor], sqnr_db: float | None
 ) -> LinearEntry:
-    spec = item.spec
     return LinearEntry(
         scheme=item.scheme,
-        shape=(spec.outputs, spec.inputs),
+        shape=spec.shape,
         parts=tuple(zip(spec.sources, spec.parts, strict=True)),
         cut=spec.cut,
         layout=item.layout,

@@ -3,101 +3,111 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from qwen3_ascend.checkpoint.architecture import LM_HEAD, LinearSpec, lm_head_spec, model_spec
+from qwen3_ascend.checkpoint.architecture import (
+    LM_HEAD,
+    LinearSpec,
+    Spec,
+    TensorSpec,
+    lm_head_spec,
+    model_spec,
+)
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
-from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES
-from qwen3_ascend.checkpoint.schemes.base import StoredForm
+from qwen3_ascend.checkpoint.linear import BIAS, stored_forms
+from qwen3_ascend.checkpoint.schemes import BF16, Scheme, make_scheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
 from qwen3_ascend.convert.output.weight_file import WeightFilePlan, weight_file_name
 from qwen3_ascend.convert.recipe import Recipe, Rule
 from qwen3_ascend.errors import CheckpointError, RecipeError
-from qwen3_ascend.files.safetensors import NAMES, TensorSlot, tensor_nbytes
+from qwen3_ascend.files.safetensors import NAMES, Form, TensorSlot
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-PLAIN_DTYPE = torch.bfloat16
-"""Type of the tensors that are not linears: embedding and norms."""
-
 MAX_FILE_BYTES = 4 << 30
-
-MAX_QUANT_MATMUL_DIM = 65535
-"""npu_quant_matmul refuses a larger last dimension (torch_npu documentation of the operator)."""
 
 
 @dataclass(frozen=True)
-class LinearPlan:
-    """One linear to be written.
+class Item:
+    """One weight to be written: a linear, or a plain tensor (embedding, norm).
+
+    A plain tensor is a bfloat16 matrix in row-major order like any other, of one row if it is a
+    vector; only its name is its own.
 
     Attributes:
-        spec: what it is fused of.
+        spec: what it is in the model.
         scheme, layout: what becomes of it.
-        stored: its tensors by suffix.
+        stored: the form of each stored tensor, by suffix.
         source_bytes: of its tensors in the source.
     """
 
-    spec: LinearSpec
-    scheme: str
+    spec: Spec
+    scheme: Scheme
     layout: Layout
-    stored: Mapping[str, StoredForm]
+    stored: Mapping[str, Form]
     source_bytes: int
 
     @property
     def name(self) -> str:
-        """Name of the linear."""
+        """Name of the linear or tensor."""
         return self.spec.name
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        """Source tensors it is made of."""
-        suffixes = ("weight", "bias") if self.spec.bias else ("weight",)
-        return tuple(f"{source}.{suffix}" for suffix in suffixes for source in self.spec.sources)
+    def matrix(self) -> tuple[int, int]:
+        """Its logical shape (N, K)."""
+        rows, columns = (1, *self.spec.shape)[-2:]
+        return rows, columns
 
     @property
-    def forms(self) -> dict[str, StoredForm]:
-        """Its tensors by their full names."""
-        return {f"{self.name}.{suffix}": form for suffix, form in self.stored.items()}
+    def weights(self) -> tuple[str, ...]:
+        """The source tensors that are stacked to its weight."""
+        if isinstance(self.spec, TensorSpec):
+            return (self.name,)
+        return tuple(f"{source}.weight" for source in self.spec.sources)
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The source tensors that its bias is made of."""
+        if isinstance(self.spec, TensorSpec) or not self.spec.bias:
+            return ()
+        return tuple(f"{source}.bias" for source in self.spec.sources)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """All source tensors that it is made of."""
+        return (*self.weights, *self.biases)
+
+    def stored_name(self, suffix: str) -> str:
+        """The full name of a stored tensor."""
+        return self.name if isinstance(self.spec, TensorSpec) else f"{self.name}.{suffix}"
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """The form of each stored tensor, by full name."""
+        return {self.stored_name(suffix): form for suffix, form in self.stored.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that will be written."""
+        return sum(form.nbytes for form in self.stored.values())
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """How its weight is divided."""
+        return self.scheme.pieces(self.matrix, self.layout)
 
     @property
     def piece_bytes(self) -> int:
         """Most memory that one piece of it takes while it is under way."""
-        outputs, inputs = self.spec.outputs, self.spec.inputs
-        pieces = SCHEMES[self.scheme].pieces((outputs, inputs), self.layout)
-        return _piece_bytes(pieces[0], (outputs, inputs), self.source_bytes)
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """A plain tensor (embedding, norm) to be written in bfloat16."""
-
-    name: str
-    shape: tuple[int, ...]
-    source_bytes: int
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Source tensors it is made of."""
-        return (self.name,)
-
-    @property
-    def forms(self) -> dict[str, StoredForm]:
-        """Its tensor by name."""
-        return {self.name: (PLAIN_DTYPE, self.shape)}
-
-    @property
-    def piece_bytes(self) -> int:
-        """Most memory that one piece of it takes while it is under way."""
-        shape = (1, *self.shape)[-2:]
-        matrix = (shape[0], shape[1])
-        return _piece_bytes(BF16.pieces(matrix, ND)[0], matrix, self.source_bytes)
-
-
-Item = LinearPlan | TensorPlan
+        piece, (outputs, inputs) = self.pieces[0], self.matrix
+        weights = (piece.stop - piece.start) * (inputs if piece.axis == "outputs" else outputs)
+        itemsize = -(-self.source_bytes // (outputs * (inputs + bool(self.biases))))
+        return max(self.scheme.temporary_bytes(self.layout, itemsize) * weights, PIECE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ class Plan:
     """A whole conversion.
 
     Attributes:
+        target: the chip family that it is for.
         items: in the order of the model.
         ignored: source tensors that are left out, each with the reason.
         hash_source: whether every source tensor that is read is hashed.
@@ -112,6 +123,7 @@ class Plan:
 
     config: Qwen3Config
     recipe: Recipe
+    target: Target
     items: tuple[Item, ...]
     weight_files: tuple[WeightFilePlan, ...]
     ignored: Mapping[str, str]
@@ -125,17 +137,12 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Bytes of tensors that will be written."""
-        return sum(_nbytes(file.tensors) for file in self.weight_files)
+        return sum(item.nbytes for item in self.items)
 
     @property
     def parameters(self) -> int:
         """Weights of the model (a tied output projection counts once)."""
-        return sum(
-            item.spec.outputs * item.spec.inputs
-            if isinstance(item, LinearPlan)
-            else math.prod(item.shape)
-            for item in self.items
-        )
+        return sum(math.prod(item.spec.shape) for item in self.items)
 
     @property
     def bits_per_weight(self) -> float:
@@ -154,6 +161,7 @@ def make_plan(
     recipe: Recipe,
     max_file_bytes: int = MAX_FILE_BYTES,
     hash_source: bool = False,
+    target: Target = ASCEND_A2_A3,
 ) -> Plan:
     """Plans a conversion.
 
@@ -163,6 +171,7 @@ def make_plan(
         recipe: the rules.
         max_file_bytes: size at which a new output file begins.
         hash_source: hash every source tensor that is read.
+        target: the chip family that the checkpoint is for.
 
     Raises:
         CheckpointError: a tensor is missing, has a wrong shape or type, or is unknown.
@@ -170,26 +179,14 @@ def make_plan(
     """
     _check_rules(config, recipe)
     items = tuple(
-        _plan_linear(entry, slots, recipe)
-        if isinstance(entry, LinearSpec)
-        else TensorPlan(entry.name, entry.shape, _source_bytes(entry.name, entry.shape, slots))
-        for entry in model_spec(config)
+        _plan_linear(spec, slots, recipe, target)
+        if isinstance(spec, LinearSpec)
+        else _plan_tensor(spec, slots)
+        for spec in model_spec(config)
     )
     ignored = _unread(config, items, slots)
     weight_files = _fill_files(items, max_file_bytes)
-    return Plan(config, recipe, items, weight_files, ignored, hash_source)
-
-
-def _piece_bytes(piece: Piece, shape: tuple[int, int], source_bytes: int) -> int:
-    """A piece of a [N, K] weight and a copy of its source; of other floats also float64 blocks."""
-    length = piece.stop - piece.start
-    weights = length * (shape[1] if piece.axis == "rows" else shape[0])
-    each = 4 if source_bytes <= PLAIN_DTYPE.itemsize * (shape[0] * shape[1] + shape[0]) else 32
-    return max(each * weights, PIECE_BYTES)
-
-
-def _nbytes(forms: Mapping[str, StoredForm]) -> int:
-    return sum(tensor_nbytes(*form) for form in forms.values())
+    return Plan(config, recipe, target, items, weight_files, ignored, hash_source)
 
 
 def _source_bytes(name: str, shape: tuple[int, ...], slots: Mapping[str, TensorSlot]) -> int:
@@ -213,7 +210,7 @@ def _source_bytes(name: str, shape: tuple[int, ...], slots: Mapping[str, TensorS
 def _all_linears(config: Qwen3Config) -> list[LinearSpec]:
     """Every linear a rule can speak of, the tied output projection included."""
     spec = model_spec(config)
-    return [*spec.linears, *(() if spec.lm_head else (lm_head_spec(config),))]
+    return [*spec.linears] if spec.lm_head else [*spec.linears, lm_head_spec(config)]
 
 
 def _check_rules(config: Qwen3Config, recipe: Recipe) -> None:
@@ -221,15 +218,14 @@ def _check_rules(config: Qwen3Config, recipe: Recipe) -> None:
     for linear in _all_linears(config):
         rules = [recipe.rule_for(source) for source in linear.sources]
         used += rules
-        choices = {(rule.scheme, rule.layout) for rule in rules}
-        if len(choices) > 1:
+        if len({rule.scheme for rule in rules}) > 1:
             said = ", ".join(
-                f"{source.rpartition('.')[2]}: {rule.scheme}/{rule.layout}"
+                f"{source.rpartition('.')[2]}: {rule.scheme}"
                 for source, rule in zip(linear.sources, rules, strict=True)
             )
             raise RecipeError(
                 f"recipe {recipe.name}: {linear.name} is one fused linear, but its parts are "
-                f"given different schemes or layouts ({said})"
+                f"given different schemes ({said})"
             )
     for number, rule in enumerate(recipe.rules, 1):
         if not any(rule is other for other in used):  # two rules may be equal
@@ -244,24 +240,25 @@ def _check_rules(config: Qwen3Config, recipe: Recipe) -> None:
         )
 
 
-def _plan_linear(spec: LinearSpec, slots: Mapping[str, TensorSlot], recipe: Recipe) -> LinearPlan:
-    rule = recipe.rule_for(spec.sources[0])
+def _plan_tensor(spec: TensorSpec, slots: Mapping[str, TensorSlot]) -> Item:
+    stored = {"weight": Form(torch.bfloat16, spec.shape)}
+    return Item(spec, BF16(), ND, stored, _source_bytes(spec.name, spec.shape, slots))
+
+
+def _plan_linear(
+    spec: LinearSpec, slots: Mapping[str, TensorSlot], recipe: Recipe, target: Target
+) -> Item:
+    scheme = make_scheme(recipe.rule_for(spec.sources[0]).scheme, {})
     source_bytes = 0
     for source, rows in zip(spec.sources, spec.parts, strict=True):
         source_bytes += _source_bytes(f"{source}.weight", (rows, spec.inputs), slots)
         if spec.bias:
-            source_bytes += _source_bytes(f"{source}.bias", (rows,), slots)
-    shape = (spec.outputs, spec.inputs)
-    if rule.scheme != "bf16" and max(shape) > MAX_QUANT_MATMUL_DIM:
-        raise RecipeError(
-            f"recipe {recipe.name}: {spec.name} is {list(shape)}, but npu_quant_matmul refuses "
-            f"dimensions above {MAX_QUANT_MATMUL_DIM}; give it the scheme bf16"
-        )
-    scheme = SCHEMES[rule.scheme]
-    plain = rule.layout == "nd" or (rule.layout == "auto" and spec.name == LM_HEAD)
-    layout = ND if plain else scheme.default_layout()
-    stored = scheme.stored(shape, layout, spec.bias)
-    return LinearPlan(spec, rule.scheme, layout, stored, source_bytes)
+            source_bytes += _source_bytes(f"{source}.{BIAS}", (rows,), slots)
+    if refusal := target.refusal(scheme, spec.shape):
+        raise RecipeError(f"recipe {recipe.name}: {spec.name}: {refusal}")
+    layout = target.layout(scheme, spec.name)
+    stored = stored_forms(scheme, spec.shape, layout, spec.bias)
+    return Item(spec, scheme, layout, stored, source_bytes)
 
 
 def _unread(
@@ -287,17 +284,16 @@ def _unread(
     return ignored
 
 
-def _fill_files(items: Sequence[Item], max_file_bytes: int) -> tuple[WeightFilePlan, ...]:
+def _fill_files(items: Iterable[Item], max_file_bytes: int) -> tuple[WeightFilePlan, ...]:
     """Fills files in order; the tensors of one linear stay together."""
-    groups: list[dict[str, StoredForm]] = [{}]
+    groups: list[dict[str, Form]] = [{}]
     filled = 0
     for item in items:
-        nbytes = _nbytes(item.forms)
-        if groups[-1] and filled + nbytes > max_file_bytes:
+        if groups[-1] and filled + item.nbytes > max_file_bytes:
             groups.append({})
             filled = 0
         groups[-1].update(item.forms)
-        filled += nbytes
+        filled += item.nbytes
     return tuple(
         WeightFilePlan(weight_file_name(index, len(groups)), group)
         for index, group in enumerate(groups, 1)

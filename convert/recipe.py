@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -16,10 +16,7 @@ from qwen3_ascend.errors import RecipeError
 
 SCHEMA = 1
 RECIPE_KEYS = ("schema", "name", "description", "rules")
-RULE_KEYS = ("match", "scheme", "layout")
-LAYOUTS = ("auto", "nz", "nd")
-
-LayoutChoice = Literal["auto", "nz", "nd"]
+RULE_KEYS = ("match", "scheme")
 
 
 @dataclass(frozen=True)
@@ -29,12 +26,10 @@ class Rule:
     Attributes:
         match: a glob on the Hugging Face name of a linear, such as "*.mlp.down_proj".
         scheme: a name in the registry of schemes.
-        layout: "nz", "nd", or "auto" (nz for decoder linears, nd for lm_head).
     """
 
     match: str
     scheme: str
-    layout: LayoutChoice = "auto"
 
     def matches(self, linear: str) -> bool:
         """Whether the glob fits a linear's name (case matters)."""
@@ -132,9 +127,5 @@ def _rule(data: Any, where: str) -> Rule:
     if not isinstance(rule.scheme, str) or rule.scheme not in SCHEMES:
         raise RecipeError(
             f"{where}: unknown scheme {rule.scheme!r}; known schemes: {', '.join(SCHEMES)}"
-        )
-    if rule.layout not in LAYOUTS:
-        raise RecipeError(
-            f"{where}: unknown layout {rule.layout!r}; known layouts: {', '.join(LAYOUTS)}"
         )
     return rule

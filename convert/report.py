@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from qwen3_ascend.checkpoint.describe import dims, layout_text
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.convert.budget import Budget
-from qwen3_ascend.convert.plan import LinearPlan, Plan
+from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.files.text import size_text
 
 WORST_SHOWN = 3
@@ -56,7 +53,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
     merged: dict[tuple[str, ...], list[int]] = {}
     for item in plan.items:
         key = _row_key(item)
-        merged.setdefault(key, []).append(sum(_form_bytes(form) for form in item.forms.values()))
+        merged.setdefault(key, []).append(item.nbytes)
     return [
         (
             key[0] if len(sizes) == 1 else f"{key[0]} (x{len(sizes)})",
@@ -107,28 +104,17 @@ def model_card(manifest: Manifest) -> bytes:
     return text.encode()
 
 
-def _form_bytes(form: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    return math.prod(form[1]) * form[0].itemsize
-
-
-def _row_key(item: Any) -> tuple[str, str, str, str]:
+def _row_key(item: Item) -> tuple[str, str, str, str]:
     name = ".".join("*" if part.isdigit() else part for part in item.name.split("."))
-    if isinstance(item, LinearPlan):
-        shape = dims((item.spec.outputs, item.spec.inputs))
-        return (name, shape, item.scheme, layout_text(item.layout))
-    return (name, dims(item.shape), "bf16", "nd")
+    return (name, dims(item.spec.shape), str(item.scheme), layout_text(item.layout))
 
 
-def _item_json(item: Any) -> dict[str, Any]:
-    data = {
+def _item_json(item: Item) -> dict[str, Any]:
+    return {
         "name": item.name,
         "reads": list(item.reads),
-        "bytes": sum(_form_bytes(form) for form in item.forms.values()),
+        "bytes": item.nbytes,
+        "shape": list(item.spec.shape),
+        "scheme": item.scheme.to_json(),
+        "layout": item.layout.to_json(),
     }
-    if isinstance(item, LinearPlan):
-        data |= {
-            "shape": [item.spec.outputs, item.spec.inputs],
-            "scheme": item.scheme,
-            "layout": item.layout.to_json(),
-        }
-    return data

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
-from qwen3_ascend.checkpoint.schemes import SCHEMES, Linear
+from qwen3_ascend.checkpoint.linear import Linear, quantize
+from qwen3_ascend.checkpoint.schemes import SCHEMES
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime.backends.base import Activation, Backend
 from qwen3_ascend.runtime.backends.cache import DEFAULT_BLOCK_SIZE, PagedKVCache
 from qwen3_ascend.runtime.backends.step import StepInputs
@@ -123,9 +125,8 @@ class _Pair:
         return torch.randn(rows, heads * self.config.head_dim, generator=random).bfloat16()
 
     def _quantized(self, scheme: str, outputs: int, inputs: int) -> Linear:
-        kind = SCHEMES[scheme]
         weight = self._normal(outputs, inputs) / inputs**0.5
-        return kind.quantize(weight, None, kind.default_layout())
+        return quantize(SCHEMES[scheme](), weight, None, ASCEND_A2_A3.layouts[scheme])
 
 
 class _AttentionSide:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.architecture import LM_HEAD, TensorSpec, model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config, RopeConfig
-from qwen3_ascend.checkpoint.layout import ND
-from qwen3_ascend.checkpoint.schemes import SCHEMES, Linear
+from qwen3_ascend.checkpoint.linear import Linear, quantize
+from qwen3_ascend.checkpoint.schemes import SCHEMES
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 
 SMALL_CONFIG = Qwen3Config(
     hidden_size=1024,
@@ -51,9 +52,8 @@ class SyntheticWeights:
         spec = next(spec for spec in model_spec(self.config).linears if spec.name == name)
         weight = torch.randn(spec.outputs, spec.inputs, generator=_generator(name))
         weight = (weight / math.sqrt(spec.inputs)).bfloat16()
-        kind = SCHEMES["bf16" if name == LM_HEAD else self.scheme]
-        layout = ND if name == LM_HEAD else kind.default_layout()
-        return kind.quantize(weight, None, layout)
+        scheme = SCHEMES["bf16" if name == LM_HEAD else self.scheme]()
+        return quantize(scheme, weight, None, ASCEND_A2_A3.layout(scheme, name))
 
 
 def _generator(name: str) -> torch.Generator:

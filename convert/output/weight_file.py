@@ -18,7 +18,7 @@ from qwen3_ascend.checkpoint.manifest import FileEntry
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.hashing import Job, bytes_sha256, range_job
-from qwen3_ascend.files.safetensors import Header, build_header
+from qwen3_ascend.files.safetensors import Form, Header, build_header
 from qwen3_ascend.native.sha256 import Digests
 
 STAGING = ".partial"
@@ -30,7 +30,7 @@ class WeightFilePlan:
     """A weight file before it is written: its name, and each tensor's form in file order."""
 
     file: str
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    tensors: Mapping[str, Form]
 
 
 def weight_file_name(index: int, count: int) -> str:

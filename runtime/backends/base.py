@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
-from qwen3_ascend.checkpoint.schemes import Linear
+from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.step import StepInputs
 

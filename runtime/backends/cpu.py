@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Linear
+from qwen3_ascend.checkpoint.linear import Linear
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.runtime.backends.base import (
@@ -70,9 +71,9 @@ class DenseLinear:
 class Int8Linear:
     """w8a8: exact integer product, epilogue in float32, one rounding to the compute type."""
 
-    def __init__(self, linear: W8A8, dtype: torch.dtype) -> None:
-        self.scale, self.bias, self.dtype = linear.scale, linear.bias, dtype
-        self._product: Product = pick_int8_matmul()(linear.codes())
+    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+        self.scale, self.bias, self.dtype = linear.tensors["scale"], linear.bias, dtype
+        self._product: Product = pick_int8_matmul()(linear.codes()["weight"])
 
     def prepare(self, x: Tensor) -> QuantizedActivation:
         """What this linear wants of a float input: codes and a scale for each token."""
@@ -101,10 +102,10 @@ class CpuBackend:
 
     def linear(self, linear: Linear) -> DeviceLinear:
         """See Backend."""
-        if isinstance(linear, BF16):
+        if isinstance(linear.scheme, BF16):
             bias = None if linear.bias is None else linear.bias.to(self.dtype)
-            return DenseLinear(linear.matrix().to(self.dtype), bias)
-        if isinstance(linear, W8A8):
+            return DenseLinear(linear.codes()["weight"].to(self.dtype), bias)
+        if isinstance(linear.scheme, W8A8):
             return Int8Linear(linear, self.dtype)
         raise CheckpointError(f"the cpu backend has no kernel for the scheme {linear.scheme}")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.architecture import LayerSpec, LinearSpec, TensorSpec, model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
-from qwen3_ascend.checkpoint.schemes import Linear
+from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.runtime.backends.base import Backend, DeviceLinear, Progress
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer, Qwen3
 

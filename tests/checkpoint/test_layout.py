@@ -97,13 +97,39 @@ def test_orientations(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert torch.equal(ND.pack(weight), weight)
     for layout in (of_kn, of_nk, ND):
         packed = layout.pack(weight)
-        assert tuple(packed.shape) == layout.storage_shape(*shape)
-        assert torch.equal(layout.unpack(packed, *shape), weight)
+        assert tuple(packed.shape) == layout.storage_shape(shape)
+        assert torch.equal(layout.unpack(packed, shape), weight)
         assert Layout.from_json(layout.to_json()) == layout
 
 
+@pytest.mark.parametrize("per_word", [2, 4, 8])
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
+def test_packed_codes(per_word: int, batch: tuple[int, ...]) -> None:
+    """Code j of a word has the bits from j * bits on; words are tiled like any byte."""
+    bits = 8 // per_word
+    shape = (*batch, 37, 50)
+    generator = torch.Generator().manual_seed(per_word)
+    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
+    weight = torch.randint(low, high, shape, generator=generator).to(torch.int8)
+    for layout in (Layout("nz", "KN", 32, per_word), Layout("nz", "NK", 32, per_word),
+                   Layout("nd", per_word=per_word)):  # fmt: skip
+        packed = layout.pack(weight)
+        assert packed.dtype == torch.int8 and tuple(packed.shape) == layout.storage_shape(shape)
+        assert torch.equal(layout.unpack(packed, shape), weight)
+        assert Layout.from_json(layout.to_json()) == layout
+    words = Layout("nd", per_word=per_word).pack(weight)
+    for column in (0, 1, 17, 49):
+        word = words[..., column // per_word].view(torch.uint8) >> (column % per_word * bits)
+        assert torch.equal(
+            word & ((1 << bits) - 1), weight[..., column].view(torch.uint8) & ((1 << bits) - 1)
+        )
+    of_kn = Layout("nz", "KN", 32, per_word).pack(weight[..., :32, :])
+    along_outputs = Layout("nd", per_word=per_word).pack(weight[..., :32, :].transpose(-2, -1))
+    assert torch.equal(of_kn, by_the_formula(along_outputs, 32))
+
+
 def test_layouts_that_cannot_be() -> None:
-    for arguments in (("nz", "KN", 0), ("nd", "KN", 0), ("nd", "NK", 32)):
+    for arguments in (("nz", "KN", 0), ("nd", "KN", 0), ("nd", "NK", 32), ("nd", "NK", 0, 0)):
         with pytest.raises(ValueError):
             Layout(*arguments)
     for data in (

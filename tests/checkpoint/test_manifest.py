@@ -61,7 +61,7 @@ def test_what_it_says(tiny_w8a8: Path, tiny_source: Path) -> None:
         [f"{prefix}.v_proj", 256],
     ]
     assert qkv["layout"] == {"format": "nz", "nz_of": "KN", "c0": 32}
-    assert qkv["scheme"] == "w8a8" and qkv["cut"] == "outputs"
+    assert qkv["scheme"] == {"name": "w8a8"} and qkv["cut"] == "outputs"
     assert 30 < qkv["sqnr_db"] < 60
     assert data["linears"]["model.layers.0.mlp.down_proj"]["cut"] == "inputs"
 
@@ -114,7 +114,7 @@ NORM = ("tensors", "model.norm.weight")
 EDITS = {
     "model": put(5e-6, "model", "rms_norm_eps"),
     "layout": put("NK", *QKV, "layout", "nz_of"),
-    "scheme": put("bf16", *QKV, "scheme"),
+    "scheme": put({"name": "bf16"}, *QKV, "scheme"),
     "sqnr": put(99.0, *QKV, "sqnr_db"),
     "hash of a tensor": put("0" * 64, *NORM, "sha256"),
     "revision": put("main", "source", "revision"),
@@ -148,8 +148,10 @@ def test_another_format_is_refused(w8a8_copy: Path) -> None:
 
 # With a hash that agrees: what a faulty writer, or somebody who means harm, could produce.
 FORGERIES = {
-    "unknown scheme": put("w2a2", *QKV, "scheme"),
-    "scheme of other tensors": put("bf16", *QKV, "scheme"),
+    "unknown scheme": put({"name": "w2a2"}, *QKV, "scheme"),
+    "unknown parameter of a scheme": put({"name": "w8a8", "group": 3}, *QKV, "scheme"),
+    "another target": put("ascend-310p", "target"),
+    "scheme of other tensors": put({"name": "bf16"}, *QKV, "scheme"),
     "unknown cut": put("diagonal", *QKV, "cut"),
     "unknown layout": put({"format": "zn"}, *QKV, "layout"),
     "layout of another shape": put({"format": "nd"}, *QKV, "layout"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.safetensors import (
     DTYPES,
+    Form,
     MappedFile,
     build_header,
     read_header,
@@ -58,7 +59,7 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
 
 def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
     tensors = {"x": torch.randn(3, 5), "ü": torch.randint(0, 9, (7,), dtype=torch.int8)}
-    header = build_header({n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
+    header = build_header({n: Form(t.dtype, tuple(t.shape)) for n, t in tensors.items()})
     assert len(header.raw) % 64 == 0
     data = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
     (tmp_path / "x").write_bytes(header.raw + data)

@@ -7,18 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.group_scheme import LAYOUTS, GroupInt4
 from torch import Tensor
 
+from qwen3_ascend import native
 from qwen3_ascend.checkpoint.layout import ND, Layout
-from qwen3_ascend.checkpoint.schemes import (
-    BF16,
-    SCHEMES,
-    W8A8,
-    Linear,
-    scheme,
-)
+from qwen3_ascend.checkpoint.linear import Linear, quantize, stored_forms
+from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W8A8, Scheme, make_scheme
+from qwen3_ascend.checkpoint.schemes.pieces import Piece, Stack
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.files.safetensors import Form
 
 EPSILON = 2.0**-24
 """Half the distance from 1 to the next float32: the relative error of one rounding."""
@@ -29,42 +29,101 @@ def random_weight(outputs: int, inputs: int, seed: int = 0) -> Tensor:
     return torch.randn((outputs, inputs), generator=generator).bfloat16()
 
 
+CASES: list[tuple[Scheme, Layout]] = [
+    *((SCHEMES[name](), layout) for name, layout in ASCEND_A2_A3.layouts.items()),
+    *((scheme(), ND) for scheme in SCHEMES.values()),
+    *((GroupInt4(group), layout) for group in (32, 128) for layout in LAYOUTS),
+]
+
+
+def w8a8(weight: Tensor, layout: Layout = ND) -> Linear:
+    return quantize(W8A8(), weight, None, layout)
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("layout", ["default", "nd"])
-@pytest.mark.parametrize("kind", SCHEMES.values(), ids=SCHEMES)
-def test_what_a_scheme_promises(kind: type[Linear], layout: str, bias: bool) -> None:
-    weight = random_weight(300, 70)
-    offset = random_weight(1, 300, seed=1)[0] if bias else None
-    chosen = kind.default_layout() if layout == "default" else ND
-    linear = kind.quantize(weight, offset, chosen)
-    forms = {name: (t.dtype, tuple(t.shape)) for name, t in linear.tensors().items()}
-    assert forms == kind.stored((300, 70), chosen, bias)
-    again = kind.from_tensors((300, 70), chosen, linear.tensors())
-    assert torch.equal(again.dequantize(), linear.dequantize())
-    covered = torch.cat([torch.arange(300)[rows] for rows, _ in linear.blocks()])
-    assert covered.tolist() == list(range(300))
-    x = random_weight(5, 70, seed=2).float()
-    expected = x.double() @ weight.double().t() + (offset.double() if bias else 0)
-    noise = 0.02 if kind is W8A8 else 1e-5
-    assert (linear.reference(x).double() - expected).norm() < noise * expected.norm()
-    assert SCHEMES[kind.scheme] is kind and scheme(kind.scheme) is kind
+@pytest.mark.parametrize(("scheme", "layout"), CASES, ids=str)
+@pytest.mark.parametrize("shape", [(300, 70), (3, 50, 33)], ids=str)
+def test_what_a_scheme_promises(
+    scheme: Scheme, layout: Layout, bias: bool, shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).bfloat16()
+    offset = torch.randn(shape[:-1], generator=generator).bfloat16() if bias else None
+    linear = quantize(scheme, weight, offset, layout)
+    forms = {suffix: Form(t.dtype, tuple(t.shape)) for suffix, t in linear.tensors.items()}
+    assert forms == stored_forms(scheme, shape, layout, bias)
+    # The pieces and their kernels give what the whole gives by the readable way.
+    codes = scheme.choose(weight)
+    for suffix, tensor in scheme.pack(codes, layout).items():
+        assert torch.equal(tensor, linear.tensors[suffix]), suffix
+    again = linear.codes()
+    assert all(torch.equal(again[suffix], tensor) for suffix, tensor in codes.items())
+    noise = {"bf16": 0.0, "w8a8": 0.01, "group-int4": 0.15}[scheme.name]
+    error = (linear.dequantize().double() - weight.double()).norm()
+    assert error <= noise * weight.double().norm()
+    if len(shape) == 2:
+        x = torch.randn((5, shape[1]), generator=generator)
+        expected = x.double() @ linear.dequantize().double().t()
+        expected += offset.double() if offset is not None else 0
+        found = linear.reference(x).double()
+        assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("scheme", [BF16(), W8A8(), GroupInt4(64)], ids=str)
+def test_a_scheme_comes_back_from_the_manifest(scheme: Scheme) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCHEMES, GroupInt4.name, GroupInt4)
+        said = scheme.to_json()
+        assert make_scheme(said.pop("name"), said) == scheme
+        with pytest.raises(CheckpointError, match="no parameter 'grop'.*it has: group"):
+            make_scheme("group-int4", {"grop": 3})
+
+
+def test_other_codes_than_the_nearest_can_be_packed() -> None:
+    """An algorithm of its own chooses codes; the scheme lays them out and knows what they mean."""
+    scheme, layout = GroupInt4(32), LAYOUTS[0]
+    weight = random_weight(40, 64)
+    codes = dict(scheme.choose(weight))
+    codes["weight"] = codes["weight"].clone()
+    codes["weight"][3, 5] = -8
+    linear = Linear(scheme, (40, 64), layout, scheme.pack(codes, layout))
+    assert torch.equal(linear.codes()["weight"], codes["weight"])
+    assert linear.dequantize()[3, 5] == -8 * codes["scale"][0, 3]
+
+
+@pytest.mark.parametrize(("scheme", "layout"), CASES, ids=str)
+def test_errors_are_those_of_the_stored_bytes(scheme: Scheme, layout: Layout) -> None:
+    weight = random_weight(70, 96).float() * 1.001
+    linear, source = quantize(scheme, weight, None, layout), Stack((weight,))
+    for kernels in (native.best(), native.TorchKernels()):
+        for piece in scheme.pieces((70, 96), layout):
+            packed = scheme.pack_piece(source, piece, layout, kernels)
+            again = scheme.errors(linear.piece(piece), source, piece, kernels)
+            assert packed.sums is not None and again is not None
+            assert torch.equal(again.noise, packed.sums.noise)
+            assert torch.equal(again.signal, packed.sums.signal)
+            part = Piece(piece.axis, piece.start, piece.stop)
+            exact, decoded = source.piece(part).double(), linear.piece(part).dequantize().double()
+            assert float(again.noise.sum()) == pytest.approx(
+                float((exact - decoded).square().sum())
+            )
 
 
 def test_unknown_scheme_names_the_known() -> None:
     with pytest.raises(CheckpointError, match=r"'w3a3'.*bf16.*w8a8"):
-        scheme("w3a3")
+        make_scheme("w3a3", {})
 
 
 def test_missing_tensor_is_a_key_error() -> None:
     for kind in SCHEMES.values():
         with pytest.raises(KeyError):
-            kind.from_tensors((16, 16), ND, {})
+            Linear(kind(), (16, 16), ND, {}).codes()
 
 
 def test_bf16_is_exact() -> None:
     weight = random_weight(50, 33)
-    linear = BF16.quantize(weight, None, BF16.default_layout())
-    assert torch.equal(linear.matrix(), weight)
+    linear = quantize(BF16(), weight, None, ASCEND_A2_A3.layouts["bf16"])
+    assert torch.equal(linear.codes()["weight"], weight)
 
 
 # Rows of finite bfloat16 numbers by their bits, so that every magnitude is as likely as any other.
@@ -82,8 +141,8 @@ def weights(draw: st.DrawFn) -> Tensor:
 @settings(max_examples=300)
 @given(weights())
 def test_scales_are_bf16_and_codes_are_the_nearest(weight: Tensor) -> None:
-    linear = W8A8.quantize(weight, None, W8A8.default_layout())
-    codes, scale = linear.codes(), linear.scale
+    linear = w8a8(weight, ASCEND_A2_A3.layouts["w8a8"])
+    codes, scale = linear.codes()["weight"], linear.codes()["scale"]
     assert scale.dtype == torch.float32 and torch.equal(scale.bfloat16().float(), scale)
     assert bool((scale > 0).all()) and bool(torch.isfinite(scale).all())
     # No other code is nearer, but for the rounding of the one float32 division.
@@ -97,35 +156,35 @@ def test_scales_are_bf16_and_codes_are_the_nearest(weight: Tensor) -> None:
 @given(weights())
 def test_rows_are_quantized_by_themselves(weight: Tensor) -> None:
     order = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(0))
-    whole = W8A8.quantize(weight, None, ND)
-    shuffled = W8A8.quantize(weight[order], None, ND)
-    assert torch.equal(shuffled.codes(), whole.codes()[order])
-    assert torch.equal(shuffled.scale, whole.scale[order])
+    whole = w8a8(weight)
+    shuffled = w8a8(weight[order])
+    assert torch.equal(shuffled.codes()["weight"], whole.codes()["weight"][order])
+    assert torch.equal(shuffled.tensors["scale"], whole.tensors["scale"][order])
 
 
 def test_ordinary_rows_use_the_whole_range() -> None:
     """max|w| / scale is within 127 (1 +- 2^-8 / 2), because only the scale was rounded."""
-    linear = W8A8.quantize(random_weight(600, 64), None, ND)
-    assert set(linear.codes().abs().amax(dim=1).tolist()) <= {127}
+    linear = w8a8(random_weight(600, 64))
+    assert set(linear.codes()["weight"].abs().amax(dim=1).tolist()) <= {127}
 
 
 def test_zero_and_vanishing_rows() -> None:
     weight = torch.zeros(3, 40, dtype=torch.bfloat16)
     weight[1, 7] = 2.0**-133  # the smallest bfloat16: max / 127 is no bfloat16 any more
     weight[2, 3] = -1.0
-    linear = W8A8.quantize(weight, None, ND)
-    assert linear.scale[:2].tolist() == [1.0, 1.0]
-    assert int(linear.codes()[:2].abs().max()) == 0
-    assert linear.codes()[2, 3] == -127
+    linear = w8a8(weight)
+    assert linear.tensors["scale"][:2].tolist() == [1.0, 1.0]
+    assert int(linear.codes()["weight"][:2].abs().max()) == 0
+    assert linear.codes()["weight"][2, 3] == -127
     assert bool(torch.isfinite(linear.dequantize()).all())
 
 
 @pytest.mark.parametrize("largest", [2.0**-118, 2.0**-100, 1e-20, 1e20, 3.3e38])
 def test_huge_and_tiny_magnitudes_keep_their_precision(largest: float) -> None:
     weight = (random_weight(8, 64).float().clamp(-3, 3) / 3 * largest).bfloat16()
-    linear = W8A8.quantize(weight, None, ND)
+    linear = w8a8(weight)
     error = (linear.dequantize().double() - weight.double()).abs()
-    assert bool((error <= 0.51 * linear.scale.double()[:, None]).all())
+    assert bool((error <= 0.51 * linear.tensors["scale"].double()[:, None]).all())
 
 
 TOKENS = st.lists(
@@ -151,10 +210,10 @@ def test_tokens(rows: list[list[float]]) -> None:
 
 def test_reference_is_the_contract_in_whole_numbers() -> None:
     weight, x = random_weight(40, 96), random_weight(7, 96, seed=3).float()
-    linear = W8A8.quantize(weight, None, Layout("nz", "KN", 32))
+    linear = w8a8(weight, Layout("nz", "KN", 32))
     codes, scale = quantize_tokens(x)
-    totals = codes.numpy().astype(object) @ linear.codes().numpy().astype(object).T
+    totals = codes.numpy().astype(object) @ linear.codes()["weight"].numpy().astype(object).T
     exact = totals.astype(np.float64) * scale.double().numpy()[:, None]
-    exact *= linear.scale.double().numpy()
+    exact *= linear.tensors["scale"].double().numpy()
     # One rounding of the sum to float32, and one for each of the two products.
     assert np.all(np.abs(linear.reference(x).numpy() - exact) <= 3.01 * EPSILON * np.abs(exact))

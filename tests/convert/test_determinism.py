@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,15 +11,17 @@ from hypothesis import strategies as st
 from support import tiny_models
 from support.command_line import program, run
 from support.crash_driver import contents
+from support.group_scheme import NZ, GroupInt4
 from support.native_cases import runnable_paths
-from torch import Tensor
 
 from qwen3_ascend import convert_checkpoint, native
-from qwen3_ascend.checkpoint.layout import ND
+from qwen3_ascend.checkpoint.layout import ND, Layout
+from qwen3_ascend.checkpoint.linear import Linear, quantize
 from qwen3_ascend.checkpoint.manifest import Manifest, canonical_sha256
 from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, Linear, pieces
+from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, Scheme, pieces
 from qwen3_ascend.checkpoint.schemes.pieces import Stack, sqnr_db
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.checkpoint.verify import verify
 from qwen3_ascend.files.hashing import file_sha256
 
@@ -28,11 +29,11 @@ from qwen3_ascend.files.hashing import file_sha256
 PINNED = {
     "w8a8": (
         "9ba509149ddf2b0be59c39a16240b33cecab9e91cf1d6b32a6adcfa7a858fc96",
-        "ead5d90c8a6d411ce66050fa70aba1abd5e522a935f10be722e674407d48f547",
+        "19de3521d6cf175b0a5af5819f019e42ad7110dadef9d58a251109e359a9fc6e",
     ),
     "bf16": (
         "752513b0281a812c6c83409c14aa1fa4b7bd40d57128b5543f1e0f0ad9f97a14",
-        "6515f91d89c677186f835732a7cb9db3f89d305f594b7d86c47b80633b20bf13",
+        "0d71f87dd967c5f7a55c16bb94381a5fa021551340b5c2ad6e452fce01c54572",
     ),
 }
 
@@ -84,31 +85,30 @@ def test_a_process_of_its_own(tiny_source: Path, tiny_w8a8: Path, tmp_path: Path
     assert contents(tmp_path / "out") == contents(tiny_w8a8)
 
 
-def cut_up(kind: type[Linear], source: Stack, layout: Any, kernels: native.Kernels) -> Linear:
+def put_together(scheme: Scheme, source: Stack, layout: Layout, kernels: native.Kernels) -> Linear:
     """A linear put together from its pieces, in reverse; its errors measured once more."""
     shape = source.shape
     stored = {
-        suffix: torch.full(storage, 77).to(dtype)
-        for suffix, (dtype, storage) in kind.stored(shape, layout, False).items()
+        suffix: torch.full(form.shape, 77).to(form.dtype)
+        for suffix, form in scheme.forms(shape, layout).items()
     }
-    packed = []
-    for piece in reversed(kind.pieces(shape, layout)):
-        packed.append((piece, kind.pack(source, piece, layout, kernels)))
-        for suffix, (start, data) in packed[-1][1].tensors.items():
-            flat = stored[suffix].view(-1).view(torch.uint8)
-            flat[start : start + data.nbytes] = data.contiguous().view(-1).view(torch.uint8)
-    linear = kind.from_tensors(shape, layout, stored)
-    for piece, found in packed:
-        again = linear.errors(source, piece, kernels)
+    linear = Linear(scheme, shape, layout, stored)
+    for piece in reversed(scheme.pieces(shape, layout)):
+        found = scheme.pack_piece(source, piece, layout, kernels)
+        part = linear.piece(piece)
+        for suffix, data in found.tensors.items():
+            part.tensors[suffix].copy_(data)
+        again = scheme.errors(part, source, piece, kernels)
         assert (again is None) == (found.sums is None)
-        assert again is None or sqnr_db([again]) == sqnr_db([found.sums])
+        if again is not None and found.sums is not None:
+            assert sqnr_db([again]) == sqnr_db([found.sums])
     return linear
 
 
 @settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 70), min_size=1, max_size=3), st.integers(1, 90),
-    st.sampled_from(sorted(SCHEMES)), st.booleans(), st.integers(1, 9000),
+    st.sampled_from([*sorted(SCHEMES), GroupInt4.name]), st.booleans(), st.integers(1, 9000),
     st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )  # fmt: skip
 def test_any_cut_of_any_stack(
@@ -116,14 +116,15 @@ def test_any_cut_of_any_stack(
 ) -> None:
     generator = torch.Generator().manual_seed(len(parts) * inputs)
     values = [torch.randn((rows, inputs), generator=generator).to(dtype) for rows in parts]
-    kind = SCHEMES[scheme]
-    layout = ND if plain else kind.default_layout()
-    whole: dict[str, Tensor] = kind.quantize(torch.cat(values), None, layout).tensors()
+    chosen = GroupInt4(32) if scheme == GroupInt4.name else SCHEMES[scheme]()
+    layouts = {**ASCEND_A2_A3.layouts, GroupInt4.name: NZ}
+    layout = ND if plain and scheme != GroupInt4.name else layouts[scheme]
+    whole = quantize(chosen, torch.cat(values), None, layout).tensors
     for kernels in (native.best(), native.TorchKernels()):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
-            cut = cut_up(kind, Stack(tuple(values)), layout, kernels).tensors()
-        assert all(torch.equal(cut[suffix], whole[suffix]) for suffix in whole)
+            found = put_together(chosen, Stack(tuple(values)), layout, kernels).tensors
+        assert all(torch.equal(found[suffix], whole[suffix]) for suffix in whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -136,7 +137,8 @@ def test_other_floats(dtype: torch.dtype, tmp_path: Path) -> None:
     for name, entry in manifest.linears.items():
         exact = torch.cat([weights[f"{part}.weight"] for part, _ in entry.parts]).double()
         linear = reader.linear(name)
-        assert isinstance(linear, BF16) and torch.equal(linear.matrix(), exact.to(dtype).bfloat16())
+        assert linear.scheme == BF16()
+        assert torch.equal(linear.codes()["weight"], exact.to(dtype).bfloat16())
         noise = (exact - linear.dequantize().double()).square().sum()
         figure = 10 * torch.log10(exact.square().sum() / noise)
         assert entry.sqnr_db == pytest.approx(float(figure), abs=0.0051)

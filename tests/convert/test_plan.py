@@ -18,6 +18,7 @@ from qwen3_ascend import Recipe, convert_checkpoint
 from qwen3_ascend.checkpoint.architecture import model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.checkpoint.schemes import W8A8
 from qwen3_ascend.convert.plan import Plan, make_plan
 from qwen3_ascend.errors import CheckpointError, ConfigError, RecipeError, UserError
 from qwen3_ascend.files.safetensors import TensorSlot
@@ -86,7 +87,7 @@ def test_files_are_cut_at_the_size_asked_for() -> None:
     made = plan(tiny_models.config(), "bf16", max_file_bytes=30_000)
     assert len(made.weight_files) > 3
     for shard in made.weight_files:
-        sizes = [torch.Size(s).numel() * d.itemsize for d, s in shard.tensors.values()]
+        sizes = [form.nbytes for form in shard.tensors.values()]
         assert sum(sizes) <= 30_000 or len(sizes) == 1
     flat = [name for shard in made.weight_files for name in shard.tensors]
     assert flat == [name for item in made.items for name in item.forms]
@@ -125,7 +126,7 @@ def test_what_may_be_left_out_is_said() -> None:
         (rules(("*", "bf16"), ("*", "bf16")), {}, "rule 2 .* decides nothing"),
         (rules(("*.mlp.*", "w8a8"),), {}, "no rule matches"),
         (rules(("*", "w8a8")), {"tie_word_embeddings": True}, "lm_head is tied"),
-        (rules(("*", "w8a8")), {"vocab_size": 65536}, r"lm_head is \[65536, 64\].*65535"),
+        (rules(("*", "w8a8")), {"vocab_size": 65536}, r"lm_head: it is \[65536, 64\].*65535"),
     ],
 )  # fmt: skip
 def test_recipes_that_do_not_fit(recipe: Recipe, changes: dict[str, Any], message: str) -> None:
@@ -135,22 +136,7 @@ def test_recipes_that_do_not_fit(recipe: Recipe, changes: dict[str, Any], messag
 
 def test_a_small_output_projection_may_be_quantized() -> None:
     made = plan(tiny_models.config(vocab_size=65535), rules(("*", "w8a8")))
-    assert made.items[-1].scheme == "w8a8"  # type: ignore[union-attr]
-
-
-def test_layouts_by_recipe(tmp_path: Path) -> None:
-    text = """
-        schema: 1
-        name: plain
-        rules:
-          - {match: lm_head, scheme: bf16, layout: nz}
-          - {match: "*", scheme: w8a8, layout: nd}
-    """
-    source = tiny_models.write(tmp_path / "source")
-    manifest = convert_checkpoint(source, tmp_path / "out", Recipe.parse(text, "test"))
-    layouts = {name: entry.layout.format for name, entry in manifest.linears.items()}
-    assert layouts.pop("lm_head") == "nz"
-    assert set(layouts.values()) == {"nd"}
+    assert made.items[-1].scheme == W8A8()
 
 
 def test_dry_run_writes_nothing_and_tells_the_truth(tmp_path: Path) -> None:
@@ -162,10 +148,11 @@ def test_dry_run_writes_nothing_and_tells_the_truth(tmp_path: Path) -> None:
     manifest = Manifest.read(tmp_path / "out")
     assert said["files"] == list(manifest.weight_files)
     assert said["output_bytes"] == sum(tensor.nbytes for tensor in manifest.stored().values())
-    linears = {item["name"]: item for item in said["items"] if "scheme" in item}
+    linears = {item["name"]: item for item in said["items"] if item["name"] in manifest.linears}
     assert {n: (i["scheme"], i["layout"]) for n, i in linears.items()} == {
-        n: (e.scheme, e.layout.to_json()) for n, e in manifest.linears.items()
+        n: (e.scheme.to_json(), e.layout.to_json()) for n, e in manifest.linears.items()
     }
+    assert {item["name"] for item in said["items"]} == {*manifest.linears, *manifest.tensors}
     text = run("convert", source, tmp_path / "other", "--dry-run")
     assert text.code == 0 and "model.layers.*.self_attn.qkv_proj (x2)" in text.out
     assert not (tmp_path / "other").exists()

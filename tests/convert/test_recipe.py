@@ -33,13 +33,13 @@ def test_the_first_match_wins() -> None:
         schema: 1
         name: mixed
         rules:
-          - {match: "*.0.mlp.*", scheme: bf16, layout: nd}
+          - {match: "*.0.mlp.*", scheme: bf16}
           - {match: "*.mlp.*", scheme: w8a8}
           - {match: "*", scheme: bf16}
         """
     )
     first = recipe.rule_for("model.layers.0.mlp.up_proj")
-    assert (first.scheme, first.layout) == ("bf16", "nd")
+    assert first.scheme == "bf16"
     assert recipe.rule_for("model.layers.10.mlp.up_proj").scheme == "w8a8"
     assert recipe.rule_for("lm_head") is recipe.rules[2]
 
@@ -60,7 +60,7 @@ BAD = {
     "unknown key": (f"schema: 1\nname: x\nrulez: []\n{RULES}", ["rulez", "rules"]),
     "unknown key in a rule": (
         'schema: 1\nname: x\nrules: [{match: "*", scheme: bf16, group: 4}]',
-        ["rule 1", "'group'", "layout"],
+        ["rule 1", "'group'", "match, scheme"],
     ),
     "unknown scheme": (
         'schema: 1\nname: x\nrules: [{match: "*", scheme: w8a9}]',
@@ -70,14 +70,6 @@ BAD = {
     "scheme is a mapping": (
         'schema: 1\nname: x\nrules: [{match: "*", scheme: {a: 1}}]',
         ["rule 1"],
-    ),
-    "unknown layout": (
-        'schema: 1\nname: x\nrules: [{match: "*", scheme: bf16, layout: zn}]',
-        ["'zn'", "auto, nz, nd"],
-    ),
-    "layout is a list": (
-        'schema: 1\nname: x\nrules: [{match: "*", scheme: bf16, layout: [nz]}]',
-        ["layout"],
     ),
     "no schema": (f"name: x\n{RULES}", ["'schema' is missing"]),
     "no name": (f"schema: 1\n{RULES}", ["'name' is missing"]),

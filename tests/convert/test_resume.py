@@ -86,7 +86,7 @@ def count_packed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     pack = Task.pack
 
     def counted(self: Task, index: int, kernels: Any) -> Any:
-        names.add(self.name)
+        names.add(self.item.name)
         return pack(self, index, kernels)
 
     monkeypatch.setattr(Task, "pack", counted)

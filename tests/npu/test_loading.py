@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import torch
 import torch_npu
 
 from qwen3_ascend.checkpoint.layout import ND
+from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime.backends.npu import formats, self_check
 from qwen3_ascend.runtime.backends.npu.backend import NpuBackend
 from qwen3_ascend.runtime.backends.npu.device import DeviceError
@@ -32,7 +35,7 @@ def stored_tensors(reader: CheckpointReader) -> dict[str, torch.Tensor]:
     """Every stored tensor, as the loader sees it in the mapped file."""
     found = {name: reader.tensor(name) for name in reader.manifest.tensors}
     for name in reader.manifest.linears:
-        for suffix, tensor in reader.linear(name).tensors().items():
+        for suffix, tensor in reader.linear(name).tensors.items():
             found[f"{name}.{suffix}"] = tensor
     return found
 
@@ -89,9 +92,9 @@ def test_a_wrong_orientation_is_caught_by_s3_and_only_there(checkpoints: dict[st
     reader = CheckpointReader(checkpoints["w8a8"])
     open_backend(reader)
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
-    right = W8A8.quantize(weight, None, W8A8.default_layout())
-    codes = right.codes()
-    wrong = W8A8(right.shape, right.layout, right.layout.pack(codes.t()), None, right.scale)
+    right = quantize(W8A8(), weight, None, ASCEND_A2_A3.layouts["w8a8"])
+    turned = right.layout.pack(right.codes()["weight"].t())
+    wrong = dataclasses.replace(right, tensors={**right.tensors, "weight": turned})
     loaded = Int8Linear.load(wrong, formats.upload_packed)
     assert self_check.reads_back(wrong, loaded)  # S2 sees the file's own bytes
     assert not self_check.kernel_sees_weight(right, loaded)  # S3 knows the weight
@@ -146,7 +149,7 @@ def test_plain_layouts_and_biases_load_too(checkpoints: dict[str, Path]) -> None
     x = torch.randn(3, 96, generator=generator).bfloat16()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for scheme, layout in ((W8A8, ND), (W8A8, W8A8.default_layout()), (BF16, ND)):
-            linear = scheme.quantize(weight, bias, layout)
+        for scheme, layout in ((W8A8(), ND), (W8A8(), ASCEND_A2_A3.layouts["w8a8"]), (BF16(), ND)):
+            linear = quantize(scheme, weight, bias, layout)
             y = backend.linear(linear)(x.to("npu")).cpu()
             assert torch.allclose(y.float(), linear.reference(x), atol=0.1), (scheme, layout)

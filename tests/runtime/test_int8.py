@@ -12,8 +12,10 @@ from transformers import Qwen3ForCausalLM
 
 from qwen3_ascend import load
 from qwen3_ascend.checkpoint.layout import ND
+from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.schemes import W8A8
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime import LLM
 from qwen3_ascend.runtime.backends.cpu import Int8Linear
 from qwen3_ascend.runtime.backends.int8_matmul import (
@@ -95,15 +97,15 @@ def test_a_linear_is_its_reference(size: tuple[int, int], bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size, generator=generator).bfloat16()
     offset = torch.randn(size[0], generator=generator).bfloat16() if bias else None
-    linear = W8A8.quantize(weight, offset, W8A8.default_layout())
+    linear = quantize(W8A8(), weight, offset, ASCEND_A2_A3.layouts["w8a8"])
     ours = Int8Linear(linear, torch.float32)
     for rows in range(1, 10):
         x = torch.randn(rows, size[1], generator=generator) * 3
         y = ours(ours.prepare(x))
         assert torch.equal(y, ours(x))
         codes, scale = quantize_tokens(x)
-        total = (codes.double() @ linear.codes().double().t()) * scale.double()[:, None]
-        exact = total * linear.scale.double()
+        total = (codes.double() @ linear.codes()["weight"].double().t()) * scale.double()[:, None]
+        exact = total * linear.tensors["scale"].double()
         shifted = exact + (offset.double() if offset is not None else 0)
         bound = 3.01 * EPSILON * exact.abs() + 1.01 * EPSILON * shifted.abs()
         assert bool(((y.double() - shifted).abs() <= bound).all())
@@ -113,7 +115,7 @@ def test_a_linear_is_its_reference(size: tuple[int, int], bias: bool) -> None:
 
 
 def test_a_token_of_zeros() -> None:
-    linear = W8A8.quantize(torch.randn(8, 16).bfloat16(), None, ND)
+    linear = quantize(W8A8(), torch.randn(8, 16).bfloat16(), None, ND)
     assert torch.equal(Int8Linear(linear, torch.float32)(torch.zeros(2, 16)), torch.zeros(2, 8))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import Layout
-from qwen3_ascend.checkpoint.schemes import Linear
+from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.backends.base import (
     Activation,
@@ -84,7 +84,7 @@ class NpuBackend:
 
     def linear(self, linear: Linear) -> DeviceLinear:
         """See Backend. The first of each kind is checked through its own kernel (S3)."""
-        kind = (linear.scheme, linear.layout)
+        kind = (str(linear.scheme), linear.layout)
         try:
             loaded = load_linear(linear, self._upload)
             sound = kind in self._checked or kernel_sees_weight(linear, loaded)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
+from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.schemes import SCHEMES
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime.backends.npu.device import (
     ATB_LIBRARY,
     DeviceError,
@@ -62,8 +64,8 @@ def layout_checks() -> Iterator[tuple[str, bool | None]]:
     for outputs, inputs in ((1024, 512), (1000, 200)):
         weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
         for name in ("w8a8", "bf16"):
-            scheme = SCHEMES[name]
-            linear = scheme.quantize(weight, None, scheme.default_layout())
+            scheme = SCHEMES[name]()
+            linear = quantize(scheme, weight, None, ASCEND_A2_A3.layouts[name])
             case = f"{name} [{outputs}, {inputs}]"
             try:
                 loaded = load_linear(linear, formats.upload_packed)

@@ -11,7 +11,8 @@ import torch_npu
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import Layout
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Linear
+from qwen3_ascend.checkpoint.linear import Linear
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.runtime.backends.base import Activation
 
@@ -34,9 +35,9 @@ class DenseLinear:
         self.weight, self.bias = weight, bias
 
     @classmethod
-    def load(cls, linear: BF16, upload: Upload) -> DenseLinear:
+    def load(cls, linear: Linear, upload: Upload) -> DenseLinear:
         """Puts a stored linear on the device."""
-        weight = upload(linear.weight, linear.layout, *linear.shape)
+        weight = upload(linear.weight, linear.layout, *linear.shape[-2:])
         return cls(weight, None if linear.bias is None else linear.bias.to("npu"))
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -55,13 +56,13 @@ class Int8Linear:
         self.weight, self.scale, self.bias = weight, scale, bias
 
     @classmethod
-    def load(cls, linear: W8A8, upload: Upload) -> Int8Linear:
+    def load(cls, linear: Linear, upload: Upload) -> Int8Linear:
         """Puts a stored linear on the device."""
-        weight = upload(linear.weight, linear.layout, *linear.shape)
+        weight = upload(linear.weight, linear.layout, *linear.shape[-2:])
         if linear.layout.format == "nd":
             weight = weight.t()
         bias = None if linear.bias is None else linear.bias.to("npu")
-        return cls(weight, linear.scale.to("npu"), bias)
+        return cls(weight, linear.tensors["scale"].to("npu"), bias)
 
     def prepare(self, x: Tensor) -> QuantizedActivation:
         """See DeviceLinear."""
@@ -105,8 +106,8 @@ NpuLinear = DenseLinear | Int8Linear
 
 def load_linear(linear: Linear, upload: Upload) -> NpuLinear:
     """Puts a stored linear of any scheme on the device; CheckpointError if none has a kernel."""
-    if isinstance(linear, BF16):
+    if isinstance(linear.scheme, BF16):
         return DenseLinear.load(linear, upload)
-    if isinstance(linear, W8A8):
+    if isinstance(linear.scheme, W8A8):
         return Int8Linear.load(linear, upload)
     raise CheckpointError(f"the npu backend has no kernel for the scheme {linear.scheme}")

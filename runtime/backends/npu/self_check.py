@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import nz_pack
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Linear
+from qwen3_ascend.checkpoint.linear import Linear
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8
 from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, Int8Linear, NpuLinear
 
@@ -42,7 +43,7 @@ def layouts_agree(dtype: torch.dtype) -> bool | None:
 
 def reads_back(linear: Linear, loaded: NpuLinear) -> bool:
     """S2 for one loaded linear."""
-    plain = linear.layout.unpack(linear.weight, *linear.shape)
+    plain = linear.codes()["weight"]
     expected = plain.t() if linear.layout.nz_of == "KN" else plain
     return torch.equal(formats.cast_to_nd(loaded.weight).cpu(), expected)
 
@@ -51,10 +52,10 @@ def kernel_sees_weight(linear: Linear, loaded: NpuLinear) -> bool:
     """S3 for one loaded linear."""
     inputs = linear.shape[1]
     rows = torch.linspace(0, inputs - 1, min(PROBE_ROWS, inputs)).long()
-    if isinstance(linear, W8A8) and isinstance(loaded, Int8Linear):
-        return torch.equal(loaded.integer_rows(rows), linear.codes()[:, rows].t())
-    assert isinstance(linear, BF16) and isinstance(loaded, DenseLinear)
-    return torch.equal(_dense_rows(loaded, rows, inputs), linear.matrix()[:, rows].t())
+    if isinstance(linear.scheme, W8A8) and isinstance(loaded, Int8Linear):
+        return torch.equal(loaded.integer_rows(rows), linear.codes()["weight"][:, rows].t())
+    assert isinstance(linear.scheme, BF16) and isinstance(loaded, DenseLinear)
+    return torch.equal(_dense_rows(loaded, rows, inputs), linear.codes()["weight"][:, rows].t())
 
 
 def _dense_rows(loaded: DenseLinear, rows: Tensor, inputs: int) -> Tensor:

@@ -42,4 +42,4 @@ def _linear_row(name: str, entry: LinearEntry) -> tuple[str, str, str, str, str,
     error = "exact" if entry.sqnr_db is None else f"{entry.sqnr_db:.2f}"
     nbytes = sum(tensor.nbytes for tensor in entry.tensors.values())
     shape, layout = dims(entry.shape), layout_text(entry.layout)
-    return (name, shape, entry.scheme, layout, error, size_text(nbytes))
+    return (name, shape, str(entry.scheme), layout, error, size_text(nbytes))

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from qwen3_ascend.errors import CheckpointError
@@ -29,7 +30,20 @@ STRIP_BYTES = 32
 """Bytes of one row of a strip."""
 
 Cut = Literal["outputs", "inputs"]
-"""The axis of a linear that tensor parallelism divides among the ranks."""
+"""The axis of a linear along which it is divided: among ranks, or into pieces."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an axis of a weight lies in one of the tensors that store it.
+
+    Attributes:
+        axis: of the stored tensor, counted from its end (-1 is the last).
+        unit: outputs or inputs of the weight that one step along that axis holds.
+    """
+
+    axis: int
+    unit: int
 
 
 def nz_columns(itemsize: int) -> int:
@@ -78,74 +92,112 @@ def nz_unpack(blocks: Tensor, rows: int, columns: int) -> Tensor:
     return by_row.flatten(-2, -1)[..., :rows, :columns].contiguous()
 
 
+def pack_words(codes: Tensor, per_word: int) -> Tensor:
+    """Puts `per_word` signed codes into each int8 word, the first one in the lowest bits.
+
+    Args:
+        codes: int8 [..., columns]; each within the range of 8 / per_word bits.
+        per_word: 2, 4 or 8.
+
+    Returns:
+        int8 [..., ceil(columns / per_word)]; missing codes are 0.
+    """
+    bits = 8 // per_word
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_word))
+    fields = padded.view(torch.uint8).view(*padded.shape[:-1], -1, per_word) & ((1 << bits) - 1)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    words: Tensor = (fields << shifts).sum(-1, dtype=torch.uint8)
+    return words.view(torch.int8)
+
+
+def unpack_words(words: Tensor, per_word: int, columns: int) -> Tensor:
+    """The codes, int8 [..., columns], of int8 words that `pack_words` made."""
+    bits = 8 // per_word
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    # Up to the highest bits, so that the signed shift down again fills in the sign.
+    fields = (words.view(torch.uint8)[..., None] >> shifts) << (8 - bits)
+    codes = fields.view(torch.int8) >> (8 - bits)
+    return codes.flatten(-2)[..., :columns].contiguous()
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How the bytes of a linear's weight, logically [N, K] (outputs, inputs), lie in storage.
+    """How a weight, logically [*batch, N, K] (outputs, inputs), lies in storage.
+
+    The batch axes (such as experts) stay in front, unchanged.
 
     Attributes:
         format: "nz", or "nd" for plain row-major.
-        nz_of: which matrix is tiled: "KN" (the contiguous transpose, what npu_quant_matmul reads
+        nz_of: which matrix is stored: "KN" (the contiguous transpose, what npu_quant_matmul reads
             on A2/A3) or "NK" (the weight as it is, what F.linear reads). "NK" for "nd".
             The hardware does not reject a wrong orientation, so every holder states it.
-        c0: strip width in stored elements; 0 for "nd".
+        c0: strip width in stored words; 0 for "nd".
+        per_word: neighbouring columns of the stored matrix in one stored word: 1, or more for codes
+            narrower than a byte (int4: 2 to an int8; 8 to an int32 are the same bytes).
     """
 
     format: Literal["nz", "nd"]
     nz_of: Literal["KN", "NK"] = "NK"
     c0: int = 0
+    per_word: int = 1
 
     def __post_init__(self) -> None:
         if (self.format == "nz") != (self.c0 > 0):
             raise ValueError(f"{self}: a strip width belongs to nz, and only to nz")
         if self.format == "nd" and self.nz_of != "NK":
             raise ValueError(f"{self}: a plain layout is always [N, K]")
+        if self.per_word < 1:
+            raise ValueError(f"{self}: a word holds at least one code")
 
-    def storage_shape(self, outputs: int, inputs: int) -> tuple[int, ...]:
-        """Shape of the stored tensor of a logical [N, K] weight."""
+    def storage_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the stored tensor, in words, of a logical [*batch, N, K] weight."""
+        *batch, outputs, inputs = shape
+        rows, columns = (inputs, outputs) if self.nz_of == "KN" else (outputs, inputs)
+        words = -(-columns // self.per_word)
         if self.format == "nd":
-            return (outputs, inputs)
-        matrix = (inputs, outputs) if self.nz_of == "KN" else (outputs, inputs)
-        return nz_shape(matrix, self.c0)
+            return (*batch, rows, words)
+        return nz_shape((*batch, rows, words), self.c0)
 
     def pack(self, weight: Tensor) -> Tensor:
-        """Stores a logical [N, K] weight."""
-        if self.format == "nd":
-            return weight.contiguous()
-        return nz_pack(weight.t() if self.nz_of == "KN" else weight, self.c0)
+        """Stores a logical [*batch, N, K] weight; codes narrower than a word must be int8."""
+        matrix = weight.transpose(-2, -1) if self.nz_of == "KN" else weight
+        if self.per_word > 1:
+            matrix = pack_words(matrix, self.per_word)
+        return matrix.contiguous() if self.format == "nd" else nz_pack(matrix, self.c0)
 
-    def unpack(self, stored: Tensor, outputs: int, inputs: int) -> Tensor:
-        """The logical [N, K] weight, contiguous, of a stored tensor."""
-        if self.format == "nd":
-            return stored
-        if self.nz_of == "KN":
-            return nz_unpack(stored, inputs, outputs).t().contiguous()
-        return nz_unpack(stored, outputs, inputs)
+    def unpack(self, stored: Tensor, shape: Sequence[int]) -> Tensor:
+        """The logical weight, contiguous, of a stored tensor; `shape` is its [*batch, N, K]."""
+        *_, outputs, inputs = shape
+        rows, columns = (inputs, outputs) if self.nz_of == "KN" else (outputs, inputs)
+        words = -(-columns // self.per_word)
+        matrix = stored if self.format == "nd" else nz_unpack(stored, rows, words)
+        if self.per_word > 1:
+            matrix = unpack_words(matrix, self.per_word, columns)
+        return matrix.transpose(-2, -1).contiguous() if self.nz_of == "KN" else matrix
 
-    def cut_axis(self, cut: Cut) -> tuple[int, int]:
-        """The storage axis that a tensor-parallel cut divides, and its unit in logical rows.
-
-        A shard must begin and end on a multiple of the unit, or it would need repacking.
-        """
-        along_strips = (self.nz_of == "KN") == (cut == "outputs")
+    def place(self, cut: Cut) -> Place:
+        """Where the axis that a cut divides lies in the stored tensor."""
+        along_columns = (self.nz_of == "KN") == (cut == "outputs")
         if self.format == "nd":
-            return (0, 1) if cut == "outputs" else (1, 1)
-        return (0, self.c0) if along_strips else (1, ROW_BLOCK)
+            return Place(-1, self.per_word) if along_columns else Place(-2, 1)
+        return Place(-4, self.c0 * self.per_word) if along_columns else Place(-3, ROW_BLOCK)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's form."""
+        packed = {"per_word": self.per_word} if self.per_word > 1 else {}
         if self.format == "nd":
-            return {"format": "nd"}
-        return {"format": "nz", "nz_of": self.nz_of, "c0": self.c0}
+            return {"format": "nd", **packed}
+        return {"format": "nz", "nz_of": self.nz_of, "c0": self.c0, **packed}
 
     @classmethod
     def from_json(cls, data: Any) -> Layout:
         """Reads the manifest's form; CheckpointError if it is not one."""
         try:
             if data["format"] == "nd":
-                return cls("nd")
+                return cls("nd", per_word=data.get("per_word", 1))
             if data["nz_of"] not in ("KN", "NK") or not isinstance(data["c0"], int):
                 raise ValueError(data)
-            return cls("nz", data["nz_of"], data["c0"])
+            return cls("nz", data["nz_of"], data["c0"], data.get("per_word", 1))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the manifest holds an unknown layout {data!r}") from error
 

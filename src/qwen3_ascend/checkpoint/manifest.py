@@ -18,6 +18,8 @@ import torch
 
 from qwen3_ascend.checkpoint.config import ROPE_TYPES, Qwen3Config
 from qwen3_ascend.checkpoint.layout import Cut, Layout
+from qwen3_ascend.checkpoint.schemes import Scheme, make_scheme
+from qwen3_ascend.checkpoint.target import target_named
 from qwen3_ascend.errors import CheckpointError, ConfigError
 from qwen3_ascend.files.json_file import read_json_object
 from qwen3_ascend.files.safetensors import DTYPES, NAMES, tensor_nbytes
@@ -25,9 +27,6 @@ from qwen3_ascend.files.safetensors import DTYPES, NAMES, tensor_nbytes
 MANIFEST_NAME = "qwen3_ascend.json"
 FORMAT = "qwen3-ascend"
 FORMAT_VERSION = 1
-
-TARGET = "ascend-a2-a3"
-"""The chip family whose kernels read these layouts: 910B (A2) and 910_93 (A3)."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class LinearEntry:
     """One stored linear.
 
     Attributes:
-        scheme: name in the registry of schemes.
-        shape: logical (N, K).
+        scheme: with its parameters.
+        shape: logical (N, K); further axes, such as experts, come first.
         parts: (source linear, outputs) in the order in which they are fused.
         cut: how tensor parallelism may divide it.
         layout: of the weight.
@@ -60,8 +59,8 @@ class LinearEntry:
         tensors: stored tensors by suffix.
     """
 
-    scheme: str
-    shape: tuple[int, int]
+    scheme: Scheme
+    shape: tuple[int, ...]
     parts: tuple[tuple[str, int], ...]
     cut: Cut
     layout: Layout
@@ -113,6 +112,7 @@ class Manifest:
 
     Attributes:
         tool_version: of the converter.
+        target: name of the chip family whose kernels read these layouts.
         model: the configuration.
         recipe: verbatim, as parsed from YAML.
         source: where the weights came from.
@@ -123,6 +123,7 @@ class Manifest:
     """
 
     tool_version: str
+    target: str
     model: Qwen3Config
     recipe: Mapping[str, Any]
     source: SourceRecord
@@ -145,7 +146,7 @@ class Manifest:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "tool_version": self.tool_version,
-            "target": TARGET,
+            "target": self.target,
             "model": self.model.to_json(),
             "recipe": dict(self.recipe),
             "recipe_sha256": canonical_sha256(dict(self.recipe)),
@@ -195,6 +196,7 @@ class Manifest:
         try:
             return cls(
                 tool_version=_string(data["tool_version"]),
+                target=target_named(_string(data["target"])).name,
                 model=_model(data["model"]),
                 recipe=_recipe(data["recipe"]),
                 source=_source_from_json(data["source"]),
@@ -275,7 +277,7 @@ def _file_from_json(data: dict[str, Any]) -> FileEntry:
 
 def _linear_to_json(entry: LinearEntry) -> dict[str, Any]:
     return {
-        "scheme": entry.scheme,
+        "scheme": entry.scheme.to_json(),
         "shape": list(entry.shape),
         "parts": [list(part) for part in entry.parts],
         "cut": entry.cut,
@@ -286,17 +288,22 @@ def _linear_to_json(entry: LinearEntry) -> dict[str, Any]:
 
 
 def _linear_from_json(data: dict[str, Any]) -> LinearEntry:
-    outputs, inputs = map(_count, data["shape"])
     if data["cut"] not in ("outputs", "inputs"):
         raise ValueError(f"unknown cut {data['cut']!r}")
     return LinearEntry(
-        scheme=_string(data["scheme"]),
-        shape=(outputs, inputs),
+        scheme=_scheme(data["scheme"]),
+        shape=tuple(map(_count, data["shape"])),
         parts=tuple((_string(source), _count(rows)) for source, rows in data["parts"]),
         cut=data["cut"],
         layout=Layout.from_json(data["layout"]),
         sqnr_db=None if data["sqnr_db"] is None else _number(data["sqnr_db"]),
         tensors={suffix: _tensor_from_json(tensor) for suffix, tensor in data["tensors"].items()},
+    )
+
+
+def _scheme(data: dict[str, Any]) -> Scheme:
+    return make_scheme(
+        _string(data["name"]), {key: value for key, value in data.items() if key != "name"}
     )
 
 

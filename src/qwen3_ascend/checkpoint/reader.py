@@ -7,11 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.checkpoint.linear import BIAS, Linear, stored_forms
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest, StoredTensor
-from qwen3_ascend.checkpoint.schemes import Linear, scheme
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.hashing import Job, bytes_sha256, file_sha256
-from qwen3_ascend.files.safetensors import MappedFile
+from qwen3_ascend.files.safetensors import Form, MappedFile
 from qwen3_ascend.native.sha256 import Digest
 
 
@@ -72,8 +72,10 @@ class CheckpointReader:
 
     def _check_forms(self, name: str, entry: LinearEntry) -> None:
         """Re-derives what a linear of this scheme and shape must be made of."""
-        forms = scheme(entry.scheme).stored(entry.shape, entry.layout, "bias" in entry.tensors)
-        held = {suffix: (stored.dtype, stored.shape) for suffix, stored in entry.tensors.items()}
+        forms = stored_forms(entry.scheme, entry.shape, entry.layout, BIAS in entry.tensors)
+        held = {
+            suffix: Form(tensor.dtype, tensor.shape) for suffix, tensor in entry.tensors.items()
+        }
         if held != forms:
             raise CheckpointError(
                 f"linear {name}: the stored tensors are not those of a {entry.scheme} "
@@ -96,7 +98,7 @@ class CheckpointReader:
             suffix: self._files[stored.file].tensor(f"{name}.{suffix}")
             for suffix, stored in entry.tensors.items()
         }
-        return scheme(entry.scheme).from_tensors(entry.shape, entry.layout, tensors)
+        return Linear(entry.scheme, entry.shape, entry.layout, tensors)
 
     def hash_job(self, name: str, file: str, digest: Digest) -> Job:
         """Appends the bytes of a stored tensor, as they are on disk now, to a digest."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen3_ascend.checkpoint.architecture import LinearSpec, TensorSpec, model_spec
+from qwen3_ascend.checkpoint.linear import BIAS
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredTensor
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.errors import CheckpointError
@@ -127,8 +128,8 @@ def _linear_problems(reader: CheckpointReader, spec: LinearSpec) -> list[str]:
     if entry is None:
         return [f"linear {spec.name} is missing"]
     parts = tuple(zip(spec.sources, spec.parts, strict=True))
-    facts = (entry.shape, entry.parts, entry.cut, "bias" in entry.tensors)
-    if facts != ((spec.outputs, spec.inputs), parts, spec.cut, spec.bias):
+    facts = (entry.shape, entry.parts, entry.cut, BIAS in entry.tensors)
+    if facts != (spec.shape, parts, spec.cut, spec.bias):
         return [f"linear {spec.name} does not have the shape, parts or bias of the model"]
     return []
 

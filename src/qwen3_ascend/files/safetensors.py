@@ -49,6 +49,19 @@ HEADER_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
+class Form:
+    """What a tensor is without its data: its type and its shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the contiguous tensor."""
+        return tensor_nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
 class TensorSlot:
     """Where one tensor lies: its type, shape and absolute byte range in the file."""
 
@@ -135,15 +148,15 @@ def check_slots(entries: Mapping[str, Any], base: int, where: str) -> dict[str, 
     return ordered
 
 
-def build_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Header:
+def build_header(tensors: Mapping[str, Form]) -> Header:
     """The header of a file that holds these tensors, in this order, without gaps."""
     entries: dict[str, Any] = {}
     position = 0
-    for name, (dtype, shape) in tensors.items():
-        stop = position + tensor_nbytes(dtype, shape)
+    for name, form in tensors.items():
+        stop = position + form.nbytes
         entries[name] = {
-            "dtype": NAMES[dtype],
-            "shape": list(shape),
+            "dtype": NAMES[form.dtype],
+            "shape": list(form.shape),
             "data_offsets": [position, stop],
         }
         position = stop

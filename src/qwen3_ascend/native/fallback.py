@@ -15,13 +15,13 @@ from torch import Tensor
 
 from qwen3_ascend.native.kernels import (
     FLOATS,
-    LANES,
     ROW_GROUP,
     STRIP_ROWS,
     NotFinite,
     check_codes,
     check_matrix,
     check_pack,
+    lane_sums,
 )
 
 BLOCK_WEIGHTS = 1 << 18
@@ -126,21 +126,3 @@ def _store_sums(
     exact = weights.double()
     signal.copy_(lane_sums(exact.square()))
     noise.copy_(lane_sums(exact.sub_(codes.double().mul_(scales.double()[:, None])).square_()))
-
-
-def lane_sums(terms: Tensor) -> Tensor:
-    """Sums float64 [R, K] along K in the order of the compiled kernels, to the last bit.
-
-    Lane = column mod 8; each lane adds in ascending order (a cumulative sum cannot do otherwise),
-    then lanes are added 4 apart, 2 apart, 1 apart.
-    """
-    rows, columns = terms.shape
-    if columns == 0:
-        return terms.new_zeros(rows)
-    padded = torch.nn.functional.pad(terms, (0, -columns % LANES))
-    lanes = padded.view(rows, -1, LANES).cumsum(1)[:, -1]
-    half = LANES // 2
-    while half:
-        lanes = lanes[:, :half] + lanes[:, half : 2 * half]
-        half //= 2
-    return lanes[:, 0]

@@ -178,3 +178,21 @@ def _check_plain(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
         raise ValueError(f"{name} must be {dtype} {shape}, not {tensor.dtype} {tensor.shape}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
+
+
+def lane_sums(terms: Tensor) -> Tensor:
+    """Sums float64 [R, K] along K in the order of the compiled kernels, to the last bit.
+
+    Lane = column mod 8; each lane adds in ascending order (a cumulative sum cannot do otherwise),
+    then lanes are added 4 apart, 2 apart, 1 apart.
+    """
+    rows, columns = terms.shape
+    if columns == 0:
+        return terms.new_zeros(rows)
+    padded = torch.nn.functional.pad(terms, (0, -columns % LANES))
+    lanes = padded.view(rows, -1, LANES).cumsum(1)[:, -1]
+    half = LANES // 2
+    while half:
+        lanes = lanes[:, :half] + lanes[:, half : 2 * half]
+        half //= 2
+    return lanes[:, 0]

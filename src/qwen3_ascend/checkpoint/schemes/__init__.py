@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from qwen3_ascend.checkpoint.schemes.base import Linear
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from qwen3_ascend.checkpoint.schemes.base import Codes, Input, Scheme
 from qwen3_ascend.checkpoint.schemes.bf16 import BF16
 from qwen3_ascend.checkpoint.schemes.w8a8 import W8A8
 from qwen3_ascend.errors import CheckpointError
 
-SCHEMES: dict[str, type[Linear]] = {
+SCHEMES: dict[str, type[Scheme]] = {
     "bf16": BF16,
     "w8a8": W8A8,
 }
 
 
-def scheme(name: str) -> type[Linear]:
-    """The scheme of a name; CheckpointError if this version does not know it."""
+def make_scheme(name: str, parameters: Mapping[str, Any]) -> Scheme:
+    """The scheme of a name, with parameters.
+
+    Raises:
+        CheckpointError: if this version does not know the scheme or the parameter, or the scheme
+            does not take the value.
+    """
+    if name not in SCHEMES:
+        raise CheckpointError(f"unknown scheme {name!r}; this version knows {', '.join(SCHEMES)}")
+    known = [field.name for field in fields(SCHEMES[name])]
+    for key in parameters:
+        if key not in known:
+            listed = ", ".join(known) or "none"
+            raise CheckpointError(f"scheme {name} has no parameter {key!r}; it has: {listed}")
     try:
-        return SCHEMES[name]
-    except KeyError:
-        known = ", ".join(SCHEMES)
-        raise CheckpointError(f"unknown scheme {name!r}; this version knows {known}") from None
+        return SCHEMES[name](**parameters)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"scheme {name} does not take {dict(parameters)}: {error}") from error
 
 
-__all__ = ["BF16", "SCHEMES", "W8A8", "Linear", "scheme"]
+__all__ = ["BF16", "SCHEMES", "W8A8", "Codes", "Input", "Scheme", "make_scheme"]

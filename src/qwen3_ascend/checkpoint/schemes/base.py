@@ -1,144 +1,124 @@
-"""What every scheme promises: a linear as it lies on disk, and what its bytes mean."""
+"""What every scheme promises: how a linear lies on disk, and what its bytes mean.
+
+A scheme is an instance: its fields are its parameters, such as a group size. It keeps two questions
+apart. Which codes stand for a weight (`choose` rounds to the nearest; another algorithm may supply
+others), and how codes lie in the stored tensors (`pack`).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from qwen3_ascend import native
-from qwen3_ascend.checkpoint.layout import Layout
-from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums
+from qwen3_ascend.checkpoint.layout import Cut, Layout, Place
+from qwen3_ascend.checkpoint.schemes.pieces import (
+    Packed,
+    Piece,
+    Stack,
+    Sums,
+    divide,
+    measured,
+)
+from qwen3_ascend.files.safetensors import Form
+from qwen3_ascend.native import Kernels
 
-LinearShape = tuple[int, int]
-"""(N outputs, K inputs)."""
+if TYPE_CHECKING:
+    from qwen3_ascend.checkpoint.linear import Linear
 
-StoredForm = tuple[torch.dtype, tuple[int, ...]]
-"""dtype and storage shape of one tensor on disk."""
+Codes = Mapping[str, Tensor]
+"""A weight in a scheme's own terms, in plain order: a tensor for each stored one, by suffix."""
+
+TEMPORARY_BYTES = 32
+"""Memory for each weight of a piece that torch works on: float64 blocks for the error sums."""
 
 
-ROWS_AT_A_TIME = 256
-"""Rows worked on together: keeps float32 temporaries within the cache's reach."""
+class Input(Enum):
+    """What a linear wants to be fed."""
+
+    FLOAT = auto()
+    """Activations in the compute type."""
+
+    INT8_PER_TOKEN = auto()
+    """int8 codes, with a scale for each token that is found at run time."""
+
+    INT8_STATIC = auto()
+    """int8 codes under a scale and an offset that calibration has fixed."""
 
 
 @dataclass(frozen=True)
-class Linear(ABC):
-    """One linear, packed: what is on disk is what is in memory.
+class Scheme(ABC):
+    """How weights are quantized and stored. Meaning only: kernels live in runtime/backends.
 
-    Subclasses add their tensor fields; a field's name is the suffix of its name on disk
-    ("<linear>.weight", "<linear>.scale"). Meaning only: kernels live in runtime/backends.
-
-    Attributes:
-        shape: logical (N, K).
-        layout: how `weight` lies in storage.
-        weight: in storage shape.
-        bias: [N] bfloat16, or None.
+    Logical weights are [*batch, N, K]; most have no batch axes. A bias is no part of a scheme.
     """
 
-    scheme: ClassVar[str]
-    bits: ClassVar[int]
+    name: ClassVar[str]
+    input: ClassVar[Input]
 
-    shape: LinearShape
-    layout: Layout
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
     @abstractmethod
-    def default_layout(cls) -> Layout:
-        """The layout that A2/A3 kernels want for this scheme's weight."""
+    def forms(self, shape: Sequence[int], layout: Layout) -> dict[str, Form]:
+        """The stored tensors of a logical [*batch, N, K] weight, by suffix; "weight" is one."""
 
-    @classmethod
     @abstractmethod
-    def stored(cls, shape: LinearShape, layout: Layout, bias: bool) -> dict[str, StoredForm]:
-        """What `tensors` of a linear of this shape will hold, without any data."""
+    def places(self, layout: Layout) -> dict[str, dict[Cut, Place]]:
+        """Where outputs and inputs lie in each stored tensor. A tensor that an axis does not divide
+        (such as a scale for each output, by inputs) leaves it out, and is kept whole by a cut."""
 
-    @classmethod
     @abstractmethod
-    def pieces(cls, shape: LinearShape, layout: Layout) -> tuple[Piece, ...]:
-        """How a linear is cut, in the order in which the pieces lie in storage."""
+    def choose(self, weight: Tensor) -> Codes:
+        """The codes nearest to a finite float weight [*batch, N, K]."""
 
-    @classmethod
     @abstractmethod
-    def pack(cls, source: Stack, piece: Piece, layout: Layout, kernels: native.Kernels) -> Packed:
-        """Quantizes and packs one piece of a float [N, K] weight.
+    def pack(self, codes: Codes, layout: Layout) -> dict[str, Tensor]:
+        """The stored tensors of codes, as `forms` says."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], layout: Layout) -> Codes:
+        """The codes of stored tensors; KeyError if one is missing."""
+
+    @abstractmethod
+    def decode(self, codes: Codes) -> Tensor:
+        """The weight that codes stand for, float32 [*batch, N, K]."""
+
+    @abstractmethod
+    def product(self, codes: Codes, x: Tensor) -> Tensor:
+        """The product as defined: float x [T, K] and codes [N, K] to float32 [T, N]."""
+
+    def pieces(self, shape: Sequence[int], layout: Layout) -> tuple[Piece, ...]:
+        """How a weight is divided, in the order in which the pieces lie in storage."""
+        return divide(shape, self.forms(shape, layout), self.places(layout))
+
+    def pack_piece(self, source: Stack, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
+        """Chooses the nearest codes for one piece of a float weight, and packs them.
 
         The same bytes result whatever the kernels and the number of parts.
 
         Raises:
-            native.NotFinite: if a weight of the piece is not finite.
+            NotFinite: if a weight of the piece is not finite.
         """
+        weight = source.piece(piece)
+        kernels.check_finite(weight)
+        codes = self.choose(weight)
+        return Packed(self.pack(codes, layout), measured(weight, self.decode(codes), piece.axis))
 
-    @abstractmethod
-    def errors(self, source: Stack, piece: Piece, kernels: native.Kernels) -> Sums | None:
-        """What `pack` reported for a piece, measured again from the stored bytes."""
+    def errors(self, stored: Linear, source: Stack, piece: Piece, kernels: Kernels) -> Sums | None:
+        """What `pack_piece` reported, measured again from the stored bytes of the piece."""
+        return measured(source.piece(piece), stored.dequantize(), piece.axis)
 
-    @classmethod
-    def quantize(cls, weight: Tensor, bias: Tensor | None, layout: Layout) -> Self:
-        """Quantizes and packs a whole float [N, K] weight, which must be finite."""
-        outputs, inputs = weight.shape
-        shape, kernels, source = (outputs, inputs), native.best(), Stack((weight,))
-        tensors = {
-            suffix: torch.empty(storage, dtype=dtype)
-            for suffix, (dtype, storage) in cls.stored(shape, layout, False).items()
-        }
-        for piece in cls.pieces(shape, layout):
-            for suffix, (start, data) in cls.pack(source, piece, layout, kernels).tensors.items():
-                place = start // data.element_size()
-                tensors[suffix].view(-1)[place : place + data.numel()] = data.reshape(-1)
-        stored_bias = store_bias(bias)
-        return cls.from_tensors(shape, layout, with_bias(tensors, stored_bias))
+    def temporary_bytes(self, layout: Layout, source_itemsize: int) -> int:
+        """Memory that `pack_piece` takes for each weight, its source and its result included."""
+        return TEMPORARY_BYTES
 
-    @classmethod
-    @abstractmethod
-    def from_tensors(
-        cls, shape: LinearShape, layout: Layout, tensors: Mapping[str, Tensor]
-    ) -> Self:
-        """The linear of stored tensors by suffix; KeyError if one is missing."""
+    def __str__(self) -> str:
+        """For people: the name, and the parameters if there are any."""
+        parameters = ", ".join(f"{key} {value}" for key, value in asdict(self).items())
+        return f"{self.name} ({parameters})" if parameters else self.name
 
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors by suffix."""
-
-    @abstractmethod
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight the bytes stand for, a few hundred rows at a time: (rows, float32 [R, K])."""
-
-    @abstractmethod
-    def reference(self, x: Tensor) -> Tensor:
-        """The product as defined: float x [T, K] to float32 [T, N], slow and exact."""
-
-    def dequantize(self) -> Tensor:
-        """The weight the bytes stand for, float32 [N, K]."""
-        return torch.cat([block for _, block in self.blocks()])
-
-
-def row_slices(rows: int) -> Iterator[slice]:
-    """Slices of ROWS_AT_A_TIME that cover `rows`."""
-    for start in range(0, rows, ROWS_AT_A_TIME):
-        yield slice(start, min(start + ROWS_AT_A_TIME, rows))
-
-
-def bias_form(shape: LinearShape, bias: bool) -> dict[str, StoredForm]:
-    """The stored form of an optional bias."""
-    return {"bias": (torch.bfloat16, (shape[0],))} if bias else {}
-
-
-def with_bias(tensors: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
-    """Adds an optional bias to a linear's tensors."""
-    return tensors if bias is None else {**tensors, "bias": bias}
-
-
-def store_bias(bias: Tensor | None) -> Tensor | None:
-    """A bias as it is stored: bfloat16."""
-    return None if bias is None else bias.to(torch.bfloat16)
-
-
-def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """Adds a stored bias to a float32 product."""
-    return y if bias is None else y + bias.float()
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's form: the name and every parameter."""
+        return {"name": self.name, **asdict(self)}

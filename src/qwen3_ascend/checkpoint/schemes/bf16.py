@@ -2,147 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import override
 
 from qwen3_ascend.checkpoint.layout import (
-    ND,
     ROW_BLOCK,
+    Cut,
     Layout,
+    Place,
     nz_columns,
     nz_shape,
 )
-from qwen3_ascend.checkpoint.schemes.base import (
-    Linear,
-    LinearShape,
-    StoredForm,
-    add_bias,
-    bias_form,
-    row_slices,
-    with_bias,
-)
-from qwen3_ascend.checkpoint.schemes.pieces import (
-    Packed,
-    Piece,
-    Stack,
-    Sums,
-    cut,
-    measured,
-)
-from qwen3_ascend.files.safetensors import tensor_nbytes
+from qwen3_ascend.checkpoint.schemes.base import TEMPORARY_BYTES, Codes, Input, Scheme
+from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums, measured
+from qwen3_ascend.files.safetensors import Form
 from qwen3_ascend.native import Kernels
+
+if TYPE_CHECKING:
+    from qwen3_ascend.checkpoint.linear import Linear
+
+NZ = Layout("nz", "NK", nz_columns(torch.bfloat16.itemsize))
+"""FRACTAL_NZ of [N, K] in strips of 16: F.linear sees it through a transposed view."""
 
 
 @dataclass(frozen=True)
-class BF16(Linear):
-    """weight: bfloat16, FRACTAL_NZ of [N, K] (F.linear sees it through a transposed view)."""
+class BF16(Scheme):
+    """weight: bfloat16."""
 
-    scheme: ClassVar[str] = "bf16"
-    bits: ClassVar[int] = 16
+    name: ClassVar[str] = "bf16"
+    input: ClassVar[Input] = Input.FLOAT
 
-    @classmethod
-    def default_layout(cls) -> Layout:
-        """NZ of [N, K] in strips of 16."""
-        return Layout("nz", "NK", nz_columns(torch.bfloat16.itemsize))
+    @override
+    def forms(self, shape: Sequence[int], layout: Layout) -> dict[str, Form]:
+        return {"weight": Form(torch.bfloat16, layout.storage_shape(shape))}
 
-    @classmethod
-    def stored(cls, shape: LinearShape, layout: Layout, bias: bool) -> dict[str, StoredForm]:
-        """See Linear.stored."""
-        return {
-            "weight": (torch.bfloat16, layout.storage_shape(*shape)),
-            **bias_form(shape, bias),
-        }
+    @override
+    def places(self, layout: Layout) -> dict[str, dict[Cut, Place]]:
+        return {"weight": {"outputs": layout.place("outputs"), "inputs": layout.place("inputs")}}
 
-    @classmethod
-    def pieces(cls, shape: LinearShape, layout: Layout) -> tuple[Piece, ...]:
-        """See Linear.pieces: strips of columns for NZ of [N, K], rows for a plain layout."""
-        outputs, inputs = shape
-        if layout == cls.default_layout():
-            strip = nz_shape(shape, layout.c0)[1:]
-            return cut("columns", inputs, layout.c0, tensor_nbytes(torch.bfloat16, strip))
-        if layout.format == "nd":
-            return cut("rows", outputs, 1, tensor_nbytes(torch.bfloat16, (inputs,)))
-        return (Piece("rows", 0, outputs),)
+    @override
+    def choose(self, weight: Tensor) -> Codes:
+        return {"weight": weight.to(torch.bfloat16)}
 
-    @classmethod
-    def pack(cls, source: Stack, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
-        """See Linear.pack: rounds to bfloat16, which is exact for a bfloat16 source."""
-        if piece.axis == "columns":
+    @override
+    def pack(self, codes: Codes, layout: Layout) -> dict[str, Tensor]:
+        return {"weight": layout.pack(codes["weight"])}
+
+    @override
+    def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], layout: Layout) -> Codes:
+        return {"weight": layout.unpack(tensors["weight"], shape)}
+
+    @override
+    def decode(self, codes: Codes) -> Tensor:
+        return codes["weight"].float()
+
+    @override
+    def product(self, codes: Codes, x: Tensor) -> Tensor:
+        return x.float() @ self.decode(codes).t()
+
+    @override
+    def pack_piece(self, source: Stack, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
+        """Rounds to bfloat16, which is exact for a bfloat16 source."""
+        if layout == NZ and piece.axis == "inputs":
             weight = _pack_strips(source, piece, kernels)
-            start = piece.start // layout.c0 * weight[0].nbytes
         else:
-            matrix = source.cut(piece).to(torch.bfloat16)
+            matrix = source.piece(piece).to(torch.bfloat16)
             kernels.check_finite(matrix)
             weight = layout.pack(matrix)
-            start = tensor_nbytes(torch.bfloat16, (piece.start, source.shape[1]))
-        sums = _errors(source, piece, weight, layout)
-        return Packed({"weight": (start, weight)}, sums)
+        if source.is_all(torch.bfloat16):
+            return Packed({"weight": weight}, None)
+        matrix = source.piece(piece)
+        decoded = layout.unpack(weight, matrix.shape)
+        return Packed({"weight": weight}, measured(matrix, decoded, piece.axis))
 
-    def errors(self, source: Stack, piece: Piece, kernels: Kernels) -> Sums | None:
-        """See Linear.errors; None only if the stored weights are the source's, bit by bit."""
-        if piece.axis == "columns":
-            unit = self.layout.c0
-            return _errors(source, piece, self.weight[piece.start // unit : -(-piece.stop // unit)],
-                           self.layout, trusted=False)  # fmt: skip
-        rows = self.matrix()[piece.start : piece.stop]
-        return _errors(source, piece, rows, ND, trusted=False)
+    @override
+    def errors(self, stored: Linear, source: Stack, piece: Piece, kernels: Kernels) -> Sums | None:
+        """None only if the stored weights are the source's, bit by bit."""
+        matrix, decoded = source.piece(piece), stored.codes()["weight"]
+        exact = source.is_all(torch.bfloat16)
+        if exact and torch.equal(matrix.view(torch.int16), decoded.view(torch.int16)):
+            return None
+        return measured(matrix, decoded, piece.axis)
 
-    @classmethod
-    def from_tensors(
-        cls, shape: LinearShape, layout: Layout, tensors: Mapping[str, Tensor]
-    ) -> Self:
-        """See Linear.from_tensors."""
-        return cls(shape, layout, tensors["weight"], tensors.get("bias"))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See Linear.tensors."""
-        return with_bias({"weight": self.weight}, self.bias)
-
-    def matrix(self) -> Tensor:
-        """The weight in plain order, bfloat16 [N, K]."""
-        return self.layout.unpack(self.weight, *self.shape)
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """See Linear.blocks."""
-        matrix = self.matrix()
-        for rows in row_slices(self.shape[0]):
-            yield rows, matrix[rows].float()
-
-    def reference(self, x: Tensor) -> Tensor:
-        """float32 product of x and the stored weight."""
-        return add_bias(x.float() @ self.dequantize().t(), self.bias)
+    @override
+    def temporary_bytes(self, layout: Layout, source_itemsize: int) -> int:
+        exact = source_itemsize == torch.bfloat16.itemsize
+        return 2 * torch.bfloat16.itemsize if exact else TEMPORARY_BYTES
 
 
 def _pack_strips(source: Stack, piece: Piece, kernels: Kernels) -> Tensor:
-    """Columns of a stack in FRACTAL_NZ of [N, K]: bfloat16 [C1, N1, 16, 16], padding zero."""
+    """Inputs of a stack in FRACTAL_NZ of [N, K]: bfloat16 [C1, N1, 16, 16], padding zero."""
     outputs, _ = source.shape
     columns = slice(piece.start, piece.stop)
-    shape = nz_shape((outputs, piece.stop - piece.start), nz_columns(torch.bfloat16.itemsize))
-    strips = torch.empty(shape, dtype=torch.bfloat16)
+    strips = torch.empty(nz_shape((outputs, piece.stop - piece.start), NZ.c0), dtype=torch.bfloat16)
     parts = [*source.starts()]
     if any(row % ROW_BLOCK for row, _ in parts):
-        parts = [(0, source.cut(piece))]
+        parts = [(0, source.piece(piece))]
         columns = slice(None)
     for row, part in parts:
         blocks = slice(row // ROW_BLOCK, -(-(row + part.shape[0]) // ROW_BLOCK))
         kernels.pack_nz_rows(part[:, columns], strips[:, blocks])
     return strips
-
-
-def _errors(
-    source: Stack, piece: Piece, weight: Tensor, layout: Layout, trusted: bool = True
-) -> Sums | None:
-    """Errors of a packed piece. What was just packed from bfloat16 is trusted to equal it."""
-    exact = source.is_all(torch.bfloat16)
-    if exact and trusted:
-        return None
-    matrix = source.cut(piece)
-    decoded = layout.unpack(weight, *matrix.shape)
-    if exact and torch.equal(matrix.view(torch.int16), decoded.view(torch.int16)):
-        return None
-    return measured(matrix, decoded, piece.axis)

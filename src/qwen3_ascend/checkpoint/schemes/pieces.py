@@ -1,8 +1,8 @@
 """A linear in pieces: how it is packed and measured without ever being in memory as a whole.
 
-A piece is a range of rows, or of columns, chosen so that what it becomes is one contiguous range of
-each stored tensor. Pieces are therefore packed in any order by any thread, written where they
-belong, and hashed in order; the bytes do not depend on how the linear was cut.
+A piece is a range of outputs, or of inputs, chosen so that what it becomes is one contiguous range
+of the stored weight. Pieces are therefore packed in any order by any thread and written where they
+belong; the bytes do not depend on how the linear was divided.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from qwen3_ascend.native.fallback import lane_sums
+from qwen3_ascend.checkpoint.layout import Cut, Place
+from qwen3_ascend.files.safetensors import Form
+from qwen3_ascend.native.kernels import lane_sums
 
 PIECE_BYTES = 1 << 21
 """Stored bytes of a piece: with its source still within a core's share of the cache."""
@@ -23,16 +25,23 @@ PIECE_BYTES = 1 << 21
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows or columns [start, stop) of a logical [N, K] weight."""
+    """Outputs or inputs [start, stop) of one logical [N, K] matrix of a weight.
 
-    axis: Literal["rows", "columns"]
+    Attributes:
+        axis: which of the two.
+        start, stop: the range.
+        matrix: which matrix of a weight with batch axes, counted in storage order.
+    """
+
+    axis: Cut
     start: int
     stop: int
+    matrix: int = 0
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Error sums, float64: of each row of a piece of rows, of each column of a piece of columns.
+    """Error sums, float64: of each output of a piece of outputs, of each input of one of inputs.
 
     Attributes:
         signal: sums of w^2.
@@ -48,17 +57,12 @@ class Packed:
     """What a piece becomes.
 
     Attributes:
-        tensors: by suffix, the byte at which the piece begins in the stored tensor, and its data.
+        tensors: the piece of each stored tensor, by suffix.
         sums: its errors; None if every weight is kept exactly.
     """
 
-    tensors: Mapping[str, tuple[int, Tensor]]
+    tensors: Mapping[str, Tensor]
     sums: Sums | None
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes."""
-        return sum(tensor.nbytes for _, tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -79,22 +83,22 @@ class Stack:
             yield row, part
             row += part.shape[0]
 
-    def cut(self, piece: Piece) -> Tensor:
+    def piece(self, piece: Piece) -> Tensor:
         """A piece as one matrix: a view if it lies in one part, else a copy."""
-        if piece.axis == "columns":
+        if piece.axis == "inputs":
             found = [part[:, piece.start : piece.stop] for part in self.parts]
         else:
-            found = self._rows(piece)
+            found = self._outputs(piece)
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def rows(self, piece: Piece, unit: int) -> list[Tensor]:
-        """Rows of a piece as matrices of a multiple of `unit` rows each, but for the last one:
+    def outputs(self, piece: Piece, unit: int) -> list[Tensor]:
+        """A piece of outputs as matrices of a multiple of `unit` rows each, but for the last one:
         views of the parts if those end at such multiples, else one copy."""
-        found = self._rows(piece)
+        found = self._outputs(piece)
         aligned = all(part.shape[0] % unit == 0 for part in found[:-1])
         return found if aligned else [torch.cat(found)]
 
-    def _rows(self, piece: Piece) -> list[Tensor]:
+    def _outputs(self, piece: Piece) -> list[Tensor]:
         return [
             part[max(piece.start - row, 0) : piece.stop - row]
             for row, part in self.starts()
@@ -106,30 +110,57 @@ class Stack:
         return all(part.dtype == dtype for part in self.parts)
 
 
-def cut(
-    axis: Literal["rows", "columns"], length: int, unit: int, unit_bytes: int
+def divide(
+    shape: Sequence[int], forms: Mapping[str, Form], places: Mapping[str, Mapping[Cut, Place]]
 ) -> tuple[Piece, ...]:
-    """Pieces of about PIECE_BYTES along an axis.
+    """The pieces of a linear, in the order in which they lie in the stored weight.
 
     Args:
-        axis: along which to cut.
-        length: of the axis.
-        unit: every piece begins at a multiple of this.
-        unit_bytes: stored bytes of that many rows or columns.
+        shape: logical [*batch, N, K].
+        forms: of its stored tensors, by suffix.
+        places: where its axes lie in each of them.
+
+    Returns:
+        Pieces of about PIECE_BYTES along the outermost axis of the stored weight; whole matrices
+        if a stored tensor cannot be told from such a piece.
     """
-    step = unit * max(1, PIECE_BYTES // max(1, unit_bytes))
-    return tuple(Piece(axis, start, min(start + step, length)) for start in range(0, length, step))
+    *batch, outputs, inputs = shape
+    matrices = range(math.prod(batch))
+    axis = next((cut for cut in get_args(Cut) if _divides(cut, len(batch), forms, places)), None)
+    if axis is None:
+        return tuple(Piece("outputs", 0, outputs, matrix) for matrix in matrices)
+    length = outputs if axis == "outputs" else inputs
+    unit = math.lcm(*(place[axis].unit for place in places.values()))
+    nbytes = sum(form.nbytes for form in forms.values()) // len(matrices)
+    step = unit * max(1, PIECE_BYTES * length // max(1, nbytes * unit))
+    return tuple(
+        Piece(axis, start, min(start + step, length), matrix)
+        for matrix in matrices
+        for start in range(0, length, step)
+    )
 
 
-def measured(source: Tensor, decoded: Tensor, axis: Literal["rows", "columns"]) -> Sums:
+def _divides(
+    cut: Cut,
+    batch: int,
+    forms: Mapping[str, Form],
+    places: Mapping[str, Mapping[Cut, Place]],
+) -> bool:
+    """Whether a piece along an axis determines a part of every stored tensor, which is contiguous
+    in the weight."""
+    everywhere = all(cut in place for place in places.values())
+    return everywhere and len(forms["weight"].shape) + places["weight"][cut].axis == batch
+
+
+def measured(source: Tensor, decoded: Tensor, axis: Cut) -> Sums:
     """Errors of float matrices [R, C] along the axis that the pieces keep whole.
 
-    The order of summation is fixed, so that every machine and every cut finds the same sums.
+    The order of summation is fixed, so that every machine and every division finds the same sums.
     """
     exact = source.double()
     noise = (exact - decoded.double()).square_()
     signal = exact.square_()
-    if axis == "columns":
+    if axis == "inputs":
         signal, noise = signal.t().contiguous(), noise.t().contiguous()
     return Sums(lane_sums(signal), lane_sums(noise))
 
@@ -137,8 +168,9 @@ def measured(source: Tensor, decoded: Tensor, axis: Literal["rows", "columns"]) 
 def sqnr_db(sums: Sequence[Sums]) -> float | None:
     """Signal to quantization noise, 10 log10(sum w^2 / sum (w - w')^2), in decibels.
 
-    The sums, in the order of the pieces, are added up one after the other, so that neither the cut
-    nor the processor can show; the figure is rounded to 0.01. None if every weight is equal.
+    The sums, in the order of the pieces, are added up one after the other, so that neither the
+    division nor the processor can show; the figure is rounded to 0.01. None if every weight is
+    equal.
     """
     signal, noise = _total([item.signal for item in sums]), _total([item.noise for item in sums])
     if noise == 0.0 or signal == 0.0:  # a weight of zeros is kept exactly

@@ -17,140 +17,113 @@ so the code is the nearest one to what the device will multiply.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import override
 
-from qwen3_ascend.checkpoint.layout import Layout, nz_columns
-from qwen3_ascend.checkpoint.schemes.base import (
-    Linear,
-    LinearShape,
-    StoredForm,
-    add_bias,
-    bias_form,
-    row_slices,
-    with_bias,
-)
-from qwen3_ascend.checkpoint.schemes.pieces import (
-    Packed,
-    Piece,
-    Stack,
-    Sums,
-    cut,
-)
+from qwen3_ascend.checkpoint.layout import Cut, Layout, Place, nz_columns
+from qwen3_ascend.checkpoint.schemes.base import TEMPORARY_BYTES, Codes, Input, Scheme
+from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums
+from qwen3_ascend.files.safetensors import Form
 from qwen3_ascend.native import Kernels
+
+if TYPE_CHECKING:
+    from qwen3_ascend.checkpoint.linear import Linear
 
 CODE_MAX = 127
 """The largest magnitude a scale maps onto: symmetric, so -128 is never chosen."""
 
-STRIP = nz_columns(torch.int8.itemsize)
-"""Output channels of a strip of the default layout."""
+NZ = Layout("nz", "KN", nz_columns(torch.int8.itemsize))
+"""FRACTAL_NZ of [K, N] in strips of 32 outputs: what npu_quant_matmul reads on A2/A3."""
 
 
 @dataclass(frozen=True)
-class W8A8(Linear):
-    """weight: int8, FRACTAL_NZ of the contiguous [K, N]; scale: float32 [N]."""
+class W8A8(Scheme):
+    """weight: int8; scale: float32 [*batch, N]."""
 
-    scheme: ClassVar[str] = "w8a8"
-    bits: ClassVar[int] = 8
+    name: ClassVar[str] = "w8a8"
+    input: ClassVar[Input] = Input.INT8_PER_TOKEN
 
-    scale: Tensor
-
-    @classmethod
-    def default_layout(cls) -> Layout:
-        """NZ of [K, N] in strips of 32: what npu_quant_matmul reads on A2/A3."""
-        return Layout("nz", "KN", nz_columns(torch.int8.itemsize))
-
-    @classmethod
-    def stored(cls, shape: LinearShape, layout: Layout, bias: bool) -> dict[str, StoredForm]:
-        """See Linear.stored."""
+    @override
+    def forms(self, shape: Sequence[int], layout: Layout) -> dict[str, Form]:
         return {
-            "weight": (torch.int8, layout.storage_shape(*shape)),
-            "scale": (torch.float32, (shape[0],)),
-            **bias_form(shape, bias),
+            "weight": Form(torch.int8, layout.storage_shape(shape)),
+            "scale": Form(torch.float32, tuple(shape[:-1])),
         }
 
-    @classmethod
-    def pieces(cls, shape: LinearShape, layout: Layout) -> tuple[Piece, ...]:
-        """See Linear.pieces: whole strips of rows."""
-        outputs, inputs = shape
-        if layout.format == "nd" or layout == cls.default_layout():
-            return cut("rows", outputs, STRIP, STRIP * inputs)
-        return (Piece("rows", 0, outputs),)
+    @override
+    def places(self, layout: Layout) -> dict[str, dict[Cut, Place]]:
+        return {
+            "weight": {"outputs": layout.place("outputs"), "inputs": layout.place("inputs")},
+            "scale": {"outputs": Place(-1, 1)},
+        }
 
-    @classmethod
-    def pack(cls, source: Stack, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
-        """See Linear.pack: one bf16-representable scale per output channel, nearest codes."""
-        count, inputs = piece.stop - piece.start, source.shape[1]
-        default = cls.default_layout()
-        strips = torch.empty(default.storage_shape(count, inputs), dtype=torch.int8)
-        scale = torch.empty(count, dtype=torch.float32)
-        sums = Sums(*torch.empty(2, count, dtype=torch.float64))
-        row = 0
-        for matrix in source.rows(piece, STRIP):
-            stop = row + matrix.shape[0]
-            kernels.quantize_w8a8_nz(
-                matrix, strips[row // STRIP : -(-stop // STRIP)], scale[row:stop],
-                sums.signal[row:stop], sums.noise[row:stop],
-            )  # fmt: skip
-            row = stop
-        start = piece.start // STRIP * strips[0].nbytes
-        weight = strips
-        if layout != default:
-            weight = layout.pack(default.unpack(strips, count, inputs))
-            start = piece.start * inputs
-        tensors = {"weight": (start, weight), "scale": (piece.start * scale.itemsize, scale)}
-        return Packed(tensors, sums)
+    @override
+    def choose(self, weight: Tensor) -> Codes:
+        values = weight.float()
+        scale = (values.abs().amax(dim=-1) / CODE_MAX).bfloat16().float()
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        return {"weight": round_to_codes(values, scale), "scale": scale}
 
-    def errors(self, source: Stack, piece: Piece, kernels: Kernels) -> Sums | None:
-        """See Linear.errors."""
-        rows = source.cut(piece)
-        default = self.default_layout()
-        if self.layout == default:
-            strips = self.weight[piece.start // STRIP : -(-piece.stop // STRIP)]
-        else:
-            strips = default.pack(self.codes()[piece.start : piece.stop])
-        count = rows.shape[0]
-        sums = Sums(*torch.empty(2, count, dtype=torch.float64))
-        scale = self.scale[piece.start : piece.stop]
-        kernels.error_w8a8_nz(rows, strips, scale, sums.signal, sums.noise)
-        return sums
+    @override
+    def pack(self, codes: Codes, layout: Layout) -> dict[str, Tensor]:
+        return {"weight": layout.pack(codes["weight"]), "scale": codes["scale"]}
 
-    @classmethod
-    def from_tensors(
-        cls, shape: LinearShape, layout: Layout, tensors: Mapping[str, Tensor]
-    ) -> Self:
-        """See Linear.from_tensors."""
-        return cls(shape, layout, tensors["weight"], tensors.get("bias"), tensors["scale"])
+    @override
+    def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], layout: Layout) -> Codes:
+        return {"weight": layout.unpack(tensors["weight"], shape), "scale": tensors["scale"]}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """See Linear.tensors."""
-        return with_bias({"weight": self.weight, "scale": self.scale}, self.bias)
+    @override
+    def decode(self, codes: Codes) -> Tensor:
+        return codes["weight"].float() * codes["scale"][..., None]
 
-    def codes(self) -> Tensor:
-        """The weight codes in plain order, int8 [N, K]."""
-        return self.layout.unpack(self.weight, *self.shape)
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """See Linear.blocks."""
-        codes = self.codes()
-        for rows in row_slices(self.shape[0]):
-            yield rows, codes[rows].float() * self.scale[rows, None]
-
-    def reference(self, x: Tensor) -> Tensor:
+    @override
+    def product(self, codes: Codes, x: Tensor) -> Tensor:
         """The contract of the module docstring, summed in int64."""
         token_codes, token_scale = quantize_tokens(x)
-        product = token_codes.long() @ self.codes().long().t()
-        return add_bias(rescale(product, token_scale, self.scale), self.bias)
+        product = token_codes.long() @ codes["weight"].long().t()
+        return rescale(product, token_scale, codes["scale"])
+
+    @override
+    def pack_piece(self, source: Stack, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
+        if layout != NZ:
+            return super().pack_piece(source, piece, layout, kernels)
+        count = piece.stop - piece.start
+        forms = self.forms((count, source.shape[1]), layout)
+        tensors = {suffix: torch.empty(f.shape, dtype=f.dtype) for suffix, f in forms.items()}
+        sums = Sums(*torch.empty(2, count, dtype=torch.float64))
+        row = 0
+        for matrix in source.outputs(piece, NZ.c0):
+            rows = slice(row, row + matrix.shape[0])
+            strips = tensors["weight"][row // NZ.c0 : -(-rows.stop // NZ.c0)]
+            kernels.quantize_w8a8_nz(
+                matrix, strips, tensors["scale"][rows], sums.signal[rows], sums.noise[rows]
+            )
+            row = rows.stop
+        return Packed(tensors, sums)
+
+    @override
+    def errors(self, stored: Linear, source: Stack, piece: Piece, kernels: Kernels) -> Sums | None:
+        if stored.layout != NZ:
+            return super().errors(stored, source, piece, kernels)
+        rows, tensors = source.piece(piece), stored.tensors
+        sums = Sums(*torch.empty(2, rows.shape[0], dtype=torch.float64))
+        kernels.error_w8a8_nz(rows, tensors["weight"], tensors["scale"], sums.signal, sums.noise)
+        return sums
+
+    @override
+    def temporary_bytes(self, layout: Layout, source_itemsize: int) -> int:
+        fused = layout == NZ and source_itemsize == torch.bfloat16.itemsize
+        return 2 * torch.bfloat16.itemsize if fused else TEMPORARY_BYTES
 
 
 def round_to_codes(values: Tensor, scale: Tensor) -> Tensor:
-    """int8 codes [R, K] of float32 values [R, K] under a scale for each row, float32 [R]."""
-    return torch.round(values / scale[:, None]).clamp_(-128, CODE_MAX).to(torch.int8)
+    """int8 codes [..., K] of float32 values [..., K] under a scale for each row, float32 [...]."""
+    return torch.round(values / scale[..., None]).clamp_(-128, CODE_MAX).to(torch.int8)
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
