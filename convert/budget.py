@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen3_ascend.errors import RequestError
-from qwen3_ascend.files.hashing import JOBS_PER_THREAD
 from qwen3_ascend.files.threads import available_threads
 
 MAX_MEMORY = 2 << 30
@@ -23,13 +22,11 @@ class Budget:
     """What may be under way at a time.
 
     Attributes:
-        threads: that work.
-        items: that each of them works on, with one piece in memory.
+        threads: that work, each with one piece in memory.
         piece_bytes: memory of the largest piece.
     """
 
     threads: int
-    items: int
     piece_bytes: int
 
     @classmethod
@@ -57,12 +54,9 @@ class Budget:
                 f"{limit} bytes of memory are too little; this model needs {least} "
                 f"({-(-least // (1 << 20))}MiB) beyond Python with torch loaded"
             )
-        chosen = min(wanted, most)
-        left = limit - FIXED_BYTES - chosen * THREAD_BYTES
-        items = min(JOBS_PER_THREAD, left // (chosen * piece_bytes))
-        return cls(chosen, items, piece_bytes)
+        return cls(min(wanted, most), piece_bytes)
 
     @property
     def working_bytes(self) -> int:
         """Peak private memory beyond the interpreter with torch loaded."""
-        return FIXED_BYTES + self.threads * (THREAD_BYTES + self.items * self.piece_bytes)
+        return FIXED_BYTES + self.threads * (THREAD_BYTES + self.piece_bytes)

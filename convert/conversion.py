@@ -92,8 +92,8 @@ def convert_checkpoint(
         threads: that work at a time; default one for each processor. No byte depends on it.
         max_memory: private bytes to take beyond Python with torch loaded; default 2 GiB.
         max_file_bytes: size at which a new output file begins.
-        hash_source: note in the manifest the SHA-256 of every source tensor. That takes an
-            eighth longer; the files of a hub are held against the hashes that it states anyway.
+        hash_source: note in the manifest the BLAKE3 of every source tensor. The
+            files of a hub are held against the hashes that it states anyway.
         hub: where a model that is no local folder is looked for: huggingface or modelscope.
         low_disk: download weights into the output folder and remove each file as soon as it has
             been used, instead of keeping it in the hub's cache.

@@ -72,7 +72,7 @@ def size(text: str) -> int:
 @click.option(
     "--hash-source",
     is_flag=True,
-    help="Note the SHA-256 of every source tensor in the manifest (an eighth slower).",
+    help="Note the BLAKE3 of every source tensor in the manifest, for `verify --against`.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan, read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON.")
