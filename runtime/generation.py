@@ -84,13 +84,22 @@ def _read(folder: Path) -> GenerationConfig | None:
     if not path.is_file():
         return None
     data = read_json_object(path)
+    known = ("do_sample", *ALWAYS_KEYS, *SAMPLING_KEYS, *IGNORED_KEYS)
+    stated = {key: data[key] for key in known if key in data}
+    for key, value in stated.items():
+        _transformers_config({key: value}, path)
+    return _transformers_config(stated, path)
+
+
+def _transformers_config(stated: dict[str, Any], path: Path) -> GenerationConfig:
     from transformers import GenerationConfig
 
     try:
         with quiet_transformers():
-            return GenerationConfig.from_dict(data)
+            return GenerationConfig.from_dict(stated)
     except Exception as error:  # whatever a value of the wrong type leads to
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        keys, reason = ", ".join(stated), " ".join(str(error).split())
+        raise ConfigError(f"{path}: {keys} cannot be used: {reason}") from error
 
 
 def _warn_of_ignored(config: GenerationConfig, folder: Path) -> None:

@@ -35,6 +35,7 @@ JSON_FILES = (
 )
 TEMPLATE_FILE = "chat_template.jinja"
 POINTER_START = b"version https://git-lfs.github.com/spec/"
+PROBE = "A text that shows whether a tokenizer works at all."
 REPLACEMENT_CHARACTER = "\ufffd"
 
 
@@ -46,13 +47,14 @@ class Tokenizer(ABC):
         """Token ids of a text; special tokens spelled out in it are recognised.
 
         Args:
-            text: what to encode, never truncated or padded.
+            text: what to encode; it is never truncated or padded.
             add_special_tokens: also add what the tokenizer itself puts around a text, such as a
                 first token; False for text that a chat template rendered, which has them already.
 
         Raises:
             RequestError: for lone surrogates, which is how Python passes on bytes that are no
                 text; and for any text if the checkpoint has no tokenizer.
+            CheckpointError: if the tokenizer's files do not fit together for this text.
         """
 
     @abstractmethod
@@ -105,7 +107,8 @@ class TransformersTokenizer(Tokenizer):
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the prompt is not valid UTF-8 text: {error.reason}") from error
-        encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        with _naming_the_file(self._folder):
+            encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return list(encoded["input_ids"])
 
     @override
@@ -291,16 +294,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return NoTokenizer(folder)
     from transformers import AutoTokenizer
 
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(folder),
-                config=_config(folder),
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-    except Exception as error:  # tokenizers raises bare Exception, transformers many kinds
-        raise CheckpointError(_unreadable(folder, error)) from error
+    config = _config(folder)
+    with _naming_the_file(folder), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), config=config, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer.decode(tokenizer(PROBE)["input_ids"])
     return TransformersTokenizer(tokenizer, folder)
 
 
@@ -316,6 +315,18 @@ def quiet_transformers() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def _naming_the_file(folder: Path) -> Iterator[None]:
+    """Turns what transformers and tokenizers raise into a CheckpointError that names the file."""
+    try:
+        yield
+    except BaseException as error:
+        # They raise bare and many other Exceptions; a panic in Rust is not even an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(_unreadable(folder, error)) from error
+
+
 def _config(folder: Path) -> PretrainedConfig:
     """What transformers chooses a tokenizer class by.
 
@@ -329,7 +340,7 @@ def _config(folder: Path) -> PretrainedConfig:
     return Qwen3Config.from_dict({"tokenizer_class": named})
 
 
-def _unreadable(folder: Path, error: Exception) -> str:
+def _unreadable(folder: Path, error: BaseException) -> str:
     """Which file keeps transformers from making a tokenizer, why, and what to do."""
     for name in JSON_FILES:
         if problem := _json_problem(folder / name):
@@ -338,7 +349,8 @@ def _unreadable(folder: Path, error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError) and template.is_file():
         return f"{template} or a template beside it is not UTF-8 text: {error}"
     names = next(names for names in VOCABULARY_FILES if (folder / names[0]).is_file())
-    files = " with ".join(str(folder / name) for name in names)
+    others = [name for name in (*names[1:], JSON_FILES[0]) if (folder / name).is_file()]
+    files = " with ".join([str(folder / names[0]), *others])
     return f"{files} is not readable: {_one_line(error)}; copy it from the original model"
 
 

@@ -102,7 +102,9 @@ def generate(
     prompts = _prompts(prompt, prompt_file)
     conversing = system is not None or thinking is not None
     if conversing and chat is False:
-        raise click.UsageError("--system and --[no-]thinking need --chat")
+        raise click.UsageError(
+            "--system and --[no-]thinking need the chat template: leave --raw out"
+        )
     llm, loaded = _load(
         checkpoint, quiet, device=device, dtype=dtype, attention=attention,
         graph=graph == "on", buckets=_numbers(buckets), prefetch=prefetch,
