@@ -107,7 +107,7 @@ def _warn_of_ignored(config: GenerationConfig, folder: Path) -> None:
         value = getattr(config, key, None)
         if value is not None and value != off:
             line = f"{folder / FILE_NAME}: {key} is {value!r}, which is not supported and ignored"
-            warnings.warn(line, stacklevel=2)
+            warnings.warn(line, stacklevel=4)  # who called load
 
 
 def _samples(config: GenerationConfig, folder: Path) -> bool:

@@ -235,7 +235,7 @@ UNREADABLE: dict[str, tuple[str, str, list[str]]] = {
     "another model": ("tokenizer.json", '{"model": 1, "added_tokens": []}', ["not readable"]),
     "config": ("tokenizer_config.json", "[", ["not valid JSON"]),
     "config of a wrong type": ("tokenizer_config.json", "[]", ["JSON object"]),
-    "tokens of a wrong type": ("tokenizer_config.json", '{"eos_token": []}', ["eos_token"]),
+    "tokens of a wrong type": ("tokenizer_config.json", '{"eos_token": []}', ["not readable"]),
     "added tokens": ("added_tokens.json", "x", ["not valid JSON"]),
     "template": ("chat_template.jinja", "caf\udce9", ["not UTF-8"]),
 }
