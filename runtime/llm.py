@@ -12,7 +12,7 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.engine.engine import Engine
 from qwen3_ascend.runtime.engine.request import FinishReason, Request, SamplingParams
-from qwen3_ascend.runtime.tokenizer import Message, StopFilter, Tokenizer
+from qwen3_ascend.runtime.tokenizer import Message, NoTokenizer, StopFilter, Tokenizer
 
 Prompt = str | Sequence[int]
 """Text, or token ids that are taken as they are."""
@@ -23,7 +23,8 @@ class Completion:
     """One finished answer.
 
     Attributes:
-        text: without special tokens and without the stop string.
+        text: without special tokens and without the stop string; empty if the checkpoint has no
+            tokenizer.
         token_ids: every generated token, the end-of-sequence token included.
         prompt_token_ids: what the model was given.
         finish_reason: "stop" (end of sequence or a stop string) or "length".
@@ -70,7 +71,8 @@ class LLM:
             prompts: texts or lists of token ids. A text becomes the user's turn of a conversation
                 if the checkpoint has a chat template; token ids are taken as they are.
             params: for all prompts or one for each; default `default_params`.
-            raw: continue texts as they are, without the chat template.
+            raw: continue texts as they are, without the chat template; what the tokenizer itself
+                puts around a text, such as a first token, is added as transformers does.
             enable_thinking: passed to the chat template; None leaves its default.
 
         Returns:
@@ -126,8 +128,8 @@ class LLM:
         Raises:
             RequestError: if the checkpoint has no chat template, or it refuses the messages.
         """
-        text = self.render(messages, enable_thinking=enable_thinking, **variables)
-        return self.generate([text], params, raw=True)[0]
+        tokens = self.encode_messages(messages, enable_thinking=enable_thinking, **variables)
+        return self.generate([tokens], params)[0]
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Teacher-forced logits float32 [T, vocab]; row i predicts token i + 1."""
@@ -137,10 +139,14 @@ class LLM:
         self, messages: Sequence[Message], *, enable_thinking: bool | None = None, **variables: Any
     ) -> str:
         """The text that the chat template makes of a conversation."""
-        template = self.tokenizer.chat_template
-        if template is None:
-            raise RequestError("this checkpoint has no chat template; use raw prompts")
-        return template.render(messages, enable_thinking=enable_thinking, **variables)
+        return self.tokenizer.render(messages, enable_thinking=enable_thinking, **variables)
+
+    def encode_messages(
+        self, messages: Sequence[Message], *, enable_thinking: bool | None = None, **variables: Any
+    ) -> list[int]:
+        """The token ids that the model is given for a conversation."""
+        text = self.render(messages, enable_thinking=enable_thinking, **variables)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode(
         self, prompt: Prompt, *, raw: bool = False, enable_thinking: bool | None = None
@@ -148,10 +154,10 @@ class LLM:
         """The token ids that the model is given for a prompt."""
         if not isinstance(prompt, str):
             return list(prompt)
-        if not raw and self.tokenizer.chat_template is not None:
-            message = {"role": "user", "content": prompt}
-            prompt = self.render([message], enable_thinking=enable_thinking)
-        return self.tokenizer.encode(prompt)
+        if raw or not self.tokenizer.has_chat_template:
+            return self.tokenizer.encode(prompt)
+        message = {"role": "user", "content": prompt}
+        return self.encode_messages([message], enable_thinking=enable_thinking)
 
     def _params_for(
         self, batch: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -163,6 +169,8 @@ class LLM:
         return list(params)
 
     def _answer(self, tokens: list[int], params: SamplingParams) -> _Answer:
+        if params.stop_strings and isinstance(self.tokenizer, NoTokenizer):
+            raise RequestError("stop strings need a tokenizer, and this checkpoint has none")
         return _Answer(self._engine.request(tokens, params, self.eos_ids), self.tokenizer)
 
     def _start(self, answers: Sequence[_Answer]) -> None:

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--chat/--raw",
-    default=True,
-    help="Wrap the prompt in the chat template (default), or continue it as it is.",
+    default=None,
+    help="Wrap the prompt in the chat template, or continue it as it is; without either, the "
+    "template is used if there is one.",
 )
 @click.option("--system", help="System message; with --chat.")
 @click.option(
@@ -75,7 +76,7 @@ def generate(
     checkpoint: Path,
     prompt: tuple[str, ...],
     prompt_file: Path | None,
-    chat: bool,
+    chat: bool | None,
     system: str | None,
     thinking: bool | None,
     device: str,
@@ -99,26 +100,36 @@ def generate(
     qwen3-ascend generate out/ --prompt-file question.txt
     """
     prompts = _prompts(prompt, prompt_file)
-    if system is not None and not chat:
-        raise click.UsageError("--system needs --chat")
+    conversing = system is not None or thinking is not None
+    if conversing and chat is False:
+        raise click.UsageError(
+            "--system and --[no-]thinking need the chat template: leave --raw out"
+        )
     llm, loaded = _load(
         checkpoint, quiet, device=device, dtype=dtype, attention=attention,
         graph=graph == "on", buckets=_numbers(buckets), prefetch=prefetch,
         verify=verify,
     )  # fmt: skip
     params = _sampling_params(llm, sampling)
-    if chat and llm.tokenizer.chat_template is not None:
-        start = [{"role": "system", "content": system}] if system is not None else []
-        prompts = [
-            llm.render([*start, {"role": "user", "content": text}], enable_thinking=thinking)
-            for text in prompts
-        ]
-    elif system is not None or thinking is not None:
-        raise click.UsageError("this checkpoint has no chat template, or --raw was given")
-    if len(prompts) == 1:
-        _print_stream(llm.stream(prompts[0], params, raw=True), loaded, quiet)
+    if chat or conversing or (chat is None and llm.tokenizer.has_chat_template):
+        tokens = _conversations(llm, prompts, system, thinking)
     else:
-        _print_batch(llm, prompts, params, loaded, quiet)
+        tokens = [llm.encode(text, raw=True) for text in prompts]
+    if len(tokens) == 1:
+        _print_stream(llm.stream(tokens[0], params), loaded, quiet)
+    else:
+        _print_batch(llm, tokens, params, loaded, quiet)
+
+
+def _conversations(
+    llm: LLM, prompts: list[str], system: str | None, thinking: bool | None
+) -> list[list[int]]:
+    """Token ids of a conversation for each prompt, which is the user's first turn in it."""
+    start = [] if system is None else [{"role": "system", "content": system}]
+    return [
+        llm.encode_messages([*start, {"role": "user", "content": text}], enable_thinking=thinking)
+        for text in prompts
+    ]
 
 
 def _prompts(prompt: tuple[str, ...], prompt_file: Path | None) -> list[str]:
@@ -177,10 +188,10 @@ def _print_stream(stream: AnswerStream, loaded: str, quiet: bool) -> None:
 
 
 def _print_batch(
-    llm: LLM, prompts: list[str], params: SamplingParams, loaded: str, quiet: bool
+    llm: LLM, prompts: list[list[int]], params: SamplingParams, loaded: str, quiet: bool
 ) -> None:
     started = time.perf_counter()
-    answers = llm.generate(prompts, params, raw=True)
+    answers = llm.generate(prompts, params)
     for number, answer in enumerate(answers, 1):
         click.echo(f"[{number}] {answer.text}")
     if not quiet:
