@@ -14,7 +14,7 @@ from qwen3_ascend.runtime.backends.cache import DEFAULT_BLOCK_SIZE
 from qwen3_ascend.runtime.backends.options import DeviceOptions
 from qwen3_ascend.runtime.engine.assembly import (
     DEFAULT_MAX_BATCH,
-    DEFAULT_PREFILL_CHUNK,
+    DEFAULT_STEP_TOKENS,
     EngineLimits,
     make_engine,
 )
@@ -31,7 +31,8 @@ def load(
     block_size: int = DEFAULT_BLOCK_SIZE,
     kv_cache_tokens: int | None = None,
     max_batch: int = DEFAULT_MAX_BATCH,
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    step_tokens: int = DEFAULT_STEP_TOKENS,
+    prefix_cache: bool = True,
     attention: str = "auto",
     graph: bool = True,
     buckets: Sequence[int] | None = None,
@@ -49,7 +50,8 @@ def load(
         kv_cache_tokens: tokens that fit into the key/value cache; default: a full context for each
             sequence of a batch, as far as memory goes (on a CPU, a quarter of what is free).
         max_batch: sequences that decode together.
-        prefill_chunk: prompt tokens computed in one step.
+        step_tokens: tokens of prompts and answers computed in one step.
+        prefix_cache: whether prompts that begin alike share what is computed of them.
         attention: NPU only: "fused", "paged" (needs ATB) or "auto".
         graph: NPU only: capture decode steps once and replay them.
         buckets: NPU only: batch sizes to capture; default 1, 2, 4, 8 and every 8th.
@@ -68,7 +70,7 @@ def load(
         RequestError: for an argument out of range.
         DeviceError: if an NPU is asked for and something is missing; says what.
     """
-    limits = EngineLimits(block_size, kv_cache_tokens, max_batch, prefill_chunk)
+    limits = EngineLimits(block_size, kv_cache_tokens, max_batch, step_tokens, prefix_cache)
     options = DeviceOptions(attention, graph, None if buckets is None else tuple(buckets), prefetch)
     folder = Path(path).expanduser()
     reader, tokenizer = CheckpointReader(folder), load_tokenizer(folder)

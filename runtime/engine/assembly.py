@@ -11,13 +11,13 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.backends.base import Backend, CacheShape, Progress
 from qwen3_ascend.runtime.backends.cache import DEFAULT_BLOCK_SIZE, PagedKVCache, bytes_per_token
-from qwen3_ascend.runtime.engine.blocks import BlockAllocator
+from qwen3_ascend.runtime.engine.blocks import BlockPool
 from qwen3_ascend.runtime.engine.engine import Engine
 from qwen3_ascend.runtime.engine.scheduler import Scheduler
 from qwen3_ascend.runtime.model.loader import WeightSource, load_model
 
 DEFAULT_MAX_BATCH = 16
-DEFAULT_PREFILL_CHUNK = 2048
+DEFAULT_STEP_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class EngineLimits:
         kv_cache_tokens: tokens that fit into the key/value cache; None: a full context for each
             sequence of a batch, as far as the backend's memory goes.
         max_batch: sequences that decode together.
-        prefill_chunk: prompt tokens computed in one step.
+        step_tokens: tokens of prompts and answers computed in one step.
+        prefix_cache: whether prompts that begin alike share what is computed of them.
 
     Raises:
         RequestError: on construction, for a value below 1.
@@ -38,11 +39,12 @@ class EngineLimits:
     block_size: int = DEFAULT_BLOCK_SIZE
     kv_cache_tokens: int | None = None
     max_batch: int = DEFAULT_MAX_BATCH
-    prefill_chunk: int = DEFAULT_PREFILL_CHUNK
+    step_tokens: int = DEFAULT_STEP_TOKENS
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and value < 1:
+            if value is not None and value is not False and value < 1:
                 raise RequestError(f"{name} must be 1 or more, not {value}")
 
 
@@ -53,14 +55,14 @@ def make_engine(
     model = load_model(source, backend, progress)
     config, block_size = model.config, limits.block_size
     tokens = limits.kv_cache_tokens or _affordable_tokens(config, backend, limits.max_batch)
-    allocator = BlockAllocator(-(-tokens // block_size) + 1, block_size)
+    pool = BlockPool(-(-tokens // block_size) + 1, block_size, limits.prefix_cache)
     cache = PagedKVCache.allocate(
-        config, allocator.num_blocks, block_size, backend.device, backend.dtype
+        config, pool.num_blocks, block_size, backend.device, backend.dtype
     )
     forward = functools.partial(model.forward, cache=cache)
     with torch.inference_mode():
         runner = backend.runner(forward, CacheShape(limits.max_batch, block_size), progress)
-    scheduler = Scheduler(allocator, limits.max_batch, limits.prefill_chunk)
+    scheduler = Scheduler(pool, limits.max_batch, limits.step_tokens)
     return Engine(config, runner, scheduler, block_size)
 
 
