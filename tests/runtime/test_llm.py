@@ -178,9 +178,9 @@ def test_several_answers_to_one_prompt(llm: LLM) -> None:
         llm.stream(QUESTIONS[0], hot)
 
 
-def test_logprobs_are_the_models_own(tiny_w8a8: Path) -> None:
+def test_logprobs_are_the_models_own(tiny_bf16: Path) -> None:
     """In float32, where a step of one row and one of many agree to the last digits."""
-    llm = load(tiny_w8a8, dtype="float32", kv_cache_tokens=1024)
+    llm = load(tiny_bf16, dtype="float32", kv_cache_tokens=1024)
     params = SamplingParams(max_new_tokens=6, logprobs=3, temperature=0.7, seed=1)
     (answer,) = llm.generate(QUESTIONS[0], params)
     assert answer.logprobs is not None and len(answer.logprobs) == len(answer.token_ids)
