@@ -1,4 +1,4 @@
-"""Does a backend compute what the CPU backend defines? One comparison for each operation.
+"""Does a backend compute what the reference defines? One comparison for each operation.
 
 Both are given the same bfloat16 inputs. An operation may round its float32 result to bf16 at most
 one unit differently from the definition, and a quantized activation may differ by one code.
@@ -6,10 +6,8 @@ one unit differently from the definition, and a quantized activation may differ 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +16,14 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear, quantize
 from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
-from qwen3_ascend.runtime.backends.base import Activation, Backend
-from qwen3_ascend.runtime.backends.cache import DEFAULT_BLOCK_SIZE, PagedKVCache
+from qwen3_ascend.runtime.backends.base import (
+    Activation,
+    Backend,
+    QuantizedActivation,
+    as_codes,
+    as_float,
+)
+from qwen3_ascend.runtime.backends.cache import DEFAULT_BLOCK_SIZE, LayerKV
 from qwen3_ascend.runtime.engine.batch import Batch, Chunk, step_inputs
 from qwen3_ascend.runtime.engine.request import Request, SamplingParams
 
@@ -33,7 +37,11 @@ LENGTHS = (5, 128, 300)
 """Context lengths before a decode step: within a block, at its border, over several."""
 
 
-Operation = Callable[[Backend], Activation]
+MORE = 40
+"""Tokens at most that a step adds to a context after that."""
+
+
+Operation = Callable[[Backend[LayerKV]], Activation]
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Comparison:
 
 
 def compare_backends(
-    definition: Backend, device: Backend, config: Qwen3Config
+    definition: Backend[LayerKV], device: Backend[LayerKV], config: Qwen3Config
 ) -> Iterator[Comparison]:
     """Compares every operation of two backends in the shapes of a model."""
     pair = _Pair(definition, device, config)
@@ -69,7 +77,9 @@ def compare_backends(
 class _Pair:
     """Two backends that are given the same inputs."""
 
-    def __init__(self, definition: Backend, device: Backend, config: Qwen3Config) -> None:
+    def __init__(
+        self, definition: Backend[LayerKV], device: Backend[LayerKV], config: Qwen3Config
+    ) -> None:
         self.backends, self.config = (definition, device), config
         self._random = torch.Generator().manual_seed(0)
 
@@ -98,10 +108,13 @@ class _Pair:
             first = length // 2 + 1
             for name, start, stop in (("prefill", 0, first), ("chunk", first, length)):
                 piece = chunk[start:stop]
-                outputs = [side.prefill(index, piece) for side in sides]
+                outputs = [side.compute(piece, {index: len(piece)}) for side in sides]
                 yield from self._both(f"{name} to {stop} tokens", outputs)
-        outputs = [side.decode(self._qkv(len(LENGTHS), seed=1)) for side in sides]
-        yield from self._both(f"decode after {LENGTHS} tokens", outputs)
+        steps = {"decode": [1] * len(LENGTHS), "a mixed step": [1, 7, MORE]}
+        for seed, (name, counts) in enumerate(steps.items(), 1):
+            qkv = self._qkv(sum(counts), seed)
+            outputs = [side.compute(qkv, dict(enumerate(counts))) for side in sides]
+            yield from self._both(f"{name} after {LENGTHS} tokens", outputs)
 
     def _both(self, name: str, sides: list[tuple[Tensor, Tensor]]) -> Iterator[Comparison]:
         (query, output), (device_query, device_output) = sides
@@ -111,9 +124,9 @@ class _Pair:
     def _compare(self, name: str, operation: Operation) -> Comparison:
         with torch.inference_mode():
             expected, actual = (operation(backend) for backend in self.backends)
-        if hasattr(expected, "codes"):
-            return _code_difference(name, expected, actual)
-        return _difference(name, expected, actual, 2 * BF16_UNIT)
+        if isinstance(expected, QuantizedActivation):
+            return _code_difference(name, expected, as_codes(actual))
+        return _difference(name, expected, as_float(actual), 2 * BF16_UNIT)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._random).bfloat16()
@@ -129,61 +142,56 @@ class _Pair:
 
 
 class _AttentionSide:
-    """One backend's cache, and sequences whose keys it holds."""
+    """One backend's cache, and requests whose keys it holds."""
 
-    def __init__(self, backend: Backend, config: Qwen3Config) -> None:
+    def __init__(self, backend: Backend[LayerKV], config: Qwen3Config) -> None:
         self.backend, self.config = backend, config
-        per_sequence = -(-(max(LENGTHS) + 1) // DEFAULT_BLOCK_SIZE)
-        blocks = 1 + per_sequence * len(LENGTHS)
-        one_layer = dataclasses.replace(config, num_layers=1)
-        cache = PagedKVCache.allocate(
-            one_layer, blocks, DEFAULT_BLOCK_SIZE, backend.device, backend.dtype
-        )
-        self.cache = cache.layers[0]
-        # Blocks in reverse, so that no sequence lies in neighbouring ones.
+        per_request = -(-(max(LENGTHS) + 1 + MORE) // DEFAULT_BLOCK_SIZE)
+        blocks = 1 + per_request * len(LENGTHS)
+        self.cache = backend.allocate_cache(blocks, DEFAULT_BLOCK_SIZE)[0]
+        # Blocks in reverse, so that no request lies in neighbouring ones.
         self.tables = [
-            [blocks - 1 - index - len(LENGTHS) * row for row in range(per_sequence)]
+            [blocks - 1 - index - len(LENGTHS) * row for row in range(per_request)]
             for index in range(len(LENGTHS))
         ]
         self.computed = [0] * len(LENGTHS)
 
-    def prefill(self, index: int, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Continues one sequence: (queries, attention output), on the CPU."""
-        done = self.computed[index]
-        sequence = self._sequence(index, done + len(qkv))
-        sequence.computed = done
-        self.computed[index] = done + len(qkv)
-        return self._run(qkv, Batch((Chunk(sequence, len(qkv)),)))
-
-    def decode(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """One token more for every sequence."""
-        sequences = [self._sequence(i, done + 1) for i, done in enumerate(self.computed)]
-        return self._run(qkv, Batch(tuple(Chunk(sequence, 1) for sequence in sequences)))
-
-    def _sequence(self, index: int, length: int) -> Request:
-        table = list(self.tables[index])
-        return Request(
-            index, SamplingParams(), [0] * length, length, length, frozenset(), block_table=table
-        )
+    def compute(self, qkv: Tensor, counts: Mapping[int, int]) -> tuple[Tensor, Tensor]:
+        """The next tokens of some requests, in one step: (queries, attention output), on the
+        CPU."""
+        chunks = []
+        for index, count in counts.items():
+            done = self.computed[index]
+            self.computed[index] = length = done + count
+            request = Request(index, SamplingParams(), [0] * length, length, length, frozenset())
+            request.computed, request.block_table = done, list(self.tables[index])
+            chunks.append(Chunk(request, count))
+        return self._run(qkv, Batch(tuple(chunks)))
 
     def _run(self, qkv: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         backend, head_dim = self.backend, self.config.head_dim
         ones = backend.upload(torch.ones(head_dim))
+        consumer = backend.tied_head(ones[None])  # any that wants floats
         with torch.inference_mode():
-            step = backend.to_device(step_inputs(batch, DEFAULT_BLOCK_SIZE))
-            rotary = backend.rotary(self.config, step)
-            query = backend.norm_rope_write(
-                backend.upload(qkv), ones, ones, 1e-6, rotary, self.cache, step
-            )
-            return query.cpu(), backend.attention(query, self.cache, step).cpu()
+            step = backend.open_step(step_inputs(batch, DEFAULT_BLOCK_SIZE))
+            query = backend.norm_rope_write(backend.upload(qkv), ones, ones, 1e-6, step, self.cache)
+            attended = backend.attention(query, step, self.cache, consumer)
+            return query.cpu(), as_float(attended).cpu()
 
 
 def _linear(linear: Linear, x: Tensor) -> Operation:
-    return lambda backend: backend.linear(linear)(backend.upload(x))
+    """The product of an input that the backend itself has prepared, as a norm's output."""
+
+    def operation(backend: Backend[LayerKV]) -> Activation:
+        loaded = backend.linear(linear)
+        ones = backend.upload(torch.ones(x.shape[-1]))
+        return loaded(backend.add_norm(backend.upload(x), None, ones, 1e-6, loaded)[0])
+
+    return operation
 
 
 def _norm(linear: Linear, weight: Tensor, x: Tensor, delta: Tensor | None) -> Operation:
-    def operation(backend: Backend) -> Activation:
+    def operation(backend: Backend[LayerKV]) -> Activation:
         added = None if delta is None else backend.upload(delta)
         consumer = backend.linear(linear)
         return backend.add_norm(backend.upload(x), added, backend.upload(weight), 1e-6, consumer)[0]
@@ -202,7 +210,9 @@ def _difference(name: str, expected: Tensor, actual: Tensor, bound: float) -> Co
     return Comparison(name, float(((left - right).abs() / scale).max()), bound)
 
 
-def _code_difference(name: str, expected: Any, actual: Any) -> Comparison:
+def _code_difference(
+    name: str, expected: QuantizedActivation, actual: QuantizedActivation
+) -> Comparison:
     """Codes may differ by one where the quotient lies between two; scales hardly at all."""
     codes = (expected.codes.int() - actual.codes.cpu().int()).abs().max()
     scales = _difference(name, expected.scale, actual.scale, 0).error

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.errors import UserError
 from qwen3_ascend.runtime import backends
 from qwen3_ascend.runtime.backends.npu import diagnose
@@ -112,9 +113,9 @@ def _all_checks(checkpoint: Path | None) -> Iterator[Check]:
     for name, holds in diagnose.layout_checks():
         status: Status = "skipped" if holds is None else "ok" if holds else "failed"
         yield Check("layout", name, status, "this chip casts to ND" if holds is None else "")
-    cpu = backends.get("cpu", "auto", SMALL_CONFIG, DeviceOptions())
+    definition = backends.reference_backend(SMALL_CONFIG)
     npu = backends.get("npu", "auto", SMALL_CONFIG, DeviceOptions(graph=False))
-    for compared in compare_backends(cpu, npu, SMALL_CONFIG):
+    for compared in compare_backends(definition, npu, SMALL_CONFIG):
         detail = f"{compared.error:.2g}, allowed {compared.bound:.2g}"
         yield Check("operators", compared.name, "ok" if compared.ok else "failed", detail)
     for name, source in _models(checkpoint):
@@ -125,7 +126,7 @@ def _models(checkpoint: Path | None) -> Iterator[tuple[str, WeightSource]]:
     if checkpoint is not None:
         yield checkpoint.name, CheckpointReader(checkpoint)
         return
-    for scheme in ("w8a8", "bf16"):
+    for scheme in SCHEMES:
         yield f"random {scheme}", SyntheticWeights(SMALL_CONFIG, scheme)
 
 

@@ -7,13 +7,14 @@ import torch
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.backends.base import Backend
+from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.options import DeviceOptions
 
 DEVICES = ("auto", "cpu", "npu")
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def get(device: str, dtype: str, config: Qwen3Config, options: DeviceOptions) -> Backend:
+def get(device: str, dtype: str, config: Qwen3Config, options: DeviceOptions) -> Backend[LayerKV]:
     """The backend of a device.
 
     Args:
@@ -32,16 +33,23 @@ def get(device: str, dtype: str, config: Qwen3Config, options: DeviceOptions) ->
         raise RequestError(f"unknown dtype {dtype!r}; known dtypes: {', '.join(DTYPES)}")
     if device == "auto":
         device = "npu" if _npu_is_available() and dtype != "float32" else "cpu"
-    return _npu(dtype, config, options) if device == "npu" else _cpu(dtype)
+    return _npu(dtype, config, options) if device == "npu" else _cpu(dtype, config)
 
 
-def _cpu(dtype: str) -> Backend:
-    from qwen3_ascend.runtime.backends.cpu import CpuBackend
+def reference_backend(config: Qwen3Config, dtype: str = "auto") -> Backend[LayerKV]:
+    """The definition that the devices are held against; too slow to generate with."""
+    from qwen3_ascend.runtime.backends.reference import ReferenceBackend
 
-    return CpuBackend(DTYPES[dtype])
+    return ReferenceBackend(config, DTYPES[dtype])
 
 
-def _npu(dtype: str, config: Qwen3Config, options: DeviceOptions) -> Backend:
+def _cpu(dtype: str, config: Qwen3Config) -> Backend[LayerKV]:
+    from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
+
+    return CpuBackend(config, DTYPES[dtype])
+
+
+def _npu(dtype: str, config: Qwen3Config, options: DeviceOptions) -> Backend[LayerKV]:
     from qwen3_ascend.runtime.backends.npu.device import import_torch_npu
 
     if dtype == "float32":

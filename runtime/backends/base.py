@@ -1,62 +1,95 @@
-"""What a device must be able to do. The CPU backend is the readable definition of every method.
+"""What a device must be able to do; `reference.py` is the readable definition of every method.
 
 The methods are as large as the largest fused operator a device may have for them, so that a
 backend can launch one kernel where another composes five. A result that only the next linear reads
-(`consumer`) may be in whatever form that linear wants; the model passes it on unseen.
+is made for that linear (`consumer`): its producer feeds it what it wants, in the same launch where
+a kernel can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.runtime.backends.cache import LayerKV
-from qwen3_ascend.runtime.backends.step import StepInputs
+from qwen3_ascend.checkpoint.schemes import Input
+from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 
-Activation = Any
-"""Input of a linear as its backend prepared it: a tensor [T, K], or codes and scales."""
+Cache = TypeVar("Cache")
+"""The cache of one layer, in the form that its backend has chosen."""
 
-Rotary = Any
-"""Cosines and sines of the tokens of one step, in the form that the backend wants."""
+
+@dataclass(frozen=True)
+class QuantizedActivation:
+    """What a linear is fed that multiplies integers.
+
+    Attributes:
+        codes: int8 [T, K].
+        scale: float32 [T].
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+
+Activation = Tensor | QuantizedActivation
+"""Input of a linear [T, K], as it wants to be fed."""
+
+
+def as_float(x: Activation) -> Tensor:
+    """The input of a linear that wants floats; AssertionError if it was fed something else."""
+    assert isinstance(x, Tensor), "a float linear was fed codes"
+    return x
+
+
+def as_codes(x: Activation) -> QuantizedActivation:
+    """The input of a linear that wants codes; AssertionError if it was fed something else."""
+    assert isinstance(x, QuantizedActivation), "an integer linear was fed floats"
+    return x
 
 
 Forward = Callable[[StepInputs], Tensor]
-"""A step to logits float32 [R, vocab]."""
+"""A step from the host to logits float32 [R, vocab]."""
 
+DeviceForward = Callable[[DeviceStep], Tensor]
+"""A step on the device to logits float32 [R, vocab]."""
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total), for whoever shows it."""
 
 
 @dataclass(frozen=True)
-class CacheShape:
-    """The bounds a captured step must fit: sequences in a batch, tokens in a block."""
+class StepBounds:
+    """What a captured step must fit: requests in a batch, tokens in a block."""
 
     max_batch: int
     block_size: int
 
 
 class DeviceLinear(Protocol):
-    """A linear on its device."""
-
-    def prepare(self, x: Tensor) -> Activation:
-        """What the linear wants of a float input [T, K]: the same tensor, or codes and scales."""
-
-    def __call__(self, x: Activation) -> Tensor:
-        """[T, N] in the compute type, of a tensor [T, K] or what the backend prepared for it."""
-
-
-class Backend(Protocol):
-    """A device; made once in `load` and handed down by constructors.
+    """A linear on its device.
 
     Attributes:
-        name: "cpu" or "npu".
+        input: what it wants to be fed.
+        weight: what a prefetch is told of.
+    """
+
+    input: Input
+    weight: Tensor
+
+    def __call__(self, x: Activation) -> Tensor:
+        """[T, N] in the compute type, of an input [T, K] as it wants it."""
+
+
+class Backend(Protocol[Cache]):
+    """A device, for one model; made once in `load` and handed down by constructors.
+
+    Attributes:
+        name: "cpu", "npu" or "reference".
         device: where tensors live.
         dtype: of activations and the cache.
     """
@@ -74,14 +107,20 @@ class Backend(Protocol):
     def tied_head(self, embedding: Tensor) -> DeviceLinear:
         """The output projection that an uploaded embedding [vocab, hidden] serves as, uncopied."""
 
-    def to_device(self, step: StepInputs) -> StepInputs:
-        """The step with its tensors on the device."""
+    def allocate_cache(self, num_blocks: int, block_size: int) -> tuple[Cache, ...]:
+        """The key/value cache, one for each layer, in blocks of `block_size` tokens."""
 
-    def runner(self, forward: Forward, shape: CacheShape, progress: Progress) -> Forward:
+    def cache_bytes_per_token(self) -> int:
+        """Cache bytes of one token over all layers."""
+
+    def memory_for_cache(self) -> int:
+        """Bytes that the key/value cache may take by default."""
+
+    def open_step(self, step: StepInputs) -> DeviceStep:
+        """The step on the device, with what all layers read of it."""
+
+    def runner(self, forward: DeviceForward, bounds: StepBounds, progress: Progress) -> Forward:
         """The forward as it is to be called: with steps from the host, captured if that pays."""
-
-    def rotary(self, config: Qwen3Config, step: StepInputs) -> Rotary:
-        """Cosines and sines for the step's positions."""
 
     def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
         """Rows [T, hidden] of the embedding table."""
@@ -94,7 +133,7 @@ class Backend(Protocol):
         epsilon: float,
         consumer: DeviceLinear,
     ) -> tuple[Activation, Tensor]:
-        """(RMS norm of hidden + delta, prepared for the consumer; hidden + delta)."""
+        """(RMS norm of hidden + delta, for the consumer; hidden + delta)."""
 
     def norm_rope_write(
         self,
@@ -102,9 +141,8 @@ class Backend(Protocol):
         query_norm: Tensor,
         key_norm: Tensor,
         epsilon: float,
-        rotary: Rotary,
-        cache: LayerKV,
-        step: StepInputs,
+        step: DeviceStep,
+        cache: Cache,
     ) -> Tensor:
         """Splits q|k|v [T, ...], norms and rotates q and k, and writes k and v to the cache.
 
@@ -112,17 +150,17 @@ class Backend(Protocol):
             Queries [T, heads, head_dim].
         """
 
-    def attention(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
-        """Causal attention of each sequence over its cache: [T, heads * head_dim]."""
+    def attention(
+        self, query: Tensor, step: DeviceStep, cache: Cache, consumer: DeviceLinear
+    ) -> Activation:
+        """Causal attention of each request over its cache: [T, heads * head_dim], for the
+        consumer."""
 
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
-        """silu(gate) * up of [T, 2 * inner], prepared for the consumer."""
+        """silu(gate) * up of [T, 2 * inner], for the consumer."""
 
-    def prefetch(self, linears: tuple[DeviceLinear, ...], after: Tensor) -> None:
+    def prefetch(self, linears: tuple[DeviceLinear, ...], after: Activation) -> None:
         """Hints that these weights are needed soon after `after` is computed."""
 
     def join_prefetch(self) -> None:
         """Ends what `prefetch` began on another stream."""
-
-    def memory_for_cache(self) -> int:
-        """Bytes that the key/value cache may take by default."""

@@ -1,4 +1,4 @@
-"""The paged key/value cache: the blocks themselves, on a device."""
+"""Keys and values of all layers in blocks, in plain order: the form that both devices use."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 
-DEFAULT_BLOCK_SIZE = 128
-"""Tokens of a block. Of the sizes Ascend's attention kernels take, the one that all of them take
-(npu_fused_infer_attention_score: multiples of 128 for prefill, 128 recommended for decode)."""
-
+DEFAULT_BLOCK_SIZE = ASCEND_A2_A3.block_size
+"""Tokens of a block; the same on a CPU."""
 
 SCRATCH_BLOCK = 0
-"""Never given to a sequence: padding rows of a captured batch write here."""
+"""Never given to a request: padding rows of a captured batch write here."""
 
 
 @dataclass(frozen=True)
@@ -26,33 +25,23 @@ class LayerKV:
     values: Tensor
 
 
-@dataclass(frozen=True)
-class PagedKVCache:
-    """Keys and values of all layers, in blocks of `block_size` tokens."""
+def allocate_layers(
+    config: Qwen3Config,
+    num_blocks: int,
+    block_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[LayerKV, ...]:
+    """Uninitialised memory, since a slot is written before it is read; but padding rows read any
+    slot of the scratch block, so that one is zero."""
+    shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
 
-    layers: tuple[LayerKV, ...]
-    block_size: int
+    def blocks() -> Tensor:
+        empty = torch.empty(shape, dtype=dtype, device=device)
+        empty[SCRATCH_BLOCK].zero_()
+        return empty
 
-    @classmethod
-    def allocate(
-        cls,
-        config: Qwen3Config,
-        num_blocks: int,
-        block_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> PagedKVCache:
-        """Uninitialised memory, since a slot is written before it is read; but padding rows read
-        any slot of the scratch block, so that one is zero."""
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-
-        def blocks() -> Tensor:
-            empty = torch.empty(shape, dtype=dtype, device=device)
-            empty[SCRATCH_BLOCK].zero_()
-            return empty
-
-        layers = tuple(LayerKV(blocks(), blocks()) for _ in range(config.num_layers))
-        return cls(layers, block_size)
+    return tuple(LayerKV(blocks(), blocks()) for _ in range(config.num_layers))
 
 
 def bytes_per_token(config: Qwen3Config, dtype: torch.dtype) -> int:

@@ -1,4 +1,4 @@
-"""The inputs of one forward pass."""
+"""The inputs of one forward pass, on the host and on a device."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepInputs:
-    """One step over B sequences with T new tokens in all; everything a forward may know.
+    """One step over B requests with T new tokens in all; everything a forward may know.
 
     Attributes:
-        tokens: [T] int64, token ids.
-        positions: [T] int64, position of each token in its sequence.
+        tokens: [T] int32, token ids.
+        positions: [T] int32, position of each token in its request.
         slots: [T] int32, where its key and value go: block * block_size + offset.
-        block_table: [B, longest] int32, the blocks of each sequence, padded with scratch.
+        block_table: [B, longest] int32, the blocks of each request, padded with scratch.
         context_lens: B tokens in the cache after this step. Host integers, because Ascend's
             attention reads them from the host.
-        query_starts: B + 1 row numbers; rows query_starts[i] to query_starts[i + 1] are sequence
+        query_starts: B + 1 row numbers; rows query_starts[i] to query_starts[i + 1] are request
             i's.
         logit_rows: [R] int64, the rows whose logits are wanted; None for all T.
     """
@@ -33,5 +33,20 @@ class StepInputs:
 
     @property
     def is_decode(self) -> bool:
-        """Whether there is one token for each sequence."""
+        """Whether there is one token for each request."""
         return self.query_starts == tuple(range(len(self.context_lens) + 1))
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """A step on its device.
+
+    Attributes:
+        inputs: with their tensors there.
+        cos, sin: of the rotary embedding at the step's positions, [T, 1, head_dim], the values of
+            both halves filled in.
+    """
+
+    inputs: StepInputs
+    cos: Tensor
+    sin: Tensor

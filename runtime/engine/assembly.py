@@ -9,8 +9,8 @@ import torch
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.errors import RequestError
-from qwen3_ascend.runtime.backends.base import Backend, CacheShape, Progress
-from qwen3_ascend.runtime.backends.cache import DEFAULT_BLOCK_SIZE, PagedKVCache, bytes_per_token
+from qwen3_ascend.runtime.backends.base import Backend, Cache, Progress, StepBounds
+from qwen3_ascend.runtime.backends.cache import DEFAULT_BLOCK_SIZE
 from qwen3_ascend.runtime.engine.blocks import BlockPool
 from qwen3_ascend.runtime.engine.engine import Engine
 from qwen3_ascend.runtime.engine.scheduler import Scheduler
@@ -49,23 +49,21 @@ class EngineLimits:
 
 
 def make_engine(
-    source: WeightSource, backend: Backend, limits: EngineLimits, progress: Progress
+    source: WeightSource, backend: Backend[Cache], limits: EngineLimits, progress: Progress
 ) -> Engine:
     """Loads the weights, allocates the cache with what memory is left, and captures graphs."""
     model = load_model(source, backend, progress)
     config, block_size = model.config, limits.block_size
     tokens = limits.kv_cache_tokens or _affordable_tokens(config, backend, limits.max_batch)
     pool = BlockPool(-(-tokens // block_size) + 1, block_size, limits.prefix_cache)
-    cache = PagedKVCache.allocate(
-        config, pool.num_blocks, block_size, backend.device, backend.dtype
-    )
-    forward = functools.partial(model.forward, cache=cache)
+    caches = backend.allocate_cache(pool.num_blocks, block_size)
+    forward = functools.partial(model.forward, caches=caches)
     with torch.inference_mode():
-        runner = backend.runner(forward, CacheShape(limits.max_batch, block_size), progress)
+        runner = backend.runner(forward, StepBounds(limits.max_batch, block_size), progress)
     scheduler = Scheduler(pool, limits.max_batch, limits.step_tokens)
     return Engine(config, runner, scheduler, block_size)
 
 
-def _affordable_tokens(config: Qwen3Config, backend: Backend, max_batch: int) -> int:
-    affordable = backend.memory_for_cache() // bytes_per_token(config, backend.dtype)
+def _affordable_tokens(config: Qwen3Config, backend: Backend[Cache], max_batch: int) -> int:
+    affordable = backend.memory_for_cache() // backend.cache_bytes_per_token()
     return max(1, min(max_batch * config.context_length, affordable))

@@ -60,8 +60,8 @@ def step_inputs(batch: Batch, block_size: int) -> StepInputs:
         for request, position in places
     ]
     return StepInputs(
-        tokens=torch.tensor([request.tokens[position] for request, position in places]),
-        positions=torch.tensor([position for _, position in places]),
+        tokens=torch.tensor([request.tokens[p] for request, p in places], dtype=torch.int32),
+        positions=torch.tensor([position for _, position in places], dtype=torch.int32),
         slots=torch.tensor(slots, dtype=torch.int32),
         block_table=_block_table([chunk.request for chunk in batch.chunks]),
         context_lens=tuple(chunk.positions.stop for chunk in batch.chunks),

@@ -9,8 +9,8 @@ from torch import Tensor
 from qwen3_ascend.checkpoint.architecture import LayerSpec, LinearSpec, TensorSpec, model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.runtime.backends.base import Backend, DeviceLinear, Progress
-from qwen3_ascend.runtime.model.qwen3 import DecoderLayer, Qwen3
+from qwen3_ascend.runtime.backends.base import Backend, Cache, DeviceLinear, Progress
+from qwen3_ascend.runtime.model.qwen3 import DecoderLayer, Mlp, Qwen3
 
 
 class WeightSource(Protocol):
@@ -18,7 +18,7 @@ class WeightSource(Protocol):
 
     @property
     def config(self) -> Qwen3Config:
-        """Of the model."""
+        """The configuration of the model."""
 
     def tensor(self, name: str) -> Tensor:
         """An unquantized tensor."""
@@ -29,9 +29,9 @@ class WeightSource(Protocol):
 
 def load_model(
     source: WeightSource,
-    backend: Backend,
+    backend: Backend[Cache],
     progress: Progress = lambda what, done, total: None,
-) -> Qwen3:
+) -> Qwen3[Cache]:
     """Puts every weight on the backend's device, layer by layer.
 
     Raises:
@@ -54,7 +54,7 @@ def load_model(
     return Qwen3(config, backend, embedding, tuple(layers), final_norm, lm_head)
 
 
-def load_layer(source: WeightSource, backend: Backend, spec: LayerSpec) -> DecoderLayer:
+def load_layer(source: WeightSource, backend: Backend[Cache], spec: LayerSpec) -> DecoderLayer:
     """Puts the weights of one layer on the backend's device."""
 
     def linear(spec: LinearSpec) -> DeviceLinear:
@@ -70,6 +70,5 @@ def load_layer(source: WeightSource, backend: Backend, spec: LayerSpec) -> Decod
         key_norm=norm(spec.key_norm),
         output=linear(spec.output),
         post_attention_norm=norm(spec.post_attention_norm),
-        gate_up=linear(spec.mlp.gate_up),
-        down=linear(spec.mlp.down),
+        mlp=Mlp(gate_up=linear(spec.mlp.gate_up), down=linear(spec.mlp.down)),
     )

@@ -151,5 +151,11 @@ def test_plain_layouts_and_biases_load_too(checkpoints: dict[str, Path]) -> None
         warnings.simplefilter("error")
         for scheme, layout in ((W8A8(), ND), (W8A8(), ASCEND_A2_A3.layouts["w8a8"]), (BF16(), ND)):
             linear = quantize(scheme, weight, bias, layout)
-            y = backend.linear(linear)(x.to("npu")).cpu()
-            assert torch.allclose(y.float(), linear.reference(x), atol=0.1), (scheme, layout)
+            loaded, ones = backend.linear(linear), torch.ones(96).bfloat16().to("npu")
+            fed, _ = backend.add_norm(x.to("npu"), None, ones, 0.0, loaded)
+            y = loaded(fed).cpu()
+            normed = x.float() / x.float().square().mean(-1, keepdim=True).sqrt()
+            assert torch.allclose(y.float(), linear.reference(normed), rtol=2**-7, atol=0.1), (
+                scheme,
+                layout,
+            )

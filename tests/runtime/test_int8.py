@@ -17,13 +17,14 @@ from qwen3_ascend.checkpoint.schemes import W8A8
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime import LLM
-from qwen3_ascend.runtime.backends.cpu import Int8Linear
-from qwen3_ascend.runtime.backends.int8_matmul import (
+from qwen3_ascend.runtime.backends.base import QuantizedActivation
+from qwen3_ascend.runtime.backends.cpu.int8_matmul import (
     CANDIDATES,
     float64,
     is_exact,
     pick_int8_matmul,
 )
+from qwen3_ascend.runtime.backends.cpu.linears import Int8Linear
 
 EXACT = [candidate for candidate in CANDIDATES if is_exact(candidate)]
 EPSILON = 2.0**-24
@@ -101,22 +102,23 @@ def test_a_linear_is_its_reference(size: tuple[int, int], bias: bool) -> None:
     ours = Int8Linear(linear, torch.float32)
     for rows in range(1, 10):
         x = torch.randn(rows, size[1], generator=generator) * 3
-        y = ours(ours.prepare(x))
-        assert torch.equal(y, ours(x))
         codes, scale = quantize_tokens(x)
+        fed = QuantizedActivation(codes, scale)
+        y = ours(fed)
         total = (codes.double() @ linear.codes()["weight"].double().t()) * scale.double()[:, None]
         exact = total * linear.tensors["scale"].double()
         shifted = exact + (offset.double() if offset is not None else 0)
         bound = 3.01 * EPSILON * exact.abs() + 1.01 * EPSILON * shifted.abs()
         assert bool(((y.double() - shifted).abs() <= bound).all())
         assert bool(((linear.reference(x).double() - shifted).abs() <= bound).all())
-        half = Int8Linear(linear, torch.bfloat16)(x)
+        half = Int8Linear(linear, torch.bfloat16)(fed)
         assert torch.equal(half, linear.reference(x).bfloat16())
 
 
 def test_a_token_of_zeros() -> None:
     linear = quantize(W8A8(), torch.randn(8, 16).bfloat16(), None, ND)
-    assert torch.equal(Int8Linear(linear, torch.float32)(torch.zeros(2, 16)), torch.zeros(2, 8))
+    fed = QuantizedActivation(*quantize_tokens(torch.zeros(2, 16)))
+    assert torch.equal(Int8Linear(linear, torch.float32)(fed), torch.zeros(2, 8))
 
 
 WINDOW, WINDOWS = 768, 8

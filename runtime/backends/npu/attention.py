@@ -12,6 +12,7 @@ runner needs to know of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ import torch_npu
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.npu.device import require_atb
@@ -34,36 +36,6 @@ SPARSE_CAUSAL_BOTTOM_RIGHT = 3
 CONTEXT_LENS_SLOT = 7
 """Position of context_lens among the arguments of _npu_paged_attention."""
 
-FUSED_HEAD_DIM = 128
-"""The head size that the TND layout takes (192/128 aside, which is no Qwen3)."""
-
-
-class AttentionStrategy(Protocol):
-    """How keys are written and attention is computed.
-
-    Attributes:
-        name: as the user chooses it.
-        update_operator: the operator torch_npu records while a decode step is captured.
-        update_key: the name under which a replay updates its context lengths.
-    """
-
-    name: str
-    update_operator: str
-    update_key: str
-
-    def write(self, key: Tensor, value: Tensor, cache: LayerKV, slots: Tensor) -> None:
-        """Stores contiguous [T, kv_heads, head_dim] at the slots."""
-
-    def decode(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
-        """One query token for each sequence: [T, heads, head_dim].
-
-        Inside a capture the workspace is explicit, because the implicit one may be freed or moved
-        between replays; all layers share it, since they run one after the other.
-        """
-
-    def update(self, context_lens: tuple[int, ...]) -> dict[str, Any]:
-        """What a replay of the graph for len(context_lens) rows is given."""
-
 
 @dataclass(frozen=True)
 class HeadCounts:
@@ -77,6 +49,38 @@ class HeadCounts:
     def scale(self) -> float:
         """Of the logits; both kernels default to another."""
         return 1.0 / math.sqrt(self.head_dim)
+
+
+class AttentionStrategy(Protocol):
+    """How keys are written and attention is computed.
+
+    Attributes:
+        name: as the user chooses it.
+        counts: of the model's heads.
+        update_operator: the operator torch_npu records while a decode step is captured.
+        update_key: the name under which a replay updates its context lengths.
+    """
+
+    name: str
+    counts: HeadCounts
+    update_operator: str
+    update_key: str
+
+    def write(self, key: Tensor, value: Tensor, cache: LayerKV, slots: Tensor) -> None:
+        """Stores contiguous [T, kv_heads, head_dim] at the slots."""
+
+    def prefill(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
+        """Causal attention of chunks whose keys are already in the cache: [T, heads, head_dim]."""
+
+    def decode(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
+        """One query token for each request: [T, heads, head_dim].
+
+        Inside a capture the workspace is explicit, because the implicit one may be freed or moved
+        between replays; all layers share it, since they run one after the other.
+        """
+
+    def update(self, context_lens: tuple[int, ...]) -> dict[str, Any]:
+        """What a replay of the graph for len(context_lens) rows is given."""
 
 
 class FusedAttention:
@@ -148,7 +152,7 @@ class FusedAttention:
         return cache.keys.flatten(2), cache.values.flatten(2)
 
 
-class PagedAttention(FusedAttention):
+class PagedAttention:
     """_npu_paged_attention of ATB for decode; prefill stays with the fused kernel."""
 
     name = "paged"
@@ -157,13 +161,17 @@ class PagedAttention(FusedAttention):
 
     def __init__(self, counts: HeadCounts) -> None:
         require_atb()
-        super().__init__(counts)
+        self.counts, self._fused = counts, FusedAttention(counts)
         self._workspace: Tensor | None = None
         self._captured: dict[int, tuple[Any, ...]] = {}
 
     def write(self, key: Tensor, value: Tensor, cache: LayerKV, slots: Tensor) -> None:
         """See AttentionStrategy."""
         torch_npu._npu_reshape_and_cache(key, value, cache.keys, cache.values, slots)
+
+    def prefill(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
+        """See AttentionStrategy: the other kernel's."""
+        return self._fused.prefill(query, cache, step)
 
     def decode(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
         """See AttentionStrategy."""
@@ -203,7 +211,7 @@ class PagedAttention(FusedAttention):
         )  # fmt: skip
 
 
-def choose_attention(name: str, config: Qwen3Config) -> FusedAttention:
+def choose_attention(name: str, config: Qwen3Config) -> AttentionStrategy:
     """The strategy of a name.
 
     "auto" is "fused": it needs no ATB, serves prefill and decode alike, and states a workspace
@@ -213,13 +221,15 @@ def choose_attention(name: str, config: Qwen3Config) -> FusedAttention:
         RequestError: for an unknown name, or a head size that the kernels do not take.
         DeviceError: for "paged" without ATB.
     """
+    strategies: dict[str, Callable[[HeadCounts], AttentionStrategy]]
     strategies = {"auto": FusedAttention, "fused": FusedAttention, "paged": PagedAttention}
     if name not in strategies:
         known = ", ".join(strategies)
         raise RequestError(f"unknown attention {name!r}; known strategies: {known}")
-    if config.head_dim != FUSED_HEAD_DIM:
+    sizes = ASCEND_A2_A3.head_sizes
+    if config.head_dim not in sizes:
         raise RequestError(
             f"head_dim is {config.head_dim}, but npu_fused_infer_attention_score takes "
-            f"{FUSED_HEAD_DIM} in the TND layout; run this model with device=cpu"
+            f"{', '.join(map(str, sizes))} in the TND layout; run this model with device=cpu"
         )
     return strategies[name](HeadCounts(config.num_heads, config.num_kv_heads, config.head_dim))

@@ -5,56 +5,46 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
+from typing_extensions import override
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.linear import Linear
+from qwen3_ascend.checkpoint.schemes import Input
 from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.backends.base import (
     Activation,
-    CacheShape,
+    Backend,
+    DeviceForward,
     DeviceLinear,
     Forward,
     Progress,
+    QuantizedActivation,
+    StepBounds,
 )
-from qwen3_ascend.runtime.backends.cache import LayerKV
+from qwen3_ascend.runtime.backends.cache import LayerKV, allocate_layers, bytes_per_token
 from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.attention import choose_attention
 from qwen3_ascend.runtime.backends.npu.device import DeviceError, free_bytes, open_device
 from qwen3_ascend.runtime.backends.npu.graph import GraphRunner, decode_buckets
-from qwen3_ascend.runtime.backends.npu.linears import (
-    DenseLinear,
-    Int8Linear,
-    NpuLinear,
-    QuantizedActivation,
-    load_linear,
-)
+from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, NpuLinear, load_linear
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
 from qwen3_ascend.runtime.backends.options import DeviceOptions
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
-from qwen3_ascend.runtime.backends.step import StepInputs
+from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 
 RESERVED_SHARE = 10
 """A tenth of the free memory stays free of the cache: for activations, workspaces and graphs."""
 
 
-@dataclass(frozen=True)
-class NpuRotary:
-    """cos, sin: bfloat16 [T, 1, head_dim]."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-class NpuBackend:
-    """See Backend. Computes in bfloat16."""
+class NpuBackend(Backend[LayerKV]):
+    """Computes in bfloat16."""
 
     name = "npu"
 
@@ -78,12 +68,13 @@ class NpuBackend:
         self._upload = formats.upload_packed
         self._checked: set[tuple[str, Layout]] = set()
 
+    @override
     def upload(self, tensor: Tensor) -> Tensor:
-        """See Backend."""
         return tensor.to(device=self.device, dtype=self.dtype)
 
+    @override
     def linear(self, linear: Linear) -> DeviceLinear:
-        """See Backend. The first of each kind is checked through its own kernel (S3)."""
+        """The first of each kind is checked through its own kernel (S3)."""
         kind = (str(linear.scheme), linear.layout)
         try:
             loaded = load_linear(linear, self._upload)
@@ -111,14 +102,23 @@ class NpuBackend:
             raise DeviceError("the kernels do not read the weights as the file holds them")
         return loaded
 
+    @override
     def tied_head(self, embedding: Tensor) -> DeviceLinear:
-        """See Backend."""
         return DenseLinear(embedding, None)
 
-    def to_device(self, step: StepInputs) -> StepInputs:
-        """The step with its tensors on the device."""
+    @override
+    def allocate_cache(self, num_blocks: int, block_size: int) -> tuple[LayerKV, ...]:
+        return allocate_layers(self.config, num_blocks, block_size, self.device, self.dtype)
+
+    @override
+    def cache_bytes_per_token(self) -> int:
+        return bytes_per_token(self.config, self.dtype)
+
+    @override
+    def open_step(self, step: StepInputs) -> DeviceStep:
+        """The rows of the tables are picked on the device, so that a capture can contain it."""
         rows = None if step.logit_rows is None else step.logit_rows.to(self.device)
-        return dataclasses.replace(
+        inputs = dataclasses.replace(
             step,
             tokens=step.tokens.to(self.device),
             positions=step.positions.to(self.device),
@@ -126,19 +126,26 @@ class NpuBackend:
             block_table=step.block_table.to(self.device),
             logit_rows=rows,
         )
+        cos, sin = (torch.index_select(each, 0, inputs.positions) for each in self._tables)
+        return DeviceStep(inputs, cos, sin)
 
-    def runner(self, forward: Forward, shape: CacheShape, progress: Progress) -> Forward:
-        """See Backend: captured graphs for decode, unless they are turned off."""
+    @override
+    def runner(self, forward: DeviceForward, bounds: StepBounds, progress: Progress) -> Forward:
+        """Captured graphs for decode, unless they are turned off."""
+
+        def run(step: StepInputs) -> Tensor:
+            return forward(self.open_step(step))
+
         if not self.options.graph:
-            return lambda step: forward(self.to_device(step))
-        buckets = decode_buckets(shape.max_batch, self.options.buckets)
-        if buckets[-1] > shape.block_size:
+            return run
+        buckets = decode_buckets(bounds.max_batch, self.options.buckets)
+        if buckets[-1] > bounds.block_size:
             raise RequestError(
                 f"a graph bucket of {buckets[-1]} has more padding rows than the scratch block "
-                f"has slots ({shape.block_size})"
+                f"has slots ({bounds.block_size})"
             )
-        width = -(-self.config.context_length // shape.block_size)
-        runner = GraphRunner(forward, self.to_device, self._attention, buckets, width)
+        width = -(-self.config.context_length // bounds.block_size)
+        runner = GraphRunner(run, self._attention, buckets, width)
         done = 0
 
         def advance(graphs: int) -> None:
@@ -149,22 +156,16 @@ class NpuBackend:
         runner.capture(advance)
         return runner
 
-    def rotary(self, config: Qwen3Config, step: StepInputs) -> NpuRotary:
-        """See Backend."""
-        cos, sin = self._tables
-        return NpuRotary(
-            torch.index_select(cos, 0, step.positions), torch.index_select(sin, 0, step.positions)
-        )
-
     @functools.cached_property
     def _tables(self) -> tuple[Tensor, Tensor]:
         cos, sin = rotary_tables(self.config)
         return self.upload(cos.unsqueeze(1)), self.upload(sin.unsqueeze(1))
 
+    @override
     def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
-        """See Backend."""
         return F.embedding(tokens, table)
 
+    @override
     def add_norm(
         self,
         hidden: Tensor,
@@ -173,12 +174,12 @@ class NpuBackend:
         epsilon: float,
         consumer: DeviceLinear,
     ) -> tuple[Activation, Tensor]:
-        """See Backend: one launch, with the quantization if the consumer wants it.
+        """One launch, with the quantization if the consumer wants it.
 
         The first layer has nothing to add. There the fused kernel adds zeros: as many launches as
         a norm and a quantization, and no rounding between the two.
         """
-        if isinstance(consumer, Int8Linear):
+        if consumer.input is Input.INT8_PER_TOKEN:
             delta = torch.zeros_like(hidden) if delta is None else delta
             codes, _, total, scale, _ = torch_npu.npu_add_rms_norm_dynamic_quant(
                 hidden, delta, weight, epsilon=epsilon, output_mask=[True, False]
@@ -189,17 +190,17 @@ class NpuBackend:
         normed, _, total = torch_npu.npu_add_rms_norm(hidden, delta, weight, epsilon)
         return normed, total
 
+    @override
     def norm_rope_write(
         self,
         qkv: Tensor,
         query_norm: Tensor,
         key_norm: Tensor,
         epsilon: float,
-        rotary: NpuRotary,
+        step: DeviceStep,
         cache: LayerKV,
-        step: StepInputs,
     ) -> Tensor:
-        """See Backend: two norms, one rotation of both in place, one write.
+        """Two norms, one rotation of both in place, one write.
 
         The write wants contiguous tensors: values are copied out of q|k|v unless there is but one
         token.
@@ -211,37 +212,43 @@ class NpuBackend:
         query = torch_npu.npu_rms_norm(query, query_norm, epsilon)[0]
         key = torch_npu.npu_rms_norm(key, key_norm, epsilon)[0]
         query, key = torch_npu.npu_apply_rotary_pos_emb(
-            query, key, rotary.cos, rotary.sin, layout="TND"
+            query, key, step.cos, step.sin, layout="TND"
         )
-        self._attention.write(key, value.contiguous(), cache, step.slots)
+        self._attention.write(key, value.contiguous(), cache, step.inputs.slots)
         return query
 
-    def attention(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
-        """See Backend."""
-        attend = self._attention.decode if step.is_decode else self._attention.prefill
-        return attend(query, cache, step).flatten(1)
+    @override
+    def attention(
+        self, query: Tensor, step: DeviceStep, cache: LayerKV, consumer: DeviceLinear
+    ) -> Activation:
+        """One launch, and one more for the quantization if the consumer wants it."""
+        inputs = step.inputs
+        attend = self._attention.decode if inputs.is_decode else self._attention.prefill
+        attended = attend(query, cache, inputs).flatten(1)
+        if consumer.input is Input.INT8_PER_TOKEN:
+            return QuantizedActivation(*torch_npu.npu_dynamic_quant(attended))
+        return attended
 
+    @override
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
-        """See Backend: one launch, with the quantization if the consumer wants it."""
-        if isinstance(consumer, Int8Linear):
+        """One launch, with the quantization if the consumer wants it."""
+        if consumer.input is Input.INT8_PER_TOKEN:
             codes, scale = torch_npu.npu_dequant_swiglu_quant(
                 gate_up, activate_left=True, quant_mode=1
             )
             return QuantizedActivation(codes, scale)
         return torch_npu.npu_swiglu(gate_up, dim=-1)
 
-    def prefetch(self, linears: tuple[DeviceLinear, ...], after: Tensor) -> None:
-        """See Backend."""
-        weights = tuple(
-            linear.weight for linear in linears if isinstance(linear, DenseLinear | Int8Linear)
-        )
-        self._prefetcher.fork(weights, after)
+    @override
+    def prefetch(self, linears: tuple[DeviceLinear, ...], after: Activation) -> None:
+        computed = after if isinstance(after, Tensor) else after.codes
+        self._prefetcher.fork(tuple(linear.weight for linear in linears), computed)
 
+    @override
     def join_prefetch(self) -> None:
-        """See Backend."""
         self._prefetcher.join()
 
+    @override
     def memory_for_cache(self) -> int:
-        """See Backend."""
         free = free_bytes()
         return free - free // RESERVED_SHARE

@@ -63,9 +63,9 @@ def layout_checks() -> Iterator[tuple[str, bool | None]]:
         )
     for outputs, inputs in ((1024, 512), (1000, 200)):
         weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
-        for name in ("w8a8", "bf16"):
+        for name, layout in ASCEND_A2_A3.layouts.items():
             scheme = SCHEMES[name]()
-            linear = quantize(scheme, weight, None, ASCEND_A2_A3.layouts[name])
+            linear = quantize(scheme, weight, None, layout)
             case = f"{name} [{outputs}, {inputs}]"
             try:
                 loaded = load_linear(linear, formats.upload_packed)

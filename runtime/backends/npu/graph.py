@@ -18,6 +18,7 @@ import torch_npu
 from torch import Tensor
 
 from qwen3_ascend.errors import RequestError
+from qwen3_ascend.runtime.backends.base import Forward
 from qwen3_ascend.runtime.backends.npu.attention import AttentionStrategy
 from qwen3_ascend.runtime.backends.npu.device import DeviceError
 from qwen3_ascend.runtime.backends.step import StepInputs
@@ -27,8 +28,6 @@ WARM_UPS = 2
 
 ALIGNMENT = 16
 """int32 words: each section of the step buffer starts on 64 bytes."""
-
-Forward = Callable[[StepInputs], Tensor]
 
 
 def decode_buckets(max_batch: int, buckets: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -113,14 +112,13 @@ class GraphRunner:
     def __init__(
         self,
         forward: Forward,
-        to_device: Callable[[StepInputs], StepInputs],
         strategy: AttentionStrategy,
         buckets: tuple[int, ...],
         table_width: int,
     ) -> None:
         """Checks the update key; captures nothing yet."""
         check_update_key(strategy)
-        self._forward, self._to_device, self._strategy = forward, to_device, strategy
+        self._forward, self._strategy = forward, strategy
         self._buckets = buckets
         self._buffers = StepBuffers(buckets[-1], table_width)
         self._captured: dict[int, CapturedStep] = {}
@@ -136,7 +134,7 @@ class GraphRunner:
         """Logits of a step, float32 [R, vocab]."""
         count = len(step.context_lens)
         if not step.is_decode or count > self._buckets[-1]:
-            return self._forward(self._to_device(step))
+            return self._forward(step)
         bucket = next(size for size in self._buckets if size >= count)
         captured = self._captured[bucket]
         self._buffers.fill(step, bucket)

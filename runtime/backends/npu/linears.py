@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,24 +12,26 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Input, Scheme
 from qwen3_ascend.errors import CheckpointError
-from qwen3_ascend.runtime.backends.base import Activation
+from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_codes, as_float
 
 Upload = Callable[[Tensor, Layout, int, int], Tensor]
 """(stored weight, layout, N, K) -> device tensor; see formats.upload_packed."""
 
 
-@dataclass(frozen=True)
-class QuantizedActivation:
-    """codes: int8 [T, K]; scale: float32 [T]."""
+class NpuLinear(DeviceLinear, Protocol):
+    """A linear whose weight can be asked for through its own kernel."""
 
-    codes: Tensor
-    scale: Tensor
+    def probe(self, rows: Tensor) -> Tensor:
+        """The weights [R, N] of some inputs [R], as the kernel itself reads them: the codes of an
+        integer weight, int8, or a float weight, bfloat16. On the CPU."""
 
 
 class DenseLinear:
     """bf16: F.linear reads [N, K], in FRACTAL_NZ, through its own transposed view."""
+
+    input = Input.FLOAT
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -40,17 +42,20 @@ class DenseLinear:
         weight = upload(linear.weight, linear.layout, *linear.shape[-2:])
         return cls(weight, None if linear.bias is None else linear.bias.to("npu"))
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """See DeviceLinear."""
-        return x
-
     def __call__(self, x: Activation) -> Tensor:
-        """See DeviceLinear."""
-        return F.linear(x, self.weight, self.bias)
+        """The product, bfloat16 [T, N]."""
+        return F.linear(as_float(x), self.weight, self.bias)
+
+    def probe(self, rows: Tensor) -> Tensor:
+        """See NpuLinear; a one-hot activation picks one input."""
+        one_hot = _one_hot(rows, self.weight.shape[1], torch.bfloat16)
+        return F.linear(one_hot.to("npu"), self.weight).cpu()
 
 
 class Int8Linear:
     """w8a8: npu_quant_matmul reads the contiguous [K, N], in FRACTAL_NZ."""
+
+    input = Input.INT8_PER_TOKEN
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         self.weight, self.scale, self.bias = weight, scale, bias
@@ -64,13 +69,9 @@ class Int8Linear:
         bias = None if linear.bias is None else linear.bias.to("npu")
         return cls(weight, linear.tensors["scale"].to("npu"), bias)
 
-    def prepare(self, x: Tensor) -> QuantizedActivation:
-        """See DeviceLinear."""
-        return QuantizedActivation(*torch_npu.npu_dynamic_quant(x))
-
     def __call__(self, x: Activation) -> Tensor:
-        """See DeviceLinear."""
-        quantized = x if isinstance(x, QuantizedActivation) else self.prepare(x)
+        """The product, bfloat16 [T, N]."""
+        quantized = as_codes(x)
         y: Tensor = torch_npu.npu_quant_matmul(
             quantized.codes,
             self.weight,
@@ -81,18 +82,13 @@ class Int8Linear:
         )
         return y
 
-    def integer_rows(self, rows: Tensor) -> Tensor:
-        """Rows [R, N] of the integer weight [K, N], as the kernel itself reads them.
-
-        A one-hot activation picks one row; with scales of 1 the bf16 result is the code itself,
-        which bf16 holds exactly.
-        """
+    def probe(self, rows: Tensor) -> Tensor:
+        """See NpuLinear. A one-hot activation picks one input; with scales of 1 the bf16 result is
+        the code itself, which bf16 holds exactly."""
         inputs, outputs = self.weight.shape
-        one_hot = torch.zeros(len(rows), inputs, dtype=torch.int8)
-        one_hot[torch.arange(len(rows)), rows] = 1
         ones = torch.ones(max(outputs, len(rows)))
         y: Tensor = torch_npu.npu_quant_matmul(
-            one_hot.to("npu"),
+            _one_hot(rows, inputs, torch.int8).to("npu"),
             self.weight,
             ones[:outputs].to("npu"),
             pertoken_scale=ones[: len(rows)].to("npu"),
@@ -101,13 +97,21 @@ class Int8Linear:
         return y.cpu().to(torch.int8)
 
 
-NpuLinear = DenseLinear | Int8Linear
+LINEARS: dict[type[Scheme], Callable[[Linear, Upload], NpuLinear]] = {
+    BF16: DenseLinear.load,
+    W8A8: Int8Linear.load,
+}
 
 
 def load_linear(linear: Linear, upload: Upload) -> NpuLinear:
     """Puts a stored linear of any scheme on the device; CheckpointError if none has a kernel."""
-    if isinstance(linear.scheme, BF16):
-        return DenseLinear.load(linear, upload)
-    if isinstance(linear.scheme, W8A8):
-        return Int8Linear.load(linear, upload)
-    raise CheckpointError(f"the npu backend has no kernel for the scheme {linear.scheme}")
+    load = LINEARS.get(type(linear.scheme))
+    if load is None:
+        raise CheckpointError(f"the npu backend has no kernel for the scheme {linear.scheme}")
+    return load(linear, upload)
+
+
+def _one_hot(rows: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
+    one_hot = torch.zeros(len(rows), inputs, dtype=dtype)
+    one_hot[torch.arange(len(rows)), rows] = 1
+    return one_hot

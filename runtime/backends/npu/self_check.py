@@ -13,13 +13,11 @@ runs S0 and S3; `qwen3-ascend doctor` runs all four.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import nz_pack
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8
 from qwen3_ascend.runtime.backends.npu import formats
-from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, Int8Linear, NpuLinear
+from qwen3_ascend.runtime.backends.npu.linears import NpuLinear
 
 PROBE_ROWS = 16
 """Rows of the weight that S3 reads, spread over the whole input axis."""
@@ -50,15 +48,6 @@ def reads_back(linear: Linear, loaded: NpuLinear) -> bool:
 
 def kernel_sees_weight(linear: Linear, loaded: NpuLinear) -> bool:
     """S3 for one loaded linear."""
-    inputs = linear.shape[1]
+    inputs = linear.shape[-1]
     rows = torch.linspace(0, inputs - 1, min(PROBE_ROWS, inputs)).long()
-    if isinstance(linear.scheme, W8A8) and isinstance(loaded, Int8Linear):
-        return torch.equal(loaded.integer_rows(rows), linear.codes()["weight"][:, rows].t())
-    assert isinstance(linear.scheme, BF16) and isinstance(loaded, DenseLinear)
-    return torch.equal(_dense_rows(loaded, rows, inputs), linear.codes()["weight"][:, rows].t())
-
-
-def _dense_rows(loaded: DenseLinear, rows: Tensor, inputs: int) -> Tensor:
-    one_hot = torch.zeros(len(rows), inputs, dtype=torch.bfloat16)
-    one_hot[torch.arange(len(rows)), rows] = 1
-    return torch.nn.functional.linear(one_hot.to("npu"), loaded.weight).cpu()
+    return torch.equal(loaded.probe(rows), linear.codes()["weight"][:, rows].t())

@@ -1,0 +1,1 @@
+"""The CPU backend: the reference's arithmetic on torch's fast paths."""

@@ -1,0 +1,270 @@
+"""The definition of every operation, to be read; other backends are held against it.
+
+Each operation computes in float32 and rounds once to the compute type. Where a result goes into an
+integer linear it is quantized from float32, as the fused kernels of a device do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import override
+
+from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.checkpoint.linear import Linear
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Input, Scheme
+from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
+from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.files.memory import available_memory
+from qwen3_ascend.runtime.backends.base import (
+    Activation,
+    Backend,
+    DeviceForward,
+    DeviceLinear,
+    Forward,
+    Progress,
+    QuantizedActivation,
+    StepBounds,
+    as_codes,
+    as_float,
+)
+from qwen3_ascend.runtime.backends.cache import LayerKV, allocate_layers, bytes_per_token
+from qwen3_ascend.runtime.backends.rotary import rotary_tables
+from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
+
+CACHE_SHARE = 4
+"""The cache may take a quarter of the memory that is available when the model is loaded."""
+
+UNKNOWN_MEMORY = 4 << 30
+"""Bytes taken for available where the system does not say."""
+
+
+class FloatLinear:
+    """Any scheme whose weights are multiplied as floats: the decoded weight in the compute type."""
+
+    input = Input.FLOAT
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """A weight [N, K] in plain order, and an optional bias [N]."""
+        self.weight, self.bias = weight, bias
+
+    @classmethod
+    def load(cls, linear: Linear, dtype: torch.dtype) -> FloatLinear:
+        """Decodes a stored linear."""
+        bias = None if linear.bias is None else linear.bias.to(dtype)
+        return cls(linear.dequantize().to(dtype), bias)
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, [T, N]."""
+        return F.linear(as_float(x), self.weight, self.bias)
+
+
+class Int8Linear:
+    """w8a8: exact integer product, epilogue in float32, one rounding to the compute type."""
+
+    input = Input.INT8_PER_TOKEN
+
+    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+        codes = linear.codes()
+        self.weight, self.scale = codes["weight"], codes["scale"]
+        self.bias, self.dtype = linear.bias, dtype
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, [T, N]."""
+        quantized = as_codes(x)
+        y = rescale(self.product(quantized.codes), quantized.scale, self.scale)
+        return (y if self.bias is None else y + self.bias.float()).to(self.dtype)
+
+    def product(self, codes: Tensor) -> Tensor:
+        """The integer product of codes [T, K], [T, N]: float64 holds every sum of it exactly."""
+        return codes.double() @ self.weight.double().t()
+
+
+LINEARS: dict[type[Scheme], Callable[[Linear, torch.dtype], DeviceLinear]] = {
+    BF16: FloatLinear.load,
+    W8A8: Int8Linear,
+}
+
+
+class ReferenceBackend(Backend[LayerKV]):
+    """See Backend; `dtype` is bfloat16 or float32."""
+
+    name = "reference"
+
+    def __init__(self, config: Qwen3Config, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self.config = torch.device("cpu"), dtype, config
+
+    @override
+    def upload(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype)
+
+    @override
+    def linear(self, linear: Linear) -> DeviceLinear:
+        return make_linear(LINEARS, linear, self)
+
+    @override
+    def tied_head(self, embedding: Tensor) -> DeviceLinear:
+        return FloatLinear(embedding, None)
+
+    @override
+    def allocate_cache(self, num_blocks: int, block_size: int) -> tuple[LayerKV, ...]:
+        return allocate_layers(self.config, num_blocks, block_size, self.device, self.dtype)
+
+    @override
+    def cache_bytes_per_token(self) -> int:
+        return bytes_per_token(self.config, self.dtype)
+
+    @override
+    def memory_for_cache(self) -> int:
+        available = available_memory()
+        return (UNKNOWN_MEMORY if available is None else available) // CACHE_SHARE
+
+    @override
+    def open_step(self, step: StepInputs) -> DeviceStep:
+        """Cosines and sines are rounded to the compute type, as a device's tables are, and
+        computed with in float32."""
+        cos, sin = self._tables
+        return DeviceStep(
+            step, cos[step.positions].unsqueeze(1).float(), sin[step.positions].unsqueeze(1).float()
+        )
+
+    @functools.cached_property
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary_tables(self.config)
+        return cos.to(self.dtype), sin.to(self.dtype)
+
+    @override
+    def runner(self, forward: DeviceForward, bounds: StepBounds, progress: Progress) -> Forward:
+        """Nothing is captured on a CPU."""
+        return lambda step: forward(self.open_step(step))
+
+    @override
+    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(tokens, table)
+
+    @override
+    def add_norm(
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        weight: Tensor,
+        epsilon: float,
+        consumer: DeviceLinear,
+    ) -> tuple[Activation, Tensor]:
+        """The sum is rounded to the compute type before it is normed."""
+        total = hidden if delta is None else hidden + delta
+        return self.feed(rms_norm(total.float(), weight, epsilon), consumer), total
+
+    @override
+    def norm_rope_write(
+        self,
+        qkv: Tensor,
+        query_norm: Tensor,
+        key_norm: Tensor,
+        epsilon: float,
+        step: DeviceStep,
+        cache: LayerKV,
+    ) -> Tensor:
+        kv_heads, head_dim = cache.keys.shape[-2:]
+        heads = qkv.view(qkv.shape[0], -1, head_dim)
+        counts = [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
+        query, key, value = torch.split(heads, counts, dim=1)
+        query = self._norm_rotate(query, query_norm, epsilon, step)
+        key = self._norm_rotate(key, key_norm, epsilon, step)
+        cache.keys.flatten(0, 1)[step.inputs.slots] = key
+        cache.values.flatten(0, 1)[step.inputs.slots] = value
+        return query
+
+    def _norm_rotate(self, x: Tensor, weight: Tensor, epsilon: float, step: DeviceStep) -> Tensor:
+        """Two operations, each rounded to the compute type."""
+        normed = rms_norm(x.float(), weight, epsilon).to(self.dtype)
+        return rotate(normed.float(), step).to(self.dtype)
+
+    @override
+    def attention(
+        self, query: Tensor, step: DeviceStep, cache: LayerKV, consumer: DeviceLinear
+    ) -> Activation:
+        """The result is rounded to the compute type before it is quantized, if it is: on no device
+        does attention itself quantize."""
+        inputs = step.inputs
+        outputs = []
+        tables: list[list[int]] = inputs.block_table.tolist()
+        for index, length in enumerate(inputs.context_lens):
+            rows = query[inputs.query_starts[index] : inputs.query_starts[index + 1]]
+            keys = self.gather(cache.keys, tables[index], length)
+            values = self.gather(cache.values, tables[index], length)
+            outputs.append(self.attend(rows.float(), keys.float(), values.float()))
+        return self.feed(torch.cat(outputs).flatten(1).to(self.dtype), consumer)
+
+    def gather(self, blocks: Tensor, table: list[int], length: int) -> Tensor:
+        """The first `length` rows of a request, [length, kv_heads, head_dim]."""
+        return blocks[table].flatten(0, 1)[:length]
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """softmax(q k' / sqrt(head_dim)) v of one request whose queries are its last tokens.
+
+        Args:
+            query: float32 [T, heads, head_dim].
+            keys, values: float32 [length, kv_heads, head_dim], length >= T.
+
+        Returns:
+            float32 [T, heads, head_dim].
+        """
+        new, length = query.shape[0], keys.shape[0]
+        group = query.shape[1] // keys.shape[1]
+        keys, values = (each.repeat_interleave(group, dim=1) for each in (keys, values))
+        scores = torch.einsum("thd,lhd->htl", query, keys) / query.shape[2] ** 0.5
+        future = torch.ones(new, length, dtype=torch.bool).triu(length - new + 1)
+        weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
+        return torch.einsum("htl,lhd->thd", weights, values)
+
+    @override
+    def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return self.feed(F.silu(gate) * up, consumer)
+
+    @override
+    def prefetch(self, linears: tuple[DeviceLinear, ...], after: Activation) -> None:
+        """A CPU prefetches by itself."""
+
+    @override
+    def join_prefetch(self) -> None:
+        """Nothing was begun."""
+
+    def feed(self, x: Tensor, consumer: DeviceLinear) -> Activation:
+        """A float result [T, K] as its consumer wants it."""
+        if consumer.input is Input.FLOAT:
+            return x.to(self.dtype)
+        assert consumer.input is Input.INT8_PER_TOKEN, "no linear with static scales exists here"
+        return QuantizedActivation(*quantize_tokens(x))
+
+
+Loader = Callable[[Linear, torch.dtype], DeviceLinear]
+
+
+def make_linear(
+    table: dict[type[Scheme], Loader], linear: Linear, backend: ReferenceBackend
+) -> DeviceLinear:
+    """The device linear of a stored one; CheckpointError if the table has none for its scheme."""
+    loader = table.get(type(linear.scheme))
+    if loader is None:
+        raise CheckpointError(
+            f"the {backend.name} backend has no kernel for the scheme {linear.scheme}"
+        )
+    return loader(linear, backend.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, in float32."""
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+    return x * scale * weight.float()
+
+
+def rotate(x: Tensor, step: DeviceStep) -> Tensor:
+    """Rotary embedding of [T, heads, head_dim] in float32; pairs are (i, i + head_dim / 2)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * step.cos + torch.cat((-second, first), dim=-1) * step.sin
