@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from qwen3_ascend.checkpoint.architecture import LinearSpec
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest, SourceRecord, StoredTensor
 from qwen3_ascend.convert import report
 from qwen3_ascend.convert.budget import Budget
+from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.order import working_order
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.writer import CheckpointWriter
@@ -27,9 +28,6 @@ from qwen3_ascend.convert.work import convert, make_task
 from qwen3_ascend.files.hashing import Job, run_jobs
 from qwen3_ascend.native import Kernels
 from qwen3_ascend.native.sha256 import digests
-
-Progress = Callable[[str, int], None]
-"""Called when an item is done, from any thread but one at a time: its name and source bytes."""
 
 DROP_BYTES = 1 << 28
 """After so many bytes of source the mapped pages are given back."""
@@ -45,10 +43,12 @@ class Conversion:
         writer: CheckpointWriter,
         budget: Budget,
         kernels: Kernels,
-        progress: Progress,
+        hash_source: bool,
+        events: Events,
     ) -> None:
         self.plan, self.source, self.writer = plan, source, writer
-        self._budget, self._kernels, self._progress = budget, kernels, progress
+        self._budget, self._kernels = budget, kernels
+        self._hash_source, self._events = hash_source, events
         self._way = digests()
         self._order = working_order(plan, source)
         self._items = {item.name: item for item in plan.items}
@@ -89,7 +89,7 @@ class Conversion:
         task = make_task(item, self.source)
         file = self.writer.weight_files[self._file(item)]
         file.open()
-        job = convert(task, file, self._kernels, self._way, self.plan.hash_source, self._finish)
+        job = convert(task, file, self._kernels, self._way, self._hash_source, self._finish)
         return self._releasing(job, item.source_bytes // len(task.pieces))
 
     def _releasing(self, job: Job, nbytes: int) -> Job:
@@ -119,7 +119,7 @@ class Conversion:
                 self._readers[name] -= 1
                 if not self._readers[name]:
                     self.source.release(name)
-            self._progress(item.name, item.source_bytes)
+            self._events.done(item.name, item.source_bytes)
 
     def _file(self, item: Item) -> str:
         return self._files[next(iter(item.forms))]
@@ -157,7 +157,8 @@ def run(
     budget: Budget,
     kernels: Kernels,
     tool_version: str,
-    progress: Progress,
+    hash_source: bool,
+    events: Events,
 ) -> Manifest:
     """Converts everything in the plan and publishes the checkpoint.
 
@@ -167,7 +168,7 @@ def run(
     """
     for name, data in carried.items():
         writer.add_file(name, data)
-    conversion = Conversion(plan, source, writer, budget, kernels, progress)
+    conversion = Conversion(plan, source, writer, budget, kernels, hash_source, events)
     conversion.run()
     record = SourceRecord(
         source.provider.repo, source.provider.revision, source.file_entries(),

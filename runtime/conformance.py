@@ -19,7 +19,7 @@ from qwen3_ascend.checkpoint.linear import Linear, quantize
 from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime.backends.base import Activation, Backend
-from qwen3_ascend.runtime.backends.cache import DEFAULT_BLOCK_SIZE, PagedKVCache
+from qwen3_ascend.runtime.backends.cache import PagedKVCache
 from qwen3_ascend.runtime.backends.step import StepInputs
 from qwen3_ascend.runtime.engine.batch import decode_inputs, prefill_inputs
 from qwen3_ascend.runtime.engine.request import Request, SamplingParams
@@ -134,11 +134,11 @@ class _AttentionSide:
 
     def __init__(self, backend: Backend, config: Qwen3Config) -> None:
         self.backend, self.config = backend, config
-        per_sequence = -(-(max(LENGTHS) + 1) // DEFAULT_BLOCK_SIZE)
+        per_sequence = -(-(max(LENGTHS) + 1) // ASCEND_A2_A3.block_size)
         blocks = 1 + per_sequence * len(LENGTHS)
         one_layer = dataclasses.replace(config, num_layers=1)
         cache = PagedKVCache.allocate(
-            one_layer, blocks, DEFAULT_BLOCK_SIZE, backend.device, backend.dtype
+            one_layer, blocks, ASCEND_A2_A3.block_size, backend.device, backend.dtype
         )
         self.cache = cache.layers[0]
         # Blocks in reverse, so that no sequence lies in neighbouring ones.
@@ -154,12 +154,12 @@ class _AttentionSide:
         sequence = self._sequence(index, done + len(qkv))
         sequence.computed = done
         self.computed[index] = done + len(qkv)
-        return self._run(qkv, prefill_inputs(sequence, len(qkv), DEFAULT_BLOCK_SIZE))
+        return self._run(qkv, prefill_inputs(sequence, len(qkv), ASCEND_A2_A3.block_size))
 
     def decode(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """One token more for every sequence."""
         sequences = [self._sequence(i, done + 1) for i, done in enumerate(self.computed)]
-        return self._run(qkv, decode_inputs(sequences, DEFAULT_BLOCK_SIZE))
+        return self._run(qkv, decode_inputs(sequences, ASCEND_A2_A3.block_size))
 
     def _sequence(self, index: int, length: int) -> Request:
         table = list(self.tables[index])

@@ -154,9 +154,8 @@ class CheckpointWriter:
             self.folder.rmdir()
         if keep and isinstance(error, UserError | OSError):
             said = error.strerror or error if isinstance(error, OSError) else error
-            raise CheckpointError(
-                f"{said}; what is done is kept, the same command continues"
-            ) from error
+            kind = type(error) if isinstance(error, UserError) else CheckpointError
+            raise kind(f"{said}; what is done is kept, the same command continues") from error
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
         """Whether items are done, or weights were downloaded into the staging folder."""

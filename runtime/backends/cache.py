@@ -9,11 +9,6 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 
-DEFAULT_BLOCK_SIZE = 128
-"""Tokens of a block. Of the sizes Ascend's attention kernels take, the one that all of them take
-(npu_fused_infer_attention_score: multiples of 128 for prefill, 128 recommended for decode)."""
-
-
 SCRATCH_BLOCK = 0
 """Never given to a sequence: padding rows of a captured batch write here."""
 

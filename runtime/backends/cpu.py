@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
 from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.files.memory import available_memory
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     CacheShape,
@@ -33,7 +33,10 @@ from qwen3_ascend.runtime.backends.rotary import rotary_tables
 from qwen3_ascend.runtime.backends.step import StepInputs
 
 CACHE_SHARE = 4
-"""The cache may take a quarter of the memory that is free when the model is loaded."""
+"""The cache may take a quarter of the memory that is available when the model is loaded."""
+
+UNKNOWN_MEMORY = 4 << 30
+"""Bytes that are taken to be available where the system does not say."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,8 @@ class CpuBackend:
 
     def memory_for_cache(self) -> int:
         """See Backend."""
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CACHE_SHARE
+        available = available_memory()
+        return (UNKNOWN_MEMORY if available is None else available) // CACHE_SHARE
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

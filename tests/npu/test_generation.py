@@ -81,7 +81,7 @@ def test_logits_of_a_chunked_prefill(checkpoints: dict[str, Path], recipe: str) 
     text = (Path(__file__).parent.parent / "data/tiny-qwen3/heldout.txt").read_text()
     cpu = open_cpu(checkpoints[recipe])
     ids = cpu.tokenizer.encode(text[:2000])[:200]
-    llm = open_npu(checkpoints[recipe], graph=False, prefill_chunk=64)
+    llm = open_npu(checkpoints[recipe], graph=False, step_tokens=64)
     expected, actual = cpu.logits(ids), llm.logits(ids)
     assert (actual - expected).abs().max() < LOGIT_BOUND
     assert expected.abs().max() > 10 * LOGIT_BOUND  # the bound means something

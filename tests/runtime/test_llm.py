@@ -10,7 +10,7 @@ import pytest
 from support import tiny_models
 
 from qwen3_ascend import SamplingParams, convert_checkpoint, load
-from qwen3_ascend.errors import RequestError
+from qwen3_ascend.errors import OptionError, RequestError
 from qwen3_ascend.runtime import LLM
 
 QUESTIONS = ["What does river mean?", "What does bicycle mean?", "What does oxygen mean?",
@@ -83,7 +83,7 @@ def test_more_prompts_than_a_batch_holds(tiny_w8a8: Path) -> None:
     depend on their number: in float32 no token is that close."""
     wide = load(tiny_w8a8, dtype="float32", block_size=16, kv_cache_tokens=4096)
     narrow = load(
-        tiny_w8a8, dtype="float32", block_size=16, kv_cache_tokens=160, max_batch=2, prefill_chunk=5
+        tiny_w8a8, dtype="float32", block_size=16, kv_cache_tokens=160, max_batch=2, step_tokens=5
     )
     params = SamplingParams(max_new_tokens=10)
     prompts = QUESTIONS * 2
@@ -250,17 +250,17 @@ def test_a_cache_that_is_too_small(tiny_w8a8: Path) -> None:
     assert everything_is_free(llm)
 
 
-@pytest.mark.parametrize("name", ["block_size", "max_batch", "prefill_chunk", "kv_cache_tokens"])
+@pytest.mark.parametrize("name", ["block_size", "max_batch", "step_tokens", "kv_cache_tokens"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_options_out_of_range(name: str, value: int, tiny_w8a8: Path) -> None:
-    with pytest.raises(RequestError, match=name):
+    with pytest.raises(OptionError, match=name):
         load(tiny_w8a8, **{name: value})  # type: ignore[arg-type]
 
 
 def test_unknown_device_and_dtype(tiny_w8a8: Path) -> None:
-    with pytest.raises(RequestError, match="'tpu'.*cpu"):
+    with pytest.raises(OptionError, match="'tpu'.*cpu"):
         load(tiny_w8a8, device="tpu")
-    with pytest.raises(RequestError, match="'int4'.*bfloat16"):
+    with pytest.raises(OptionError, match="'int4'.*bfloat16"):
         load(tiny_w8a8, dtype="int4")
 
 

@@ -156,7 +156,7 @@ def test_greedy_continuation(case: Case) -> None:
 def test_chunks_and_small_blocks_change_nothing(case: Case) -> None:
     prompt = case.prompt(case.form.prompt, seed=2)
     (whole,) = case.ours().generate(prompt, SHORT)
-    chunked = case.ours(prefill_chunk=7, block_size=16)
+    chunked = case.ours(step_tokens=7, block_size=16)
     assert chunked.generate(prompt, SHORT)[0].token_ids == whole.token_ids
     assert (chunked.logits(prompt) - case.their_logits(prompt)).abs().max() < TOLERANCE
 

@@ -20,7 +20,7 @@ import torch_npu
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
-from qwen3_ascend.errors import RequestError
+from qwen3_ascend.errors import OptionError
 from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.npu.device import require_atb
 from qwen3_ascend.runtime.backends.step import StepInputs
@@ -210,15 +210,15 @@ def choose_attention(name: str, config: Qwen3Config) -> FusedAttention:
     that is enough for every length. "paged" has the smaller kernel at medium batch sizes.
 
     Raises:
-        RequestError: for an unknown name, or a head size that the kernels do not take.
+        OptionError: for an unknown name, or a head size that the kernels do not take.
         DeviceError: for "paged" without ATB.
     """
     strategies = {"auto": FusedAttention, "fused": FusedAttention, "paged": PagedAttention}
     if name not in strategies:
         known = ", ".join(strategies)
-        raise RequestError(f"unknown attention {name!r}; known strategies: {known}")
+        raise OptionError(f"unknown attention {name!r}; known strategies: {known}")
     if config.head_dim != FUSED_HEAD_DIM:
-        raise RequestError(
+        raise OptionError(
             f"head_dim is {config.head_dim}, but npu_fused_infer_attention_score takes "
             f"{FUSED_HEAD_DIM} in the TND layout; run this model with device=cpu"
         )

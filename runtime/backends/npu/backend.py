@@ -15,7 +15,7 @@ from torch import Tensor
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.errors import RequestError
+from qwen3_ascend.errors import DeviceError, OptionError
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     CacheShape,
@@ -26,7 +26,7 @@ from qwen3_ascend.runtime.backends.base import (
 from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.attention import choose_attention
-from qwen3_ascend.runtime.backends.npu.device import DeviceError, free_bytes, open_device
+from qwen3_ascend.runtime.backends.npu.device import free_bytes, open_device
 from qwen3_ascend.runtime.backends.npu.graph import GraphRunner, decode_buckets
 from qwen3_ascend.runtime.backends.npu.linears import (
     DenseLinear,
@@ -37,9 +37,9 @@ from qwen3_ascend.runtime.backends.npu.linears import (
 )
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
-from qwen3_ascend.runtime.backends.options import DeviceOptions
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
 from qwen3_ascend.runtime.backends.step import StepInputs
+from qwen3_ascend.runtime.options import DeviceOptions
 
 RESERVED_SHARE = 10
 """A tenth of the free memory stays free of the cache: for activations, workspaces and graphs."""
@@ -63,7 +63,7 @@ class NpuBackend:
 
         Raises:
             DeviceError: if something this machine needs is missing.
-            RequestError: for an option that does not exist.
+            OptionError: for an option that does not exist.
         """
         self.info = open_device()
         if not self.info.is_a2_or_a3:
@@ -133,7 +133,7 @@ class NpuBackend:
             return lambda step: forward(self.to_device(step))
         buckets = decode_buckets(shape.max_batch, self.options.buckets)
         if buckets[-1] > shape.block_size:
-            raise RequestError(
+            raise OptionError(
                 f"a graph bucket of {buckets[-1]} has more padding rows than the scratch block "
                 f"has slots ({shape.block_size})"
             )

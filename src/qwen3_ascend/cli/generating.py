@@ -10,19 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen3_ascend.cli.options import UserPath, given, options_of
 from qwen3_ascend.cli.terminal import step_bar, to_stderr
+from qwen3_ascend.errors import OptionError, os_errors
+from qwen3_ascend.options import share
+from qwen3_ascend.runtime.engine.request import SamplingParams
+from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
 
 if TYPE_CHECKING:
     from qwen3_ascend.runtime import LLM, AnswerStream
-    from qwen3_ascend.runtime.engine.request import SamplingParams
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=UserPath())
 @click.option("--prompt", "-p", multiple=True, help="What to say; repeat it for a batch.")
 @click.option(
     "--prompt-file",
-    type=click.Path(path_type=Path, allow_dash=True),
+    type=UserPath(allow_dash=True),
     help="Read the prompt from a file, or from standard input with '-'.",
 )
 @click.option(
@@ -36,35 +40,7 @@ if TYPE_CHECKING:
     default=None,
     help="Qwen3's enable_thinking; without either, the chat template decides.",
 )
-@click.option("--max-new-tokens", type=int, default=512, show_default=True)
-@click.option("--temperature", type=float, help="0 takes the most probable token.")
-@click.option("--top-k", type=int, help="Keep the k most probable tokens; 0 keeps all.")
-@click.option("--top-p", type=float, help="Keep the most probable tokens up to this sum.")
-@click.option("--min-p", type=float, help="Drop tokens below this share of the best.")
-@click.option("--repetition-penalty", type=float, help="Above 1 discourages repetition.")
-@click.option("--presence-penalty", type=float, help="Above 0 discourages repetition.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--stop", multiple=True, help="A string that ends the answer; repeatable.")
-@click.option("--device", default="auto", show_default=True, help="auto, npu or cpu.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32.")
-@click.option(
-    "--attention", default="auto", show_default=True, help="NPU: fused, paged (ATB) or auto."
-)
-@click.option(
-    "--graph",
-    type=click.Choice(["on", "off"]),
-    default="on",
-    show_default=True,
-    help="NPU: capture decode steps once and replay them.",
-)
-@click.option("--buckets", metavar="N,N,...", help="NPU: batch sizes to capture.")
-@click.option(
-    "--prefetch",
-    default="auto",
-    show_default=True,
-    metavar="off|auto|BYTES",
-    help="NPU: MLP weights to fetch ahead into L2, such as 64M.",
-)
+@options_of(SamplingParams, EngineOptions, DeviceOptions)
 @click.option(
     "--verify/--no-verify",
     default=True,
@@ -78,15 +54,9 @@ def generate(
     chat: bool,
     system: str | None,
     thinking: bool | None,
-    device: str,
-    dtype: str,
-    attention: str,
-    graph: str,
-    buckets: str | None,
-    prefetch: str,
     verify: bool,
     quiet: bool,
-    **sampling: Any,
+    **values: Any,
 ) -> None:
     """Answer a prompt with CHECKPOINT; the text streams to standard output.
 
@@ -101,12 +71,10 @@ def generate(
     prompts = _prompts(prompt, prompt_file)
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat")
-    llm, loaded = _load(
-        checkpoint, quiet, device=device, dtype=dtype, attention=attention,
-        graph=graph == "on", buckets=_numbers(buckets), prefetch=prefetch,
-        verify=verify,
-    )  # fmt: skip
-    params = _sampling_params(llm, sampling)
+    sampling, *for_load = share(given(values), SamplingParams, EngineOptions, DeviceOptions)
+    SamplingParams(**sampling)  # refuses what it does not take before the model is loaded
+    llm, loaded = _load(checkpoint, verify, quiet, *for_load)
+    params = dataclasses.replace(llm.default_params, **sampling)
     if chat and llm.tokenizer.chat_template is not None:
         start = [{"role": "system", "content": system}] if system is not None else []
         prompts = [
@@ -126,35 +94,24 @@ def _prompts(prompt: tuple[str, ...], prompt_file: Path | None) -> list[str]:
         raise click.UsageError("give either --prompt or --prompt-file")
     if prompt_file is None:
         return list(prompt)
-    try:
+    with os_errors(OptionError):
         data = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
+    try:
         return [data.decode("utf-8")]
     except UnicodeDecodeError as error:
         raise click.UsageError(f"{prompt_file} is not UTF-8 text: {error}") from error
 
 
-def _numbers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise click.UsageError(f"--buckets is {text!r}; give numbers such as 1,2,4") from None
-
-
-def _load(checkpoint: Path, quiet: bool, **options: Any) -> tuple[LLM, str]:
+def _load(
+    checkpoint: Path, verify: bool, quiet: bool, engine: dict[str, Any], device: dict[str, Any]
+) -> tuple[LLM, str]:
     """The model, and a line about it that is not shown before the request is accepted."""
     from qwen3_ascend.runtime import load
 
     started = time.perf_counter()
     with step_bar(quiet) as show:
-        llm = load(checkpoint, progress=show, **options)
+        llm = load(checkpoint, verify=verify, progress=show, **engine, **device)
     return llm, f"loaded {checkpoint} in {time.perf_counter() - started:.1f} s"
-
-
-def _sampling_params(llm: LLM, options: dict[str, Any]) -> SamplingParams:
-    given = {key: value for key, value in options.items() if value is not None}
-    return dataclasses.replace(llm.default_params, **given)
 
 
 def _print_stream(stream: AnswerStream, loaded: str, quiet: bool) -> None:

@@ -39,9 +39,6 @@ class OneLineErrors(click.Group):
         except BrokenPipeError:  # the reader of our output is gone: | head
             sys.stderr.close()
             sys.exit(1)
-        except OSError as error:
-            place = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{place}{error.strerror or error}") from error
 
 
 def _one_line(error: click.UsageError) -> click.ClickException:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -37,17 +36,3 @@ def run_all(tasks: Iterable[Callable[[], T]], threads: int | None = None) -> Ite
         futures: list[Future[T]] = [pool.submit(task) for task in tasks]
         for future in as_completed(futures):
             yield future.result()
-
-
-@contextmanager
-def quick_garbage_collection() -> Iterator[None]:
-    """Spares the collector what is there already: walking through torch stops all threads for a
-    tenth of a second, several times in a conversion."""
-    if gc.get_freeze_count():  # somebody else's, and there is one freezer only
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
