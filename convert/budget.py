@@ -46,8 +46,8 @@ class Budget:
         if most < 1:
             least = FIXED_BYTES + THREAD_BYTES + piece_bytes
             raise OptionError(
-                f"max_memory: {max_memory} bytes are too little; this model needs {least} "
-                f"({-(-least // (1 << 20))}MiB) beyond Python with torch loaded"
+                f"max_memory: {max_memory} bytes of memory are too little; this model needs "
+                f"{least} ({-(-least // (1 << 20))}MiB) beyond Python with torch loaded"
             )
         chosen = min(wanted, most)
         left = max_memory - FIXED_BYTES - chosen * THREAD_BYTES

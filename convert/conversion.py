@@ -19,13 +19,12 @@ from qwen3_ascend.convert.recipe import Recipe
 from qwen3_ascend.convert.source import Source, open_source
 from qwen3_ascend.convert.source.provider import CONFIG_NAME
 from qwen3_ascend.convert.source.transfer import Transfer
-from qwen3_ascend.errors import CheckpointError, OptionError, SourceError, os_errors
+from qwen3_ascend.errors import CheckpointError, OptionError, os_errors
 from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.files.text import parse_size
 from qwen3_ascend.version import __version__
 
 
-@os_errors(SourceError)
 def plan_conversion(
     model: str | Path,
     recipe: str | Recipe = recipes.DEFAULT,

@@ -25,7 +25,7 @@ from qwen3_ascend.convert.source.provider import (
     SourceWeights,
 )
 from qwen3_ascend.convert.source.transfer import Prefetch, Transfer
-from qwen3_ascend.errors import CheckpointError, OptionError, SourceError
+from qwen3_ascend.errors import CheckpointError, OptionError, SourceError, os_errors
 from qwen3_ascend.files.json_file import read_json_object
 from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.files.safetensors import MappedFile, TensorSlot
@@ -192,6 +192,7 @@ class Source:
         return {name: self.provider.small_file(name).read_bytes() for name in found}
 
 
+@os_errors(SourceError)
 def open_source(
     model: str,
     revision: str | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def _compare(checkpoint: Path, model: str, threads: int | None, quiet: bool) -> 
 
     reader = CheckpointReader(checkpoint)
     stored = reader.manifest.stored().values()
-    revision = None if user_path(model).is_dir() else reader.manifest.source.revision
+    revision = None if os.path.isdir(user_path(model)) else reader.manifest.source.revision
     transfer = Transfer(silent if quiet else to_stderr)
     with (
         open_source(model, revision, transfer=transfer) as source,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from typing_extensions import override
 
 from qwen3_ascend import recipes
 from qwen3_ascend.cli.interruption import stoppable
@@ -75,8 +77,8 @@ def convert(
 class Notes(Events):
     """Prints what a conversion has to say."""
 
+    @override
     def note(self, line: str) -> None:
-        """Prints a line above the bars."""
         to_stderr(line)
 
 
@@ -86,21 +88,21 @@ class Watch(Events):
     def __init__(self, downloads: Any, bar: Any, quiet: bool) -> None:
         self._downloads, self._bar, self._quiet = downloads, bar, quiet
 
+    @override
     def planned(self, plan: Plan) -> None:
-        """Begins to count."""
         self._bar.reset(total=plan.source_bytes)
 
+    @override
     def arrived(self, nbytes: int) -> None:
-        """Moves the bar of downloads."""
         self._downloads.update(nbytes)
 
+    @override
     def done(self, name: str, nbytes: int) -> None:
-        """Moves the bar of the conversion."""
         self._bar.set_postfix_str(name, refresh=False)
         self._bar.update(nbytes)
 
+    @override
     def note(self, line: str) -> None:
-        """Prints a line above the bars."""
         if not self._quiet:
             to_stderr(line)
 
@@ -125,7 +127,7 @@ def _convert(model: str, output: Path, recipe: str, options: ConvertOptions, qui
     from qwen3_ascend.convert import convert_checkpoint, report
 
     started = time.perf_counter()
-    is_local = user_path(model).is_dir()
+    is_local = os.path.isdir(user_path(model))
     with (
         stoppable(lambda: _kept(output)),
         _quick_garbage_collection(),

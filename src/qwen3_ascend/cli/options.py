@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import click
+from typing_extensions import override
 
 from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.options import Option, described
@@ -26,8 +27,8 @@ class UserPath(click.Path):
     def __init__(self, allow_dash: bool = False) -> None:
         super().__init__(allow_dash=allow_dash, path_type=Path)
 
+    @override
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path, expanded."""
         return user_path(os.fsdecode(super().convert(value, param, ctx)))
 
 
