@@ -55,6 +55,11 @@ MENDABLE = frozenset({
 """What a system says of paths, disks and limits, which are the user's; the rest is ours."""
 
 
+def is_mendable(error: BaseException | None) -> bool:
+    """Whether an error is the user's to mend, and no defect of ours."""
+    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in MENDABLE)
+
+
 @contextmanager
 def os_errors(kind: type[UserError]) -> Iterator[None]:
     """Turns what the system refuses within the block into an error that the user can mend.
@@ -65,7 +70,7 @@ def os_errors(kind: type[UserError]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in MENDABLE:
+        if not is_mendable(error):
             raise
         place = f"{error.filename}: " if error.filename else ""
         raise kind(f"{place}{error.strerror}") from error
