@@ -1,12 +1,13 @@
-"""Conversion against `cp`, against the hash's own limit, and against llm-compressor.
+"""Conversion against `cp`, against the hash's own limit, an earlier version, and llm-compressor.
 
     python benchmarks/convert.py                                   Qwen3-0.6B shapes, 1.2 GB
     python benchmarks/convert.py --model 8b --layers 2             its embedding and two layers
+    python benchmarks/convert.py --earlier other/src               with another version in turn
     python benchmarks/convert.py --peer-python other/bin/python    with llm-compressor, see below
 
 Makes a random-weight checkpoint (kept in --workdir), reads it once so that it is in the page cache,
 and then runs in turn, --repeat times: `cp` of the weights, `cp` and a sync, our conversion to w8a8
-in FRACTAL_NZ with a SHA-256 of every byte written (with --hash-source also of every byte read),
+in FRACTAL_NZ with a BLAKE3 of every byte written (with --hash-source also of every byte read),
 synced to disk, and the peer. The best of each counts, because other work on the machine only ever
 adds; medians are printed beside them. "work" is without start and imports. Private memory is what
 no other process shares and no file backs (RssAnon); the base is the interpreter with everything
@@ -14,7 +15,7 @@ imported, just before it begins.
 
 Why a C kernel: on two Zen 4 cores torch operators on whole tensors reached 0.2 to 0.28 of cp's
 rate, most of it spent in the byte transpose; with --fallback the same pipeline runs on torch
-operators over small blocks. A quarter of the processor time of a conversion is hashing.
+operators over small blocks.
 
 llm-compressor, the peer, has two ways to data-free W8A8: model_free_ptq, which works on files as we
 do, and oneshot, which loads the whole model with transformers. Both write row-major int8; neither
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -35,10 +37,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import random_model
+from blake3 import blake3
 
 PEER = """
 import json, shutil, subprocess, sys, time
@@ -155,6 +160,12 @@ def copy(files: list[Path], folder: Path, sync: bool) -> float:
     return time.perf_counter() - started
 
 
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "?")
+
+
 def settle(source: Path, workdir: Path) -> float:
     """Copies a model and removes the copy, which takes the returned seconds.
 
@@ -173,17 +184,14 @@ def written(output: Path) -> int:
     return sum(file.stat().st_size for file in output.glob("ascend-*"))
 
 
-def hash_rate(count: int) -> float:
-    """Bytes a second of SHA-256 on one processor, of so many streams together, best of five."""
-    from qwen3_ascend.native.sha256 import digests
-
-    block, rates, way = memoryview(os.urandom(1 << 18)), [], digests()
-    streams = [(way.start(), block) for _ in range(count)]
+def hash_rate(start: Callable[[], Any]) -> float:
+    """Bytes a second of a hash on one processor, best of five."""
+    block, rates = memoryview(os.urandom(1 << 21)), []
     for _ in range(5):
-        started = time.perf_counter()
-        for _ in range(200):
-            way.update(streams)
-        rates.append(200 * count * len(block) / (time.perf_counter() - started))
+        digest, started = start(), time.perf_counter()
+        for _ in range(50):
+            digest.update(block)
+        rates.append(50 * len(block) / (time.perf_counter() - started))
     return max(rates)
 
 
@@ -206,7 +214,7 @@ def main() -> None:
     nbytes = sum(file.stat().st_size for file in files)
     layers = data["num_hidden_layers"]
     print(f"Qwen3-{options.model} shapes, {layers} layers: {nbytes / 1e9:.2f} GB in {len(files)} "
-          f"file(s); other work on this machine: load {os.getloadavg()[0]:.1f}")  # fmt: skip
+          f"file(s); {processor()}; load {os.getloadavg()[0]:.1f}")  # fmt: skip
     warm(files)
     output = workdir / "out"
     for name in ("out", "copy", "peer", "settle"):  # of a run that was broken off
@@ -217,7 +225,7 @@ def main() -> None:
         if getattr(options, name) is not None:
             command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
     command += ["--hash-source"] if options.hash_source else []
-    copies, synced, ours = [], [], []
+    copies, synced, ours, earlier = [], [], [], []
     peers: dict[str, list[Figures]] = {name: [] for name in PEERS if options.peer_python}
     for _ in range(options.repeat):
         for sync, times in ((False, copies), (True, synced)):
@@ -227,11 +235,16 @@ def main() -> None:
         ours.append(measure(command, environment))
         stored = written(output)
         shutil.rmtree(output)
+        if options.earlier:
+            earlier.append(measure(command, {**environment, "PYTHONPATH": options.earlier}))
+            shutil.rmtree(output)
         for name, runs in peers.items():
             runs.append(peer(options.peer_python, PEERS[name], source, workdir / "peer"))
     report(nbytes, stored + options.hash_source * nbytes, copies, synced, ours)
+    if earlier:
+        compare("earlier version", nbytes, ours, earlier)
     for name, runs in peers.items():
-        compare(name, nbytes, ours, runs)
+        compare(f"llm-compressor {name}", nbytes, ours, runs)
     if not peers:
         print("llm-compressor: not run; see --help for how to get it")
 
@@ -257,11 +270,10 @@ def report(
     cpu = min(run.cpu for run in ours)
     print(f"processor time of the work: {cpu:.2f} s, so {cpu / processors:.2f} s on {processors} "
           "idle processor(s)")  # fmt: skip
-    rates = {count: hash_rate(count) for count in (1, 2, 3)}
-    said = ", ".join(f"{rate / 1e9:.2f} GB/s for {count}" for count, rate in rates.items())
-    hashing = hashed / max(rates.values()) / processors
-    print(f"SHA-256 alone, a processor, by streams: {said}; so at least {hashing:.2f} s for the "
-          f"{hashed / 1e9:.2f} GB that are hashed")  # fmt: skip
+    rate, other = hash_rate(blake3), hash_rate(hashlib.sha256)
+    print(f"BLAKE3 alone, a processor: {rate / 1e9:.2f} GB/s (SHA-256: {other / 1e9:.2f}); so at "
+          f"least {hashed / rate / processors:.2f} s for the {hashed / 1e9:.2f} GB that are hashed"
+    )  # fmt: skip
     private = max(run.peak_private for run in ours)
     base = max(run.base_private for run in ours)
     print(f"peak RSS {max(run.peak_rss for run in ours) / 2**20:.0f} MiB, peak private memory "
@@ -279,13 +291,14 @@ def peer(python: str, script: str, source: Path, output: Path) -> Figures:
 
 
 def compare(name: str, nbytes: int, ours: list[Figures], theirs: list[Figures]) -> None:
-    """Prints a peer's figures and how many times as long as ours it took."""
+    """Prints the figures of a peer or an earlier version, and how many times our time it took."""
     times, mine = [run.work for run in theirs], [run.work for run in ours]
     best, median = min(times), statistics.median(times)
     private = max(run.peak_private for run in theirs) / 2**20
-    print(f"llm-compressor {name:14}{best:5.2f} s  (median {median:.2f})  "
+    private -= max(run.base_private for run in theirs) / 2**20
+    print(f"{name:28} {best:6.2f} s  (median {median:.2f})  "
           f"{nbytes / best / 1e9:5.2f} GB/s of source  {best / min(mine):.1f} x our time (medians "
-          f"{median / statistics.median(mine):.1f} x), peak private memory {private:.0f} MiB"
+          f"{median / statistics.median(mine):.1f} x), private memory {private:.0f} MiB"
     )  # fmt: skip
 
 
@@ -303,6 +316,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workdir", help="holds the models between runs; default: below /tmp")
     parser.add_argument("--hash-source", action="store_true", help="convert with this option")
     parser.add_argument("--fallback", action="store_true", help="torch instead of the C kernels")
+    parser.add_argument("--earlier", help="the src folder of another version of this project")
     parser.add_argument("--peer-python", help="an interpreter that has llmcompressor")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()

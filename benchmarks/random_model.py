@@ -14,10 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.architecture import LinearSpec, model_spec
-from qwen3_ascend.checkpoint.config import Qwen3Config
-from qwen3_ascend.files.safetensors import build_header, tensor_nbytes
-
 TABLE = (1 << 24) + 4099
 SHARD_BYTES = 5 * 10**9
 
@@ -47,6 +43,10 @@ def config(model: str, layers: int | None = None) -> dict[str, Any]:
 
 def tensors(data: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the source, sorted as transformers sorts them."""
+    # Here, because a process that times another version of the package reads only `config`.
+    from qwen3_ascend.checkpoint.architecture import LinearSpec, model_spec
+    from qwen3_ascend.checkpoint.config import Qwen3Config
+
     found: dict[str, tuple[int, ...]] = {}
     for entry in model_spec(Qwen3Config.from_hf(data)):
         if isinstance(entry, LinearSpec):
@@ -82,7 +82,7 @@ def _files(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
     groups: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
-        nbytes = tensor_nbytes(torch.bfloat16, shape)
+        nbytes = torch.Size(shape).numel() * torch.bfloat16.itemsize
         if groups[-1] and filled + nbytes > SHARD_BYTES:
             groups.append([])
             filled = 0
@@ -92,7 +92,9 @@ def _files(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
 
 
 def _write(path: Path, shapes: dict[str, tuple[int, ...]], table: Tensor) -> None:
-    header = build_header({name: (torch.bfloat16, shape) for name, shape in shapes.items()})
+    from qwen3_ascend.files.safetensors import Form, build_header
+
+    header = build_header({name: Form(torch.bfloat16, shape) for name, shape in shapes.items()})
     with path.open("wb") as file:
         file.write(header.raw)
         for number, shape in enumerate(shapes.values()):

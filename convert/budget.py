@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen3_ascend.errors import OptionError
-from qwen3_ascend.files.hashing import JOBS_PER_THREAD
 from qwen3_ascend.files.threads import available_threads
 
 FIXED_BYTES = 64 << 20
@@ -20,13 +19,11 @@ class Budget:
     """What may be under way at a time.
 
     Attributes:
-        threads: that work.
-        items: that each of them works on, with one piece in memory.
+        threads: that work, each with one piece in memory.
         piece_bytes: memory of the largest piece.
     """
 
     threads: int
-    items: int
     piece_bytes: int
 
     @classmethod
@@ -49,12 +46,9 @@ class Budget:
                 f"max_memory: {max_memory} bytes of memory are too little; this model needs "
                 f"{least} ({-(-least // (1 << 20))}MiB) beyond Python with torch loaded"
             )
-        chosen = min(wanted, most)
-        left = max_memory - FIXED_BYTES - chosen * THREAD_BYTES
-        items = min(JOBS_PER_THREAD, left // (chosen * piece_bytes))
-        return cls(chosen, items, piece_bytes)
+        return cls(min(wanted, most), piece_bytes)
 
     @property
     def working_bytes(self) -> int:
         """Peak private memory beyond the interpreter with torch loaded."""
-        return FIXED_BYTES + self.threads * (THREAD_BYTES + self.items * self.piece_bytes)
+        return FIXED_BYTES + self.threads * (THREAD_BYTES + self.piece_bytes)

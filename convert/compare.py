@@ -17,9 +17,8 @@ from qwen3_ascend.convert.output.weight_file import tensor_bytes
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.work import ROWS_AT_A_TIME
 from qwen3_ascend.errors import CheckpointError
-from qwen3_ascend.files.hashing import HASH_BLOCK, Job, run_jobs
+from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.files.threads import available_threads, run_all
-from qwen3_ascend.native.sha256 import digests
 
 
 def compare(
@@ -62,21 +61,16 @@ def compare(
 
 def _changed(source: Source, noted: Mapping[str, str], threads: int) -> list[str]:
     """A line for each source tensor whose hash is not the noted one."""
-    way, changed = digests(), set()
-
-    def job(name: str) -> Job:
-        digest, data = way.start(), tensor_bytes(source.read(name))
-        for start in range(0, data.nbytes, HASH_BLOCK):
-            yield [(digest, data[start : start + HASH_BLOCK])]
-        if digest.hexdigest() != noted[name]:
-            changed.add(name)
-
     names = [name for name in noted if name in source.location]
-    run_jobs(map(job, names), way, threads)
+
+    def differs(name: str) -> tuple[str, bool]:
+        return name, bytes_blake3(tensor_bytes(source.read(name))) != noted[name]
+
+    found = dict(run_all([partial(differs, name) for name in names], threads))
     return [
-        f"source tensor {name} is not the one that was converted: its SHA-256 differs"
+        f"source tensor {name} is not the one that was converted: its hash differs"
         for name in names
-        if name in changed
+        if found[name]
     ]
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwen3_ascend.checkpoint.manifest import FORMAT_VERSION, canonical_sha256
+from qwen3_ascend.checkpoint.manifest import FORMAT_VERSION, canonical_blake3
 from qwen3_ascend.convert.output.journal import Identity
 from qwen3_ascend.convert.plan import Plan
 from qwen3_ascend.convert.source import Source
-from qwen3_ascend.files.hashing import bytes_sha256
+from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.files.safetensors import NAMES
 
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 """Goes up when the same source and recipe give other bytes than before."""
 
 DIGITS = 16
@@ -31,12 +31,12 @@ def identity(
         "source hashes": "yes" if hash_source else "no",
         "output files": f"{len(plan.weight_files)} {_short(_output_files(plan))}",
         **{f"source file {name}": _weights(source, name) for name in source.weight_files},
-        **{f"source file {name}": bytes_sha256(data)[:DIGITS] for name, data in carried.items()},
+        **{f"source file {name}": bytes_blake3(data)[:DIGITS] for name, data in carried.items()},
     }
 
 
 def _short(value: object) -> str:
-    return canonical_sha256(value)[:DIGITS]
+    return canonical_blake3(value)[:DIGITS]
 
 
 def _output_files(plan: Plan) -> object:

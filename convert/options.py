@@ -63,8 +63,8 @@ class ConvertOptions:
     restart: bool = option(False, "Discard an interrupted conversion instead of continuing it.")
     hash_source: bool = option(
         False,
-        "Note a hash of every source tensor in the manifest, for `verify --against`. That takes "
-        "an eighth longer; files of a hub are held against the hashes that it states anyway.",
+        "Note the BLAKE3 of every source tensor in the manifest, for `verify --against`. The files "
+        "of a hub are held against the hashes that it states anyway.",
     )
 
     def __post_init__(self) -> None:

@@ -1,18 +1,18 @@
 """The conversion itself: every item through a pool of threads into the staged weight files.
 
-Each byte of the source is read once and each byte of the output written once. A thread works on
-two items at a time: it packs and writes a piece of each and then hashes, in step, what it has
-written, and read if asked to, all while that is in its core's cache. So two pieces a thread are in
-memory, whatever the size of the model; nobody waits for another's turn, and one more thread waits
-for the disk.
+Each byte of the source is read once for this, and each byte of the output written once. A thread
+takes one item at a time and packs, writes and hashes it piece by piece, while a piece is in its
+core's cache. So one piece a thread is in memory, whatever the size of the model; one more thread
+waits for the disk.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from qwen3_ascend.checkpoint.architecture import LinearSpec
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest, SourceRecord, StoredTensor
@@ -24,10 +24,10 @@ from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.writer import CheckpointWriter
 from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.convert.source.transfer import Cancelled
 from qwen3_ascend.convert.work import convert, make_task
-from qwen3_ascend.files.hashing import Job, run_jobs
+from qwen3_ascend.files.threads import run_all, run_as_they_come
 from qwen3_ascend.native import Kernels
-from qwen3_ascend.native.sha256 import digests
 
 DROP_BYTES = 1 << 28
 """After so many bytes of source the mapped pages are given back."""
@@ -49,7 +49,7 @@ class Conversion:
         self.plan, self.source, self.writer = plan, source, writer
         self._budget, self._kernels = budget, kernels
         self._hash_source, self._events = hash_source, events
-        self._way = digests()
+        self._stopped = threading.Event()
         self._order = working_order(plan, source)
         self._items = {item.name: item for item in plan.items}
         self._files = {name: file.file for file in plan.weight_files for name in file.tensors}
@@ -67,44 +67,45 @@ class Conversion:
             self._settle(done)
         todo = [item for item in self._order if item.name not in self.done]
         self.source.expect(name for item in todo for name in item.reads)
-        run_jobs(map(self._job, todo), self._way, self._budget.threads, self._budget.items)
+        run_as_they_come(map(self._task, todo), self._budget.threads, self._stopped)
 
     def _intact(self) -> list[Done]:
         """Items of an earlier run whose bytes are still what its journal says."""
-        intact: list[Done] = []
 
-        def job(done: Done) -> Job:
+        def check(done: Done) -> Done | None:
             file = self.writer.weight_files[self._file(self._items[done.name])]
-            return file.check_job(done, self._way, intact.append)
+            return done if file.holds(done) else None
 
         left = [
-            done
+            partial(check, done)
             for done in self.writer.left.values()
-            if done.name in self._items and set(self._items[done.name].forms) == set(done.sha256)
+            if done.name in self._items and set(self._items[done.name].forms) == set(done.blake3)
         ]
-        run_jobs(map(job, left), self._way, self._budget.threads, self._budget.items)
-        return intact
+        return [done for done in run_all(left, self._budget.threads) if done is not None]
 
-    def _job(self, item: Item) -> Job:
+    def _task(self, item: Item) -> Callable[[], None]:
+        """What a thread will do; asked for in the main thread, which may wait for a download."""
         task = make_task(item, self.source)
         file = self.writer.weight_files[self._file(item)]
         file.open()
-        job = convert(task, file, self._kernels, self._way, self._hash_source, self._finish)
-        return self._releasing(job, item.source_bytes // len(task.pieces))
+        advance = partial(self._advance, item.source_bytes // len(task.pieces))
 
-    def _releasing(self, job: Job, nbytes: int) -> Job:
-        """A job each step of which reads so many bytes: their memory is given back in time."""
-        for streams in job:
-            yield streams
-            self._read += nbytes  # threads may lose a step of another: it is no exact limit
-            if self._read >= DROP_BYTES:
-                self._read = 0
-                self.source.drop_pages()
+        def work() -> None:
+            done = convert(task, file, self._kernels, self._hash_source, advance)
+            self.writer.note(done)
+            self._settle(done)
 
-    def _finish(self, done: Done) -> None:
-        """Called by the thread that has converted an item, while others work on."""
-        self.writer.note(done)
-        self._settle(done)
+        return work
+
+    def _advance(self, nbytes: int) -> None:
+        """Before each piece: ends the work if something has failed elsewhere, and gives the memory
+        of source pages back in time."""
+        if self._stopped.is_set():
+            raise Cancelled
+        self._read += nbytes  # threads may lose a step of another: it is no exact limit
+        if self._read >= DROP_BYTES:
+            self._read = 0
+            self.source.drop_pages()
 
     def _settle(self, done: Done) -> None:
         """Closes what nobody needs any more."""
@@ -125,11 +126,11 @@ class Conversion:
         return self._files[next(iter(item.forms))]
 
     def source_hashes(self) -> dict[str, str]:
-        """SHA-256 of each source tensor that was read, in the order of the plan."""
+        """BLAKE3 of each source tensor that was read, in the order of the plan."""
         return {
-            name: sha256
+            name: blake3
             for item in self.plan.items
-            for name, sha256 in self.done[item.name].source.items()
+            for name, blake3 in self.done[item.name].source.items()
         }
 
     def entries(self) -> tuple[dict[str, LinearEntry], dict[str, StoredTensor]]:
@@ -139,7 +140,7 @@ class Conversion:
         for item in self.plan.items:
             done = self.done[item.name]
             stored = {
-                name: StoredTensor(form.dtype, form.shape, self._files[name], done.sha256[name])
+                name: StoredTensor(form.dtype, form.shape, self._files[name], done.blake3[name])
                 for name, form in item.forms.items()
             }
             if isinstance(item.spec, LinearSpec):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import ND, Place
@@ -17,9 +18,7 @@ from qwen3_ascend.convert.output.weight_file import WeightFileWriter, tensor_byt
 from qwen3_ascend.convert.plan import Item
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.errors import DamagedSourceError
-from qwen3_ascend.files.hashing import Job
 from qwen3_ascend.native import Kernels, NotFinite
-from qwen3_ascend.native.sha256 import Digests, Stream
 
 ROWS_AT_A_TIME = 256
 """Rows looked at together: keeps temporaries within the cache's reach."""
@@ -80,16 +79,17 @@ def make_task(item: Item, source: Source) -> Task:
 
 
 class _Output:
-    """The stored tensors of an item on their way to the file."""
+    """The stored tensors of an item on their way to the file, hashed as they go."""
 
     def __init__(self, item: Item, file: WeightFileWriter) -> None:
         self._item, self._file = item, file
         self._forms = stored_forms(item.scheme, item.matrix, item.layout, bool(item.biases))
         self._places = item.scheme.places(item.layout)
+        self._digests = {suffix: blake3() for suffix in self._forms}
         self._gathered: dict[str, Tensor] = {}
 
-    def put(self, piece: Piece, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, memoryview]]:
-        """Writes what a piece has become; yields each name with the bytes, in the tensor's order.
+    def put(self, piece: Piece, tensors: Mapping[str, Tensor]) -> None:
+        """Writes what a piece has become; the pieces come in their order.
 
         A tensor in which a piece is not one range (such as scales for groups of inputs, when the
         pieces are outputs) is kept until it is whole; such tensors are small.
@@ -98,19 +98,23 @@ class _Output:
             place = self._places.get(suffix, {}).get(piece.axis)
             offset = byte_offset(self._forms[suffix], place, piece) if place else 0
             if offset is not None:
-                yield self._write(suffix, offset, tensor)
+                self._write(suffix, offset, tensor)
             elif place is not None:
                 self._gather(suffix, place, piece, tensor)
 
-    def finish(self) -> Iterator[tuple[str, memoryview]]:
-        """Writes what was kept."""
+    def finish(self) -> dict[str, str]:
+        """Writes what was kept; the BLAKE3 of every stored tensor, by full name."""
         for suffix, tensor in self._gathered.items():
-            yield self._write(suffix, 0, tensor)
+            self._write(suffix, 0, tensor)
+        return {
+            self._item.stored_name(suffix): digest.hexdigest()
+            for suffix, digest in self._digests.items()
+        }
 
-    def _write(self, suffix: str, offset: int, tensor: Tensor) -> tuple[str, memoryview]:
-        name, data = self._item.stored_name(suffix), tensor_bytes(tensor)
-        self._file.write(name, offset, data)
-        return name, data
+    def _write(self, suffix: str, offset: int, tensor: Tensor) -> None:
+        data = tensor_bytes(tensor)
+        self._file.write(self._item.stored_name(suffix), offset, data)
+        self._digests[suffix].update(data)
 
     def _gather(self, suffix: str, place: Place, piece: Piece, tensor: Tensor) -> None:
         if suffix not in self._gathered:
@@ -124,44 +128,50 @@ def convert(
     task: Task,
     file: WeightFileWriter,
     kernels: Kernels,
-    way: Digests,
     hash_source: bool,
-    finished: Callable[[Done], None],
-) -> Job:
-    """Packs and writes an item piece by piece, and has what was written, and read, hashed.
+    advance: Callable[[], None],
+) -> Done:
+    """Packs, writes and hashes an item piece by piece, while each piece is in a core's cache.
+
+    Args:
+        task: the item and its source.
+        file: that takes the tensors.
+        kernels: to pack with.
+        hash_source: note the hash of every source tensor as well.
+        advance: called before each piece; it may raise to end the work.
 
     Raises:
         CheckpointError: if the source is damaged or the disk refuses.
     """
-    item, output = task.item, _Output(task.item, file)
-    stored = {name: way.start() for name in item.forms}
-    origin = _Origin(task, way) if hash_source and not task.is_verbatim else None
+    output = _Output(task.item, file)
+    origin = _Origin(task) if hash_source and not task.is_verbatim else None
     sums: list[Sums] = []
     for index, piece in enumerate(task.pieces):
+        advance()
         packed = task.pack(index, kernels)
-        streams = [(stored[name], data) for name, data in output.put(piece, packed.tensors)]
-        yield [*streams, *origin.advance(piece)] if origin else streams
+        output.put(piece, packed.tensors)
+        if origin is not None:
+            origin.advance(piece)
         if packed.sums is not None:
             sums.append(packed.sums)
-    yield [(stored[name], data) for name, data in output.finish()]
-    hashes = {name: digest.hexdigest() for name, digest in stored.items()}
+    stored = output.finish()
     source = origin.hashes() if origin else {}
     if hash_source and task.is_verbatim:
-        source = dict(zip((name for name, _ in task.reads), hashes.values(), strict=True))
-    finished(Done(task.item.name, hashes, source, sqnr_db(sums)))
+        source = dict(zip((name for name, _ in task.reads), stored.values(), strict=True))
+    return Done(task.item.name, stored, source, sqnr_db(sums))
 
 
 class _Origin:
     """The source bytes of a task, hashed in file order while the pieces bring them into memory."""
 
-    def __init__(self, task: Task, way: Digests) -> None:
+    def __init__(self, task: Task) -> None:
         self._task = task
-        self._digests = {name: way.start() for name, _ in task.reads}
         self._data = [(name, tensor_bytes(tensor)) for name, tensor in task.reads]
+        self._digests = {name: blake3() for name, _ in task.reads}
         self._at = 0
 
-    def advance(self, piece: Piece) -> Iterator[Stream]:
-        """The bytes that come next, about as many as this piece was made of."""
+    def advance(self, piece: Piece) -> None:
+        """Hashes the bytes that come next, about as many as this piece was made of."""
         weights = sum(tensor.nbytes for tensor in self._task.weight.parts)
         length = self._task.pieces[-1].stop
         stop = weights * piece.stop // length
@@ -170,11 +180,11 @@ class _Origin:
         start, self._at = self._at, stop
         for name, data in self._data:
             if start < data.nbytes and stop > 0:
-                yield self._digests[name], data[max(start, 0) : stop]
+                self._digests[name].update(data[max(start, 0) : stop])
             start, stop = start - data.nbytes, stop - data.nbytes
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of each source tensor."""
+        """BLAKE3 of each source tensor."""
         return {name: digest.hexdigest() for name, digest in self._digests.items()}
 
 

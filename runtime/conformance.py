@@ -20,8 +20,7 @@ from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime.backends.base import Activation, Backend
 from qwen3_ascend.runtime.backends.cache import PagedKVCache
-from qwen3_ascend.runtime.backends.step import StepInputs
-from qwen3_ascend.runtime.engine.batch import decode_inputs, prefill_inputs
+from qwen3_ascend.runtime.engine.batch import Batch, Chunk, step_inputs
 from qwen3_ascend.runtime.engine.request import Request, SamplingParams
 
 BF16_UNIT = 2.0**-8
@@ -154,12 +153,12 @@ class _AttentionSide:
         sequence = self._sequence(index, done + len(qkv))
         sequence.computed = done
         self.computed[index] = done + len(qkv)
-        return self._run(qkv, prefill_inputs(sequence, len(qkv), ASCEND_A2_A3.block_size))
+        return self._run(qkv, Batch((Chunk(sequence, len(qkv)),)))
 
     def decode(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """One token more for every sequence."""
         sequences = [self._sequence(i, done + 1) for i, done in enumerate(self.computed)]
-        return self._run(qkv, decode_inputs(sequences, ASCEND_A2_A3.block_size))
+        return self._run(qkv, Batch(tuple(Chunk(sequence, 1) for sequence in sequences)))
 
     def _sequence(self, index: int, length: int) -> Request:
         table = list(self.tables[index])
@@ -167,11 +166,11 @@ class _AttentionSide:
             index, SamplingParams(), [0] * length, length, length, frozenset(), block_table=table
         )
 
-    def _run(self, qkv: Tensor, step: StepInputs) -> tuple[Tensor, Tensor]:
+    def _run(self, qkv: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         backend, head_dim = self.backend, self.config.head_dim
         ones = backend.upload(torch.ones(head_dim))
         with torch.inference_mode():
-            step = backend.to_device(step)
+            step = backend.to_device(step_inputs(batch, ASCEND_A2_A3.block_size))
             rotary = backend.rotary(self.config, step)
             query = backend.norm_rope_write(
                 backend.upload(qkv), ones, ones, 1e-6, rotary, self.cache, step

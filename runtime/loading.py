@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import Unpack
 
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.verify import check_reader
-from qwen3_ascend.errors import CheckpointError, ConfigError, RequestError, os_errors
-from qwen3_ascend.files.json_file import read_json_object
+from qwen3_ascend.errors import CheckpointError, os_errors
 from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.options import share
 from qwen3_ascend.runtime import backends
 from qwen3_ascend.runtime.backends.base import Progress
 from qwen3_ascend.runtime.engine.assembly import make_engine
-from qwen3_ascend.runtime.engine.request import SamplingParams
+from qwen3_ascend.runtime.generation import default_params, eos_ids
 from qwen3_ascend.runtime.llm import LLM
 from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions, LoadOptions
-from qwen3_ascend.runtime.tokenizer import Tokenizer, eos_ids
-
-GENERATION_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""Keys of generation_config.json that have the same name and meaning in SamplingParams."""
+from qwen3_ascend.runtime.tokenizer import load_tokenizer
 
 
 def load(
@@ -52,12 +46,13 @@ def load(
             attention, graph, buckets, prefetch.
 
     Returns:
-        An LLM that generates.
+        An LLM that generates; from token ids only if the folder has no tokenizer.
 
     Raises:
         OptionError: for an option that does not exist or whose value is not taken; before anything
             is read.
         CheckpointError: naming the file or tensor that is missing, damaged or changed.
+        ConfigError: naming the key of generation_config.json that is wrong.
         DeviceError: if an NPU is asked for and something is missing; says what.
     """
     for_engine, for_device = share(options, EngineOptions, DeviceOptions)
@@ -65,7 +60,7 @@ def load(
     device_options = DeviceOptions(device, dtype, **for_device)
     folder = user_path(path)
     with os_errors(CheckpointError):
-        reader, tokenizer = CheckpointReader(folder), Tokenizer(folder)
+        reader, tokenizer = CheckpointReader(folder), load_tokenizer(folder)
         params, stops = default_params(folder), eos_ids(folder, tokenizer)
     if verify:
         check_reader(reader, _counted("checking tensors", len(reader.manifest.stored()), progress))
@@ -77,16 +72,3 @@ def _counted(what: str, total: int, progress: Progress) -> Callable[[int], None]
     """A callback for bytes that reports how many calls there were."""
     calls = itertools.count(1)
     return lambda nbytes: progress(what, next(calls), total)
-
-
-def default_params(folder: Path) -> SamplingParams:
-    """What a checkpoint's generation_config.json asks for; greedy if it does not sample."""
-    path = folder / "generation_config.json"
-    data: dict[str, Any] = read_json_object(path) if path.is_file() else {}
-    if not data.get("do_sample"):
-        return SamplingParams()
-    asked = {key: data[key] for key in GENERATION_KEYS if data.get(key) is not None}
-    try:
-        return dataclasses.replace(SamplingParams(), **{"temperature": 1.0, **asked})
-    except (RequestError, TypeError) as error:
-        raise ConfigError(f"{path}: {error}") from error

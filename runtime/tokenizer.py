@@ -1,144 +1,210 @@
-"""Text to tokens and back: tokenizer.json, the chat template, and text that arrives in pieces."""
+"""Text to tokens and back: transformers' tokenizers and chat templates, and text in pieces."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tokenizers
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as TokenizersBackend
 from tokenizers.decoders import DecodeStream
+from typing_extensions import override
 
 from qwen3_ascend.errors import CheckpointError, ConfigError, RequestError
 from qwen3_ascend.files.json_file import read_json_object
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 Message = Mapping[str, Any]
 """{"role": "user", "content": "..."}; templates may read further keys (tool_calls, ...)."""
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+VOCABULARY_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+"""Files that transformers can make a tokenizer of, the best first."""
+
+JSON_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+TEMPLATE_FILE = "chat_template.jinja"
+POINTER_START = b"version https://git-lfs.github.com/spec/"
+PROBE = "A text that shows whether a tokenizer works at all."
+REPLACEMENT_CHARACTER = "\ufffd"
 
 
-class ChatTemplate:
-    """A checkpoint's Jinja template, rendered in Jinja's sandbox.
+class Tokenizer(ABC):
+    """What the engine's users need of a tokenizer; made by `load_tokenizer`."""
 
-    The environment is the one that Hugging Face templates are written for: trimmed blocks, loop
-    controls, `tojson` without HTML escapes, `raise_exception`, `strftime_now`.
-    """
+    @abstractmethod
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; special tokens spelled out in it are recognised.
 
-    def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
-        """CheckpointError if the template is not valid Jinja."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-        self._special_tokens = special_tokens
-        try:
-            self._template = environment.from_string(text)
-        except TemplateError as error:
-            raise CheckpointError(f"the chat template is not valid Jinja: {error}") from error
+        Args:
+            text: what to encode; it is never truncated or padded.
+            add_special_tokens: also add what the tokenizer itself puts around a text, such as a
+                first token; False for text that a chat template rendered, which has them already.
 
+        Raises:
+            RequestError: for lone surrogates, which is how Python passes on bytes that are no
+                text; and for any text if the checkpoint has no tokenizer.
+            CheckpointError: if the tokenizer's files do not fit together for this text.
+        """
+
+    @abstractmethod
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens exactly as they spell it, special tokens left out."""
+
+    @property
+    @abstractmethod
+    def eos_token_id(self) -> int | None:
+        """The end-of-sequence token that the tokenizer's files name."""
+
+    @property
+    @abstractmethod
+    def has_chat_template(self) -> bool:
+        """Whether there is a chat template, be it usable or broken."""
+
+    @abstractmethod
     def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        enable_thinking: bool | None = None,
-        add_generation_prompt: bool = True,
-        **variables: Any,
+        self, messages: Sequence[Message], *, enable_thinking: bool | None = None, **variables: Any
     ) -> str:
         """The prompt text of a conversation.
 
         Args:
             messages: oldest first.
             enable_thinking: Qwen3's switch; None leaves the template's default.
-            add_generation_prompt: end with the opening of the assistant's turn.
-            variables: anything else the template reads, such as tools.
+            variables: what transformers' `apply_chat_template` takes (tools, documents,
+                continue_final_message, chat_template, ...) and anything else that the template
+                reads. Unlike there, the opening of the assistant's turn is added by default.
 
         Raises:
-            RequestError: if the template refuses the messages.
+            RequestError: if there is no template, if it is not valid, or if it refuses the
+                messages.
         """
-        if enable_thinking is not None:
-            variables["enable_thinking"] = enable_thinking
-        try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-                **variables,
-            )
-        except (TemplateError, TypeError) as error:
-            raise RequestError(f"the chat template refuses these messages: {error}") from error
+
+    @abstractmethod
+    def stream(self) -> TextStream:
+        """A decoder for tokens that come one by one."""
 
 
-class Tokenizer:
-    """The tokenizer of a checkpoint folder."""
+class TransformersTokenizer(Tokenizer):
+    """The tokenizer that transformers makes of a checkpoint's files."""
 
-    def __init__(self, folder: Path) -> None:
-        """CheckpointError if tokenizer.json is missing or unreadable."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; copy it from the original model")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} is not readable: {error}") from error
-        config_path = folder / "tokenizer_config.json"
-        self._config = read_json_object(config_path) if config_path.is_file() else {}
-        self.chat_template = self._load_template(folder)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        self._tokenizer = tokenizer
+        self._folder = folder
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens spelled out in it are recognised.
-
-        Raises:
-            RequestError: for lone surrogates, which is how Python passes on bytes that are no text.
-        """
+    @override
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the prompt is not valid UTF-8 text: {error.reason}") from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        with _naming_the_file(self._folder):
+            encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return list(encoded["input_ids"])
 
+    @override
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, special tokens left out."""
-        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        # Cleaning spaces up would change text that has been shown already.
+        text = self._tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
         return text
 
-    def token_id(self, token: str) -> int | None:
-        """Id of one token by its spelling."""
-        number: int | None = self._tokenizer.token_to_id(token)
-        return number
+    @property
+    @override
+    def eos_token_id(self) -> int | None:
+        number = self._tokenizer.eos_token_id
+        return number if isinstance(number, int) else None
 
     @property
-    def eos_token_id(self) -> int | None:
-        """The end-of-sequence token that tokenizer_config.json names."""
-        name = self._special_tokens().get("eos_token")
-        return None if name is None else self.token_id(name)
+    @override
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
 
+    @override
+    def render(
+        self, messages: Sequence[Message], *, enable_thinking: bool | None = None, **variables: Any
+    ) -> str:
+        if not self.has_chat_template and "chat_template" not in variables:
+            raise RequestError(f"{self._folder} has no chat template; use raw prompts")
+        if enable_thinking is not None:
+            variables["enable_thinking"] = enable_thinking
+        chosen = {"add_generation_prompt": True, **variables, "tokenize": False}
+        try:
+            text = self._tokenizer.apply_chat_template([dict(m) for m in messages], **chosen)
+        except Exception as error:  # a template is a program: it can fail in any way
+            raise RequestError(self._template_problem(error)) from error
+        assert isinstance(text, str)
+        return text
+
+    @override
     def stream(self) -> TextStream:
-        """A decoder for tokens that come one by one."""
-        return TextStream(self._tokenizer)
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if isinstance(backend, TokenizersBackend):
+            step = partial(DecodeStream(skip_special_tokens=True).step, backend)
+            return TextStream(self.decode, step)
+        return WholeTextStream(self.decode)
 
-    def _special_tokens(self) -> dict[str, str]:
-        named = {key: self._config.get(key) for key in SPECIAL_TOKENS}
-        texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
-        return {key: text for key, text in texts.items() if isinstance(text, str)}
+    def _template_problem(self, error: Exception) -> str:
+        from jinja2 import TemplateSyntaxError
 
-    def _load_template(self, folder: Path) -> ChatTemplate | None:
-        path = folder / "chat_template.jinja"
-        if path.is_file():
-            return ChatTemplate(path.read_text(encoding="utf-8"), self._special_tokens())
-        text = self._config.get("chat_template")
-        if isinstance(text, list):  # several named templates
-            named = {entry["name"]: entry["template"] for entry in text}
-            text = named.get("default")
-        return None if text is None else ChatTemplate(text, self._special_tokens())
+        file = next((f for f in (TEMPLATE_FILE,) if (self._folder / f).is_file()), JSON_FILES[0])
+        template = f"the chat template of {self._folder / file}"
+        if isinstance(error, TemplateSyntaxError):
+            where = f"line {error.lineno}: {_one_line(error.message)}"
+            return f"{template} is not valid Jinja, {where}; mend it or use raw prompts"
+        return f"{template} refuses these messages: {_one_line(error)}"
+
+
+class NoTokenizer(Tokenizer):
+    """Stands in where a checkpoint has no tokenizer: only token ids go in and come out."""
+
+    def __init__(self, folder: Path) -> None:
+        self._missing = folder / VOCABULARY_FILES[0][0]
+
+    @override
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        raise self._refusal()
+
+    @override
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Nothing."""
+        return ""
+
+    @property
+    @override
+    def eos_token_id(self) -> int | None:
+        return None
+
+    @property
+    @override
+    def has_chat_template(self) -> bool:
+        return False
+
+    @override
+    def render(
+        self, messages: Sequence[Message], *, enable_thinking: bool | None = None, **variables: Any
+    ) -> str:
+        raise self._refusal()
+
+    @override
+    def stream(self) -> TextStream:
+        return TextStream(self.decode, lambda token: "")
+
+    def _refusal(self) -> RequestError:
+        return RequestError(
+            f"{self._missing} is missing; copy it from the original model, or give token ids"
+        )
 
 
 class TextStream:
@@ -147,23 +213,37 @@ class TextStream:
     All pieces together equal the text of all tokens decoded at once.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], step: Callable[[int], str | None]
+    ) -> None:
+        """Takes how to decode all tokens, and what text one more token completes."""
+        self._decode = decode
+        self._step = step
         self._tokens: list[int] = []
         self._length = 0
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
         self._tokens.append(token)
-        piece: str = self._stream.step(self._tokenizer, token) or ""
+        piece = self._step(token) or ""
         self._length += len(piece)
         return piece
 
     def finish(self) -> str:
         """What is left at the end, such as the replacement for an unfinished character."""
-        whole: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        return whole[self._length :]
+        return self._decode(self._tokens)[self._length :]
+
+
+class WholeTextStream(TextStream):
+    """For tokenizers in Python, which have no decoder for single tokens: decodes all of them at
+    every step, and holds back what ends in an unfinished character."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        super().__init__(decode, self._new_text)
+
+    def _new_text(self, token: int) -> str:
+        text = self._decode(self._tokens)
+        return "" if text.endswith(REPLACEMENT_CHARACTER) else text[self._length :]
 
 
 class StopFilter:
@@ -202,32 +282,91 @@ class StopFilter:
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
-def eos_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that end an answer: of generation_config.json (Qwen3 has two), else of
-    config.json, else of the tokenizer."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        value = read_json_object(path).get("eos_token_id") if path.is_file() else None
-        if value is not None:
-            ids = value if isinstance(value, list) else [value]
-            if not all(isinstance(number, int) for number in ids):
-                raise ConfigError(f"{path}: eos_token_id is {value!r}, not token ids")
-            return frozenset(ids)
-    number = tokenizer.eos_token_id
-    return frozenset(() if number is None else (number,))
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, through transformers; a `NoTokenizer` if it has none.
+
+    Nothing is downloaded, and no code of the folder is run.
+
+    Raises:
+        CheckpointError: naming the file that is not readable.
+    """
+    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARY_FILES):
+        return NoTokenizer(folder)
+    from transformers import AutoTokenizer
+
+    config = _config(folder)
+    with _naming_the_file(folder), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), config=config, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer.decode(tokenizer(PROBE)["input_ids"])
+    return TransformersTokenizer(tokenizer, folder)
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' notes to its own users (advice, deprecations) off the terminal."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+@contextmanager
+def _naming_the_file(folder: Path) -> Iterator[None]:
+    """Turns what transformers and tokenizers raise into a CheckpointError that names the file."""
+    try:
+        yield
+    except BaseException as error:
+        # They raise bare and many other Exceptions; a panic in Rust is not even an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(_unreadable(folder, error)) from error
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    """What transformers chooses a tokenizer class by.
+
+    Made here instead of by transformers from config.json, which has been checked already:
+    what transformers has against a key that no tokenizer reads must not cost the tokenizer.
+    """
+    from transformers import Qwen3Config
+
+    path = folder / "config.json"
+    named = read_json_object(path).get("tokenizer_class") if path.is_file() else None
+    return Qwen3Config.from_dict({"tokenizer_class": named})
+
+
+def _unreadable(folder: Path, error: BaseException) -> str:
+    """Which file keeps transformers from making a tokenizer, why, and what to do."""
+    for name in JSON_FILES:
+        if problem := _json_problem(folder / name):
+            return problem
+    template = folder / TEMPLATE_FILE
+    if isinstance(error, UnicodeDecodeError) and template.is_file():
+        return f"{template} or a template beside it is not UTF-8 text: {error}"
+    names = next(names for names in VOCABULARY_FILES if (folder / names[0]).is_file())
+    others = [name for name in (*names[1:], JSON_FILES[0]) if (folder / name).is_file()]
+    files = " with ".join([str(folder / names[0]), *others])
+    return f"{files} is not readable: {_one_line(error)}; copy it from the original model"
+
+
+def _json_problem(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        if file.read(len(POINTER_START)) == POINTER_START:
+            return f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its source"
+    try:
+        read_json_object(path)
+    except ConfigError as error:
+        return f"{error}; copy it from the original model"
+    return None
+
+
+def _one_line(error: object) -> str:
+    """An error's message, or its kind if it has none, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

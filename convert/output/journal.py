@@ -8,6 +8,7 @@ has to be forced to disk, and in order, while a conversion runs.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from qwen3_ascend.files.hashing import bytes_sha256
+from qwen3_ascend.files.hashing import bytes_blake3
 
 JOURNAL = "journal.jsonl"
 
@@ -31,13 +32,13 @@ class Done:
 
     Attributes:
         name: of the linear or tensor.
-        sha256: of each of its stored tensors, by full name.
-        source: SHA-256 of each source tensor that it was made of, by name.
+        blake3: of each of its stored tensors, by full name.
+        source: BLAKE3 of each source tensor that it was made of, by name.
         sqnr_db: its error, see LinearEntry.
     """
 
     name: str
-    sha256: Mapping[str, str]
+    blake3: Mapping[str, str]
     source: Mapping[str, str]
     sqnr_db: float | None
 
@@ -48,7 +49,7 @@ class Publication:
 
     names: tuple[str, ...]
     old: tuple[str, ...]
-    manifest_sha256: str
+    manifest_blake3: str
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         if os.write(self._descriptor, line) != len(line):
-            raise OSError(28, "the journal could not be written", JOURNAL)
+            raise OSError(errno.ENOSPC, "the journal could not be written", JOURNAL)
 
 
 def read_journal(staging: Path) -> Record | None:
@@ -106,7 +107,7 @@ def read_journal(staging: Path) -> Record | None:
             done[value["name"]] = Done(**value)
         elif kind == "publish":
             names, old = tuple(value["names"]), tuple(value["old"])
-            publication = Publication(names, old, value["manifest_sha256"])
+            publication = Publication(names, old, value["manifest_blake3"])
         else:
             break
     return None if identity is None else Record(identity, done, publication)
@@ -124,13 +125,13 @@ def difference(before: Identity, now: Identity) -> str | None:
 
 def _line(kind: str, value: Any) -> bytes:
     text = json.dumps({kind: value}, separators=(",", ":")).encode()
-    return bytes_sha256(text)[:CHECK_DIGITS].encode() + b" " + text + b"\n"
+    return bytes_blake3(text)[:CHECK_DIGITS].encode() + b" " + text + b"\n"
 
 
 def _parse(line: bytes) -> tuple[str, Any]:
     """Kind and value of a line; the kind is empty if the line is not whole."""
     check, _, text = line.partition(b" ")
-    if not text or check.decode(errors="replace") != bytes_sha256(text)[:CHECK_DIGITS]:
+    if not text or check.decode(errors="replace") != bytes_blake3(text)[:CHECK_DIGITS]:
         return "", None
     [(kind, value)] = json.loads(text).items()
     return kind, value

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,8 @@ from torch import Tensor
 from qwen3_ascend.checkpoint.manifest import FileEntry
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.errors import CheckpointError
-from qwen3_ascend.files.hashing import Job, bytes_sha256, range_job
+from qwen3_ascend.files.hashing import bytes_blake3, range_blake3
 from qwen3_ascend.files.safetensors import Form, Header, build_header
-from qwen3_ascend.native.sha256 import Digests
 
 STAGING = ".partial"
 """Folder within the output in which a checkpoint is built."""
@@ -59,7 +58,7 @@ class WeightFileWriter:
     @property
     def entry(self) -> FileEntry:
         """What the manifest says of the finished file."""
-        return FileEntry(self._size, bytes_sha256(self._header.raw))
+        return FileEntry(self._size, bytes_blake3(self._header.raw))
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Writes a piece of a tensor at its place; CheckpointError if the disk refuses."""
@@ -85,17 +84,16 @@ class WeightFileWriter:
                 raise CheckpointError(f"cannot write {self._path}: {error.strerror}") from error
         return self._descriptor
 
-    def check_job(self, done: Done, way: Digests, intact: Callable[[Done], None]) -> Job:
-        """Reads an item's tensors again; `intact` is told if they are as the journal says."""
-        digests = {name: way.start() for name in done.sha256}
+    def holds(self, done: Done) -> bool:
+        """Whether an item's tensors, read again, are what the journal says."""
+        slots = self._header.slots
         try:
-            for name, digest in digests.items():
-                slot = self._header.slots[name]
-                yield from range_job(self._path, slot.start, slot.stop, digest)
+            return all(
+                range_blake3(self._path, slots[name].start, slots[name].stop) == blake3
+                for name, blake3 in done.blake3.items()
+            )
         except (OSError, CheckpointError):
-            return
-        if all(digests[name].hexdigest() == sha256 for name, sha256 in done.sha256.items()):
-            intact(done)
+            return False
 
     def finish(self) -> Future[None]:
         """Forces the file to disk and closes it, in the background."""

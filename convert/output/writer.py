@@ -34,7 +34,7 @@ from qwen3_ascend.convert.output.journal import (
 )
 from qwen3_ascend.convert.output.weight_file import STAGING, WeightFilePlan, WeightFileWriter
 from qwen3_ascend.errors import CheckpointError, DamagedSourceError, UserError, is_mendable
-from qwen3_ascend.files.hashing import bytes_sha256
+from qwen3_ascend.files.hashing import bytes_blake3
 
 WEIGHT_FILE_PATTERN = "ascend-*.safetensors"
 LOCK = "lock"
@@ -120,7 +120,7 @@ class CheckpointWriter:
         publication, manifest = left.publication, self.folder / MANIFEST_NAME
         if publication is None or not manifest.is_file():
             return False
-        return bytes_sha256(manifest.read_bytes()) == publication.manifest_sha256
+        return bytes_blake3(manifest.read_bytes()) == publication.manifest_blake3
 
     def _take_back(self, publication: Publication) -> None:
         """Undoes a publication that was interrupted; its old files go, as it had begun to do."""
@@ -174,7 +174,7 @@ class CheckpointWriter:
     def add_file(self, name: str, data: bytes) -> None:
         """Stages a small file (config, tokenizer, model card)."""
         self._stage(plain_name(name), data)
-        self.files[name] = FileEntry(len(data), bytes_sha256(data))
+        self.files[name] = FileEntry(len(data), bytes_blake3(data))
 
     def _stage(self, name: str, data: bytes) -> None:
         path = self.staging / name
@@ -193,7 +193,7 @@ class CheckpointWriter:
         _sync(self.staging)
         names = (*self.weight_files, *self.files, MANIFEST_NAME)
         old = _old_files(self.folder)
-        self._journal.publish(Publication(names, old, bytes_sha256(text)))
+        self._journal.publish(Publication(names, old, bytes_blake3(text)))
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
         _sync(self.folder)

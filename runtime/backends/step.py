@@ -21,7 +21,6 @@ class StepInputs:
         query_starts: B + 1 row numbers; rows query_starts[i] to query_starts[i + 1] are sequence
             i's.
         logit_rows: [R] int64, the rows whose logits are wanted; None for all T.
-        is_decode: one token for each sequence.
     """
 
     tokens: Tensor
@@ -31,4 +30,8 @@ class StepInputs:
     context_lens: tuple[int, ...]
     query_starts: tuple[int, ...]
     logit_rows: Tensor | None
-    is_decode: bool
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether there is one token for each sequence."""
+        return self.query_starts == tuple(range(len(self.context_lens) + 1))

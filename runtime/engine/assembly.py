@@ -9,7 +9,7 @@ import torch
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.runtime.backends.base import Backend, CacheShape, Progress
 from qwen3_ascend.runtime.backends.cache import PagedKVCache, bytes_per_token
-from qwen3_ascend.runtime.engine.blocks import BlockAllocator
+from qwen3_ascend.runtime.engine.blocks import BlockPool
 from qwen3_ascend.runtime.engine.engine import Engine
 from qwen3_ascend.runtime.engine.scheduler import Scheduler
 from qwen3_ascend.runtime.model.loader import WeightSource, load_model
@@ -23,14 +23,14 @@ def make_engine(
     model = load_model(source, backend, progress)
     config, block_size = model.config, options.block_size
     tokens = options.kv_cache_tokens or _affordable_tokens(config, backend, options.max_batch)
-    allocator = BlockAllocator(-(-tokens // block_size) + 1, block_size)
+    pool = BlockPool(-(-tokens // block_size) + 1, block_size, options.prefix_cache)
     cache = PagedKVCache.allocate(
-        config, allocator.num_blocks, block_size, backend.device, backend.dtype
+        config, pool.num_blocks, block_size, backend.device, backend.dtype
     )
     forward = functools.partial(model.forward, cache=cache)
     with torch.inference_mode():
         runner = backend.runner(forward, CacheShape(options.max_batch, block_size), progress)
-    scheduler = Scheduler(allocator, options.max_batch, options.step_tokens)
+    scheduler = Scheduler(pool, options.max_batch, options.step_tokens)
     return Engine(config, runner, scheduler, block_size)
 
 

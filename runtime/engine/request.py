@@ -49,6 +49,18 @@ class SamplingParams:
     )
     max_new_tokens: int = option(512, "Upper bound on the tokens generated.")
     ignore_eos: bool = option(False, "Go on after an end-of-sequence token.")
+    n: int = option(
+        1,
+        "Answers to each prompt. They share the computation of the prompt; with a seed, each draws "
+        "from random numbers of its own that follow from the seed.",
+    )
+    logprobs: int | None = option(
+        None,
+        "How many of the most probable tokens to report, with their log-probabilities, at each "
+        "generated token; 0 reports the generated one only. They are the model's own, before "
+        "penalties, temperature and filters.",
+        unset="nothing is reported",
+    )
 
     def __post_init__(self) -> None:
         checks = {
@@ -60,6 +72,8 @@ class SamplingParams:
             "presence_penalty must be a number": math.isfinite(self.presence_penalty),
             "seed must fit into 64 bits": -(1 << 63) <= (self.seed or 0) < 1 << 64,
             "max_new_tokens must be 1 or more": self.max_new_tokens >= 1,
+            "n must be 1 or more": isinstance(self.n, int) and self.n >= 1,
+            "logprobs must be 0 or more": self.logprobs is None or self.logprobs >= 0,
             "stop strings must not be empty": self.stop == () or all(self.stop_strings),
         }
         for message, holds in checks.items():
@@ -77,10 +91,15 @@ class Request:
     """A request on its way; the engine moves it forward.
 
     Attributes:
+        number: tells requests apart, and which came first.
         tokens: prompt and output token ids.
         prompt_length: how many of them are the prompt.
-        computed: how many have their keys and values in the cache.
         max_length: bound on len(tokens), from max_new_tokens and the context.
+        sample: which of the `n` answers to its prompt this is, counted from 0.
+        wants_logits: of every row; such a request chooses no token.
+        computed: how many tokens have their keys and values in the cache.
+        block_table: the blocks that hold them.
+        prefix_keys: a name for the content of each full block; see BlockPool.
     """
 
     number: int
@@ -89,14 +108,22 @@ class Request:
     prompt_length: int
     max_length: int
     eos_ids: frozenset[int]
+    sample: int = 0
+    wants_logits: bool = False
     computed: int = 0
     finish_reason: FinishReason | None = None
     block_table: list[int] = field(default_factory=list)
+    prefix_keys: list[bytes] = field(default_factory=list)
 
     @property
     def output(self) -> Sequence[int]:
         """The generated token ids."""
         return self.tokens[self.prompt_length :]
+
+    @property
+    def pending(self) -> int:
+        """How many tokens are known and not computed yet."""
+        return len(self.tokens) - self.computed
 
     def append(self, token: int) -> None:
         """Adds a generated token and notes whether it is the last."""

@@ -3,52 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from qwen3_ascend.runtime.engine.request import Request, SamplingParams
 
 
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of probabilities at one generated token.
+
+    Attributes:
+        chosen: of the generated token.
+        top: (token, logarithm) of the most probable ones, the first of them first.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen token, with logarithms of probabilities if the request asked for them."""
+
+    token: int
+    logprobs: Logprobs | None
+
+
 class Sampler:
-    """Chooses tokens; keeps one random generator for each sequence that wants one."""
+    """Chooses tokens; keeps one random generator for each request that wants one."""
 
     def __init__(self) -> None:
         self._generators: dict[int, torch.Generator] = {}
 
-    def __call__(self, logits: Tensor, sequences: Sequence[Request]) -> list[int]:
-        """The next token of each sequence, from float32 logits [B, vocab]."""
-        if all(_is_plain_greedy(sequence.params) for sequence in sequences):
-            greedy: list[int] = logits.argmax(dim=-1).tolist()
-            return greedy
+    def __call__(self, logits: Tensor, requests: Sequence[Request]) -> list[Choice]:
+        """The next token of each request, from float32 logits [B, vocab]."""
+        if all(_is_plain_greedy(request.params) for request in requests):
+            tokens: list[int] = logits.argmax(dim=-1).tolist()
+            return [Choice(token, None) for token in tokens]
         host = logits.cpu()
-        return [self._choose(row, sequence) for row, sequence in zip(host, sequences, strict=True)]
+        return [self._choose(row, request) for row, request in zip(host, requests, strict=True)]
 
     def forget(self, number: int) -> None:
-        """Drops the generator of a finished sequence."""
+        """Drops the generator of a finished request."""
         self._generators.pop(number, None)
 
-    def _choose(self, logits: Tensor, sequence: Request) -> int:
-        params = sequence.params
-        logits = penalize(logits, sequence)
-        if params.temperature == 0:
-            return int(logits.argmax())
-        probabilities = candidate_probabilities(logits, params)
-        generator = self._generator(sequence)
-        return int(torch.multinomial(probabilities, 1, generator=generator))
+    def _choose(self, logits: Tensor, request: Request) -> Choice:
+        params = request.params
+        token = self._token(penalize(logits, request), request)
+        if params.logprobs is None:
+            return Choice(token, None)
+        return Choice(token, logprobs_of(logits, token, params.logprobs))
 
-    def _generator(self, sequence: Request) -> torch.Generator:
-        if sequence.number not in self._generators:
+    def _token(self, logits: Tensor, request: Request) -> int:
+        if request.params.temperature == 0:
+            return int(logits.argmax())
+        probabilities = candidate_probabilities(logits, request.params)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator(request)))
+
+    def _generator(self, request: Request) -> torch.Generator:
+        if request.number not in self._generators:
             generator = torch.Generator()
-            seed = sequence.params.seed
+            seed = sample_seed(request)
             generator.seed() if seed is None else generator.manual_seed(seed)
-            self._generators[sequence.number] = generator
-        return self._generators[sequence.number]
+            self._generators[request.number] = generator
+        return self._generators[request.number]
+
+
+def sample_seed(request: Request) -> int | None:
+    """The seed of a request's generator: the one asked for, or for further answers to the same
+    prompt one that follows from it and from the answer's number. None if none was asked for."""
+    seed = request.params.seed
+    if seed is None or request.sample == 0:
+        return seed
+    return int.from_bytes(blake3(f"{seed}/{request.sample}".encode()).digest(8), "little")
+
+
+def logprobs_of(logits: Tensor, token: int, count: int) -> Logprobs:
+    """Logarithms of the probabilities of a token and of the `count` most probable ones, from
+    float32 logits [vocab]."""
+    logarithms = logits.log_softmax(dim=-1)
+    values, tokens = logarithms.topk(min(count, logits.numel()))
+    top = zip(tokens.tolist(), values.tolist(), strict=True)
+    return Logprobs(float(logarithms[token]), tuple(top))
 
 
 def _is_plain_greedy(params: SamplingParams) -> bool:
     penalties = (params.repetition_penalty, params.presence_penalty)
-    return params.temperature == 0 and penalties == (1.0, 0.0)
+    return params.temperature == 0 and penalties == (1.0, 0.0) and params.logprobs is None
 
 
 def penalize(logits: Tensor, sequence: Request) -> Tensor:

@@ -1,89 +1,149 @@
-"""Which sequences run in the next step. Host only: no torch, no device.
+"""What the next step computes. Host only: no torch, no device.
 
-A sequence's blocks are reserved for its whole possible length when it is admitted, so a running
-sequence never has to be put back. Prompts go first, one at a time and in chunks; then all running
-sequences decode as one batch.
+Every running answer gets its next token in every step; what is left of the step's tokens goes to
+prompts, first come, first served, in chunks. Blocks are given out as tokens come. When none is
+left, the request that came last gives its blocks back and is computed again later, which changes
+nothing that it says.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
-
-from qwen3_ascend.runtime.engine.blocks import BlockAllocator
+from qwen3_ascend.runtime.engine.batch import Batch, Chunk
+from qwen3_ascend.runtime.engine.blocks import BlockPool
 from qwen3_ascend.runtime.engine.request import Request
 
-
-@dataclass(frozen=True)
-class Prefill:
-    """Compute the next `length` prompt tokens of one sequence."""
-
-    sequence: Request
-    length: int
-
-    @property
-    def completes(self) -> bool:
-        """Whether the prompt is computed after this, so that a token can be chosen."""
-        return self.sequence.computed + self.length == len(self.sequence.tokens)
-
-
-@dataclass(frozen=True)
-class Decode:
-    """Compute the newest token of each of these sequences."""
-
-    sequences: tuple[Request, ...]
+LOGIT_ROWS = 256
+"""Rows a step of a request that wants all logits: 150 MB of them with Qwen3's vocabulary."""
 
 
 class Scheduler:
-    """Admits, chooses and retires sequences."""
+    """Admits, chooses, puts back and retires requests."""
 
-    def __init__(self, allocator: BlockAllocator, max_batch: int, prefill_chunk: int) -> None:
-        self.allocator = allocator
-        self.max_batch, self.prefill_chunk = max_batch, prefill_chunk
-        self._waiting: deque[Request] = deque()
-        self._prefilling: Request | None = None
+    def __init__(self, pool: BlockPool, max_batch: int, step_tokens: int) -> None:
+        """A scheduler without requests.
+
+        Args:
+            pool: of the cache's blocks.
+            max_batch: requests that run at a time.
+            step_tokens: rows of a step; a step of more answers than that has one row of a prompt.
+        """
+        self.pool = pool
+        self.max_batch, self.step_tokens = max_batch, step_tokens
+        self._waiting: list[Request] = []
         self._running: list[Request] = []
 
     @property
     def busy(self) -> bool:
-        """Whether any sequence is not finished."""
-        return bool(self._waiting or self._prefilling or self._running)
+        """Whether any request is not finished."""
+        return bool(self._waiting or self._running)
 
-    def add(self, sequence: Request) -> None:
-        """Queues a sequence."""
-        self._waiting.append(sequence)
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """All requests that are not finished."""
+        return (*self._running, *self._waiting)
 
-    def next(self) -> Prefill | Decode:
-        """What to compute now; only while `busy`."""
-        if self._prefilling is None:
-            self._prefilling = self._admit()
-        if self._prefilling is not None:
-            left = len(self._prefilling.tokens) - self._prefilling.computed
-            return Prefill(self._prefilling, min(left, self.prefill_chunk))
-        return Decode(tuple(self._running))
+    def add(self, request: Request) -> None:
+        """Queues a request, which fits into the cache by itself."""
+        self._waiting.append(request)
 
-    def _admit(self) -> Request | None:
-        if not self._waiting or len(self._running) >= self.max_batch:
-            return None
-        if not self.allocator.can_reserve(self._waiting[0].max_length):
-            return None
-        sequence = self._waiting.popleft()
-        blocks = self.allocator.reserve(sequence.number, sequence.max_length)
-        sequence.block_table.extend(blocks)
-        return sequence
+    def next(self) -> Batch:
+        """The chunks to compute now, at least one; only while `busy`."""
+        while True:
+            answers = self._answers()
+            budget = max(self.step_tokens - len(answers), 1)
+            prompts, is_short = self._prompts(budget)
+            if not is_short:
+                budget -= sum(chunk.count for chunk in prompts)
+                prompts += self._admitted(budget)
+            if answers or prompts:
+                return Batch((*answers, *prompts))
+            # All that run wait for blocks that the others hold: the last one makes room.
+            self._preempt(self._running[-1])
 
-    def prefilled(self, sequence: Request) -> None:
-        """Moves a sequence whose prompt is computed to the running ones."""
-        assert sequence is self._prefilling
-        self._prefilling = None
-        self._running.append(sequence)
+    def computed(self, batch: Batch) -> None:
+        """Notes that a batch has been computed."""
+        for chunk in batch.chunks:
+            request, before = chunk.request, chunk.request.computed
+            request.computed += chunk.count
+            self.pool.publish(request, before)
 
-    def retire(self, sequence: Request) -> None:
-        """Forgets a finished or abandoned sequence and frees its blocks."""
-        if sequence is self._prefilling:
-            self._prefilling = None
-        self._running = [other for other in self._running if other is not sequence]
-        self._waiting = deque(other for other in self._waiting if other is not sequence)
-        self.allocator.release(sequence.number)
-        if not self.busy:
-            self.allocator.check_integrity()
+    def retire(self, request: Request) -> None:
+        """Forgets a finished or abandoned request and frees its blocks."""
+        self._running = [other for other in self._running if other is not request]
+        self._waiting = [other for other in self._waiting if other is not request]
+        self.pool.release(request)
+
+    def _answers(self) -> list[Chunk]:
+        """The next token of each request that has but one to compute, the oldest first."""
+        chunks = []
+        for request in [one for one in self._running if one.pending == 1]:
+            while request in self._running and not self.pool.grow(request, request.computed + 1):
+                self._preempt(self._running[-1])
+            if request in self._running:
+                chunks.append(Chunk(request, 1))
+        return chunks
+
+    def _prompts(self, budget: int) -> tuple[list[Chunk], bool]:
+        """Chunks of the running prompts, and whether one of them was short of blocks."""
+        chunks = []
+        for request in [one for one in self._running if one.pending > 1]:
+            wanted = min(budget, request.pending, self._most(request))
+            count = min(wanted, self.pool.room(request))
+            if count > 0:
+                self.pool.grow(request, request.computed + count)
+                chunks.append(Chunk(request, count))
+                budget -= count
+            if count < wanted:
+                return chunks, True
+        return chunks, False
+
+    def _admitted(self, budget: int) -> list[Chunk]:
+        """First chunks of waiting requests, as long as there is room for all their tokens.
+
+        One whose prompt begins as another's does that is being computed waits for it.
+        """
+        chunks = []
+        for request in [*self._waiting]:
+            if budget <= 0 or len(self._running) >= self.max_batch:
+                break
+            if self._is_being_computed(request):
+                continue
+            self.pool.adopt_prefix(request)
+            if self.pool.room(request) < request.pending:
+                self.pool.release(request)
+                break
+            count = min(budget, request.pending, self._most(request))
+            self.pool.grow(request, request.computed + count)
+            self._waiting.remove(request)
+            self._running.append(request)
+            self._running.sort(key=_arrival)  # one that was put back is older than others
+            chunks.append(Chunk(request, count))
+            budget -= count
+        return chunks
+
+    def _is_being_computed(self, request: Request) -> bool:
+        """Whether the first block that nobody has yet is part of a running prompt."""
+        shareable, pool = self.pool.shareable_blocks(request), self.pool
+        index = next((i for i in range(shareable) if not pool.knows(request, i)), shareable)
+        if index == shareable:
+            return False
+        key = pool.key(request, index)
+        return any(
+            index < pool.shareable_blocks(other) and pool.key(other, index) == key
+            for other in self._running
+            if other.computed < (index + 1) * pool.block_size
+        )
+
+    def _most(self, request: Request) -> int:
+        return LOGIT_ROWS if request.wants_logits else self.step_tokens
+
+    def _preempt(self, request: Request) -> None:
+        """Puts a running request back, to be computed again."""
+        self._running.remove(request)
+        self.pool.release(request)
+        self._waiting.append(request)
+        self._waiting.sort(key=_arrival)
+
+
+def _arrival(request: Request) -> int:
+    return request.number

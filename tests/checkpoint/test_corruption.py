@@ -20,7 +20,7 @@ from qwen3_ascend import ConvertOptions, convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
-    canonical_sha256,
+    canonical_blake3,
     manifest_text,
 )
 from qwen3_ascend.checkpoint.reader import CheckpointReader
@@ -203,11 +203,11 @@ def test_any_edited_manifest(folder: Path, data: st.DataObject, junk: Any) -> No
 def test_any_forged_manifest(folder: Path, data: st.DataObject, junk: Any) -> None:
     """With its own hash made to fit: what can be derived is noticed, and nothing crashes."""
     document = json.loads((folder / MANIFEST_NAME).read_text())
-    del document["manifest_sha256"]
+    del document["manifest_blake3"]
     path = data.draw(st.sampled_from([*leaves(document)]))
     put(document, path, lambda value: junk)
     try:
-        document["manifest_sha256"] = canonical_sha256(document)
+        document["manifest_blake3"] = canonical_blake3(document)
     except ValueError:
         return
     with mended(folder):
@@ -226,10 +226,10 @@ def test_any_forged_manifest(folder: Path, data: st.DataObject, junk: Any) -> No
 def test_a_forged_manifest_that_lacks_something(folder: Path, section: str) -> None:
     document = Manifest.read(folder).to_json()
     for name in [*document[section]]:
-        body = {key: value for key, value in document.items() if key != "manifest_sha256"}
+        body = {key: value for key, value in document.items() if key != "manifest_blake3"}
         body[section] = {key: value for key, value in body[section].items() if key != name}
         with mended(folder):
-            write(folder, {**body, "manifest_sha256": canonical_sha256(body)})
+            write(folder, {**body, "manifest_blake3": canonical_blake3(body)})
             if section == "files":
                 assert verify(folder).ok  # a foreign file then
             else:
@@ -240,10 +240,10 @@ def test_a_forged_manifest_that_lacks_something(folder: Path, section: str) -> N
 @pytest.mark.parametrize("section", ["weight_files", "files"])
 def test_names_cannot_leave_the_folder(folder: Path, section: str, name: str) -> None:
     document = Manifest.read(folder).to_json()
-    body = {key: value for key, value in document.items() if key != "manifest_sha256"}
-    body[section] = {**body[section], name: {"size": 1, "sha256": "0" * 64}}
+    body = {key: value for key, value in document.items() if key != "manifest_blake3"}
+    body[section] = {**body[section], name: {"size": 1, "blake3": "0" * 64}}
     with mended(folder):
-        write(folder, {**body, "manifest_sha256": canonical_sha256(body)})
+        write(folder, {**body, "manifest_blake3": canonical_blake3(body)})
         run("verify", folder).one_line_error("is not a plain file name")
         with pytest.raises(CheckpointError, match="plain file name"):
             CheckpointReader(folder)

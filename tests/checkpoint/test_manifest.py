@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,11 @@ from qwen3_ascend.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     Manifest,
-    canonical_sha256,
+    canonical_blake3,
 )
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.version import __version__
 
 
@@ -33,8 +33,8 @@ def stored_json(folder: Path) -> dict[str, Any]:
 
 def rewrite(folder: Path, data: dict[str, Any], *, honest_hash: bool) -> None:
     if honest_hash:
-        body = {key: value for key, value in data.items() if key != "manifest_sha256"}
-        data = {**body, "manifest_sha256": canonical_sha256(body)}
+        body = {key: value for key, value in data.items() if key != "manifest_blake3"}
+        data = {**body, "manifest_blake3": canonical_blake3(body)}
     (folder / MANIFEST_NAME).write_text(json.dumps(data))
 
 
@@ -45,7 +45,7 @@ def test_what_it_says(tiny_w8a8: Path, tiny_source: Path) -> None:
     )
     assert data["tool_version"] == __version__
     assert data["recipe"]["name"] == "w8a8"
-    assert data["recipe_sha256"] == canonical_sha256(data["recipe"])
+    assert data["recipe_blake3"] == canonical_blake3(data["recipe"])
     source = data["source"]
     raw = (tiny_source / "model.safetensors").read_bytes()
     assert source["files"] == {"model.safetensors": {"size": len(raw), "sha256": None}}
@@ -73,10 +73,10 @@ def test_every_hash_is_of_the_bytes(tiny_w8a8: Path) -> None:
         tensor = shards[entry.file][name]
         assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape)
         data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        assert hashlib.sha256(data).hexdigest() == entry.sha256, name
+        assert bytes_blake3(data) == entry.blake3, name
     for name, file in manifest.files.items():
         data = (tiny_w8a8 / name).read_bytes()
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (file.size, file.sha256), name
+        assert (len(data), bytes_blake3(data)) == (file.size, file.blake3), name
     on_disk = {path.name for path in tiny_w8a8.iterdir()}
     assert on_disk == {*manifest.files, *manifest.weight_files, MANIFEST_NAME}
 
@@ -116,7 +116,7 @@ EDITS = {
     "layout": put("NK", *QKV, "layout", "nz_of"),
     "scheme": put({"name": "bf16"}, *QKV, "scheme"),
     "sqnr": put(99.0, *QKV, "sqnr_db"),
-    "hash of a tensor": put("0" * 64, *NORM, "sha256"),
+    "hash of a tensor": put("0" * 64, *NORM, "blake3"),
     "revision": put("main", "source", "revision"),
     "a new key": put(1, "remark"),
 }
@@ -164,7 +164,7 @@ FORGERIES = {
     "shape of another tensor": put([128], *NORM, "shape"),
     "shards are a list": put([], "weight_files"),
     "no shards": put({}, "weight_files"),
-    "path out of the folder": put({"size": 1, "sha256": "0"}, "weight_files", "../x.safetensors"),
+    "path out of the folder": put({"size": 1, "blake3": "0"}, "weight_files", "../x.safetensors"),
     "shard with another size": put(7, "weight_files", "ascend-00001-of-00001.safetensors", "size"),
     "no rope": put(None, "model", "rope"),
     "unknown model key": put(1, "model", "experts"),

@@ -17,7 +17,7 @@ from support.native_cases import runnable_paths
 from qwen3_ascend import ConvertOptions, convert_checkpoint, native
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear, quantize
-from qwen3_ascend.checkpoint.manifest import Manifest, canonical_sha256
+from qwen3_ascend.checkpoint.manifest import Manifest, canonical_blake3
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, Scheme, pieces
 from qwen3_ascend.checkpoint.schemes.pieces import Stack, sqnr_db
@@ -29,11 +29,11 @@ from qwen3_ascend.files.hashing import file_sha256
 PINNED = {
     "w8a8": (
         "9ba509149ddf2b0be59c39a16240b33cecab9e91cf1d6b32a6adcfa7a858fc96",
-        "19de3521d6cf175b0a5af5819f019e42ad7110dadef9d58a251109e359a9fc6e",
+        "24a31bb3590711e4ca95c7743852c4286b3a74320a4f4b6e36837d4b63641ceb",
     ),
     "bf16": (
         "752513b0281a812c6c83409c14aa1fa4b7bd40d57128b5543f1e0f0ad9f97a14",
-        "0d71f87dd967c5f7a55c16bb94381a5fa021551340b5c2ad6e452fce01c54572",
+        "e8f14097fcf7550918f4d9c9f0ed8b372bf4b06e23570874c85ba6ca087a051f",
     ),
 }
 
@@ -47,7 +47,7 @@ def test_pinned_bytes(recipe: str, tiny_source: Path, tmp_path: Path) -> None:
         key: said[key]
         for key in ("model", "recipe", "source", "linears", "tensors", "weight_files")
     }
-    assert (shard, canonical_sha256(record)) == PINNED[recipe]
+    assert (shard, canonical_blake3(record)) == PINNED[recipe]
 
 
 WAYS: dict[str, dict[str, str]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import json
 import os
 import resource
@@ -31,6 +30,7 @@ from qwen3_ascend.convert.output.journal import JOURNAL, read_journal
 from qwen3_ascend.convert.plan import Plan
 from qwen3_ascend.convert.work import Task
 from qwen3_ascend.errors import CheckpointError, OptionError
+from qwen3_ascend.files.hashing import bytes_blake3
 
 PR_CAPBSET_DROP = 24
 
@@ -234,9 +234,9 @@ def test_a_journal_of_another_version(source: Path, interrupted: Path) -> None:
         else:
             del value["source"]
         text = json.dumps({kind: value}).encode()
-        lines.append(hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n")
+        lines.append(bytes_blake3(text)[:16].encode() + b" " + text + b"\n")
     path.write_bytes(b"".join(lines))
-    run("convert", source, interrupted).one_line_error("converter version: 1 then, 2 now")
+    run("convert", source, interrupted).one_line_error("converter version: 1 then, 3 now")
 
 
 @pytest.mark.parametrize("tokenizer", [False, True])

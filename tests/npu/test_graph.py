@@ -40,9 +40,7 @@ def decode_step(lengths: tuple[int, ...]) -> StepInputs:
     rows = len(lengths)
     table = torch.arange(1, rows + 1, dtype=torch.int32).view(rows, 1).to("npu")
     zeros = torch.zeros(rows, dtype=torch.int32).to("npu")
-    return StepInputs(
-        zeros, zeros, zeros, table, lengths, tuple(range(rows + 1)), logit_rows=None, is_decode=True
-    )
+    return StepInputs(zeros, zeros, zeros, table, lengths, tuple(range(rows + 1)), logit_rows=None)
 
 
 def capture_attention(strategy: FusedAttention, lengths: tuple[int, ...]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from support import tiny_models
 
 from qwen3_ascend import SamplingParams, convert_checkpoint, load
@@ -31,9 +32,9 @@ def llm(shared: LLM) -> LLM:
 
 
 def everything_is_free(llm: LLM) -> bool:
-    allocator = llm._engine.scheduler.allocator
-    allocator.check_integrity()
-    return allocator.free_blocks == allocator.num_blocks - 1 and not llm._engine.busy
+    scheduler = llm._engine.scheduler
+    scheduler.pool.check_integrity(scheduler.requests)
+    return scheduler.pool.free_blocks == scheduler.pool.num_blocks - 1 and not scheduler.busy
 
 
 @pytest.fixture(autouse=True)
@@ -146,12 +147,60 @@ def test_a_batch_while_a_stream_is_open(llm: LLM) -> None:
 
 
 def test_logits_while_a_stream_is_open(llm: LLM) -> None:
+    expected, whole = llm.logits([1, 2, 3]), llm.generate(QUESTIONS[0])[0].text
     stream = llm.stream(QUESTIONS[0])
-    next(stream)
-    with pytest.raises(RequestError, match="stream"):
-        llm.logits([1, 2, 3])
-    stream.close()
-    assert llm.logits([1, 2, 3]).shape == (3, llm.config.vocab_size)
+    text = next(stream)
+    assert torch.allclose(llm.logits([1, 2, 3]), expected, atol=1e-4)
+    assert text + "".join(stream) == whole
+
+
+def test_a_stream_that_nobody_reads_stops_at_its_own_stop_string(llm: LLM) -> None:
+    """Somebody else's steps move it forward; it must not run past its end."""
+    (whole,) = llm.generate(QUESTIONS[0])
+    stream = llm.stream(QUESTIONS[0], SamplingParams(stop="stream"))
+    text = next(stream)
+    llm.generate(QUESTIONS[1])
+    llm.generate(QUESTIONS[1])
+    assert everything_is_free(llm), "it still runs"
+    assert text + "".join(stream) == whole.text[: whole.text.index("stream")]
+    assert stream.completion().finish_reason == "stop"
+
+
+def test_several_answers_to_one_prompt(llm: LLM) -> None:
+    hot = SamplingParams(temperature=2.0, seed=3, max_new_tokens=12, n=3)
+    answers = llm.generate(QUESTIONS[:2], hot)
+    assert [one.index for one in answers] == [0, 1, 2, 0, 1, 2]
+    assert len({one.token_ids for one in answers[:3]}) == 3
+    assert llm.generate(QUESTIONS[:2], hot) == answers
+    alone = llm.generate(QUESTIONS[0], SamplingParams(temperature=2.0, seed=3, max_new_tokens=12))
+    assert alone[0].token_ids == answers[0].token_ids
+    with pytest.raises(RequestError, match="n > 1"):
+        llm.stream(QUESTIONS[0], hot)
+
+
+def test_logprobs_are_the_models_own(tiny_bf16: Path) -> None:
+    """In float32, where a step of one row and one of many agree to the last digits."""
+    llm = load(tiny_bf16, dtype="float32", kv_cache_tokens=1024)
+    params = SamplingParams(max_new_tokens=6, logprobs=3, temperature=0.7, seed=1)
+    (answer,) = llm.generate(QUESTIONS[0], params)
+    assert answer.logprobs is not None and len(answer.logprobs) == len(answer.token_ids)
+    tokens = [*answer.prompt_token_ids, *answer.token_ids]
+    expected = llm.logits(tokens).log_softmax(-1)
+    for index, (token, said) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
+        row = expected[len(answer.prompt_token_ids) - 1 + index]
+        assert said.chosen == pytest.approx(float(row[token]), abs=1e-3)
+        values, best = row.topk(3)
+        assert [one for one, _ in said.top] == best.tolist()
+        assert [value for _, value in said.top] == pytest.approx(values.tolist(), abs=1e-3)
+    assert llm.generate(QUESTIONS[0])[0].logprobs is None
+
+
+def test_a_bar_over_many_prompts(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    short = SamplingParams(max_new_tokens=2)
+    llm.generate(QUESTIONS[:2], short)  # standard error is no terminal here
+    assert capsys.readouterr().err == ""
+    llm.generate(QUESTIONS[:2], short, progress=True)
+    assert "answers: 100%" in capsys.readouterr().err
 
 
 def test_stop_strings(llm: LLM) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 from qwen3_ascend import SamplingParams
 from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.engine.request import Request
-from qwen3_ascend.runtime.engine.sampler import Sampler, candidate_probabilities, penalize
+from qwen3_ascend.runtime.engine.sampler import Choice, Sampler, candidate_probabilities, penalize
 
 VOCABULARY = 50
 
@@ -39,6 +39,10 @@ def sequence(
 ) -> Request:
     tokens = [*prompt, *output]
     return Request(number, params, tokens, len(prompt), 1000, frozenset())
+
+
+def tokens(choices: list[Choice]) -> list[int]:
+    return [choice.token for choice in choices]
 
 
 PARAMS = st.builds(
@@ -107,15 +111,17 @@ def test_the_most_probable_token_always_stays() -> None:
 
 def test_greedy() -> None:
     row = logits(3)
-    assert Sampler()(row, [sequence(SamplingParams())]) == [int(row.argmax())]
+    assert tokens(Sampler()(row, [sequence(SamplingParams())])) == [int(row.argmax())]
     best = int(row.argmax())
     push = SamplingParams(presence_penalty=100.0)
-    assert Sampler()(row, [sequence(push, output=(best,))]) == [int(row[0].topk(2).indices[1])]
+    assert tokens(Sampler()(row, [sequence(push, output=(best,))])) == [
+        int(row[0].topk(2).indices[1])
+    ]
 
 
 def draws(params: SamplingParams, count: int, row: Tensor) -> list[int]:
     sampler, request = Sampler(), sequence(params)
-    return [sampler(row, [request])[0] for _ in range(count)]
+    return [sampler(row, [request])[0].token for _ in range(count)]
 
 
 def test_a_seed_repeats() -> None:

@@ -86,7 +86,6 @@ class StepBuffers:
             context_lens=(1,) * bucket,
             query_starts=tuple(range(bucket + 1)),
             logit_rows=None,
-            is_decode=True,
         )
 
     def _sections(self, flat: Tensor, bucket: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -145,7 +144,8 @@ class GraphRunner:
         captured.graph.replay()
         lengths = (*step.context_lens, *(1,) * (bucket - count))
         captured.graph.update(cpu_update_input=[self._strategy.update(lengths)])
-        return captured.logits[:count]
+        logits = captured.logits[:count]
+        return logits if step.logit_rows is None else logits[step.logit_rows]
 
     def _capture(self, bucket: int) -> CapturedStep:
         step = self._buffers.step(bucket)

@@ -6,7 +6,6 @@ guess from names. It also carries a hash of itself, so that an edited manifest i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from qwen3_ascend.checkpoint.layout import Cut, Layout
 from qwen3_ascend.checkpoint.schemes import Scheme, make_scheme
 from qwen3_ascend.checkpoint.target import target_named
 from qwen3_ascend.errors import CheckpointError, ConfigError, os_errors
+from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.files.json_file import read_json_object
 from qwen3_ascend.files.safetensors import DTYPES, NAMES, tensor_nbytes
 
@@ -31,12 +31,12 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a weight file: type, storage shape, file name, and the SHA-256 of its bytes."""
+    """One tensor in a weight file: type, storage shape, file name, and the BLAKE3 of its bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: str
-    sha256: str
+    blake3: str
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +74,7 @@ class FileEntry:
     of its tensors has its own."""
 
     size: int
-    sha256: str
+    blake3: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class SourceRecord:
         repo: a Hub id, or the name of a local folder.
         revision: the commit, for a Hub source.
         files: weight files.
-        tensors: SHA-256 of the bytes of every tensor that was read, by its name in the source; none
+        tensors: BLAKE3 of the bytes of every tensor that was read, by its name in the source; none
             unless the conversion was asked for them.
         ignored: tensors of the source that are not part of the model, each with the reason.
     """
@@ -149,7 +149,7 @@ class Manifest:
             "target": self.target,
             "model": self.model.to_json(),
             "recipe": dict(self.recipe),
-            "recipe_sha256": canonical_sha256(dict(self.recipe)),
+            "recipe_blake3": canonical_blake3(dict(self.recipe)),
             "source": _source_to_json(self.source),
             "linears": {name: _linear_to_json(entry) for name, entry in self.linears.items()},
             "tensors": {name: _tensor_to_json(entry) for name, entry in self.tensors.items()},
@@ -158,7 +158,7 @@ class Manifest:
             },
             "files": {name: _file_to_json(entry) for name, entry in self.files.items()},
         }
-        return {**body, "manifest_sha256": canonical_sha256(body)}
+        return {**body, "manifest_blake3": canonical_blake3(body)}
 
     def text(self) -> str:
         """The file's text."""
@@ -210,10 +210,10 @@ class Manifest:
             raise CheckpointError(f"the manifest is not readable: {error!r}") from error
 
 
-def canonical_sha256(data: Any) -> str:
-    """SHA-256 of a JSON value in one fixed spelling (sorted keys, no spaces)."""
+def canonical_blake3(data: Any) -> str:
+    """BLAKE3 of a JSON value in one fixed spelling (sorted keys, no spaces)."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return bytes_blake3(text.encode())
 
 
 def _check_identity(data: dict[str, Any]) -> None:
@@ -225,8 +225,8 @@ def _check_identity(data: dict[str, Any]) -> None:
             f"format version {version!r}, but this version reads {FORMAT_VERSION}; "
             f"convert again or install a matching qwen3-ascend"
         )
-    body = {key: value for key, value in data.items() if key != "manifest_sha256"}
-    if data.get("manifest_sha256") != canonical_sha256(body):
+    body = {key: value for key, value in data.items() if key != "manifest_blake3"}
+    if data.get("manifest_blake3") != canonical_blake3(body):
         raise _changed()
 
 
@@ -257,23 +257,23 @@ def _tensor_to_json(entry: StoredTensor) -> dict[str, Any]:
         "dtype": NAMES[entry.dtype],
         "shape": list(entry.shape),
         "file": entry.file,
-        "sha256": entry.sha256,
+        "blake3": entry.blake3,
     }
 
 
 def _tensor_from_json(data: dict[str, Any]) -> StoredTensor:
     shape = tuple(map(_count, data["shape"]))
     return StoredTensor(
-        DTYPES[data["dtype"]], shape, _string(data["file"]), _string(data["sha256"])
+        DTYPES[data["dtype"]], shape, _string(data["file"]), _string(data["blake3"])
     )
 
 
 def _file_to_json(entry: FileEntry) -> dict[str, Any]:
-    return {"size": entry.size, "sha256": entry.sha256}
+    return {"size": entry.size, "blake3": entry.blake3}
 
 
 def _file_from_json(data: dict[str, Any]) -> FileEntry:
-    return FileEntry(_count(data["size"]), _string(data["sha256"]))
+    return FileEntry(_count(data["size"]), _string(data["blake3"]))
 
 
 def _linear_to_json(entry: LinearEntry) -> dict[str, Any]:
@@ -289,6 +289,8 @@ def _linear_to_json(entry: LinearEntry) -> dict[str, Any]:
 
 
 def _linear_from_json(data: dict[str, Any]) -> LinearEntry:
+    if len(data["shape"]) < 2:
+        raise ValueError(f"{data['shape']!r} is not the shape of a linear")
     if data["cut"] not in ("outputs", "inputs"):
         raise ValueError(f"unknown cut {data['cut']!r}")
     return LinearEntry(
@@ -329,7 +331,7 @@ def _source_from_json(data: dict[str, Any]) -> SourceRecord:
             name: SourceFile(_count(entry["size"]), _optional_string(entry["sha256"]))
             for name, entry in data["files"].items()
         },
-        tensors={name: _string(sha256) for name, sha256 in data["tensors"].items()},
+        tensors={name: _string(blake3) for name, blake3 in data["tensors"].items()},
         ignored={name: _string(reason) for name, reason in data["ignored"].items()},
     )
 

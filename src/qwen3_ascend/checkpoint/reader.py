@@ -10,9 +10,8 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import BIAS, Linear, stored_forms
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest, StoredTensor
 from qwen3_ascend.errors import CheckpointError
-from qwen3_ascend.files.hashing import Job, bytes_sha256, file_sha256
+from qwen3_ascend.files.hashing import bytes_blake3, file_blake3
 from qwen3_ascend.files.safetensors import Form, MappedFile
-from qwen3_ascend.native.sha256 import Digest
 
 
 class CheckpointReader:
@@ -49,7 +48,7 @@ class CheckpointReader:
             path = self.folder / plain_name(name)
             if not path.is_file():
                 found.append(f"file {name} is missing")
-            elif path.stat().st_size != entry.size or file_sha256(path) != entry.sha256:
+            elif path.stat().st_size != entry.size or file_blake3(path) != entry.blake3:
                 found.append(f"file {name}: its bytes differ from the manifest")
         return found
 
@@ -58,7 +57,7 @@ class CheckpointReader:
         file = MappedFile(path)
         if path.stat().st_size != entry.size:
             raise CheckpointError(f"{path} has another size than its manifest says")
-        if bytes_sha256(file.header.raw) != entry.sha256:
+        if bytes_blake3(file.header.raw) != entry.blake3:
             raise CheckpointError(f"{path}: the header was changed after it was written")
         return file
 
@@ -100,9 +99,9 @@ class CheckpointReader:
         }
         return Linear(entry.scheme, entry.shape, entry.layout, tensors)
 
-    def hash_job(self, name: str, file: str, digest: Digest) -> Job:
-        """Appends the bytes of a stored tensor, as they are on disk now, to a digest."""
-        return self._files[file].hash_job(name, digest)
+    def blake3(self, name: str, file: str) -> str:
+        """BLAKE3 of the bytes of a stored tensor, as they are on disk now."""
+        return self._files[file].blake3(name)
 
     def tensor_names(self, file: str) -> set[str]:
         """Names of all tensors in a weight file."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qwen3_ascend.checkpoint.architecture import LinearSpec, TensorSpec, model_spec
@@ -12,8 +12,7 @@ from qwen3_ascend.checkpoint.linear import BIAS
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredTensor
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.errors import CheckpointError, os_errors
-from qwen3_ascend.files.hashing import Job, run_jobs
-from qwen3_ascend.native.sha256 import digests
+from qwen3_ascend.files.threads import run_all
 
 
 @dataclass(frozen=True)
@@ -77,19 +76,16 @@ def changed_tensors(
 ) -> list[str]:
     """A line for each tensor whose bytes differ from the manifest, in the manifest's order."""
     stored = reader.manifest.stored()
-    changed, way, counting = set(), digests(), threading.Lock()
+    changed: set[str] = set()
 
-    def check(name: str, tensor: StoredTensor) -> Job:
-        digest = way.start()
-        yield from reader.hash_job(name, tensor.file, digest)
-        with counting:
-            if digest.hexdigest() != tensor.sha256:
-                changed.add(name)
-            progress(tensor.nbytes)
+    def differs(name: str, tensor: StoredTensor) -> tuple[str, bool]:
+        return name, reader.blake3(name, tensor.file) != tensor.blake3
 
-    # A hash cannot be divided, so the largest tensors go first.
+    # Large tensors go first, so that no thread is left alone with one at the end.
     names = sorted(stored, key=lambda name: stored[name].nbytes, reverse=True)
-    run_jobs((check(name, stored[name]) for name in names), way, threads)
+    for name, different in run_all((partial(differs, n, stored[n]) for n in names), threads):
+        changed |= {name} if different else set()
+        progress(stored[name].nbytes)
     return [
         f"tensor {name} in {tensor.file}: its bytes differ from the manifest"
         for name, tensor in stored.items()

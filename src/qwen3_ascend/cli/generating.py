@@ -18,7 +18,7 @@ from qwen3_ascend.runtime.engine.request import SamplingParams
 from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
 
 if TYPE_CHECKING:
-    from qwen3_ascend.runtime import LLM, AnswerStream
+    from qwen3_ascend.runtime import LLM, AnswerStream, Completion
 
 
 @click.command()
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--chat/--raw",
-    default=True,
-    help="Wrap the prompt in the chat template (default), or continue it as it is.",
+    default=None,
+    help="Wrap the prompt in the chat template, or continue it as it is; without either, the "
+    "template is used if there is one.",
 )
 @click.option("--system", help="System message; with --chat.")
 @click.option(
@@ -51,7 +52,7 @@ def generate(
     checkpoint: Path,
     prompt: tuple[str, ...],
     prompt_file: Path | None,
-    chat: bool,
+    chat: bool | None,
     system: str | None,
     thinking: bool | None,
     verify: bool,
@@ -69,24 +70,34 @@ def generate(
     qwen3-ascend generate out/ --prompt-file question.txt
     """
     prompts = _prompts(prompt, prompt_file)
-    if system is not None and not chat:
-        raise click.UsageError("--system needs --chat")
+    conversing = system is not None or thinking is not None
+    if conversing and chat is False:
+        raise click.UsageError(
+            "--system and --[no-]thinking need the chat template: leave --raw out"
+        )
     sampling, *for_load = share(given(values), SamplingParams, EngineOptions, DeviceOptions)
     SamplingParams(**sampling)  # refuses what it does not take before the model is loaded
     llm, loaded = _load(checkpoint, verify, quiet, *for_load)
     params = dataclasses.replace(llm.default_params, **sampling)
-    if chat and llm.tokenizer.chat_template is not None:
-        start = [{"role": "system", "content": system}] if system is not None else []
-        prompts = [
-            llm.render([*start, {"role": "user", "content": text}], enable_thinking=thinking)
-            for text in prompts
-        ]
-    elif system is not None or thinking is not None:
-        raise click.UsageError("this checkpoint has no chat template, or --raw was given")
-    if len(prompts) == 1:
-        _print_stream(llm.stream(prompts[0], params, raw=True), loaded, quiet)
+    if chat or conversing or (chat is None and llm.tokenizer.has_chat_template):
+        tokens = _conversations(llm, prompts, system, thinking)
     else:
-        _print_batch(llm, prompts, params, loaded, quiet)
+        tokens = [llm.encode(text, raw=True) for text in prompts]
+    if len(tokens) == params.n == 1:
+        _print_stream(llm, llm.stream(tokens[0], params), loaded, quiet)
+    else:
+        _print_batch(llm, tokens, params, loaded, quiet)
+
+
+def _conversations(
+    llm: LLM, prompts: list[str], system: str | None, thinking: bool | None
+) -> list[list[int]]:
+    """Token ids of a conversation for each prompt, which is the user's first turn in it."""
+    start = [] if system is None else [{"role": "system", "content": system}]
+    return [
+        llm.encode_messages([*start, {"role": "user", "content": text}], enable_thinking=thinking)
+        for text in prompts
+    ]
 
 
 def _prompts(prompt: tuple[str, ...], prompt_file: Path | None) -> list[str]:
@@ -114,7 +125,7 @@ def _load(
     return llm, f"loaded {checkpoint} in {time.perf_counter() - started:.1f} s"
 
 
-def _print_stream(stream: AnswerStream, loaded: str, quiet: bool) -> None:
+def _print_stream(llm: LLM, stream: AnswerStream, loaded: str, quiet: bool) -> None:
     if not quiet:
         to_stderr(loaded)
     started = time.perf_counter()
@@ -123,23 +134,33 @@ def _print_stream(stream: AnswerStream, loaded: str, quiet: bool) -> None:
         first = first or time.perf_counter()
         click.echo(piece, nl=False)
     click.echo()
+    ended, done = time.perf_counter(), stream.completion()
+    _print_logprobs(llm, done)
     if quiet:
         return
-    ended = time.perf_counter()
-    done = stream.completion()
     prompt, output = len(done.prompt_token_ids), len(done.token_ids)
     waited = (first or ended) - started
     line = f"{prompt} prompt tokens, first text after {waited:.2f} s; {output} tokens"
     to_stderr(f"{line}, {output / (ended - started):.1f} tokens/s ({done.finish_reason})")
 
 
+def _print_logprobs(llm: LLM, answer: Completion) -> None:
+    """A line for each generated token, if --logprobs has asked for them."""
+    for token, found in zip(answer.token_ids, answer.logprobs or (), strict=False):
+        best = "  ".join(f"{llm.tokenizer.decode([t])!r} {log:.4f}" for t, log in found.top)
+        click.echo(
+            f"{found.chosen:9.4f}  {token:6}  {llm.tokenizer.decode([token])!r}  {best}".rstrip()
+        )
+
+
 def _print_batch(
-    llm: LLM, prompts: list[str], params: SamplingParams, loaded: str, quiet: bool
+    llm: LLM, prompts: list[list[int]], params: SamplingParams, loaded: str, quiet: bool
 ) -> None:
     started = time.perf_counter()
-    answers = llm.generate(prompts, params, raw=True)
+    answers = llm.generate(prompts, params)
     for number, answer in enumerate(answers, 1):
         click.echo(f"[{number}] {answer.text}")
+        _print_logprobs(llm, answer)
     if not quiet:
         seconds = time.perf_counter() - started
         tokens = sum(len(answer.token_ids) for answer in answers)

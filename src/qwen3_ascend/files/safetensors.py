@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.errors import CheckpointError
-from qwen3_ascend.files.hashing import Job, range_job
-from qwen3_ascend.native.sha256 import Digest
+from qwen3_ascend.files.hashing import range_blake3
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -189,10 +188,10 @@ class MappedFile:
         flat = torch.frombuffer(self._map, dtype=slot.dtype, count=count, offset=slot.start)
         return flat.view(slot.shape)
 
-    def hash_job(self, name: str, digest: Digest) -> Job:
-        """Appends a tensor's bytes, read from the file again, to a digest."""
+    def blake3(self, name: str) -> str:
+        """BLAKE3 of a tensor's bytes, read from the file again."""
         slot = self.header.slots[name]
-        return range_job(self.path, slot.start, slot.stop, digest)
+        return range_blake3(self.path, slot.start, slot.stop)
 
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -36,3 +37,44 @@ def run_all(tasks: Iterable[Callable[[], T]], threads: int | None = None) -> Ite
         futures: list[Future[T]] = [pool.submit(task) for task in tasks]
         for future in as_completed(futures):
             yield future.result()
+
+
+def run_as_they_come(
+    tasks: Iterable[Callable[[], None]], threads: int, stopped: threading.Event
+) -> None:
+    """Runs tasks to their ends, in the order in which they come.
+
+    Args:
+        tasks: each is asked for in the calling thread when a thread will soon be free for it.
+        threads: that work at a time.
+        stopped: is set when an error has occurred; a long task looks at it now and then.
+
+    Raises:
+        BaseException: the first that a task, or asking for one, has raised; no other task begins.
+    """
+    room = threading.Semaphore(2 * threads)  # one more for each thread, so that it never waits
+    errors: list[BaseException] = []
+
+    def run(task: Callable[[], None]) -> None:
+        try:
+            if not stopped.is_set():
+                task()
+        except BaseException as error:
+            errors.append(error)
+            stopped.set()
+        finally:
+            room.release()
+
+    with workers(threads) as pool:
+        try:
+            for task in tasks:
+                room.acquire()
+                if stopped.is_set():
+                    break
+                pool.submit(run, task)
+            pool.shutdown()
+        except BaseException:
+            stopped.set()
+            raise
+    if errors:
+        raise errors[0]

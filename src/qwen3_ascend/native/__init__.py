@@ -2,18 +2,14 @@
 
     kernels = native.best()
 
-Both have the same methods (see `Kernels`) and write the same bytes. `open_library` needs no torch.
+Both have the same methods (see `Kernels`) and write the same bytes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from qwen3_ascend.native.fallback import TorchKernels
+from qwen3_ascend.native.kernels import Kernels, NativeKernels, NotFinite
 from qwen3_ascend.native.library import NativeUnavailable, open_library
-
-if TYPE_CHECKING:
-    from qwen3_ascend.native.fallback import TorchKernels
-    from qwen3_ascend.native.kernels import Kernels, NativeKernels, NotFinite
 
 __all__ = [
     "Kernels",
@@ -33,8 +29,6 @@ def load(path: str | None = None) -> NativeKernels | None:
 
     `path` forces baseline, avx2 or avx512; the default is $QWEN3_ASCEND_CPU, else the best one.
     """
-    from qwen3_ascend.native.kernels import NativeKernels
-
     try:
         return NativeKernels(open_library(path))
     except NativeUnavailable:
@@ -43,8 +37,6 @@ def load(path: str | None = None) -> NativeKernels | None:
 
 def best() -> Kernels:
     """The compiled kernels, or those in torch."""
-    from qwen3_ascend.native.fallback import TorchKernels
-
     return load() or TorchKernels()
 
 
@@ -54,16 +46,3 @@ def describe() -> str:
         return f"native kernels, {open_library().path_name} path"
     except NativeUnavailable as reason:
         return f"torch kernels ({reason})"
-
-
-def __getattr__(name: str) -> object:
-    """Import what needs torch only when it is asked for (PEP 562)."""
-    if name == "TorchKernels":
-        from qwen3_ascend.native.fallback import TorchKernels
-
-        return TorchKernels
-    if name in ("Kernels", "NativeKernels", "NotFinite"):
-        from qwen3_ascend.native import kernels
-
-        return getattr(kernels, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

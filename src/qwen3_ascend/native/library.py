@@ -11,17 +11,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-ABI = 3
+ABI = 4
 LIBRARY = Path(__file__).with_name("_kernels.so")
 PATHS = {"baseline": 0, "avx2": 1, "avx512": 2}
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _MATRIX = [_INT, _POINTER, _LONG, _LONG, _LONG]  # dtype, data, rows, columns, row stride
-_DIGESTS: dict[str, list[type]] = {
-    "sha256_start": [_POINTER],
-    "sha256_update": [_INT, _POINTER, _POINTER, _POINTER],
-    "sha256_finish": [_POINTER, _POINTER],
-}
 _SIGNATURES: dict[str, list[type]] = {
     "find_not_finite": [_INT, *_MATRIX, _POINTER],
     "quantize_w8a8_nz": [_INT, *_MATRIX, *[_POINTER] * 5],
@@ -47,17 +42,6 @@ class Library:
         function = self.handle[f"qwen3_ascend_{name}"]
         function.argtypes = _SIGNATURES[name]
         return int(function(PATHS[self.path_name], *arguments))
-
-    def has_sha256(self) -> bool:
-        """Whether the processor has instructions for SHA-256."""
-        return bool(self.handle.qwen3_ascend_has_sha256())
-
-    def digest(self, name: str, *arguments: object) -> None:
-        """Call one of the functions for SHA-256, which has_sha256() must have promised."""
-        function = self.handle[f"qwen3_ascend_{name}"]
-        function.argtypes = _DIGESTS[name]
-        if status := int(function(*arguments)):
-            raise RuntimeError(f"{name}: status {status}")
 
 
 def open_library(path: str | None = None) -> Library:
