@@ -27,6 +27,7 @@ hashes anything or waits for the disk. It needs an environment of its own:
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -94,15 +95,18 @@ class Figures:
 
 def child(source: str, output: str, options: argparse.Namespace) -> None:
     """What the measured process does."""
-    from qwen3_ascend.convert import convert_checkpoint
+    from qwen3_ascend.convert import ConvertOptions, convert_checkpoint
 
+    chosen = ConvertOptions(
+        threads=options.threads,
+        max_memory=options.max_memory or ConvertOptions.max_memory,
+        hash_source=options.hash_source,
+    )
     settled = settle(Path(source), Path(output).parent)
     base = status(os.getpid())["RssAnon"]
     started, cpu = time.perf_counter(), time.process_time()
-    convert_checkpoint(
-        source, output, options.recipe, threads=options.threads, max_memory=options.max_memory,
-        hash_source=options.hash_source,
-    )  # fmt: skip
+    gc.freeze()  # as the command does
+    convert_checkpoint(source, output, options.recipe, chosen)
     found = {"work": time.perf_counter() - started, "cpu": time.process_time() - cpu}
     print(
         json.dumps({**found, "settled": settled, "base": base, "rss": status(os.getpid())["VmHWM"]})

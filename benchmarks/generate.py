@@ -19,11 +19,11 @@ from pathlib import Path
 import random_model
 import torch
 
-from qwen3_ascend import SamplingParams, convert_checkpoint
+from qwen3_ascend import ConvertOptions, SamplingParams, convert_checkpoint
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.runtime import backends
-from qwen3_ascend.runtime.backends.options import DeviceOptions
-from qwen3_ascend.runtime.engine.assembly import EngineLimits, make_engine
+from qwen3_ascend.runtime.engine.assembly import make_engine
+from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
 
 Run = Callable[[list[int], int], tuple[float, float]]
 """(prompt, new tokens) -> seconds of prefill and of decode."""
@@ -40,8 +40,8 @@ class Speed:
 def ours(checkpoint: Path) -> Run:
     """A converted checkpoint on the CPU backend in bfloat16."""
     reader = CheckpointReader(checkpoint)
-    backend = backends.get("cpu", "auto", reader.config, DeviceOptions())
-    limits = EngineLimits(kv_cache_tokens=4096, max_batch=1)
+    backend = backends.get(reader.config, DeviceOptions("cpu"))
+    limits = EngineOptions(kv_cache_tokens=4096, max_batch=1)
     engine = make_engine(reader, backend, limits, lambda *step: None)
 
     def run(prompt: list[int], new: int) -> tuple[float, float]:
@@ -104,7 +104,7 @@ def main() -> None:
     speeds: dict[str, Speed] = {}
     for recipe in ("w8a8", "bf16"):
         output = chosen.workdir / f"{name}-{recipe}"
-        convert_checkpoint(source, output, recipe, overwrite=True)
+        convert_checkpoint(source, output, recipe, ConvertOptions(overwrite=True))
         speeds[f"ours {recipe}"] = measure(ours(output), prompt, chosen.new, chosen.repeat)
     peer = measure(transformers_eager(source), prompt, chosen.new, chosen.repeat)
     print(f"{name}, {torch.get_num_threads()} threads, prompt {chosen.prompt}, {chosen.new} new")

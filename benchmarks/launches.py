@@ -26,10 +26,10 @@ ascend_sim.install()
 import torch
 
 from qwen3_ascend.runtime import backends
-from qwen3_ascend.runtime.backends.options import DeviceOptions
-from qwen3_ascend.runtime.engine.assembly import EngineLimits, make_engine
+from qwen3_ascend.runtime.engine.assembly import make_engine
 from qwen3_ascend.runtime.engine.engine import Engine
 from qwen3_ascend.runtime.engine.request import SamplingParams
+from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG, SyntheticWeights
 
 FLOOR = {"w8a8": 10, "bf16": 9}
@@ -41,8 +41,8 @@ STEPS = 4
 def engine(scheme: str, layers: int, options: DeviceOptions) -> Engine:
     """A random model of a few layers in the shapes of Qwen3-0.6B."""
     config = dataclasses.replace(SMALL_CONFIG, num_layers=layers)
-    backend = backends.get("npu", "auto", config, options)
-    limits = EngineLimits(kv_cache_tokens=1024, max_batch=4)
+    backend = backends.get(config, options)
+    limits = EngineOptions(kv_cache_tokens=1024, max_batch=4)
     return make_engine(SyntheticWeights(config, scheme), backend, limits, lambda *step: None)
 
 
@@ -62,7 +62,7 @@ def decode(running: Engine, batch: int) -> None:
 
 def launches(scheme: str, layers: int, batch: int, attention: str) -> Counter[str]:
     """Launches of STEPS eager decode steps, by operator."""
-    options = DeviceOptions(attention=attention, graph=False, prefetch="off")
+    options = DeviceOptions("npu", attention=attention, graph=False, prefetch="off")
     decode(engine(scheme, layers, options), batch)
     return Counter(re.sub(r"^aclnn", "", entry.name) for entry in ascend_sim.trace.launches())
 
@@ -82,7 +82,7 @@ def report_layer(scheme: str, batch: int, attention: str) -> None:
 
 def report_replay(scheme: str, attention: str, batch: int) -> None:
     """Prints what one replayed step costs the host."""
-    running = engine(scheme, 2, DeviceOptions(attention=attention, buckets=(1, 2, 4)))
+    running = engine(scheme, 2, DeviceOptions("npu", attention=attention, buckets=(1, 2, 4)))
     decode(running, batch)
     trace = ascend_sim.trace
     copied = sum(entry.bytes for entry in trace.copies("host_to_device")) / STEPS

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen3_ascend.errors import RequestError
+from qwen3_ascend.errors import OptionError
 from qwen3_ascend.files.threads import available_threads
-
-MAX_MEMORY = 2 << 30
-"""Bytes beyond the interpreter with torch loaded; mapped source files do not count."""
 
 FIXED_BYTES = 64 << 20
 """Headers, journal and manifest of the largest model."""
@@ -30,29 +27,24 @@ class Budget:
     piece_bytes: int
 
     @classmethod
-    def fit(
-        cls, piece_bytes: int, threads: int | None = None, max_memory: int | None = None
-    ) -> Budget:
+    def fit(cls, piece_bytes: int, threads: int | None, max_memory: int) -> Budget:
         """The most that fits.
 
         Args:
             piece_bytes: memory of the largest piece, its source included.
-            threads: at most so many; default all processors.
-            max_memory: bytes; default MAX_MEMORY.
+            threads: at most so many; None for one for each processor.
+            max_memory: bytes beyond the interpreter with torch loaded.
 
         Raises:
-            RequestError: if not even one thread with one piece fits.
+            OptionError: if not even one thread with one piece fits.
         """
-        limit = MAX_MEMORY if max_memory is None else max_memory
         wanted = available_threads() if threads is None else threads
-        if wanted < 1:
-            raise RequestError(f"{wanted} threads cannot do anything; give at least 1")
-        most = (limit - FIXED_BYTES) // (THREAD_BYTES + piece_bytes)
+        most = (max_memory - FIXED_BYTES) // (THREAD_BYTES + piece_bytes)
         if most < 1:
             least = FIXED_BYTES + THREAD_BYTES + piece_bytes
-            raise RequestError(
-                f"{limit} bytes of memory are too little; this model needs {least} "
-                f"({-(-least // (1 << 20))}MiB) beyond Python with torch loaded"
+            raise OptionError(
+                f"max_memory: {max_memory} bytes of memory are too little; this model needs "
+                f"{least} ({-(-least // (1 << 20))}MiB) beyond Python with torch loaded"
             )
         return cls(min(wanted, most), piece_bytes)
 

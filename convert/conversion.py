@@ -2,81 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from qwen3_ascend import native
+from qwen3_ascend import native, recipes
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.convert.budget import Budget
+from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.identity import identity
+from qwen3_ascend.convert.options import ConvertOptions
 from qwen3_ascend.convert.output.writer import CheckpointWriter, check_output
-from qwen3_ascend.convert.pipeline import Progress, run
-from qwen3_ascend.convert.plan import MAX_FILE_BYTES, Plan, make_plan
+from qwen3_ascend.convert.pipeline import run
+from qwen3_ascend.convert.plan import Plan, make_plan
 from qwen3_ascend.convert.preflight import LOW_DISK_FOLDER, check_machine
 from qwen3_ascend.convert.recipe import Recipe
-from qwen3_ascend.convert.source import HUBS, Source, open_source
+from qwen3_ascend.convert.source import Source, open_source
 from qwen3_ascend.convert.source.provider import CONFIG_NAME
-from qwen3_ascend.convert.source.transfer import RETRIES, Transfer
-from qwen3_ascend.errors import CheckpointError
-from qwen3_ascend.files.threads import quick_garbage_collection
+from qwen3_ascend.convert.source.transfer import Transfer
+from qwen3_ascend.errors import CheckpointError, OptionError, os_errors
+from qwen3_ascend.files.paths import user_path
+from qwen3_ascend.files.text import parse_size
 from qwen3_ascend.version import __version__
 
 
 def plan_conversion(
-    model: str,
-    recipe: str | Recipe = "w8a8",
-    *,
-    revision: str | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
-    hash_source: bool = False,
-    hub: str = HUBS[0],
-    low_disk_output: Path | None = None,
-    transfer: Transfer | None = None,
+    model: str | Path,
+    recipe: str | Recipe = recipes.DEFAULT,
+    options: ConvertOptions = ConvertOptions(),
+    events: Events = Events(),
+    output: Path | None = None,
 ) -> tuple[Source, Plan]:
     """Opens a model and plans its conversion from headers alone.
 
     Args:
         model: a local folder or a Hub id such as "Qwen/Qwen3-8B".
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
-        revision: branch, tag or commit of a Hub model.
-        max_file_bytes: size at which a new output file begins.
-        hash_source: hash every source tensor that is read.
-        hub: where a model that is no local folder is looked for: huggingface or modelscope.
-        low_disk_output: the output, if downloaded weights are to be removed as they are used.
-        transfer: notes, retries and cancellation of the downloads.
+        options: see the fields of ConvertOptions.
+        events: is told about downloads.
+        output: the folder to be written, in which `low_disk` keeps downloaded weights.
 
     Raises:
-        UserError: whatever is wrong with the model or the recipe, in one line.
+        UserError: whatever is wrong with the model, the recipe or an option, in one line.
     """
+    if options.low_disk and output is None:
+        raise OptionError("low_disk: say in which output folder downloads are to be kept")
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    area = low_disk_output / LOW_DISK_FOLDER if low_disk_output is not None else None
-    source = open_source(model, revision, hub=hub, area=area, transfer=transfer)
+    area = output / LOW_DISK_FOLDER if options.low_disk and output is not None else None
+    transfer = Transfer(events.note, events.arrived, options.retries)
+    source = open_source(
+        str(model), options.revision, hub=options.hub, area=area, transfer=transfer
+    )
     config = Qwen3Config.from_file(source.provider.small_file(CONFIG_NAME))
     slots = {name: source.slot(name) for name in source.location}
-    return source, make_plan(config, slots, chosen, max_file_bytes, hash_source)
+    return source, make_plan(config, slots, chosen, options.max_file_bytes)
 
 
-@quick_garbage_collection()
+@os_errors(CheckpointError)
 def convert_checkpoint(
     model: str | Path,
     output: str | Path,
-    recipe: str | Recipe = "w8a8",
-    *,
-    revision: str | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
-    threads: int | None = None,
-    max_memory: int | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
-    hash_source: bool = False,
-    hub: str = HUBS[0],
-    low_disk: bool = False,
-    retries: int = RETRIES,
-    on_plan: Callable[[Plan], None] = lambda plan: None,
-    progress: Progress = lambda name, nbytes: None,
-    arrived: Callable[[int], None] = lambda nbytes: None,
-    note: Callable[[str], None] = lambda line: None,
+    recipe: str | Recipe = recipes.DEFAULT,
+    options: ConvertOptions = ConvertOptions(),
+    events: Events = Events(),
 ) -> Manifest:
     """Converts a model; the output appears whole or not at all.
 
@@ -84,50 +71,32 @@ def convert_checkpoint(
 
     Args:
         model: a local folder or a Hub id such as "Qwen/Qwen3-8B".
-        output: a folder that does not exist, is empty, or may be replaced (overwrite).
+        output: a folder that does not exist, is empty, or may be replaced (`overwrite`).
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
-        revision: branch, tag or commit of a Hub model.
-        overwrite: replace a checkpoint that is already there; other files stay.
-        restart: discard an interrupted conversion instead of continuing it.
-        threads: that work at a time; default one for each processor. No byte depends on it.
-        max_memory: private bytes to take beyond Python with torch loaded; default 2 GiB.
-        max_file_bytes: size at which a new output file begins.
-        hash_source: note in the manifest the BLAKE3 of every source tensor. The
-            files of a hub are held against the hashes that it states anyway.
-        hub: where a model that is no local folder is looked for: huggingface or modelscope.
-        low_disk: download weights into the output folder and remove each file as soon as it has
-            been used, instead of keeping it in the hub's cache.
-        retries: further attempts at a download that failed.
-        on_plan: receives the plan before the first byte is written.
-        progress: called with each finished item's name and source bytes, from any thread but one
-            at a time.
-        arrived: called with how many more bytes of weights have come; less than 0 takes some back.
-        note: receives a line about each download.
+        options: see the fields of ConvertOptions.
+        events: is told of the plan, of downloads, and of each finished item.
 
     Returns:
         The manifest of the new checkpoint, with the error figure of every linear.
 
     Raises:
-        UserError: whatever is wrong with the model, the recipe or the output, in one line.
+        UserError: whatever is wrong with the model, the recipe, the output or an option, in one
+            line.
     """
-    folder = Path(output).expanduser()
-    check_output(folder, overwrite)
-    source_folder = Path(model).expanduser()
+    folder = user_path(output)
+    check_output(folder, options.overwrite)
+    source_folder = user_path(model)
     if source_folder.is_dir() and source_folder.resolve() == folder.resolve():
-        raise CheckpointError(f"{folder} is the source itself; choose another output folder")
-    source, plan = plan_conversion(
-        str(model), recipe, revision=revision, max_file_bytes=max_file_bytes,
-        hash_source=hash_source, hub=hub, low_disk_output=folder if low_disk else None,
-        transfer=Transfer(note, arrived, retries),
-    )  # fmt: skip
-    budget = Budget.fit(plan.piece_bytes, threads, max_memory)
+        raise OptionError(f"{folder} is the source itself; choose another output folder")
+    source, plan = plan_conversion(model, recipe, options, events, folder)
+    budget = Budget.fit(plan.piece_bytes, options.threads, parse_size(options.max_memory))
     carried = source.carried()
-    same = identity(plan, source, carried)
+    same = identity(plan, source, carried, options.hash_source)
     if source.provider.revision is not None:
-        note(f"from {source.provider.repo} @ {source.provider.revision}")
+        events.note(f"from {source.provider.repo} @ {source.provider.revision}")
     with (
         CheckpointWriter(
-            folder, plan.weight_files, same, overwrite=overwrite, restart=restart
+            folder, plan.weight_files, same, overwrite=options.overwrite, restart=options.restart
         ) as writer,
         source,
     ):
@@ -135,8 +104,11 @@ def convert_checkpoint(
             return writer.finished
         # With the output locked, so that what an interrupted run has left can be counted in.
         check_machine(plan, source, folder, budget.working_bytes)
-        on_plan(plan)
+        events.planned(plan)
         if writer.left:
-            note(f"continuing: {len(writer.left)} of {len(plan.items)} items were done before")
-        kernels = native.best()
-        return run(plan, source, carried, writer, budget, kernels, __version__, progress)
+            done, total = len(writer.left), len(plan.items)
+            events.note(f"continuing: {done} of {total} items were done before")
+        return run(
+            plan, source, carried, writer, budget, native.best(), __version__,
+            options.hash_source, events,
+        )  # fmt: skip

@@ -17,7 +17,9 @@ CONVERTER_VERSION = 3
 DIGITS = 16
 
 
-def identity(plan: Plan, source: Source, carried: Mapping[str, bytes]) -> Identity:
+def identity(
+    plan: Plan, source: Source, carried: Mapping[str, bytes], hash_source: bool
+) -> Identity:
     """The identity of a conversion, by names that a user understands."""
     provider = source.provider
     return {
@@ -26,7 +28,7 @@ def identity(plan: Plan, source: Source, carried: Mapping[str, bytes]) -> Identi
         "source": provider.repo,
         "revision": provider.revision or "none",
         "recipe": f"{plan.recipe.name} {_short(dict(plan.recipe.verbatim))}",
-        "source hashes": "yes" if plan.hash_source else "no",
+        "source hashes": "yes" if hash_source else "no",
         "output files": f"{len(plan.weight_files)} {_short(_output_files(plan))}",
         **{f"source file {name}": _weights(source, name) for name in source.weight_files},
         **{f"source file {name}": bytes_blake3(data)[:DIGITS] for name, data in carried.items()},

@@ -18,6 +18,7 @@ from qwen3_ascend.checkpoint.architecture import LinearSpec
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest, SourceRecord, StoredTensor
 from qwen3_ascend.convert import report
 from qwen3_ascend.convert.budget import Budget
+from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.order import working_order
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.writer import CheckpointWriter
@@ -27,9 +28,6 @@ from qwen3_ascend.convert.source.transfer import Cancelled
 from qwen3_ascend.convert.work import convert, make_task
 from qwen3_ascend.files.threads import run_all, run_as_they_come
 from qwen3_ascend.native import Kernels
-
-Progress = Callable[[str, int], None]
-"""Called when an item is done, from any thread but one at a time: its name and source bytes."""
 
 DROP_BYTES = 1 << 28
 """After so many bytes of source the mapped pages are given back."""
@@ -45,10 +43,12 @@ class Conversion:
         writer: CheckpointWriter,
         budget: Budget,
         kernels: Kernels,
-        progress: Progress,
+        hash_source: bool,
+        events: Events,
     ) -> None:
         self.plan, self.source, self.writer = plan, source, writer
-        self._budget, self._kernels, self._progress = budget, kernels, progress
+        self._budget, self._kernels = budget, kernels
+        self._hash_source, self._events = hash_source, events
         self._stopped = threading.Event()
         self._order = working_order(plan, source)
         self._items = {item.name: item for item in plan.items}
@@ -91,7 +91,7 @@ class Conversion:
         advance = partial(self._advance, item.source_bytes // len(task.pieces))
 
         def work() -> None:
-            done = convert(task, file, self._kernels, self.plan.hash_source, advance)
+            done = convert(task, file, self._kernels, self._hash_source, advance)
             self.writer.note(done)
             self._settle(done)
 
@@ -120,7 +120,7 @@ class Conversion:
                 self._readers[name] -= 1
                 if not self._readers[name]:
                     self.source.release(name)
-            self._progress(item.name, item.source_bytes)
+            self._events.done(item.name, item.source_bytes)
 
     def _file(self, item: Item) -> str:
         return self._files[next(iter(item.forms))]
@@ -158,7 +158,8 @@ def run(
     budget: Budget,
     kernels: Kernels,
     tool_version: str,
-    progress: Progress,
+    hash_source: bool,
+    events: Events,
 ) -> Manifest:
     """Converts everything in the plan and publishes the checkpoint.
 
@@ -168,7 +169,7 @@ def run(
     """
     for name, data in carried.items():
         writer.add_file(name, data)
-    conversion = Conversion(plan, source, writer, budget, kernels, progress)
+    conversion = Conversion(plan, source, writer, budget, kernels, hash_source, events)
     conversion.run()
     record = SourceRecord(
         source.provider.repo, source.provider.revision, source.file_entries(),

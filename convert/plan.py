@@ -22,14 +22,14 @@ from qwen3_ascend.checkpoint.linear import BIAS, stored_forms
 from qwen3_ascend.checkpoint.schemes import BF16, Scheme, make_scheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
+from qwen3_ascend.convert.options import ConvertOptions
 from qwen3_ascend.convert.output.weight_file import WeightFilePlan, weight_file_name
 from qwen3_ascend.convert.recipe import Recipe, Rule
-from qwen3_ascend.errors import CheckpointError, RecipeError
+from qwen3_ascend.errors import RecipeError, SourceError
 from qwen3_ascend.files.safetensors import NAMES, Form, TensorSlot
+from qwen3_ascend.files.text import parse_size
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-MAX_FILE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,6 @@ class Plan:
         target: the chip family that it is for.
         items: in the order of the model.
         ignored: source tensors that are left out, each with the reason.
-        hash_source: whether every source tensor that is read is hashed.
     """
 
     config: Qwen3Config
@@ -127,7 +126,6 @@ class Plan:
     items: tuple[Item, ...]
     weight_files: tuple[WeightFilePlan, ...]
     ignored: Mapping[str, str]
-    hash_source: bool
 
     @property
     def source_bytes(self) -> int:
@@ -159,8 +157,7 @@ def make_plan(
     config: Qwen3Config,
     slots: Mapping[str, TensorSlot],
     recipe: Recipe,
-    max_file_bytes: int = MAX_FILE_BYTES,
-    hash_source: bool = False,
+    max_file_bytes: int | str = ConvertOptions.max_file_bytes,
     target: Target = ASCEND_A2_A3,
 ) -> Plan:
     """Plans a conversion.
@@ -170,11 +167,10 @@ def make_plan(
         slots: type and shape of every source tensor.
         recipe: the rules.
         max_file_bytes: size at which a new output file begins.
-        hash_source: hash every source tensor that is read.
         target: the chip family that the checkpoint is for.
 
     Raises:
-        CheckpointError: a tensor is missing, has a wrong shape or type, or is unknown.
+        SourceError: a tensor is missing, has a wrong shape or type, or is unknown.
         RecipeError: a rule matches nothing, or does not fit the model.
     """
     _check_rules(config, recipe)
@@ -185,23 +181,23 @@ def make_plan(
         for spec in model_spec(config)
     )
     ignored = _unread(config, items, slots)
-    weight_files = _fill_files(items, max_file_bytes)
-    return Plan(config, recipe, target, items, weight_files, ignored, hash_source)
+    weight_files = _fill_files(items, parse_size(max_file_bytes))
+    return Plan(config, recipe, target, items, weight_files, ignored)
 
 
 def _source_bytes(name: str, shape: tuple[int, ...], slots: Mapping[str, TensorSlot]) -> int:
     """Checks one source tensor and returns its size."""
     slot = slots.get(name)
     if slot is None:
-        raise CheckpointError(f"the source has no tensor {name}")
+        raise SourceError(f"the source has no tensor {name}")
     if slot.dtype not in SOURCE_DTYPES:
         known = ", ".join(NAMES[dtype] for dtype in SOURCE_DTYPES)
-        raise CheckpointError(
+        raise SourceError(
             f"tensor {name} is {NAMES[slot.dtype]}; only {known} can be converted: "
             f"use the original, unquantized model"
         )
     if slot.shape != shape:
-        raise CheckpointError(
+        raise SourceError(
             f"tensor {name} is {list(slot.shape)}, but config.json asks for {list(shape)}"
         )
     return slot.nbytes
@@ -277,7 +273,7 @@ def _unread(
         elif name.endswith(".rotary_emb.inv_freq"):
             ignored[name] = "derived from the configuration"
         else:
-            raise CheckpointError(
+            raise SourceError(
                 f"the source holds {name}, which is no part of the Qwen3 that config.json "
                 f"describes (wrong config.json, or an already quantized model?)"
             )

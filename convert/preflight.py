@@ -13,7 +13,7 @@ from qwen3_ascend.convert.output.weight_file import STAGING
 from qwen3_ascend.convert.output.writer import WEIGHT_FILE_PATTERN
 from qwen3_ascend.convert.plan import Plan
 from qwen3_ascend.convert.source import Source
-from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.errors import CheckpointError, OptionError
 from qwen3_ascend.files.memory import available_memory
 from qwen3_ascend.files.text import size_text
 
@@ -79,8 +79,9 @@ def check_machine(plan: Plan, source: Source, output: Path, working_bytes: int) 
         working_bytes: private memory that it will take.
 
     Raises:
-        CheckpointError: the output cannot be written, or the disk or the memory is too small; with
-            the figures, and what to do.
+        CheckpointError: the output cannot be written, or the disk is too small; with the figures,
+            and what to do.
+        OptionError: the memory is too small.
     """
     parent = existing_parent(output)
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -88,7 +89,7 @@ def check_machine(plan: Plan, source: Source, output: Path, working_bytes: int) 
     _check_disk(plan, source, output)
     free = available_memory()
     if free is not None and working_bytes > free:
-        raise CheckpointError(
+        raise OptionError(
             f"converting needs about {size_text(working_bytes)} of memory, but only "
             f"{size_text(free)} are available; pass a smaller --max-memory or fewer --threads"
         )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from importlib.resources import files
 
+DEFAULT = "w8a8"
+"""The recipe of who asks for none."""
+
 
 def names() -> list[str]:
     """Names of the shipped recipes, sorted."""

@@ -23,7 +23,7 @@ from qwen3_ascend.runtime.backends.base import (
     as_codes,
     as_float,
 )
-from qwen3_ascend.runtime.backends.cache import DEFAULT_BLOCK_SIZE, LayerKV
+from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.engine.batch import Batch, Chunk, step_inputs
 from qwen3_ascend.runtime.engine.request import Request, SamplingParams
 
@@ -146,9 +146,9 @@ class _AttentionSide:
 
     def __init__(self, backend: Backend[LayerKV], config: Qwen3Config) -> None:
         self.backend, self.config = backend, config
-        per_request = -(-(max(LENGTHS) + 1 + MORE) // DEFAULT_BLOCK_SIZE)
+        per_request = -(-(max(LENGTHS) + 1 + MORE) // ASCEND_A2_A3.block_size)
         blocks = 1 + per_request * len(LENGTHS)
-        self.cache = backend.allocate_cache(blocks, DEFAULT_BLOCK_SIZE)[0]
+        self.cache = backend.allocate_cache(blocks, ASCEND_A2_A3.block_size)[0]
         # Blocks in reverse, so that no request lies in neighbouring ones.
         self.tables = [
             [blocks - 1 - index - len(LENGTHS) * row for row in range(per_request)]
@@ -173,7 +173,7 @@ class _AttentionSide:
         ones = backend.upload(torch.ones(head_dim))
         consumer = backend.tied_head(ones[None])  # any that wants floats
         with torch.inference_mode():
-            step = backend.open_step(step_inputs(batch, DEFAULT_BLOCK_SIZE))
+            step = backend.open_step(step_inputs(batch, ASCEND_A2_A3.block_size))
             query = backend.norm_rope_write(backend.upload(qkv), ones, ones, 1e-6, step, self.cache)
             attended = backend.attention(query, step, self.cache, consumer)
             return query.cpu(), as_float(attended).cpu()

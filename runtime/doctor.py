@@ -20,18 +20,18 @@ from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.errors import UserError
 from qwen3_ascend.runtime import backends
 from qwen3_ascend.runtime.backends.npu import diagnose
-from qwen3_ascend.runtime.backends.options import DeviceOptions
 from qwen3_ascend.runtime.conformance import compare_backends
-from qwen3_ascend.runtime.engine.assembly import EngineLimits, make_engine
+from qwen3_ascend.runtime.engine.assembly import make_engine
 from qwen3_ascend.runtime.engine.engine import Engine
 from qwen3_ascend.runtime.engine.request import SamplingParams
 from qwen3_ascend.runtime.model.loader import WeightSource
+from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG, SyntheticWeights
 from qwen3_ascend.version import __version__
 
 Status = Literal["ok", "failed", "skipped"]
 
-LIMITS = EngineLimits(kv_cache_tokens=2048, max_batch=3)
+LIMITS = EngineOptions(kv_cache_tokens=2048, max_batch=3)
 PROMPTS = tuple(tuple((37 * i + 11 * n) % 1000 for i in range(n)) for n in (5, 127, 130))
 """Prompts of random tokens; two of them cross a block of 128 while they decode."""
 
@@ -114,7 +114,7 @@ def _all_checks(checkpoint: Path | None) -> Iterator[Check]:
         status: Status = "skipped" if holds is None else "ok" if holds else "failed"
         yield Check("layout", name, status, "this chip casts to ND" if holds is None else "")
     definition = backends.reference_backend(SMALL_CONFIG)
-    npu = backends.get("npu", "auto", SMALL_CONFIG, DeviceOptions(graph=False))
+    npu = backends.get(SMALL_CONFIG, DeviceOptions("npu", graph=False))
     for compared in compare_backends(definition, npu, SMALL_CONFIG):
         detail = f"{compared.error:.2g}, allowed {compared.bound:.2g}"
         yield Check("operators", compared.name, "ok" if compared.ok else "failed", detail)
@@ -132,17 +132,17 @@ def _models(checkpoint: Path | None) -> Iterator[tuple[str, WeightSource]]:
 
 def _generation(name: str, source: WeightSource) -> Iterator[Check]:
     """The same tokens whichever way a step is run; and how far the CPU agrees."""
-    eager = _tokens(_npu_engine(source, DeviceOptions(graph=False, prefetch="off")))
+    eager = _tokens(_npu_engine(source, DeviceOptions("npu", graph=False, prefetch="off")))
     variants = {
-        "prefetch on": DeviceOptions(graph=False, prefetch="auto"),
-        "graph replay": DeviceOptions(prefetch="off"),
-        "graph replay, prefetch on": DeviceOptions(prefetch="auto"),
+        "prefetch on": DeviceOptions("npu", graph=False, prefetch="auto"),
+        "graph replay": DeviceOptions("npu", prefetch="off"),
+        "graph replay, prefetch on": DeviceOptions("npu", prefetch="auto"),
     }
     for label, options in variants.items():
         tokens = _tokens(_npu_engine(source, options))
         yield _agreement(f"{name}: {label} against eager", tokens, eager, exact=True)
     try:
-        paged = _tokens(_npu_engine(source, DeviceOptions(attention="paged")))
+        paged = _tokens(_npu_engine(source, DeviceOptions("npu", attention="paged")))
         yield _agreement(f"{name}: paged against fused attention", paged, eager, exact=False)
     except UserError as error:
         yield Check("generation", f"{name}: paged attention", "skipped", str(error))
@@ -151,12 +151,12 @@ def _generation(name: str, source: WeightSource) -> Iterator[Check]:
 
 def _logits(name: str, source: WeightSource) -> Check:
     """Logits of one prompt on the NPU and on the CPU, in units of their own spread."""
-    cpu = backends.get("cpu", "auto", source.config, DeviceOptions())
+    cpu = backends.get(source.config, DeviceOptions("cpu"))
     expected, actual = (
         torch.cat([*engine.score(PROMPTS[-1])])
         for engine in (
             make_engine(source, cpu, LIMITS, _no_progress),
-            _npu_engine(source, DeviceOptions(graph=False)),
+            _npu_engine(source, DeviceOptions("npu", graph=False)),
         )
     )
     worst = float((actual - expected).abs().max() / expected.std())
@@ -166,7 +166,7 @@ def _logits(name: str, source: WeightSource) -> Check:
 
 
 def _npu_engine(source: WeightSource, options: DeviceOptions) -> Engine:
-    backend = backends.get("npu", "auto", source.config, options)
+    backend = backends.get(source.config, options)
     return make_engine(source, backend, LIMITS, _no_progress)
 
 

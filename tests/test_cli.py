@@ -100,6 +100,33 @@ def test_several_prompts(tiny_w8a8: Path) -> None:
     assert loud.out == done.out and "2 answers" in loud.err
 
 
+def test_several_answers_with_log_probabilities(tiny_w8a8: Path) -> None:
+    options = ["--temperature", "1", "--seed", "1", "--max-new-tokens", "3", "--n", "2", "-q"]
+    done = run("generate", tiny_w8a8, *options, "-p", QUESTION, "--logprobs", "2")
+    assert done.code == 0, done.err
+    params = SamplingParams(temperature=1.0, seed=1, max_new_tokens=3, n=2, logprobs=2)
+    llm = load(tiny_w8a8, kv_cache_tokens=1024)
+    answers = llm.generate(QUESTION, params)
+    lines = done.out.splitlines()
+    assert len(lines) == 2 * (1 + 3)
+    for number, answer in enumerate(answers):
+        first, *rest = lines[4 * number : 4 * number + 4]
+        assert first == f"[{number + 1}] {answer.text}"
+        for line, token, found in zip(rest, answer.token_ids, answer.logprobs or (), strict=True):
+            chosen, shown, *_ = line.split()
+            assert (float(chosen), int(shown)) == (pytest.approx(found.chosen, abs=1e-4), token)
+            assert line.endswith(f"{found.top[-1][1]:.4f}")
+
+
+def test_options_of_the_engine(tiny_w8a8: Path) -> None:
+    """They reach the engine: a cache that is too small refuses, whatever sizes give equal text."""
+    question = ["generate", tiny_w8a8, "--quiet", "-p", QUESTION, "--max-new-tokens", "8"]
+    small = ["--block-size", "16", "--kv-cache-tokens", "16"]
+    run(*question, *small).one_line_error("kv_cache_tokens")
+    sizes = ["--step-tokens", "5", "--max-batch", "1", "--no-prefix-cache", "--block-size", "16"]
+    assert run(*question, *sizes).out == run(*question).out
+
+
 def test_prompt_from_a_file_and_from_standard_input(tiny_w8a8: Path, tmp_path: Path) -> None:
     options = ["generate", tiny_w8a8, "--quiet", "--max-new-tokens", "8", "--prompt-file"]
     expected = answer(tiny_w8a8, QUESTION, max_new_tokens=8) + "\n"

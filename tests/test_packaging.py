@@ -89,6 +89,8 @@ def test_importing_it_does_not_load_torch() -> None:
 
 def test_public_names() -> None:
     names = {"load", "convert_checkpoint", "Recipe", "SamplingParams", "__version__"}
+    names |= {"ConvertOptions", "Events", "UserError", "OptionError", "ConfigError", "SourceError"}
+    names |= {"DamagedSourceError", "CheckpointError", "RecipeError", "RequestError", "DeviceError"}
     assert set(qwen3_ascend.__all__) == names == set(dir(qwen3_ascend))
     for name in names:
         assert getattr(qwen3_ascend, name)

@@ -33,7 +33,7 @@ from qwen3_ascend.convert.output.journal import (
     read_journal,
 )
 from qwen3_ascend.convert.output.weight_file import STAGING, WeightFilePlan, WeightFileWriter
-from qwen3_ascend.errors import CheckpointError, DamagedSourceError, UserError
+from qwen3_ascend.errors import CheckpointError, DamagedSourceError, UserError, is_mendable
 from qwen3_ascend.files.hashing import bytes_blake3
 
 WEIGHT_FILE_PATTERN = "ascend-*.safetensors"
@@ -152,11 +152,10 @@ class CheckpointWriter:
         self._lock.close()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
-        if keep and isinstance(error, UserError | OSError):
+        if keep and error is not None and is_mendable(error):
             said = error.strerror or error if isinstance(error, OSError) else error
-            raise CheckpointError(
-                f"{said}; what is done is kept, the same command continues"
-            ) from error
+            kind = type(error) if isinstance(error, UserError) else CheckpointError
+            raise kind(f"{said}; what is done is kept, the same command continues") from error
 
     def _is_worth_keeping(self, error: BaseException | None) -> bool:
         """Whether items are done, or weights were downloaded into the staging folder."""

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from qwen3_ascend.convert.source.source import HUBS, Source, open_source
+from qwen3_ascend.convert.source.source import Source, open_source
 
-__all__ = ["HUBS", "Source", "open_source"]
+__all__ = ["Source", "open_source"]

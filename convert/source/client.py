@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.errors import SourceError
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Client(Protocol):
     def judge(self, error: Exception) -> float | None:
         """See Transfer.persist."""
 
-    def explain(self, error: Exception, file: str) -> CheckpointError | None:
+    def explain(self, error: Exception, file: str) -> SourceError | None:
         """What the user can do about an error that a file met; None if the library knows none."""
 
 

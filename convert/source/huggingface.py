@@ -37,7 +37,7 @@ from qwen3_ascend.convert.source.provider import (
 )
 from qwen3_ascend.convert.source.remote import RemoteRepository
 from qwen3_ascend.convert.source.transfer import Transfer, reason
-from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.errors import SourceError
 from qwen3_ascend.files.hashing import file_sha256
 from qwen3_ascend.files.json_file import read_json_object
 
@@ -51,9 +51,9 @@ class HuggingFace:
     hub = "the Hub"
 
     def __init__(self, repo: str, info: ModelInfo) -> None:
-        """CheckpointError if the Hub names no commit to pin the model to."""
+        """SourceError if the Hub names no commit to pin the model to."""
         if not info.sha or not COMMIT.fullmatch(info.sha):
-            raise CheckpointError(f"the Hub states no commit for {repo}")
+            raise SourceError(f"the Hub states no commit for {repo}")
         self.repo = repo
         self.revision: str | None = info.sha
         # Sub-folders hold other formats; and a name with a slash could point out of a folder.
@@ -89,7 +89,7 @@ class HuggingFace:
         """See Client."""
         return judge(error)
 
-    def explain(self, error: Exception, file: str) -> CheckpointError | None:
+    def explain(self, error: Exception, file: str) -> SourceError | None:
         """See Client."""
         return explain(self.repo, self.revision, error, file)
 
@@ -98,20 +98,20 @@ class CachedRepository(LocalFolder):
     """A model of the Hub as an earlier download left it in the local cache."""
 
     def __init__(self, repo: str, revision: str | None) -> None:
-        """CheckpointError if the cache does not hold the whole model."""
+        """SourceError if the cache does not hold the whole model."""
         try:
             patterns = [*CARRIED_FILES, INDEX_NAME, "*.safetensors"]
             folder = snapshot_download(
                 repo, revision=revision, local_files_only=True, allow_patterns=patterns
             )
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{repo} is not in the local cache") from error
+            raise SourceError(f"{repo} is not in the local cache") from error
         super().__init__(Path(folder))
         self.repo, self.revision = repo, Path(folder).name
         self._checked: set[str] = set()
         self._checking = threading.Lock()
         if missing := self._missing():
-            raise CheckpointError(f"{repo} is in the local cache only in part, without {missing}")
+            raise SourceError(f"{repo} is in the local cache only in part, without {missing}")
 
     def weight_file(self, name: str) -> Path:
         """See Provider."""
@@ -119,7 +119,7 @@ class CachedRepository(LocalFolder):
         with self._checking:
             stated = self.weight_sha256(name)
             if stated is not None and name not in self._checked and file_sha256(path) != stated:
-                raise CheckpointError(f"{path} is damaged; delete it and convert again when online")
+                raise SourceError(f"{path} is damaged; delete it and convert again when online")
             self._checked.add(name)
         return path
 
@@ -163,7 +163,7 @@ def _judge_info(repo: str, revision: str | None, error: Exception) -> float | No
     """
     asked = judge(error)
     if asked is not None and not isinstance(error, hub_errors.HfHubHTTPError):
-        with suppress(CheckpointError):
+        with suppress(SourceError):
             CachedRepository(repo, revision)
             return None
     return asked
@@ -174,8 +174,8 @@ def _from_cache(
 ) -> CachedRepository:
     try:
         cached = CachedRepository(repo, revision)
-    except CheckpointError as lack:
-        raise CheckpointError(f"the Hub is not reachable ({reason(error)}) and {lack}") from error
+    except SourceError as lack:
+        raise SourceError(f"the Hub is not reachable ({reason(error)}) and {lack}") from error
     transfer.note(f"offline: taking {repo} @ {cached.revision} from the local cache")
     return cached
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from huggingface_hub import errors as hub_errors
 
 from qwen3_ascend.convert.source.transfer import reason
-from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.errors import SourceError
 
 # The base error of the HTTP library, whichever one this huggingface_hub is built on.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *hub_errors.HfHubHTTPError.__bases__)
@@ -34,24 +34,24 @@ def judge(error: Exception) -> float | None:
 
 def explain(
     repo: str, revision: str | None, error: Exception, file: str = ""
-) -> CheckpointError | None:
+) -> SourceError | None:
     """One line that says what to do about an error of huggingface_hub; None if it is not one."""
     if isinstance(error, hub_errors.GatedRepoError):
-        return CheckpointError(f"{repo} is gated: accept its terms on the Hub and set HF_TOKEN")
+        return SourceError(f"{repo} is gated: accept its terms on the Hub and set HF_TOKEN")
     if isinstance(error, hub_errors.RepositoryNotFoundError):
-        return CheckpointError(f"the Hub has no model {repo} (or it is private: set HF_TOKEN)")
+        return SourceError(f"the Hub has no model {repo} (or it is private: set HF_TOKEN)")
     if isinstance(error, hub_errors.RevisionNotFoundError):
-        return CheckpointError(f"{repo} has no revision {revision!r}")
+        return SourceError(f"{repo} has no revision {revision!r}")
     if isinstance(error, hub_errors.HFValidationError):
-        return CheckpointError(f"{repo} is not a valid Hub id: {error}")
+        return SourceError(f"{repo} is not a valid Hub id: {error}")
     if isinstance(error, hub_errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(error, OSError) and error.errno is not None and error.filename:
-        return CheckpointError(f"{error.filename}: {error.strerror}")
+        return SourceError(f"{error.filename}: {error.strerror}")
     if isinstance(error, TRANSFER_ERRORS):
         what = f"{repo}/{file}" if file else repo
         later = "; try again later" if judge(error) is not None else ""
-        return CheckpointError(f"cannot fetch {what} from the Hub: {reason(error)}{later}")
+        return SourceError(f"cannot fetch {what} from the Hub: {reason(error)}{later}")
     return None
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qwen3_ascend.convert.source.client import RemoteFile, is_plain
 from qwen3_ascend.convert.source.remote import RemoteRepository
 from qwen3_ascend.convert.source.transfer import Transfer, reason
-from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.errors import SourceError
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi
@@ -104,7 +104,7 @@ class ModelScope:
         """See Client."""
         return judge(error)
 
-    def explain(self, error: Exception, file: str) -> CheckpointError | None:
+    def explain(self, error: Exception, file: str) -> SourceError | None:
         """See Client."""
         return explain(f"{self.repo}/{file}", error)
 
@@ -117,7 +117,7 @@ def open_repository(
         from modelscope_hub import HubApi
         from modelscope_hub.config import get_default_config
     except ImportError as error:
-        raise CheckpointError(
+        raise SourceError(
             "--hub modelscope needs the modelscope package: pip install 'qwen3-ascend[modelscope]'"
         ) from error
     api, branch = HubApi(), revision or BRANCH
@@ -144,17 +144,17 @@ def judge(error: Exception) -> float | None:
     return 0.0 if isinstance(error, RequestException) else None
 
 
-def explain(what: str, error: Exception) -> CheckpointError | None:
+def explain(what: str, error: Exception) -> SourceError | None:
     """One line that says what to do about an error of the library; None if it is not one."""
     from modelscope_hub import errors
     from requests import RequestException
 
     if isinstance(error, errors.NotExistError):
-        return CheckpointError(f"ModelScope has no {what}, or not in this revision")
+        return SourceError(f"ModelScope has no {what}, or not in this revision")
     if isinstance(error, (errors.AuthenticationError, errors.PermissionDeniedError)):
-        return CheckpointError(f"ModelScope does not show {what}: set MODELSCOPE_API_TOKEN")
+        return SourceError(f"ModelScope does not show {what}: set MODELSCOPE_API_TOKEN")
     if isinstance(error, (errors.HubError, RequestException)):
-        return CheckpointError(f"cannot fetch {what} from ModelScope: {reason(error)}")
+        return SourceError(f"cannot fetch {what} from ModelScope: {reason(error)}")
     return None
 
 

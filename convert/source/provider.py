@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.errors import CheckpointError, SourceError
 from qwen3_ascend.files.safetensors import TensorSlot, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -88,7 +88,7 @@ class LocalFolder:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder")
+            raise SourceError(f"{folder} is not a folder")
         self.folder = folder
         self.repo = folder.resolve().name
         self.revision: str | None = None
@@ -104,7 +104,10 @@ class LocalFolder:
     def weight_header(self, name: str) -> SourceWeights:
         """See Provider."""
         path = self.folder / name
-        return SourceWeights(name, path.stat().st_size, read_header(path).slots)
+        try:
+            return SourceWeights(name, path.stat().st_size, read_header(path).slots)
+        except CheckpointError as error:
+            raise SourceError(str(error)) from error
 
     def is_here(self, name: str) -> bool:
         """See Provider."""

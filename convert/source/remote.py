@@ -20,7 +20,7 @@ from typing import TypeVar
 from qwen3_ascend.convert.source.client import Client, RemoteFile
 from qwen3_ascend.convert.source.provider import SourceWeights
 from qwen3_ascend.convert.source.transfer import Transfer
-from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.errors import CheckpointError, SourceError
 from qwen3_ascend.files.safetensors import MAX_HEADER_BYTES, parse_header, read_header
 from qwen3_ascend.files.text import size_text
 
@@ -70,7 +70,7 @@ class RemoteRepository:
         """See Provider."""
         file = self._client.files[name]
         if (file.size or 0) > MAX_SMALL_BYTES:
-            raise CheckpointError(
+            raise SourceError(
                 f"{self.repo}/{name} has {file.size} bytes; at most {MAX_SMALL_BYTES} are expected"
             )
         return self._fetch(file, None, lambda nbytes: None)
@@ -180,7 +180,7 @@ class RemoteRepository:
             return self._transfer.persist(what, action, judge)
         except DamagedError as error:
             times = "once" if damages == 1 else f"{damages} times"
-            raise CheckpointError(
+            raise SourceError(
                 f"{self.repo}/{what} came damaged {times} from {self._client.hub}: {error}; "
                 f"try again later or another mirror"
             ) from error

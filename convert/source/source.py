@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qwen3_ascend.checkpoint.manifest import SourceFile
+from qwen3_ascend.convert.options import HUBS, ConvertOptions
 from qwen3_ascend.convert.source.client import is_plain
 from qwen3_ascend.convert.source.provider import (
     CARRIED_FILES,
@@ -24,11 +25,10 @@ from qwen3_ascend.convert.source.provider import (
     SourceWeights,
 )
 from qwen3_ascend.convert.source.transfer import Prefetch, Transfer
-from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.errors import CheckpointError, OptionError, SourceError, os_errors
 from qwen3_ascend.files.json_file import read_json_object
+from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.files.safetensors import MappedFile, TensorSlot
-
-HUBS = ("huggingface", "modelscope")
 
 HEADERS_AT_ONCE = 8
 """Requests for headers under way together: a large model has more than a hundred files."""
@@ -47,13 +47,13 @@ class Source:
         """Reads the index and every header.
 
         Raises:
-            CheckpointError: if there are no weights, the index names a file or tensor that does
+            SourceError: if there are no weights, the index names a file or tensor that does
                 not exist, or a header is damaged.
         """
         self.provider = provider
         self.names = provider.names()
         if CONFIG_NAME not in self.names:
-            raise CheckpointError(
+            raise SourceError(
                 f"{provider.repo} has no {CONFIG_NAME}: this is not a Hugging Face model folder"
             )
         indexed = self._index()
@@ -95,30 +95,30 @@ class Source:
         path = self.provider.small_file(INDEX_NAME)
         weight_map = read_json_object(path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path} has no weight_map")
+            raise SourceError(f"{path} has no weight_map")
         for tensor, file in weight_map.items():
             weights = isinstance(file, str) and file.endswith(".safetensors") and is_plain(file)
             if not weights:
-                raise CheckpointError(f"{path}: tensor {tensor} is in {file!r}, no weight file")
+                raise SourceError(f"{path}: tensor {tensor} is in {file!r}, no weight file")
             if file not in self.names:
-                raise CheckpointError(f"{path}: tensor {tensor} is in {file}, which is missing")
+                raise SourceError(f"{path}: tensor {tensor} is in {file}, which is missing")
         return weight_map
 
     def _single(self) -> list[str]:
         if SINGLE_NAME in self.names:
             return [SINGLE_NAME]
         if any(name.endswith((".bin", ".pth", ".pt")) for name in self.names):
-            raise CheckpointError(
+            raise SourceError(
                 f"{self.provider.repo} holds pickled weights only; save it as safetensors first"
             )
-        raise CheckpointError(
+        raise SourceError(
             f"{self.provider.repo} holds neither {SINGLE_NAME} nor {INDEX_NAME}: no weights to read"
         )
 
     def _check_index(self, indexed: Mapping[str, str]) -> None:
         for tensor, file in indexed.items():
             if tensor not in self.weight_files[file].slots:
-                raise CheckpointError(
+                raise SourceError(
                     f"{INDEX_NAME} says tensor {tensor} is in {file}, but it is not there"
                 )
 
@@ -152,9 +152,12 @@ class Source:
         return file.tensor(tensor)
 
     def _map(self, name: str, path: Path) -> MappedFile:
-        file = self._open[name] = MappedFile(path)
+        try:
+            file = self._open[name] = MappedFile(path)
+        except CheckpointError as error:
+            raise SourceError(str(error)) from error
         if file.header.slots != self.weight_files[name].slots:
-            raise CheckpointError(f"{path} has changed since its header was read; start again")
+            raise SourceError(f"{path} has changed since its header was read; start again")
         return file
 
     def release(self, file: str) -> None:
@@ -189,11 +192,12 @@ class Source:
         return {name: self.provider.small_file(name).read_bytes() for name in found}
 
 
+@os_errors(SourceError)
 def open_source(
     model: str,
     revision: str | None = None,
     *,
-    hub: str = HUBS[0],
+    hub: str = ConvertOptions.hub,
     area: Path | None = None,
     transfer: Transfer | None = None,
 ) -> Source:
@@ -202,22 +206,23 @@ def open_source(
     Args:
         model: a path, or a hub's id such as "Qwen/Qwen3-8B".
         revision: branch, tag or commit; hubs only.
-        hub: one of HUBS.
+        hub: one of convert.options.HUBS.
         area: folder for downloaded weights that are removed as soon as they have been used;
             without it they stay in the hub's cache.
         transfer: notes, retries and cancellation of the downloads.
 
     Raises:
-        CheckpointError: if it is neither, or its files are damaged.
+        SourceError: if it is neither, or its files are damaged.
+        OptionError: for a revision of a local folder, or an unknown hub.
     """
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_dir():
         if revision:
-            raise CheckpointError(f"{model} is a local folder; --revision is for Hub models")
+            raise OptionError(f"{model} is a local folder; --revision is for Hub models")
         return Source(LocalFolder(path))
     looks_local = model.startswith((".", "/", "~")) or path.exists()
     if looks_local or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", model, re.ASCII):
-        raise CheckpointError(
+        raise SourceError(
             f"{model} is neither an existing folder nor a Hub id such as Qwen/Qwen3-8B"
         )
     return Source(_open_hub(hub, model, revision, area, transfer or Transfer()))
@@ -235,4 +240,4 @@ def _open_hub(
         from qwen3_ascend.convert.source import modelscope
 
         return modelscope.open_repository(repo, revision, area, transfer)
-    raise CheckpointError(f"there is no hub {hub!r}; known are {', '.join(HUBS)}")
+    raise OptionError(f"there is no hub {hub!r}; known: {', '.join(HUBS)}")

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-T = TypeVar("T")
+from qwen3_ascend.convert.options import ConvertOptions
 
-RETRIES = 5
-"""Further attempts after a first one that failed: about half a minute of patience in all."""
+T = TypeVar("T")
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds before the second attempt, doubled each time, and the most that is ever waited."""
@@ -46,7 +45,7 @@ class Transfer:
 
     note: Callable[[str], None] = lambda line: None
     arrived: Callable[[int], None] = lambda nbytes: None
-    retries: int = RETRIES
+    retries: int = ConvertOptions.retries
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
@@ -78,7 +77,7 @@ class Transfer:
 
     def _wait(self, what: str, error: Exception, asked: float, attempt: int) -> None:
         # Jitter: the weight files of many converters must not come back to a busy server in step.
-        backoff = FIRST_WAIT * 2.0**attempt * random.uniform(0.75, 1.25)
+        backoff = FIRST_WAIT * 2.0 ** min(attempt, 10) * random.uniform(0.75, 1.25)
         seconds = min(max(backoff, asked), LONGEST_WAIT)
         self.note(
             f"{what}: {reason(error)}; trying again in {seconds:.1f} s "

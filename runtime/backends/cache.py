@@ -8,10 +8,6 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
-from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
-
-DEFAULT_BLOCK_SIZE = ASCEND_A2_A3.block_size
-"""Tokens of a block; the same on a CPU."""
 
 SCRATCH_BLOCK = 0
 """Never given to a request: padding rows of a captured batch write here."""

@@ -8,48 +8,59 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qwen3_ascend.errors import RequestError
+from qwen3_ascend.options import option
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop.
-
-    Attributes:
-        temperature: 0 takes the most probable token; otherwise logits are divided by it.
-        top_k: keep the k most probable tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens whose probabilities reach this sum.
-        min_p: drop tokens less probable than this share of the most probable one.
-        repetition_penalty: divides positive and multiplies negative logits of every token that
-            occurs in the prompt or the output (arXiv 1909.05858); 1 is off.
-        presence_penalty: subtracted once from the logit of every token in the output; 0 is off.
-        seed: of this request's own random generator; None draws a fresh one.
-        stop: a string, or several, that end the output and are not part of it.
-        max_new_tokens: upper bound on the tokens generated.
-        ignore_eos: go on after an end-of-sequence token.
-        n: answers to each prompt. They share the computation of the prompt; with a seed, each draws
-            from a generator of its own that follows from the seed.
-        logprobs: how many of the most probable tokens to report, with their log-probabilities, at
-            each generated token; 0 reports the generated one only, None nothing. They are the
-            model's own, before penalties, temperature and filters.
+    """How tokens are chosen and when to stop; each field says what it is for.
 
     Raises:
         RequestError: on construction, for a value out of range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    seed: int | None = None
-    stop: str | tuple[str, ...] = ()
-    max_new_tokens: int = 512
-    ignore_eos: bool = False
-    n: int = 1
-    logprobs: int | None = None
+    temperature: float = option(
+        0.0, "0 takes the most probable token; otherwise logits are divided by it."
+    )
+    top_k: int = option(0, "Keep the k most probable tokens; 0 keeps all.")
+    top_p: float = option(
+        1.0, "Keep the smallest set of tokens whose probabilities reach this sum."
+    )
+    min_p: float = option(
+        0.0, "Drop tokens that are less probable than this share of the most probable one."
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "Divides positive and multiplies negative logits of every token that occurs in the prompt "
+        "or the output (arXiv 1909.05858); 1 is off.",
+    )
+    presence_penalty: float = option(
+        0.0, "Subtracted once from the logit of every token in the output; 0 is off."
+    )
+    seed: int | None = option(
+        None, "Seed of this request's own random numbers.", unset="another one each time"
+    )
+    stop: str | tuple[str, ...] = option(
+        (),
+        "A string that ends the output and is no part of it; there may be several.",
+        unset="none",
+    )
+    max_new_tokens: int = option(512, "Upper bound on the tokens generated.")
+    ignore_eos: bool = option(False, "Go on after an end-of-sequence token.")
+    n: int = option(
+        1,
+        "Answers to each prompt. They share the computation of the prompt; with a seed, each draws "
+        "from random numbers of its own that follow from the seed.",
+    )
+    logprobs: int | None = option(
+        None,
+        "How many of the most probable tokens to report, with their log-probabilities, at each "
+        "generated token; 0 reports the generated one only. They are the model's own, before "
+        "penalties, temperature and filters.",
+        unset="nothing is reported",
+    )
 
     def __post_init__(self) -> None:
         checks = {

@@ -1,4 +1,4 @@
-"""The version of this package: of the installed distribution, or of the checkout."""
+"""The version of this package, which setup takes from here."""
 
 from __future__ import annotations
 

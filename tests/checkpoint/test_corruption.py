@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support import tiny_models
 from support.command_line import run
 
-from qwen3_ascend import convert_checkpoint
+from qwen3_ascend import ConvertOptions, convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("corruption")
     data = tiny_models.config(num_hidden_layers=2, attention_bias=True)
     source = tiny_models.write(root / "source", data)
-    convert_checkpoint(source, root / "out", max_file_bytes=50_000)
+    convert_checkpoint(source, root / "out", options=ConvertOptions(max_file_bytes=50_000))
     assert len(list((root / "out").glob("ascend-*"))) > 2
     return root / "out"
 

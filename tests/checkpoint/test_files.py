@@ -11,7 +11,7 @@ import torch
 from support import tiny_models
 from support.command_line import run
 
-from qwen3_ascend import convert_checkpoint
+from qwen3_ascend import ConvertOptions, convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.verify import verify
@@ -64,7 +64,7 @@ def test_a_full_folder_is_refused_and_untouched(source: Path, tmp_path: Path) ->
 
 def test_overwrite_replaces_ours_and_keeps_the_rest(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert_checkpoint(source, out, "bf16", max_file_bytes=20_000)
+    convert_checkpoint(source, out, "bf16", options=ConvertOptions(max_file_bytes=20_000))
     assert len(list(out.glob("ascend-*.safetensors"))) > 3
     (out / "notes.txt").write_text("mine")
     (out / "folder").mkdir()
@@ -86,7 +86,7 @@ def test_overwrite_does_not_mix_two_models(source: Path, tmp_path: Path) -> None
     convert_checkpoint(source, out)
     assert (out / "chat_template.jinja").exists()
     (source / "chat_template.jinja").unlink()
-    convert_checkpoint(source, out, overwrite=True)
+    convert_checkpoint(source, out, options=ConvertOptions(overwrite=True))
     assert not (out / "chat_template.jinja").exists()
     assert "chat_template.jinja" not in Manifest.read(out).files
 
@@ -102,7 +102,7 @@ def test_overwrite_replaces_a_ruined_checkpoint(ruin: str, source: Path, tmp_pat
         "another version": text.replace('"format_version": 1', '"format_version": 7'),
     }
     (out / MANIFEST_NAME).write_text(spoilt[ruin])
-    convert_checkpoint(source, out, overwrite=True)
+    convert_checkpoint(source, out, options=ConvertOptions(overwrite=True))
     assert verify(out).ok
 
 

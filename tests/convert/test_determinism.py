@@ -14,7 +14,7 @@ from support.crash_driver import contents
 from support.group_scheme import NZ, GroupInt4
 from support.native_cases import runnable_paths
 
-from qwen3_ascend import convert_checkpoint, native
+from qwen3_ascend import ConvertOptions, convert_checkpoint, native
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear, quantize
 from qwen3_ascend.checkpoint.manifest import Manifest, canonical_blake3
@@ -66,13 +66,15 @@ def test_kernels_and_threads(
         head_dim=10, attention_bias=True,
     )  # fmt: skip
     source = tiny_models.write(tmp_path / "source", data, shards=3)
-    convert_checkpoint(source, tmp_path / "first", threads=1)
+    convert_checkpoint(source, tmp_path / "first", options=ConvertOptions(threads=1))
     monkeypatch.setattr(pieces, "PIECE_BYTES", 2000)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     for threads in (1, 2, 7):
         convert_checkpoint(
-            source, tmp_path / f"out{threads}", threads=threads, max_memory=300 << 20
+            source,
+            tmp_path / f"out{threads}",
+            options=ConvertOptions(threads=threads, max_memory=300 << 20),
         )
         assert contents(tmp_path / f"out{threads}") == contents(tmp_path / "first")
 

@@ -15,8 +15,9 @@ from support.command_line import PROGRAM, Run, obey_interrupts, run
 from support.hub_client import REPO, big_model, contents, downloads, talk_to
 from support.hub_server import Fault, HubServer
 
-from qwen3_ascend import convert_checkpoint
+from qwen3_ascend import Events, convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.convert.plan import Plan
 
 FIRST, SECOND, LAST = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
 AFTER_HEADER = 200_000  # the header is asked for with the first 100,000 bytes
@@ -158,9 +159,12 @@ def test_gone_in_the_middle_then_back(
 def test_a_branch_that_moves_meanwhile(hub: HubServer, tmp_path: Path, folder: Path) -> None:
     commit = hub.add_revision(REPO, "main", folder)
     other = big_model(tmp_path / "other", seed=1)
-    manifest = convert_checkpoint(
-        REPO, tmp_path / "out", on_plan=lambda plan: _ignore(hub.add_revision(REPO, "main", other))
-    )
+
+    class Moving(Events):
+        def planned(self, plan: Plan) -> None:
+            hub.add_revision(REPO, "main", other)
+
+    manifest = convert_checkpoint(REPO, tmp_path / "out", events=Moving())
     assert manifest.source.revision == commit
     assert run("convert", folder, tmp_path / "local", "--quiet").code == 0
     assert weights(tmp_path / "out") == weights(tmp_path / "local")
@@ -208,10 +212,6 @@ def test_stopped_while_a_download_crawls(
 def _converted(out: Path) -> Path:
     assert convert(out, "--quiet").code == 0
     return out
-
-
-def _ignore(value: object) -> None:
-    """Nothing."""
 
 
 def test_a_mirror_that_states_no_sizes_and_hashes(

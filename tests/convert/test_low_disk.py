@@ -13,7 +13,7 @@ from support.command_line import Run, run
 from support.hub_client import REPO, big_model, contents, downloads, talk_to
 from support.hub_server import Fault, HubServer
 
-from qwen3_ascend import convert_checkpoint
+from qwen3_ascend import ConvertOptions, Events, convert_checkpoint
 
 SHARDS = 6
 AFTER_HEADER = 120_000
@@ -54,10 +54,12 @@ def test_disk_stays_below_what_was_announced(
     out, held = tmp_path / "out", list[int]()
     announced = json.loads(convert(out, "--dry-run", "--json").out)["disk"]["downloads"]
 
-    def look(name: str, nbytes: int) -> None:
-        held.append(sum(path.stat().st_size for path in out.rglob("model-*.safetensors")))
+    class Look(Events):
+        def done(self, name: str, nbytes: int) -> None:
+            held.append(sum(path.stat().st_size for path in out.rglob("model-*.safetensors")))
 
-    convert_checkpoint(REPO, out, low_disk=True, threads=1, progress=look)
+    options = ConvertOptions(low_disk=True, threads=1)
+    convert_checkpoint(REPO, out, options=options, events=Look())
     assert weights(out) == sound
     # These items are so small that a file more than usual may wait for its last pieces.
     assert 0 < max(held) <= announced + 1.5 * total / SHARDS < total
@@ -90,16 +92,18 @@ def test_the_next_file_comes_while_one_is_in_use(hub: HubServer, tmp_path: Path)
     hub.add_model("me/few-files", big_model(tmp_path / "few", 3))
     item_done, fetching, meanwhile = threading.Event(), list[str](), list[bool]()
 
-    def note(line: str) -> None:
-        if line.startswith("fetching"):
-            fetching.append(line)
-            if len(fetching) == 2:
-                meanwhile.append(item_done.wait(60) and len(fetching) == 2)
+    class Hold(Events):
+        def note(self, line: str) -> None:
+            if line.startswith("fetching"):
+                fetching.append(line)
+                if len(fetching) == 2:
+                    meanwhile.append(item_done.wait(60) and len(fetching) == 2)
 
-    def progress(name: str, nbytes: int) -> None:
-        item_done.set()
+        def done(self, name: str, nbytes: int) -> None:
+            item_done.set()
 
-    convert_checkpoint("me/few-files", tmp_path / "out", threads=1, note=note, progress=progress)
+    options = ConvertOptions(threads=1)
+    convert_checkpoint("me/few-files", tmp_path / "out", options=options, events=Hold())
     assert meanwhile == [True] and len(fetching) == 3
 
 

@@ -12,7 +12,7 @@ from support import tiny_models
 WATCHED = """
 import json, re, sys, threading, time
 from pathlib import Path
-from qwen3_ascend.convert import convert_checkpoint, pipeline
+from qwen3_ascend.convert import ConvertOptions, convert_checkpoint, pipeline
 
 pipeline.DROP_BYTES = 16 << 20  # far less than the model, which is small
 
@@ -27,7 +27,8 @@ def watch():
 
 seen = [resident()]
 threading.Thread(target=watch, daemon=True).start()
-convert_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], threads=2, max_memory=256 << 20)
+options = ConvertOptions(threads=2, max_memory="256MiB")
+convert_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], options)
 print(json.dumps([max(figures) - figures[0] for figures in zip(*seen)]))
 """
 

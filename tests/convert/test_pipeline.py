@@ -13,10 +13,11 @@ from support import tiny_models
 from support.command_line import run
 from torch import Tensor
 
-from qwen3_ascend import convert_checkpoint
+from qwen3_ascend import ConvertOptions, Events, convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.verify import verify
+from qwen3_ascend.convert.plan import Plan
 
 BIASED = tiny_models.config(attention_bias=True)
 
@@ -51,7 +52,7 @@ def test_how_the_source_is_cut_changes_nothing(recipe: str, tmp_path: Path) -> N
 def test_how_the_output_is_cut_changes_nothing(tmp_path: Path) -> None:
     source = tiny_models.write(tmp_path / "source", BIASED)
     convert_checkpoint(source, tmp_path / "one")
-    convert_checkpoint(source, tmp_path / "many", max_file_bytes=1)
+    convert_checkpoint(source, tmp_path / "many", options=ConvertOptions(max_file_bytes=1))
     assert len(list((tmp_path / "many").glob("ascend-*"))) > 10
     assert_equal(stored(tmp_path / "many"), stored(tmp_path / "one"))
     assert verify(tmp_path / "many").ok
@@ -93,13 +94,16 @@ def test_the_index_says_which_copy_counts(tmp_path: Path) -> None:
 
 def test_progress_adds_up(tmp_path: Path) -> None:
     source = tiny_models.write(tmp_path / "source", BIASED)
-    planned, counted = [], []
-    manifest = convert_checkpoint(
-        source,
-        tmp_path / "out",
-        on_plan=lambda plan: planned.append(plan.source_bytes),
-        progress=lambda name, nbytes: counted.append((name, nbytes)),
-    )
+    planned, counted = list[int](), list[tuple[str, int]]()
+
+    class Count(Events):
+        def planned(self, plan: Plan) -> None:
+            planned.append(plan.source_bytes)
+
+        def done(self, name: str, nbytes: int) -> None:
+            counted.append((name, nbytes))
+
+    manifest = convert_checkpoint(source, tmp_path / "out", events=Count())
     assert sum(nbytes for _, nbytes in counted) == planned[0]
     assert {name for name, _ in counted} == {*manifest.linears, *manifest.tensors}
 

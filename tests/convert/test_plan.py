@@ -20,7 +20,7 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.schemes import W8A8
 from qwen3_ascend.convert.plan import Plan, make_plan
-from qwen3_ascend.errors import CheckpointError, ConfigError, RecipeError, UserError
+from qwen3_ascend.errors import ConfigError, RecipeError, SourceError, UserError
 from qwen3_ascend.files.safetensors import TensorSlot
 
 
@@ -98,13 +98,13 @@ def test_refusals_name_the_tensor() -> None:
     data = tiny_models.config()
     config, recipe, good = Qwen3Config.from_hf(data), Recipe.load("bf16"), slots(data)
     name = "model.layers.1.self_attn.k_norm.weight"
-    with pytest.raises(CheckpointError, match=f"no tensor {name}"):
+    with pytest.raises(SourceError, match=f"no tensor {name}"):
         make_plan(config, {key: slot for key, slot in good.items() if key != name}, recipe)
-    with pytest.raises(CheckpointError, match=rf"{name} is \[33\].*\[32\]"):
+    with pytest.raises(SourceError, match=rf"{name} is \[33\].*\[32\]"):
         make_plan(config, good | {name: replace(good[name], shape=(33,))}, recipe)
-    with pytest.raises(CheckpointError, match="model.layers.9.mlp.up_proj.weight"):
+    with pytest.raises(SourceError, match="model.layers.9.mlp.up_proj.weight"):
         make_plan(config, good | {"model.layers.9.mlp.up_proj.weight": good[name]}, recipe)
-    with pytest.raises(CheckpointError, match=f"{name} is F8_E4M3"):
+    with pytest.raises(SourceError, match=f"{name} is F8_E4M3"):
         make_plan(config, good | {name: replace(good[name], dtype=torch.float8_e4m3fn)}, recipe)
 
 

@@ -23,12 +23,13 @@ from support import tiny_models
 from support.command_line import PROGRAM, Run, obey_interrupts, run
 from support.crash_driver import contents
 
-from qwen3_ascend import convert_checkpoint
+from qwen3_ascend import ConvertOptions, Events, convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.verify import verify
 from qwen3_ascend.convert.output.journal import JOURNAL, read_journal
+from qwen3_ascend.convert.plan import Plan
 from qwen3_ascend.convert.work import Task
-from qwen3_ascend.errors import CheckpointError, RequestError
+from qwen3_ascend.errors import CheckpointError, OptionError
 from qwen3_ascend.files.hashing import bytes_blake3
 
 PR_CAPBSET_DROP = 24
@@ -109,13 +110,15 @@ def test_progress_counts_everything_once(source: Path, interrupted: Path) -> Non
     seen: dict[str, int] = {}
     totals: list[int] = []
 
-    def count(name: str, nbytes: int) -> None:
-        assert name not in seen
-        seen[name] = nbytes
+    class Count(Events):
+        def planned(self, plan: Plan) -> None:
+            totals.append(plan.source_bytes)
 
-    convert_checkpoint(
-        source, interrupted, progress=count, on_plan=lambda plan: totals.append(plan.source_bytes)
-    )
+        def done(self, name: str, nbytes: int) -> None:
+            assert name not in seen
+            seen[name] = nbytes
+
+    convert_checkpoint(source, interrupted, events=Count())
     assert sum(seen.values()) == totals[0]
 
 
@@ -162,7 +165,7 @@ def test_another_conversion_is_refused(source: Path, interrupted: Path, tmp_path
     other = run("convert", source, interrupted, "--recipe", "bf16")
     other.one_line_error("recipe: w8a8 ", "then, bf16 ", "now", "--restart", "repeat that command")
     with pytest.raises(CheckpointError, match="output files: 1 .* then"):
-        convert_checkpoint(source, interrupted, max_file_bytes=20_000)
+        convert_checkpoint(source, interrupted, options=ConvertOptions(max_file_bytes=20_000))
     os.utime(source / "model.safetensors", (1, 1))
     run("convert", source, interrupted).one_line_error(
         "source file model.safetensors", "changed at"
@@ -337,10 +340,10 @@ def test_two_converters(source: Path, tmp_path: Path) -> None:
 
 
 def test_budgets(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="too little"):
-        convert_checkpoint(source, tmp_path / "out", max_memory=1 << 20)
-    with pytest.raises(RequestError, match="threads"):
-        convert_checkpoint(source, tmp_path / "out", threads=0)
+    with pytest.raises(OptionError, match="too little"):
+        convert_checkpoint(source, tmp_path / "out", options=ConvertOptions(max_memory=1 << 20))
+    with pytest.raises(OptionError, match="threads"):
+        convert_checkpoint(source, tmp_path / "out", options=ConvertOptions(threads=0))
     refused = run("convert", source, tmp_path / "out", "--max-memory", "much")
     refused.one_line_error("--max-memory", "512MiB")
     assert not (tmp_path / "out").exists()

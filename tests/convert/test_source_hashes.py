@@ -13,7 +13,7 @@ from support.command_line import run
 from support.crash_driver import contents
 from torch import Tensor
 
-from qwen3_ascend import convert_checkpoint
+from qwen3_ascend import ConvertOptions, convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import pieces
@@ -42,7 +42,9 @@ def test_every_tensor_that_is_read(
     for piece_bytes in (pieces.PIECE_BYTES, 1500):
         monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
         output = tmp_path / f"out{piece_bytes}"
-        manifest = convert_checkpoint(source, output, recipe, hash_source=True)
+        manifest = convert_checkpoint(
+            source, output, recipe, options=ConvertOptions(hash_source=True)
+        )
         assert manifest.source.tensors == expected
         assert Manifest.read(output) == manifest
 
@@ -62,7 +64,7 @@ def test_only_on_request_and_nothing_else_changes(tiny_source: Path, tmp_path: P
 def test_another_source_is_noticed_by_one_bit(tiny_source: Path, tmp_path: Path) -> None:
     """A change that no error figure shows: within the rounding of one weight to its code."""
     output = tmp_path / "out"
-    convert_checkpoint(tiny_source, output, hash_source=True)
+    convert_checkpoint(tiny_source, output, options=ConvertOptions(hash_source=True))
     name = "model.layers.0.self_attn.q_proj.weight"
     weights = load_file(tiny_source / "model.safetensors")
     changed = tmp_path / "changed"

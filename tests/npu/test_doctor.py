@@ -16,16 +16,17 @@ from click.testing import CliRunner
 
 from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.cli import main
+from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime import backends
 from qwen3_ascend.runtime.backends.npu import diagnose
-from qwen3_ascend.runtime.backends.options import DeviceOptions
 from qwen3_ascend.runtime.conformance import Comparison, compare_backends
+from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
 
 
 def compare() -> list[Comparison]:
-    cpu = backends.get("cpu", "auto", SMALL_CONFIG, DeviceOptions())
-    npu = backends.get("npu", "auto", SMALL_CONFIG, DeviceOptions(graph=False))
+    cpu = backends.get(SMALL_CONFIG, DeviceOptions("cpu"))
+    npu = backends.get(SMALL_CONFIG, DeviceOptions("npu", graph=False))
     return list(compare_backends(cpu, npu, SMALL_CONFIG))
 
 
@@ -97,7 +98,7 @@ def test_a_torch_npu_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch
     from qwen3_ascend.runtime.backends.npu import device
 
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.9.0")
-    with pytest.raises(device.DeviceError, match="2.9.0 does not fit torch 2.13.0.*pip install"):
+    with pytest.raises(DeviceError, match="2.9.0 does not fit torch 2.13.0.*pip install"):
         device.import_torch_npu()
 
 
@@ -110,5 +111,5 @@ def test_settings_that_cannot_capture_are_refused(
     from qwen3_ascend.runtime.backends.npu import device
 
     monkeypatch.setenv(variable, value)
-    with pytest.raises(device.DeviceError, match=f"{variable}={value}"):
+    with pytest.raises(DeviceError, match=f"{variable}={value}"):
         device.open_device()

@@ -14,15 +14,15 @@ import torch
 import torch_npu
 
 from qwen3_ascend import SamplingParams, load
-from qwen3_ascend.errors import RequestError
+from qwen3_ascend.errors import DeviceError, OptionError
 from qwen3_ascend.runtime import LLM
 from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.npu import graph
 from qwen3_ascend.runtime.backends.npu.attention import FusedAttention, HeadCounts, PagedAttention
-from qwen3_ascend.runtime.backends.npu.device import DeviceError
 from qwen3_ascend.runtime.backends.npu.graph import decode_buckets
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.step import StepInputs
+from qwen3_ascend.runtime.options import DeviceOptions
 
 COUNTS = HeadCounts(heads=4, kv_heads=2, head_dim=128)
 
@@ -144,8 +144,9 @@ def test_prefetch_settings() -> None:
     assert prefetch_budget("auto", 0) == 96 << 20
     assert prefetch_budget("64M", 0) == 64 << 20
     assert prefetch_budget(5000, 0) == 5000
-    with pytest.raises(RequestError, match="off, auto, or bytes"):
-        prefetch_budget("much", 0)
+    assert prefetch_budget("64MiB", 0) == 64 << 20
+    with pytest.raises(OptionError, match="off, auto or a size"):
+        DeviceOptions(prefetch="much")
 
 
 def test_the_default_cache_mode_would_be_refused_for_a_plain_cache() -> None:
@@ -201,7 +202,7 @@ def test_buckets() -> None:
     assert decode_buckets(16) == (1, 2, 4, 8, 16)
     assert decode_buckets(20) == (1, 2, 4, 8, 16, 20)
     assert decode_buckets(20, [4, 1, 4]) == (1, 4)
-    with pytest.raises(RequestError):
+    with pytest.raises(OptionError):
         decode_buckets(4, [0])
 
 

@@ -16,12 +16,12 @@ from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
+from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu import formats, self_check
 from qwen3_ascend.runtime.backends.npu.backend import NpuBackend
-from qwen3_ascend.runtime.backends.npu.device import DeviceError
 from qwen3_ascend.runtime.backends.npu.linears import Int8Linear
-from qwen3_ascend.runtime.backends.options import DeviceOptions
 from qwen3_ascend.runtime.model.loader import load_model
+from qwen3_ascend.runtime.options import DeviceOptions
 
 PADDING = 544
 """torch_npu rounds an allocation up to 512 bytes and adds 32."""

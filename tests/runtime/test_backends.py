@@ -16,13 +16,13 @@ from qwen3_ascend.checkpoint.schemes import W8A8
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.runtime import backends
-from qwen3_ascend.runtime.backends.options import DeviceOptions
 from qwen3_ascend.runtime.backends.reference import ReferenceBackend
 from qwen3_ascend.runtime.conformance import compare_backends
 from qwen3_ascend.runtime.engine.batch import Batch, Chunk, step_inputs
 from qwen3_ascend.runtime.engine.request import Request, SamplingParams
 from qwen3_ascend.runtime.model.loader import load_layer, load_model
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer, decoder_layer
+from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG, SyntheticWeights
 
 ODD = dataclasses.replace(
@@ -35,7 +35,7 @@ BLOCK = 16
 @pytest.mark.parametrize("config", [ODD, SMALL_CONFIG], ids=["odd", "small"])
 def test_the_cpu_is_the_reference(config: type, dtype: str) -> None:
     definition = backends.reference_backend(config, dtype)
-    cpu = backends.get("cpu", dtype, config, DeviceOptions())
+    cpu = backends.get(config, DeviceOptions("cpu", dtype))
     compared = [*compare_backends(definition, cpu, config)]
     assert len(compared) > 30
     assert [one for one in compared if not one.ok] == []
@@ -56,7 +56,7 @@ def test_layers_one_by_one_are_the_whole(tiny_w8a8: Path) -> None:
     """As a calibration would: load a layer, run it, drop it."""
     reader = CheckpointReader(tiny_w8a8)
     config, spec = reader.config, model_spec(reader.config)
-    backend = backends.get("cpu", "auto", config, DeviceOptions())
+    backend = backends.get(config, DeviceOptions("cpu"))
     model = load_model(reader, backend)
     request = Request(0, SamplingParams(), [*range(5, 45)], 40, 41, frozenset())
     request.block_table = [1, 2, 3]
@@ -93,7 +93,7 @@ def test_a_scheme_without_a_kernel_names_itself() -> None:
     weight = torch.randn(64, 64)
     for backend in (
         backends.reference_backend(SMALL_CONFIG),
-        backends.get("cpu", "auto", SMALL_CONFIG, DeviceOptions()),
+        backends.get(SMALL_CONFIG, DeviceOptions("cpu")),
     ):
         with pytest.raises(CheckpointError, match="no kernel for the scheme group-int4"):
             backend.linear(quantize(GroupInt4(32), weight, None, NZ))

@@ -11,7 +11,7 @@ import torch
 from support import tiny_models
 
 from qwen3_ascend import SamplingParams, convert_checkpoint, load
-from qwen3_ascend.errors import RequestError
+from qwen3_ascend.errors import OptionError, RequestError
 from qwen3_ascend.runtime import LLM
 
 QUESTIONS = ["What does river mean?", "What does bicycle mean?", "What does oxygen mean?",
@@ -302,14 +302,14 @@ def test_a_cache_that_is_too_small(tiny_w8a8: Path) -> None:
 @pytest.mark.parametrize("name", ["block_size", "max_batch", "step_tokens", "kv_cache_tokens"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_options_out_of_range(name: str, value: int, tiny_w8a8: Path) -> None:
-    with pytest.raises(RequestError, match=name):
+    with pytest.raises(OptionError, match=name):
         load(tiny_w8a8, **{name: value})  # type: ignore[arg-type]
 
 
 def test_unknown_device_and_dtype(tiny_w8a8: Path) -> None:
-    with pytest.raises(RequestError, match="'tpu'.*cpu"):
+    with pytest.raises(OptionError, match="'tpu'.*cpu"):
         load(tiny_w8a8, device="tpu")
-    with pytest.raises(RequestError, match="'int4'.*bfloat16"):
+    with pytest.raises(OptionError, match="'int4'.*bfloat16"):
         load(tiny_w8a8, dtype="int4")
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME
-from qwen3_ascend.convert import convert_checkpoint
+from qwen3_ascend.convert import ConvertOptions, convert_checkpoint
 
 JOURNAL = ".partial/journal.jsonl"
 
@@ -104,7 +104,7 @@ class Driver:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         try:
             counter = prepare()
-            convert_checkpoint(self._source, output, threads=self._threads)
+            convert_checkpoint(self._source, output, options=ConvertOptions(threads=self._threads))
             report(counter[0] if counter else 0)
             os._exit(0)
         except BaseException as error:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
-from qwen3_ascend.errors import RequestError
+from qwen3_ascend.errors import OptionError
 from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.npu.device import require_atb
 from qwen3_ascend.runtime.backends.step import StepInputs
@@ -218,17 +218,17 @@ def choose_attention(name: str, config: Qwen3Config) -> AttentionStrategy:
     that is enough for every length. "paged" has the smaller kernel at medium batch sizes.
 
     Raises:
-        RequestError: for an unknown name, or a head size that the kernels do not take.
+        OptionError: for an unknown name, or a head size that the kernels do not take.
         DeviceError: for "paged" without ATB.
     """
     strategies: dict[str, Callable[[HeadCounts], AttentionStrategy]]
     strategies = {"auto": FusedAttention, "fused": FusedAttention, "paged": PagedAttention}
     if name not in strategies:
         known = ", ".join(strategies)
-        raise RequestError(f"unknown attention {name!r}; known strategies: {known}")
+        raise OptionError(f"unknown attention {name!r}; known strategies: {known}")
     sizes = ASCEND_A2_A3.head_sizes
     if config.head_dim not in sizes:
-        raise RequestError(
+        raise OptionError(
             f"head_dim is {config.head_dim}, but npu_fused_infer_attention_score takes "
             f"{', '.join(map(str, sizes))} in the TND layout; run this model with device=cpu"
         )

@@ -16,7 +16,7 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import Input
-from qwen3_ascend.errors import RequestError
+from qwen3_ascend.errors import DeviceError, OptionError
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     Backend,
@@ -30,14 +30,14 @@ from qwen3_ascend.runtime.backends.base import (
 from qwen3_ascend.runtime.backends.cache import LayerKV, allocate_layers, bytes_per_token
 from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.attention import choose_attention
-from qwen3_ascend.runtime.backends.npu.device import DeviceError, free_bytes, open_device
+from qwen3_ascend.runtime.backends.npu.device import free_bytes, open_device
 from qwen3_ascend.runtime.backends.npu.graph import GraphRunner, decode_buckets
 from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, NpuLinear, load_linear
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
-from qwen3_ascend.runtime.backends.options import DeviceOptions
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
+from qwen3_ascend.runtime.options import DeviceOptions
 
 RESERVED_SHARE = 10
 """A tenth of the free memory stays free of the cache: for activations, workspaces and graphs."""
@@ -53,7 +53,7 @@ class NpuBackend(Backend[LayerKV]):
 
         Raises:
             DeviceError: if something this machine needs is missing.
-            RequestError: for an option that does not exist.
+            OptionError: for an option that does not exist.
         """
         self.info = open_device()
         if not self.info.is_a2_or_a3:
@@ -140,7 +140,7 @@ class NpuBackend(Backend[LayerKV]):
             return run
         buckets = decode_buckets(bounds.max_batch, self.options.buckets)
         if buckets[-1] > bounds.block_size:
-            raise RequestError(
+            raise OptionError(
                 f"a graph bucket of {buckets[-1]} has more padding rows than the scratch block "
                 f"has slots ({bounds.block_size})"
             )

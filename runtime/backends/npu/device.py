@@ -11,17 +11,13 @@ from typing import Any
 
 import torch
 
-from qwen3_ascend.errors import UserError
+from qwen3_ascend.errors import DeviceError
 
 # SoC generations by torch_npu's own enumeration (csrc/core/npu/NpuVariables.h).
 A2_SOCS = range(220, 226)
 A3_SOCS = range(250, 257)
 
 ATB_LIBRARY = "libatb.so"
-
-
-class DeviceError(UserError):
-    """Something that this machine lacks to run on an NPU; says what, and what to run."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,8 @@ import torch
 from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
-from qwen3_ascend.runtime.backends.npu.device import (
-    ATB_LIBRARY,
-    DeviceError,
-    import_torch_npu,
-    open_device,
-)
+from qwen3_ascend.errors import DeviceError
+from qwen3_ascend.runtime.backends.npu.device import ATB_LIBRARY, import_torch_npu, open_device
 
 CANN_HOMES = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
 

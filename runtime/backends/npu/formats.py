@@ -17,7 +17,7 @@ import torch_npu
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import Layout
-from qwen3_ascend.runtime.backends.npu.device import DeviceError
+from qwen3_ascend.errors import DeviceError
 
 ACL_FORMAT_ND = 2
 ACL_FORMAT_FRACTAL_NZ = 29

@@ -17,10 +17,9 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.errors import RequestError
+from qwen3_ascend.errors import DeviceError, OptionError
 from qwen3_ascend.runtime.backends.base import Forward
 from qwen3_ascend.runtime.backends.npu.attention import AttentionStrategy
-from qwen3_ascend.runtime.backends.npu.device import DeviceError
 from qwen3_ascend.runtime.backends.step import StepInputs
 
 WARM_UPS = 2
@@ -34,11 +33,11 @@ def decode_buckets(max_batch: int, buckets: Sequence[int] | None = None) -> tupl
     """Batch sizes to capture, ascending: 1, 2, 4, 8, then every 8, up to max_batch.
 
     Raises:
-        RequestError: if the given buckets are not positive numbers.
+        OptionError: if the given buckets are not positive numbers.
     """
     if buckets is not None:
         if not buckets or any(size < 1 for size in buckets):
-            raise RequestError("graph buckets must be batch sizes of 1 or more")
+            raise OptionError("graph buckets must be batch sizes of 1 or more")
         return tuple(sorted(set(buckets)))
     sizes = [size for size in (1, 2, 4, *range(8, max_batch, 8)) if size < max_batch]
     return (*sizes, max_batch)

@@ -9,12 +9,10 @@ just fetched.
 
 from __future__ import annotations
 
-import re
-
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.errors import RequestError
+from qwen3_ascend.files.text import parse_size
 
 DEFAULT_L2_BYTES = 192 << 20
 """L2 of an Ascend 910B, for drivers that do not state it (sgl-kernel-npu, hardware.h)."""
@@ -26,27 +24,19 @@ L2_SHARE = 2
 MAX_TOKENS = 500
 """Beyond so many tokens a step is bound by arithmetic, not by memory (vllm-ascend's bound)."""
 
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
 
 def prefetch_budget(setting: str | int, l2_bytes: int) -> int:
     """Bytes to prefetch for one layer's MLP.
 
     Args:
-        setting: "off", "auto" (half of the L2), or a number of bytes such as 50000000 or "64M".
+        setting: "off", "auto" (half of the L2), or a size such as 50000000 or "64MiB".
         l2_bytes: of the device; 0 if unknown.
-
-    Raises:
-        RequestError: for anything else.
     """
     if setting == "off":
         return 0
     if setting == "auto":
         return (l2_bytes or DEFAULT_L2_BYTES) // L2_SHARE
-    match = re.fullmatch(r"(\d+)([KMG]?)", str(setting).upper())
-    if match is None:
-        raise RequestError(f"prefetch is {setting!r}; give off, auto, or bytes such as 64M")
-    return int(match[1]) * UNITS[match[2]]
+    return parse_size(setting)
 
 
 class Prefetcher:

@@ -22,12 +22,7 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.errors import CheckpointError
-
-ROW_BLOCK = 16
-"""Rows of a fractal (M0), the same for every type."""
-
-STRIP_BYTES = 32
-"""Bytes of one row of a strip."""
+from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
 
 Cut = Literal["outputs", "inputs"]
 """The axis of a linear along which it is divided: among ranks, or into pieces."""

@@ -19,7 +19,7 @@ from qwen3_ascend.checkpoint.config import ROPE_TYPES, Qwen3Config
 from qwen3_ascend.checkpoint.layout import Cut, Layout
 from qwen3_ascend.checkpoint.schemes import Scheme, make_scheme
 from qwen3_ascend.checkpoint.target import target_named
-from qwen3_ascend.errors import CheckpointError, ConfigError
+from qwen3_ascend.errors import CheckpointError, ConfigError, os_errors
 from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.files.json_file import read_json_object
 from qwen3_ascend.files.safetensors import DTYPES, NAMES, tensor_nbytes
@@ -165,6 +165,7 @@ class Manifest:
         return manifest_text(self.to_json())
 
     @classmethod
+    @os_errors(CheckpointError)
     def read(cls, folder: Path) -> Manifest:
         """Reads a folder's manifest.
 

@@ -10,6 +10,7 @@ from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.schemes import bf16, w8a8
 from qwen3_ascend.checkpoint.schemes.base import Input, Scheme
 from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.geometry import CACHE_BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ ASCEND_A2_A3 = Target(
     largest_dimension=65535,
     # The TND layout of npu_fused_infer_attention_score (192/128 aside, which is no Qwen3).
     head_sizes=(128,),
-    # Of the sizes that Ascend's attention kernels take, the one that all of them take
-    # (npu_fused_infer_attention_score: multiples of 128 for prefill, 128 advised for decode).
-    block_size=128,
+    block_size=CACHE_BLOCK_TOKENS,
 )
 
 TARGETS: Mapping[str, Target] = {ASCEND_A2_A3.name: ASCEND_A2_A3}

@@ -11,7 +11,7 @@ from qwen3_ascend.checkpoint.architecture import LinearSpec, TensorSpec, model_s
 from qwen3_ascend.checkpoint.linear import BIAS
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredTensor
 from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.errors import CheckpointError, os_errors
 from qwen3_ascend.files.threads import run_all
 
 
@@ -30,6 +30,7 @@ class Verdict:
         return not self.problems
 
 
+@os_errors(CheckpointError)
 def verify(
     folder: Path,
     progress: Callable[[int], None] = lambda nbytes: None,

@@ -3,12 +3,11 @@ instant."""
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from qwen3_ascend.cli.checking import doctor, inspect, verify
 from qwen3_ascend.cli.converting import convert
+from qwen3_ascend.cli.environment import settle_libraries
 from qwen3_ascend.cli.generating import generate
 from qwen3_ascend.cli.terminal import OneLineErrors
 from qwen3_ascend.version import __version__
@@ -28,9 +27,7 @@ def main() -> None:
     qwen3-ascend verify out/                     re-hash every byte
     qwen3-ascend doctor                          check this machine's NPU
     """
-    # torch would import torch_npu by itself and fail with a traceback where CANN is not set up;
-    # the NPU backend imports it when it is asked for, and says what is missing.
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    settle_libraries()
 
 
 for command in (convert, generate, inspect, verify, doctor):

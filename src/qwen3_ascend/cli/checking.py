@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import click
 
+from qwen3_ascend.cli.options import UserPath
 from qwen3_ascend.cli.terminal import progress_bar, silent, to_stderr
+from qwen3_ascend.errors import OptionError, os_errors
+from qwen3_ascend.files.paths import user_path
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=UserPath())
 @click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
 def inspect(checkpoint: Path, as_json: bool) -> None:
     """Show what is in CHECKPOINT: model, source, and what was done to every tensor."""
@@ -27,7 +31,7 @@ def inspect(checkpoint: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=UserPath())
 @click.option(
     "--against",
     metavar="MODEL",
@@ -76,7 +80,7 @@ def _compare(checkpoint: Path, model: str, threads: int | None, quiet: bool) -> 
 
     reader = CheckpointReader(checkpoint)
     stored = reader.manifest.stored().values()
-    revision = None if Path(model).expanduser().is_dir() else reader.manifest.source.revision
+    revision = None if os.path.isdir(user_path(model)) else reader.manifest.source.revision
     transfer = Transfer(silent if quiet else to_stderr)
     with (
         open_source(model, revision, transfer=transfer) as source,
@@ -87,8 +91,8 @@ def _compare(checkpoint: Path, model: str, threads: int | None, quiet: bool) -> 
 
 
 @click.command()
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here.")
+@click.argument("checkpoint", required=False, type=UserPath())
+@click.option("--json", "json_path", type=UserPath(), help="Write the report here.")
 def doctor(checkpoint: Path | None, json_path: Path | None) -> None:
     """Check this machine's NPU: environment, layouts, every operator, graphs, prefetch.
 
@@ -111,7 +115,8 @@ def doctor(checkpoint: Path | None, json_path: Path | None) -> None:
     for name, fact in report.environment.items():
         click.echo(f"{name:28}{fact}")
     if json_path is not None:
-        json_path.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+        with os_errors(OptionError):
+            json_path.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     failed = [check for check in report.checks if check.status == "failed"]
     click.echo(f"\n{len(report.checks)} checks, {len(failed)} failed")
     if not report.ok:

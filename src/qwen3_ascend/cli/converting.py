@@ -2,78 +2,43 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from typing_extensions import override
 
 from qwen3_ascend import recipes
 from qwen3_ascend.cli.interruption import stoppable
-from qwen3_ascend.cli.terminal import progress_bar, silent, to_stderr
+from qwen3_ascend.cli.options import UserPath, given, options_of
+from qwen3_ascend.cli.terminal import progress_bar, to_stderr
+from qwen3_ascend.convert.events import Events
+from qwen3_ascend.convert.options import ConvertOptions
+from qwen3_ascend.files.paths import user_path
+from qwen3_ascend.files.text import parse_size, size_text, table
 
 if TYPE_CHECKING:
     from qwen3_ascend.convert.budget import Budget
     from qwen3_ascend.convert.plan import Plan
 
-UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-
-
-def size(text: str) -> int:
-    """Bytes of a size such as 512MiB or 2G; the units are powers of 1024."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
-    if found is None:
-        raise click.BadParameter(f"{text!r} is not a size such as 512MiB or 2G")
-    return int(float(found[1]) * 2 ** UNITS[found[2].upper()])
-
 
 @click.command()
 @click.argument("model")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=UserPath())
 @click.option(
     "--recipe",
-    default="w8a8",
+    default=recipes.DEFAULT,
     show_default=True,
     metavar="NAME|FILE",
     help=f"Which scheme each linear gets: {', '.join(recipes.names())}, or a .yaml file.",
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub model.")
-@click.option(
-    "--hub",
-    type=click.Choice(["huggingface", "modelscope"]),
-    default="huggingface",
-    show_default=True,
-    help="Where a MODEL that is no folder is looked for.",
-)
-@click.option(
-    "--low-disk",
-    is_flag=True,
-    help="Download into OUTPUT and remove each weight file as soon as it has been used.",
-)
-@click.option(
-    "--retries",
-    type=click.IntRange(0, 100),
-    default=5,
-    show_default=True,
-    help="Further attempts at a download that failed, with growing pauses.",
-)
-@click.option(
-    "--max-memory",
-    type=size,
-    metavar="SIZE",
-    help="Private memory to take beyond Python with torch loaded.  [default: 2GiB]",
-)
-@click.option("--threads", type=click.IntRange(1), help="Default: one for each processor.")
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is already in OUTPUT.")
-@click.option("--restart", is_flag=True, help="Discard an interrupted conversion, do not continue.")
-@click.option(
-    "--hash-source",
-    is_flag=True,
-    help="Note the BLAKE3 of every source tensor in the manifest, for `verify --against`.",
-)
+@options_of(ConvertOptions)
 @click.option("--dry-run", is_flag=True, help="Print the plan, read headers only, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: the plan as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no report.")
@@ -81,18 +46,10 @@ def convert(
     model: str,
     output: Path,
     recipe: str,
-    revision: str | None,
-    hub: str,
-    low_disk: bool,
-    retries: int,
-    max_memory: int | None,
-    threads: int | None,
-    overwrite: bool,
-    restart: bool,
-    hash_source: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    **values: Any,
 ) -> None:
     """Convert MODEL, a folder or a Hub id, into the folder OUTPUT.
 
@@ -108,52 +65,77 @@ def convert(
     qwen3-ascend convert Qwen/Qwen3-8B out/ --dry-run
     qwen3-ascend convert Qwen/Qwen3-32B out/ --low-disk
     """
-    # Their warnings about failed requests would stand between our lines about the same requests.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("MODELSCOPE_LOG_LEVEL", "ERROR")
-    if hub == "modelscope":  # it draws bars that no argument of its own turns off
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    from qwen3_ascend.convert import convert_checkpoint, plan_conversion, preflight, report
-    from qwen3_ascend.convert.budget import Budget
-    from qwen3_ascend.convert.source.transfer import Transfer
-    from qwen3_ascend.files.text import size_text
-
-    note = silent if quiet else to_stderr
-    if dry_run:
-        source, plan = plan_conversion(
-            model, recipe, revision=revision, hub=hub,
-            low_disk_output=output if low_disk else None, transfer=Transfer(note, retries=retries),
-        )  # fmt: skip
-        budget = Budget.fit(plan.piece_bytes, threads, max_memory)
-        disk = preflight.disk_needs(plan, source, output)
-        if as_json:
-            needs = {"disk": {need.what: need.nbytes for need in disk}}
-            click.echo(json.dumps(report.plan_json(plan, budget) | needs, indent=1))
-        else:
-            click.echo(f"{_plan_text(plan, budget)}\n{preflight.describe_disk(disk)}")
-        return
-    if as_json:
+    if as_json and not dry_run:
         raise click.UsageError("--json is for --dry-run; the manifest in OUTPUT is JSON already")
+    options, recipe = ConvertOptions(**given(values)), str(user_path(recipe))
+    if dry_run:
+        _show_plan(model, output, recipe, options, Events() if quiet else Notes(), as_json)
+    else:
+        _convert(model, output, recipe, options, quiet)
+
+
+class Notes(Events):
+    """Prints what a conversion has to say."""
+
+    @override
+    def note(self, line: str) -> None:
+        to_stderr(line)
+
+
+class Watch(Events):
+    """Shows a conversion as two bars, and its notes."""
+
+    def __init__(self, downloads: Any, bar: Any, quiet: bool) -> None:
+        self._downloads, self._bar, self._quiet = downloads, bar, quiet
+
+    @override
+    def planned(self, plan: Plan) -> None:
+        self._bar.reset(total=plan.source_bytes)
+
+    @override
+    def arrived(self, nbytes: int) -> None:
+        self._downloads.update(nbytes)
+
+    @override
+    def done(self, name: str, nbytes: int) -> None:
+        self._bar.set_postfix_str(name, refresh=False)
+        self._bar.update(nbytes)
+
+    @override
+    def note(self, line: str) -> None:
+        if not self._quiet:
+            to_stderr(line)
+
+
+def _show_plan(
+    model: str, output: Path, recipe: str, options: ConvertOptions, events: Events, as_json: bool
+) -> None:
+    from qwen3_ascend.convert import plan_conversion, preflight, report
+    from qwen3_ascend.convert.budget import Budget
+
+    source, plan = plan_conversion(model, recipe, options, events, output)
+    budget = Budget.fit(plan.piece_bytes, options.threads, parse_size(options.max_memory))
+    disk = preflight.disk_needs(plan, source, output)
+    if as_json:
+        needs = {"disk": {need.what: need.nbytes for need in disk}}
+        click.echo(json.dumps(report.plan_json(plan, budget) | needs, indent=1))
+    else:
+        click.echo(f"{_plan_text(plan, budget)}\n{preflight.describe_disk(disk)}")
+
+
+def _convert(model: str, output: Path, recipe: str, options: ConvertOptions, quiet: bool) -> None:
+    from qwen3_ascend.convert import convert_checkpoint, report
+
     started = time.perf_counter()
+    is_local = os.path.isdir(user_path(model))
     with (
         stoppable(lambda: _kept(output)),
-        progress_bar("downloading", quiet or Path(model).is_dir(), None) as downloads,
+        _quick_garbage_collection(),
+        progress_bar("downloading", quiet or is_local, None) as downloads,
         progress_bar("converting", quiet) as bar,
     ):
-
-        def begin(plan: Plan) -> None:
-            bar.reset(total=plan.source_bytes)
-
-        def advance(name: str, nbytes: int) -> None:
-            bar.set_postfix_str(name, refresh=False)
-            bar.update(nbytes)
-
-        manifest = convert_checkpoint(
-            model, output, recipe, revision=revision, overwrite=overwrite, restart=restart,
-            hash_source=hash_source, max_memory=max_memory, threads=threads, hub=hub,
-            low_disk=low_disk, retries=retries,
-            on_plan=begin, progress=advance, arrived=downloads.update, note=note,
-        )  # fmt: skip
+        watch = Watch(downloads, bar, quiet)
+        manifest = convert_checkpoint(model, output, recipe, options, watch)
     if quiet:
         return
     seconds = time.perf_counter() - started
@@ -161,6 +143,17 @@ def convert(
     click.echo(f"{output}: {size_text(nbytes)} in {seconds:.1f} s")
     click.echo("\n".join(report.describe_errors(manifest)))
     click.echo(f'next: qwen3-ascend generate {output} --prompt "Hello"')
+
+
+@contextmanager
+def _quick_garbage_collection() -> Iterator[None]:
+    """Spares the collector what is there already: walking through torch stops all threads for a
+    tenth of a second, several times in a conversion."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _kept(output: Path) -> str:
@@ -173,7 +166,6 @@ def _kept(output: Path) -> str:
 
 def _plan_text(plan: Plan, budget: Budget) -> str:
     from qwen3_ascend.convert import report
-    from qwen3_ascend.files.text import table
 
     header = ("tensor", "shape", "scheme", "layout", "bytes")
     lines = table([*report.plan_rows(plan)], header)

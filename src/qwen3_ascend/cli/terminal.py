@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
+from typing_extensions import override
 
 from qwen3_ascend.cli.interruption import Stopped, stoppable
 from qwen3_ascend.errors import UserError
@@ -24,8 +25,8 @@ class Misuse(click.ClickException):
 class OneLineErrors(click.Group):
     """Prints what a user can mend as one line and exits with 1; anything else is a traceback."""
 
+    @override
     def invoke(self, ctx: click.Context) -> Any:
-        """See click.Group."""
         try:
             with stoppable():
                 return super().invoke(ctx)
@@ -39,9 +40,6 @@ class OneLineErrors(click.Group):
         except BrokenPipeError:  # the reader of our output is gone: | head
             sys.stderr.close()
             sys.exit(1)
-        except OSError as error:
-            place = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{place}{error.strerror or error}") from error
 
 
 def _one_line(error: click.UsageError) -> click.ClickException:

@@ -1,8 +1,25 @@
-"""Sizes and tables for people to read."""
+"""Sizes and tables as people read and write them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_POWERS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a number, or of a text such as 512MiB or 2G; the units are powers of 1024.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(size).strip(), re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"{size!r} is not a size such as 512MiB or 2G")
+    return int(float(found[1]) * 2 ** _POWERS[found[2].upper()])
 
 
 def size_text(nbytes: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -79,17 +78,3 @@ def run_as_they_come(
             raise
     if errors:
         raise errors[0]
-
-
-@contextmanager
-def quick_garbage_collection() -> Iterator[None]:
-    """Spares the collector what is there already: walking through torch stops all threads for a
-    tenth of a second, several times in a conversion."""
-    if gc.get_freeze_count():  # somebody else's, and there is one freezer only
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
 from qwen3_ascend.native.kernels import (
     FLOATS,
-    ROW_GROUP,
-    STRIP_ROWS,
     NotFinite,
     check_codes,
     check_matrix,
@@ -41,7 +40,7 @@ class TorchKernels:
         self, source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
     ) -> None:
         check_codes(source, strips, scales, signal, noise)
-        for start, stop in _blocks(source, STRIP_ROWS):
+        for start, stop in _blocks(source, STRIP_BYTES):
             rows = source[start:stop]
             _check_finite(rows, start)
             weights = rows.float()
@@ -54,7 +53,7 @@ class TorchKernels:
         self, source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
     ) -> None:
         check_codes(source, strips, scales, signal, noise)
-        for start, stop in _blocks(source, STRIP_ROWS):
+        for start, stop in _blocks(source, STRIP_BYTES):
             weights = source[start:stop].float()
             codes = _strips_of(strips, start, stop).flatten(1, 2).transpose(1, 2).flatten(0, 1)
             codes = codes[: stop - start, : source.shape[1]]
@@ -62,23 +61,23 @@ class TorchKernels:
 
     def pack_nz_rows(self, source: Tensor, strips: Tensor, check_finite: bool = True) -> None:
         check_pack(source, strips)
-        for start, stop in _blocks(source, ROW_GROUP):
+        for start, stop in _blocks(source, ROW_BLOCK):
             rows = source[start:stop].to(strips.dtype)
             if check_finite and rows.dtype.is_floating_point:
                 _check_finite(rows, start)
-            groups = strips[:, start // ROW_GROUP : -(-stop // ROW_GROUP)]
+            groups = strips[:, start // ROW_BLOCK : -(-stop // ROW_BLOCK)]
             width = groups.shape[3]
-            padded = rows.new_zeros(groups.shape[1] * ROW_GROUP, groups.shape[0] * width)
+            padded = rows.new_zeros(groups.shape[1] * ROW_BLOCK, groups.shape[0] * width)
             padded[: rows.shape[0], : rows.shape[1]] = rows
-            runs = padded.view(groups.shape[1], ROW_GROUP, groups.shape[0], width)
+            runs = padded.view(groups.shape[1], ROW_BLOCK, groups.shape[0], width)
             groups.copy_(runs.permute(2, 0, 1, 3))
 
     def unpack_nz_rows(self, strips: Tensor, destination: Tensor) -> None:
         check_pack(destination, strips)
         if strips.dtype != destination.dtype:
             raise ValueError(f"unpacking keeps {strips.dtype}, not {destination.dtype}")
-        for start, stop in _blocks(destination, ROW_GROUP):
-            groups = strips[:, start // ROW_GROUP : -(-stop // ROW_GROUP)]
+        for start, stop in _blocks(destination, ROW_BLOCK):
+            groups = strips[:, start // ROW_BLOCK : -(-stop // ROW_BLOCK)]
             rows = groups.permute(1, 2, 0, 3).flatten(2, 3).flatten(0, 1)
             destination[start:stop] = rows[: stop - start, : destination.shape[1]]
 
@@ -108,16 +107,16 @@ def _channel_scales(weights: Tensor) -> Tensor:
 
 
 def _strips_of(strips: Tensor, start: int, stop: int) -> Tensor:
-    return strips[start // STRIP_ROWS : -(-stop // STRIP_ROWS)]
+    return strips[start // STRIP_BYTES : -(-stop // STRIP_BYTES)]
 
 
 def _store_codes(codes: Tensor, strips: Tensor) -> None:
     """codes [N, K] into strips [N1, K1, 16, 32]."""
     count, groups = strips.shape[:2]
-    padded = codes.new_zeros(count * STRIP_ROWS, groups * ROW_GROUP)
+    padded = codes.new_zeros(count * STRIP_BYTES, groups * ROW_BLOCK)
     padded[: codes.shape[0], : codes.shape[1]] = codes
-    by_strip = padded.view(count, STRIP_ROWS, groups * ROW_GROUP).transpose(1, 2)
-    strips.view(count, groups * ROW_GROUP, STRIP_ROWS).copy_(by_strip)
+    by_strip = padded.view(count, STRIP_BYTES, groups * ROW_BLOCK).transpose(1, 2)
+    strips.view(count, groups * ROW_BLOCK, STRIP_BYTES).copy_(by_strip)
 
 
 def _store_sums(

@@ -14,11 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
 from qwen3_ascend.native.library import Library
 
-STRIP_ROWS = 32
-ROW_GROUP = 16
-RUN_BYTES = 32
 LANES = 8
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -75,7 +73,7 @@ def check_codes(
     """Raise ValueError unless the arguments fit quantize_w8a8_nz and error_w8a8_nz."""
     check_matrix(source, FLOATS)
     rows, columns = source.shape
-    shape = (-(-rows // STRIP_ROWS), -(-columns // ROW_GROUP), ROW_GROUP, STRIP_ROWS)
+    shape = (-(-rows // STRIP_BYTES), -(-columns // ROW_BLOCK), ROW_BLOCK, STRIP_BYTES)
     _check_plain("strips", strips, torch.int8, shape)
     _check_plain("scales", scales, torch.float32, (rows,))
     _check_plain("signal", signal, torch.float64, (rows,))
@@ -88,11 +86,11 @@ def check_pack(matrix: Tensor, strips: Tensor) -> None:
     rows, columns = matrix.shape
     if strips.dtype not in _DTYPE_CODES or strips.dtype is torch.float32:
         raise ValueError(f"strips cannot be {strips.dtype}")
-    width = RUN_BYTES // strips.element_size()
-    shape = (-(-columns // width), -(-rows // ROW_GROUP), ROW_GROUP, width)
+    width = STRIP_BYTES // strips.element_size()
+    shape = (-(-columns // width), -(-rows // ROW_BLOCK), ROW_BLOCK, width)
     if tuple(strips.shape) != shape or strips.device.type != "cpu":
         raise ValueError(f"strips must be {shape} on the CPU, not {tuple(strips.shape)}")
-    if strips.numel() and strips[0].stride() != (ROW_GROUP * width, width, 1):
+    if strips.numel() and strips[0].stride() != (ROW_BLOCK * width, width, 1):
         raise ValueError("each strip must be contiguous")
     if strips.dtype != matrix.dtype and not (
         strips.dtype is torch.bfloat16 and matrix.dtype in FLOATS
@@ -130,7 +128,7 @@ class NativeKernels:
         flags = _CHECK_FINITE if check_finite and source.dtype in FLOATS else 0
         flags |= _TO_BF16 if source.dtype != strips.dtype else 0
         dtype, *matrix = _matrix(source)
-        rows = strips.shape[1] * ROW_GROUP
+        rows = strips.shape[1] * ROW_BLOCK
         target = (strips.data_ptr(), _strip_stride(strips), rows)
         self._run("pack_nz_rows", dtype, flags, *matrix, *target, position=True)
 

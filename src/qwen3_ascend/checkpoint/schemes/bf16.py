@@ -11,7 +11,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from qwen3_ascend.checkpoint.layout import (
-    ROW_BLOCK,
     Cut,
     Layout,
     Place,
@@ -21,6 +20,7 @@ from qwen3_ascend.checkpoint.layout import (
 from qwen3_ascend.checkpoint.schemes.base import TEMPORARY_BYTES, Codes, Input, Scheme
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums, measured
 from qwen3_ascend.files.safetensors import Form
+from qwen3_ascend.geometry import ROW_BLOCK
 from qwen3_ascend.native import Kernels
 
 if TYPE_CHECKING:

@@ -1,0 +1,71 @@
+"""What a user may choose about a conversion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen3_ascend.files.text import parse_size
+from qwen3_ascend.options import check_options, option
+
+HUBS = ("huggingface", "modelscope")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of a conversion; each field says what it is for.
+
+    Raises:
+        OptionError: on construction, naming an option whose value is not taken.
+    """
+
+    revision: str | None = option(
+        None,
+        "Branch, tag or commit of a Hub model.",
+        metavar="REV",
+        unset="the hub's main branch",
+    )
+    hub: str = option(
+        HUBS[0], "Where a MODEL that is no folder on this machine is looked for.", choices=HUBS
+    )
+    low_disk: bool = option(
+        False,
+        "Download weights into OUTPUT and remove each file as soon as it has been used, instead "
+        "of keeping it in the hub's cache.",
+    )
+    retries: int = option(
+        5,
+        "Further attempts at a download that failed, with growing pauses; 5 come to about half a "
+        "minute of patience.",
+        least=0,
+    )
+    max_memory: int | str = option(
+        "2GiB",
+        "Private memory to take beyond Python with torch loaded; source files that are mapped do "
+        "not count.",
+        metavar="SIZE",
+        rule=parse_size,
+    )
+    threads: int | None = option(
+        None,
+        "Threads that work at a time; no byte of the output depends on it.",
+        least=1,
+        unset="one for each processor",
+    )
+    max_file_bytes: int | str = option(
+        "4GiB",
+        "Size at which a new output file begins.",
+        metavar="SIZE",
+        rule=parse_size,
+    )
+    overwrite: bool = option(
+        False, "Replace a checkpoint that is already in OUTPUT; other files there stay."
+    )
+    restart: bool = option(False, "Discard an interrupted conversion instead of continuing it.")
+    hash_source: bool = option(
+        False,
+        "Note the BLAKE3 of every source tensor in the manifest, for `verify --against`. The files "
+        "of a hub are held against the hashes that it states anyway.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)

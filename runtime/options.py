@@ -1,0 +1,131 @@
+"""What a user may choose about running a checkpoint: sizes of the engine, and the device.
+
+How tokens are chosen is SamplingParams (runtime/engine/request.py), which each request has anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from qwen3_ascend.files.text import parse_size
+from qwen3_ascend.geometry import CACHE_BLOCK_TOKENS
+from qwen3_ascend.options import check_options, option
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of an engine; each field says what it is for.
+
+    Raises:
+        OptionError: on construction, naming an option whose value is not taken.
+    """
+
+    block_size: int = option(
+        CACHE_BLOCK_TOKENS, "Tokens of a block of the key/value cache.", least=1
+    )
+    kv_cache_tokens: int | None = option(
+        None,
+        "Tokens that fit into the key/value cache.",
+        least=1,
+        unset="a full context for each answer of a batch, as far as memory goes; on a CPU, a "
+        "quarter of what is available",
+    )
+    max_batch: int = option(16, "Answers that are computed together.", least=1)
+    step_tokens: int = option(
+        2048,
+        "Tokens of prompts and answers computed in one step: more of them read long prompts "
+        "faster, fewer of them keep running answers smooth.",
+        least=1,
+    )
+    prefix_cache: bool = option(
+        True, "Keep the keys and values of beginnings that several prompts have in common."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def check_prefetch(setting: int | str) -> None:
+    """ValueError unless a setting of `prefetch` is off, auto or a size."""
+    if setting in ("off", "auto"):
+        return
+    try:
+        parse_size(setting)
+    except ValueError:
+        raise ValueError(f"{setting!r} is not off, auto or a size such as 64MiB") from None
+
+
+def parse_buckets(text: str) -> tuple[int, ...]:
+    """Batch sizes of a text such as 1,2,4; ValueError for anything else."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a list of batch sizes such as 1,2,4") from None
+
+
+def check_buckets(buckets: object) -> None:
+    """ValueError unless buckets are batch sizes of 1 or more."""
+    sizes = [*buckets] if isinstance(buckets, Iterable) else []
+    if not sizes or not all(isinstance(size, int) and size >= 1 for size in sizes):
+        raise ValueError(f"{buckets!r} must be batch sizes of 1 or more")
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """The device and how it is used; each field says what it is for.
+
+    A value that no device takes is refused on every device, also where the option has no effect.
+
+    Raises:
+        OptionError: on construction, naming an option whose value is not taken.
+    """
+
+    device: str = option(
+        "auto",
+        "Where to compute; auto takes an NPU if there is one, else the CPU.",
+        choices=("auto", "npu", "cpu"),
+    )
+    dtype: str = option(
+        "auto",
+        "Type of activations; auto is bfloat16, and float32 needs a CPU.",
+        choices=("auto", "bfloat16", "float32"),
+    )
+    attention: str = option(
+        "auto",
+        "NPU: kernel of attention; paged needs ATB, auto is fused.",
+        choices=("auto", "fused", "paged"),
+    )
+    graph: bool = option(True, "NPU: capture steps of answers once and replay them.")
+    buckets: Sequence[int] | None = option(
+        None,
+        "NPU: batch sizes to capture.",
+        metavar="N,N,...",
+        unset="1, 2, 4, 8 and every 8th up to max_batch",
+        rule=check_buckets,
+        parse=parse_buckets,
+    )
+    prefetch: int | str = option(
+        "auto",
+        "NPU: weights of an MLP to fetch ahead into L2; auto is half of the L2.",
+        metavar="off|auto|SIZE",
+        rule=check_prefetch,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+class LoadOptions(TypedDict, total=False):
+    """The fields of both, but for device and dtype, as keywords of `load`; a test compares them."""
+
+    block_size: int
+    kv_cache_tokens: int | None
+    max_batch: int
+    step_tokens: int
+    prefix_cache: bool
+    attention: str
+    graph: bool
+    buckets: Sequence[int] | None
+    prefetch: int | str
