@@ -51,8 +51,7 @@ def decode(running: Engine, batch: int) -> None:
     params = SamplingParams(max_new_tokens=STEPS + 1, ignore_eos=True)
     for number in range(batch):
         running.add([1 + number, 2, 3], params, frozenset())
-    for _ in range(batch):
-        running.step()
+    running.step()  # all prompts together
     torch.npu.synchronize()
     ascend_sim.reset_trace()
     while running.busy:

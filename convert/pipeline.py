@@ -172,7 +172,7 @@ def run(
     conversion = Conversion(plan, source, writer, budget, kernels, hash_source, events)
     conversion.run()
     record = SourceRecord(
-        source.provider.repo, source.provider.revision, source.file_entries(),
+        source.provider.repo, source.hub, source.provider.revision, source.file_entries(),
         conversion.source_hashes(), plan.ignored,
     )  # fmt: skip
     linears, tensors = conversion.entries()

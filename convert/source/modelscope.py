@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from modelscope_hub import HubApi
 
 BRANCH = "master"
+PINNED = ", files "
+"""Between a branch and a hash of its files, in the revision that a manifest records."""
+
 DIGITS = 16
 BLOCK = 1 << 16
 MODEL = "model"
@@ -51,7 +54,7 @@ class ModelScope:
         # The listing names no commit of the whole; what it says of every file pins as much.
         said = "\n".join(f"{f.path} {f.size} {f.sha256}" for f in sorted(listed, key=_path))
         digest = hashlib.sha256(said.encode()).hexdigest()[:DIGITS]
-        self.revision: str | None = f"{branch}, files {digest}"
+        self.revision: str | None = f"{branch}{PINNED}{digest}"
 
     def cached(self, name: str) -> Path | None:
         """See Client."""
@@ -120,7 +123,7 @@ def open_repository(
         raise SourceError(
             "--hub modelscope needs the modelscope package: pip install 'qwen3-ascend[modelscope]'"
         ) from error
-    api, branch = HubApi(), revision or BRANCH
+    api, branch = HubApi(), (revision or BRANCH).partition(PINNED)[0]
     what = f"model {repo}"
     try:
         endpoint = transfer.persist(what, partial(api.resolve_endpoint_for_read, repo), judge)
@@ -130,6 +133,8 @@ def open_repository(
     except Exception as error:
         raise explain(repo, error) or error from error
     client = ModelScope(api, get_default_config().cache_dir, repo, branch, listed)
+    if revision is not None and PINNED in revision and client.revision != revision:
+        raise SourceError(f"{repo} on ModelScope has changed: it is {client.revision} now")
     return RemoteRepository(client, transfer, area)
 
 

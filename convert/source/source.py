@@ -43,14 +43,18 @@ class Source:
     `read` may be called from several threads.
     """
 
-    def __init__(self, provider: Provider) -> None:
+    def __init__(self, provider: Provider, hub: str | None = None) -> None:
         """Reads the index and every header.
+
+        Args:
+            provider: of the files.
+            hub: that they come from; None for a folder.
 
         Raises:
             SourceError: if there are no weights, the index names a file or tensor that does
                 not exist, or a header is damaged.
         """
-        self.provider = provider
+        self.provider, self.hub = provider, hub
         self.names = provider.names()
         if CONFIG_NAME not in self.names:
             raise SourceError(
@@ -219,13 +223,13 @@ def open_source(
     if path.is_dir():
         if revision:
             raise OptionError(f"{model} is a local folder; --revision is for Hub models")
-        return Source(LocalFolder(path))
+        return Source(LocalFolder(path), None)
     looks_local = model.startswith((".", "/", "~")) or path.exists()
     if looks_local or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", model, re.ASCII):
         raise SourceError(
             f"{model} is neither an existing folder nor a Hub id such as Qwen/Qwen3-8B"
         )
-    return Source(_open_hub(hub, model, revision, area, transfer or Transfer()))
+    return Source(_open_hub(hub, model, revision, area, transfer or Transfer()), hub)
 
 
 def _open_hub(

@@ -29,11 +29,11 @@ from qwen3_ascend.files.hashing import file_sha256
 PINNED = {
     "w8a8": (
         "9ba509149ddf2b0be59c39a16240b33cecab9e91cf1d6b32a6adcfa7a858fc96",
-        "24a31bb3590711e4ca95c7743852c4286b3a74320a4f4b6e36837d4b63641ceb",
+        "f75934fd040dff728f45e59dec6f2b2322f0b1fbb879365957ffba829e201aa4",
     ),
     "bf16": (
         "752513b0281a812c6c83409c14aa1fa4b7bd40d57128b5543f1e0f0ad9f97a14",
-        "e8f14097fcf7550918f4d9c9f0ed8b372bf4b06e23570874c85ba6ca087a051f",
+        "3b7d11ef616b9e2aab1aa752bdd6d7d0ab7a58258ba9b87bb0cb4e84af095c7e",
     ),
 }
 

@@ -71,10 +71,28 @@ def test_the_same_bytes_as_from_the_folder(
     assert {name: file.sha256 for name, file in ours.files.items()} == {
         path.name: file_sha256(path) for path in folder.glob("*.safetensors")
     }
-    assert (ours.revision or "").startswith("master, files ")
+    assert (ours.revision or "").startswith("master, files ") and ours.hub == "modelscope"
     assert f"from {REPO} @ {ours.revision}" in done.err.splitlines()
     kept = [path.name for path in (tmp_path / "cache").rglob("model-*.safetensors")]
     assert len(kept) == (0 if low_disk else 3)
+
+
+@installed
+def test_against_the_model_on_its_own_hub(
+    service: ModelScopeServer, folder: Path, tmp_path: Path
+) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    assert convert(service, cache, out, "--quiet").code == 0
+    environment = service.environment(cache)
+    done = program("verify", out, "--against", REPO, environment=environment)
+    assert done.code == 0, done.err
+    added = folder / "added.txt"
+    added.write_text("the branch has moved")
+    try:
+        again = program("verify", out, "--against", REPO, "--quiet", environment=environment)
+    finally:
+        added.unlink()
+    again.one_line_error(REPO, "has changed")
 
 
 @installed

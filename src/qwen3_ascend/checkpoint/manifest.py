@@ -92,6 +92,7 @@ class SourceRecord:
 
     Attributes:
         repo: a Hub id, or the name of a local folder.
+        hub: where it was found, huggingface or modelscope; None for a local folder.
         revision: the commit, for a Hub source.
         files: weight files.
         tensors: BLAKE3 of the bytes of every tensor that was read, by its name in the source; none
@@ -100,6 +101,7 @@ class SourceRecord:
     """
 
     repo: str
+    hub: str | None
     revision: str | None
     files: Mapping[str, SourceFile]
     tensors: Mapping[str, str]
@@ -313,6 +315,7 @@ def _scheme(data: dict[str, Any]) -> Scheme:
 def _source_to_json(record: SourceRecord) -> dict[str, Any]:
     return {
         "repo": record.repo,
+        "hub": record.hub,
         "revision": record.revision,
         "files": {
             name: {"size": entry.size, "sha256": entry.sha256}
@@ -326,6 +329,7 @@ def _source_to_json(record: SourceRecord) -> dict[str, Any]:
 def _source_from_json(data: dict[str, Any]) -> SourceRecord:
     return SourceRecord(
         repo=_string(data["repo"]),
+        hub=_optional_string(data["hub"]),
         revision=_optional_string(data["revision"]),
         files={
             name: SourceFile(_count(entry["size"]), _optional_string(entry["sha256"]))

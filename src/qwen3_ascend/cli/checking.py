@@ -75,15 +75,17 @@ def _compare(checkpoint: Path, model: str, threads: int | None, quiet: bool) -> 
     """What differs between a checkpoint and a model."""
     from qwen3_ascend.checkpoint.reader import CheckpointReader
     from qwen3_ascend.convert.compare import compare
+    from qwen3_ascend.convert.options import HUBS
     from qwen3_ascend.convert.source import open_source
     from qwen3_ascend.convert.source.transfer import Transfer
 
     reader = CheckpointReader(checkpoint)
     stored = reader.manifest.stored().values()
-    revision = None if os.path.isdir(user_path(model)) else reader.manifest.source.revision
+    made_of = reader.manifest.source
+    revision = None if os.path.isdir(user_path(model)) else made_of.revision
     transfer = Transfer(silent if quiet else to_stderr)
     with (
-        open_source(model, revision, transfer=transfer) as source,
+        open_source(model, revision, hub=made_of.hub or HUBS[0], transfer=transfer) as source,
         progress_bar("comparing", quiet) as bar,
     ):
         bar.reset(total=sum(tensor.nbytes for tensor in stored))
