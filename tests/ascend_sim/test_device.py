@@ -12,6 +12,8 @@ import torch_npu
 import ascend_sim
 from ascend_sim import nz, raw, trace
 
+pytestmark = pytest.mark.every_mode
+
 LAZY = os.environ.get("ASCEND_SIM_STREAMS") == "lazy"
 NZ = nz.FORMAT
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch_npu
@@ -11,8 +9,8 @@ import torch_npu
 import ascend_sim
 from ascend_sim import trace
 
-LAZY = os.environ.get("ASCEND_SIM_STREAMS") == "lazy"
-QUEUE = os.environ["TASK_QUEUE_ENABLE"] != "0"
+pytestmark = pytest.mark.every_mode
+
 HALF = torch.bfloat16
 HEADS, KV_HEADS, WIDTH, BLOCK = 4, 2, 128, 128
 
@@ -118,7 +116,7 @@ def test_an_unjoined_side_stream_is_refused() -> None:
         capture(run)
 
 
-@pytest.mark.skipif(QUEUE, reason="the error would end torch_npu's queue thread, as on a card")
+@pytest.mark.no_task_queue
 def test_a_wait_for_work_outside_the_capture_is_refused() -> None:
     a, event = torch.ones(4).npu(), torch.npu.Event()
     event.record()
@@ -270,8 +268,9 @@ def test_updates_behind_the_compute_stream_keep_their_order() -> None:
     assert torch.equal(run_ahead(decode, ordered=True), decode([9, 3]).cpu())
 
 
-@pytest.mark.skipif(not LAZY, reason="eager streams run in the lucky order")
+@pytest.mark.lazy_streams
 def test_unordered_updates_are_detected() -> None:
+    """Eager streams run in the lucky order."""
     with pytest.raises(RuntimeError, match="would hang"):
         run_ahead(Decode("fused out"), ordered=False)
 

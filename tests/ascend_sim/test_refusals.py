@@ -149,6 +149,7 @@ def test_quant_matmul(case: str) -> None:
     refused(rule, torch_npu.npu_quant_matmul, base, **make(changes))
 
 
+@pytest.mark.every_mode
 def test_matmul() -> None:
     base = dict(input=dev(4, 64), mat2=dev(64, 32))
     refused("dtypes differ|same dtype|dtype", torch.mm, base, mat2=dev(64, 32, **FP32))

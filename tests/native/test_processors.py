@@ -1,7 +1,7 @@
 """The same C sources on other processors and compilers give the same digests.
 
 Each row needs a compiler that a machine may lack (Debian: clang, gcc-aarch64-linux-gnu with
-libc6-dev-arm64-cross, qemu-user); a missing one is a skip.
+libc6-dev-arm64-cross, qemu-user). A missing one is a skip; CI installs them all and accepts none.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ def compare() -> list[Comparison]:
     return list(compare_backends(cpu, npu, SMALL_CONFIG))
 
 
+@pytest.mark.every_mode
 def test_every_operation_conforms_for_every_scheme_and_shape() -> None:
     found = compare()
     assert [comparison for comparison in found if not comparison.ok] == []
@@ -38,6 +39,7 @@ def test_every_operation_conforms_for_every_scheme_and_shape() -> None:
         assert word in names
 
 
+@pytest.mark.every_mode
 def test_a_wrong_operator_does_not_conform(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds are tight enough to notice an activation on the wrong half."""
     import torch_npu
@@ -49,6 +51,7 @@ def test_a_wrong_operator_does_not_conform(monkeypatch: pytest.MonkeyPatch) -> N
     assert wrong and all(name.startswith("gated (bf16") for name in wrong)
 
 
+@pytest.mark.every_mode
 def test_the_whole_examination(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     result = CliRunner().invoke(main, ["doctor", str(checkpoints["w8a8"]), "--json", str(path)])
@@ -60,6 +63,7 @@ def test_the_whole_examination(checkpoints: dict[str, Path], tmp_path: Path) -> 
     assert all(check["status"] == "ok" for check in report["checks"])
 
 
+@pytest.mark.every_mode
 def test_another_tile_order_is_found() -> None:
     diagnose.card()
     with ascend_sim.faults.transposed_nz_tiles():

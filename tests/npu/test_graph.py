@@ -24,6 +24,8 @@ from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budg
 from qwen3_ascend.runtime.backends.step import StepInputs
 from qwen3_ascend.runtime.options import DeviceOptions
 
+pytestmark = pytest.mark.every_mode
+
 COUNTS = HeadCounts(heads=4, kv_heads=2, head_dim=128)
 
 

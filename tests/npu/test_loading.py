@@ -23,6 +23,8 @@ from qwen3_ascend.runtime.backends.npu.linears import Int8Linear
 from qwen3_ascend.runtime.model.loader import load_model
 from qwen3_ascend.runtime.options import DeviceOptions
 
+pytestmark = pytest.mark.every_mode
+
 PADDING = 544
 """torch_npu rounds an allocation up to 512 bytes and adds 32."""
 

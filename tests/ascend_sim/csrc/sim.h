@@ -22,7 +22,7 @@
 #include "acl/acl_op_compiler.h"
 #include "acl/acl_rt.h"
 
-#define API     __attribute__((visibility("default")))
+#define API __attribute__((visibility("default")))
 #define BLOCKED (-1)
 
 typedef struct Stream Stream;

@@ -67,8 +67,8 @@ QWEN3_ASCEND_API int qwen3_ascend_has_path(int path) { return find_path(path) !=
 
 /* Whether every weight is finite; position gets the [row, column] of the first that is not. */
 QWEN3_ASCEND_API int qwen3_ascend_find_not_finite(int path, int dtype, const void *source,
-                                                  int64_t rows, int64_t columns,
-                                                  int64_t row_stride, int64_t *position)
+                                                  int64_t rows, int64_t columns, int64_t row_stride,
+                                                  int64_t *position)
 {
     struct matrix matrix = {source, rows, columns, row_stride, dtype};
     const struct path_table *table = find_path(path);
