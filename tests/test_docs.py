@@ -1,0 +1,132 @@
+"""The documents say what is true: examples are computed, links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from blake3 import blake3
+
+from qwen3_ascend.checkpoint.layout import ND, Layout
+from qwen3_ascend.checkpoint.linear import Linear, quantize
+from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W8A8
+from qwen3_ascend.checkpoint.target import TARGETS
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "tests").glob("*.md")])
+FORMAT = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    for link in links:
+        assert link.startswith("http") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_names_a_machine(page: Path) -> None:
+    assert not re.search(r"(^|[^\w.}-])/(tmp|root|work|home)/", page.read_text(encoding="utf-8"))
+
+
+def test_the_readme_is_short() -> None:
+    words = (ROOT / "README.md").read_text(encoding="utf-8").split()
+    assert len(words) <= 800
+
+
+def rows_of(packed: torch.Tensor) -> list[list[int]]:
+    """The runs of 32 bytes that hold anything, without trailing zeros."""
+    rows = [row.tolist() for row in packed.view(-1, 32)]
+    trimmed = [row[: max((i + 1 for i, code in enumerate(row) if code), default=0)] for row in rows]
+    return [row for row in trimmed if row]
+
+
+def test_the_matrix_by_hand() -> None:
+    weight = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int8)
+    of_kn = Layout("nz", "KN", 32).pack(weight)
+    assert tuple(of_kn.shape) == (1, 1, 16, 32) and of_kn.nbytes == 512
+    blocks = re.findall(r"offset +(\d+): +([\d ]+?) 0 \.\.\. 0", FORMAT)
+    said = [(int(offset), [int(code) for code in row.split()]) for offset, row in blocks]
+    assert [row for _, row in said[:3]] == rows_of(of_kn)
+    assert [row for _, row in said[3:]] == rows_of(Layout("nz", "NK", 32).pack(weight))
+    assert [offset for offset, _ in said] == [0, 32, 64, 0, 32]
+
+
+def test_the_element_of_a_larger_matrix() -> None:
+    weight = torch.zeros(64, 64, dtype=torch.int8)
+    weight[40, 17] = 1
+    layouts = TARGETS["ascend-a2-a3"].layouts
+    at = int(layouts["w8a8"].pack(weight).flatten().argmax())
+    assert f"= {at}` bytes" in FORMAT
+    at = int(layouts["bf16"].pack(weight.bfloat16()).flatten().argmax())
+    assert f"= {at}` elements, {2 * at} bytes" in FORMAT
+
+
+def test_every_scheme_and_target_is_described() -> None:
+    for name in (*SCHEMES, *TARGETS):
+        assert f"`{name}`" in FORMAT or f'`"{name}"`' in FORMAT
+
+
+def table_of_cuts() -> dict[str, tuple[str, str]]:
+    rows = re.findall(r"^\| (.+?) \| (axis.+?|kept.+?) \| (axis.+?|kept.+?) \|$", FORMAT, re.M)
+    return {tensor: (outputs, inputs) for tensor, outputs, inputs in rows}
+
+
+def place(linear: Linear, suffix: str, cut: str, symbol: str | None) -> str:
+    found = {**linear.places()[suffix]}.get(cut)  # type: ignore[call-overload]
+    if found is None:
+        return "kept"
+    return f"axis {found.axis}, in units of {symbol or found.unit}"
+
+
+def test_the_rules_of_cutting() -> None:
+    said, weight = table_of_cuts(), torch.zeros(64, 64)
+    words = "C0 * per_word"
+    cases = {
+        "`weight`, nz of KN": (quantize(W8A8(), weight, None, Layout("nz", "KN", 32)), words, None),
+        "`weight`, nz of NK": (quantize(BF16(), weight, None, Layout("nz", "NK", 16)), None, words),
+        "`weight`, nd": (quantize(BF16(), weight, None, ND), None, "per_word"),
+    }
+    for row, (linear, of_outputs, of_inputs) in cases.items():
+        assert said[row] == (
+            place(linear, "weight", "outputs", of_outputs),
+            place(linear, "weight", "inputs", of_inputs),
+        )
+    w8a8 = cases["`weight`, nz of KN"][0]
+    assert said["`scale` of w8a8"][0] == place(w8a8, "scale", "outputs", None)
+    assert said["`scale` of w8a8"][1].startswith(place(w8a8, "scale", "inputs", None))
+    assert said["`bias`"][0] == place(w8a8, "bias", "outputs", None)
+
+
+def test_a_reader_made_from_the_specification(tiny_w8a8: Path) -> None:
+    """A few lines that know the document and nothing of the package."""
+    manifest = json.loads((tiny_w8a8 / "qwen3_ascend.json").read_text(encoding="utf-8"))
+    own = manifest.pop("manifest_blake3")
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert blake3(text.encode()).hexdigest() == own
+    for key in manifest:
+        assert f"| `{key}` |" in FORMAT, f"{key} is not described"
+    name = "model.layers.1.mlp.down_proj"
+    linear = manifest["linears"][name]
+    for key in linear:
+        assert f"| `{key}` |" in FORMAT, f"{key} is not described"
+    stored = linear["tensors"]["weight"]
+    raw = (tiny_w8a8 / stored["file"]).read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    start, stop = header[f"{name}.weight"]["data_offsets"]
+    base = 8 + int.from_bytes(raw[:8], "little")
+    data = raw[base + start : base + stop]
+    assert blake3(data).hexdigest() == stored["blake3"]
+    assert blake3(raw[:base]).hexdigest() == manifest["weight_files"][stored["file"]]["blake3"]
+    outputs, inputs = linear["shape"]
+    row_blocks, width = -(-inputs // 16), linear["layout"]["c0"]
+    assert stored["shape"] == [-(-outputs // width), row_blocks, 16, width]
+    n, k = outputs - 3, inputs - 5
+    offset = ((n // width * row_blocks + k // 16) * 16 + k % 16) * width + n % width
+    from qwen3_ascend.checkpoint.reader import CheckpointReader
+
+    code = CheckpointReader(tiny_w8a8).linear(name).codes()["weight"][n, k]
+    assert int.from_bytes(data[offset : offset + 1], "little", signed=True) == int(code)
