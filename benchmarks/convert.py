@@ -225,7 +225,9 @@ def main() -> None:
         if getattr(options, name) is not None:
             command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
     command += ["--hash-source"] if options.hash_source else []
-    copies, synced, ours, earlier = [], [], [], []
+    copies: list[float] = []
+    synced: list[float] = []
+    ours, earlier = [], []
     peers: dict[str, list[Figures]] = {name: [] for name in PEERS if options.peer_python}
     for _ in range(options.repeat):
         for sync, times in ((False, copies), (True, synced)):
@@ -325,6 +327,7 @@ def parse() -> argparse.Namespace:
 if __name__ == "__main__":
     given = parse()
     if given.child:
-        child(*given.child, given)
+        source, output = given.child
+        child(source, output, given)
     else:
         main()

@@ -24,6 +24,7 @@ import ascend_sim
 ascend_sim.install()
 
 import torch
+import torch_npu
 
 from qwen3_ascend.runtime import backends
 from qwen3_ascend.runtime.engine.assembly import make_engine
@@ -52,11 +53,11 @@ def decode(running: Engine, batch: int) -> None:
     for number in range(batch):
         running.add([1 + number, 2, 3], params, frozenset())
     running.step()  # all prompts together
-    torch.npu.synchronize()
+    torch_npu.npu.synchronize()
     ascend_sim.reset_trace()
     while running.busy:
         running.step()
-    torch.npu.synchronize()
+    torch_npu.npu.synchronize()
 
 
 def launches(scheme: str, layers: int, batch: int, attention: str) -> Counter[str]:

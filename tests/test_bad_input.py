@@ -190,7 +190,7 @@ def test_an_index_that_is_wrong(tmp_path: Path) -> None:
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     norm = "model.norm.weight"
     elsewhere = {first: second, second: first}[good["weight_map"][norm]]
-    wrong = [
+    wrong: list[tuple[dict[str, object], list[str]]] = [
         ({norm: "model-00003-of-00002.safetensors"}, [norm, "model-00003-of-00002", "missing"]),
         ({norm: elsewhere}, [norm, elsewhere, "not there"]),
         ({"model.ghost": first}, ["model.ghost", first]),

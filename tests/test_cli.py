@@ -114,13 +114,21 @@ def test_several_answers_with_log_probabilities(tiny_w8a8: Path) -> None:
         assert first == f"[{number + 1}] {answer.text}"
         for line, token, found in zip(rest, answer.token_ids, answer.logprobs or (), strict=True):
             chosen, shown, *_ = line.split()
-            assert (float(chosen), int(shown)) == (pytest.approx(found.chosen, abs=1e-4), token)
+            assert float(chosen) == pytest.approx(found.chosen, abs=1e-4) and int(shown) == token
             assert line.endswith(f"{found.top[-1][1]:.4f}")
 
 
 def test_options_of_the_engine(tiny_w8a8: Path) -> None:
     """They reach the engine: a cache that is too small refuses, whatever sizes give equal text."""
-    question = ["generate", tiny_w8a8, "--quiet", "-p", QUESTION, "--max-new-tokens", "8"]
+    question: list[str | Path] = [
+        "generate",
+        tiny_w8a8,
+        "--quiet",
+        "-p",
+        QUESTION,
+        "--max-new-tokens",
+        "8",
+    ]
     small = ["--block-size", "16", "--kv-cache-tokens", "16"]
     run(*question, *small).one_line_error("kv_cache_tokens")
     sizes = ["--step-tokens", "5", "--max-batch", "1", "--no-prefix-cache", "--block-size", "16"]
@@ -128,7 +136,14 @@ def test_options_of_the_engine(tiny_w8a8: Path) -> None:
 
 
 def test_prompt_from_a_file_and_from_standard_input(tiny_w8a8: Path, tmp_path: Path) -> None:
-    options = ["generate", tiny_w8a8, "--quiet", "--max-new-tokens", "8", "--prompt-file"]
+    options: list[str | Path] = [
+        "generate",
+        tiny_w8a8,
+        "--quiet",
+        "--max-new-tokens",
+        "8",
+        "--prompt-file",
+    ]
     expected = answer(tiny_w8a8, QUESTION, max_new_tokens=8) + "\n"
     (tmp_path / "question.txt").write_text(QUESTION)
     assert run(*options, tmp_path / "question.txt").out == expected

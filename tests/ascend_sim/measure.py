@@ -42,7 +42,9 @@ def decode_layer() -> Callable[[], None]:
     lengths = torch.full((BATCH,), 40, dtype=torch.int32)
     out = torch.empty(BATCH, HEADS, WIDTH, dtype=HALF, device="npu")
 
-    def product(codes: torch.Tensor, scale: torch.Tensor, w: tuple) -> torch.Tensor:
+    def product(
+        w: tuple[torch.Tensor, torch.Tensor], codes: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
         return torch_npu.npu_quant_matmul(
             codes, w[0], w[1], pertoken_scale=scale, output_dtype=HALF
         )
@@ -50,16 +52,16 @@ def decode_layer() -> Callable[[], None]:
     def run() -> None:
         codes, _, total, scale, _ = torch_npu.npu_add_rms_norm_dynamic_quant(x, residual, gamma)
         q, k, v = (
-            product(codes, scale, qkv).view(BATCH, -1, WIDTH).split((HEADS, KV_HEADS, KV_HEADS), 1)
+            product(qkv, codes, scale).view(BATCH, -1, WIDTH).split((HEADS, KV_HEADS, KV_HEADS), 1)
         )
         q, k = (torch_npu.npu_rms_norm(t, head_gamma)[0] for t in (q, k))
         torch_npu.npu_apply_rotary_pos_emb(q, k, cos, sin, "TND")
         torch_npu._npu_reshape_and_cache(k, v.contiguous(), keys, values, slots)
         torch_npu._npu_paged_attention(q, keys, values, KV_HEADS, HEADS, 0.1, table, lengths, out)
-        attended = product(*torch_npu.npu_dynamic_quant(out.view(BATCH, -1)), o)
+        attended = product(o, *torch_npu.npu_dynamic_quant(out.view(BATCH, -1)))
         codes, _, _, scale, _ = torch_npu.npu_add_rms_norm_dynamic_quant(attended, total, gamma)
-        gated = torch_npu.npu_swiglu(product(codes, scale, up))
-        product(*torch_npu.npu_dynamic_quant(gated), down)
+        gated = torch_npu.npu_swiglu(product(up, codes, scale))
+        product(down, *torch_npu.npu_dynamic_quant(gated))
 
     return run
 

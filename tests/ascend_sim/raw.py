@@ -10,7 +10,7 @@ from . import runtime
 if TYPE_CHECKING:
     import torch
 
-_views: dict[tuple, torch.Tensor] = {}
+_views: dict[tuple[object, ...], torch.Tensor] = {}
 _frees_seen = 0
 
 

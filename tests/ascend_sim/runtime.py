@@ -22,7 +22,7 @@ operator_names: list[str] = []
 _kernels: dict[int, Callable[[], None]] = {}
 _numbers = itertools.count(1)
 _callbacks: list[object] = []  # ctypes callbacks must outlive their use
-_guards: tuple[Callable, ...] = ()
+_guards: tuple[Callable[..., object], ...] = ()
 
 RunCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int)
 DropCallback = ctypes.CFUNCTYPE(None, ctypes.c_int64)

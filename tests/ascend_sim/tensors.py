@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import nz, raw
 from .limits import Refused
@@ -93,7 +93,7 @@ class Layout:
 _interned: dict[object, Layout] = {}
 
 
-def intern(key: object, *fields: object) -> Layout:
+def intern(key: object, *fields: Any) -> Layout:
     layout = _interned.get(key)
     if layout is None:
         layout = _interned[key] = Layout(*fields)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +56,7 @@ def causal_mask() -> torch.Tensor:
 
 
 def fused(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **named: object
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **named: Any
 ) -> torch.Tensor:
     named.setdefault("num_heads", HEADS)
     named.setdefault("num_key_value_heads", KV_HEADS)
@@ -112,7 +114,10 @@ def test_fused_attention_prefill_over_pages(pages_by_head: bool) -> None:
     key, value = caches(5)
     chunk, history = [5, 3], [130, 3]
     query = torch.randn(sum(chunk), HEADS, WIDTH).to(HALF)
-    form = (lambda c: c.transpose(1, 2).contiguous()) if pages_by_head else (lambda c: c.flatten(2))
+
+    def form(cache: torch.Tensor) -> torch.Tensor:
+        return cache.transpose(1, 2).contiguous() if pages_by_head else cache.flatten(2)
+
     out = fused(
         query.npu(),
         form(key).npu(),
@@ -183,12 +188,13 @@ def test_fused_attention_decode_by_batch(layout: str, width: int) -> None:
 def test_fused_attention_without_pages(layout: str) -> None:
     query = torch.randn(2, 6, HEADS, WIDTH).to(HALF)
     key, value = (torch.randn(2, 6, KV_HEADS, WIDTH).to(HALF) for _ in range(2))
-    form = {
+    forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "TND": lambda x: x.flatten(0, 1),
         "BSND": lambda x: x,
         "BNSD": lambda x: x.transpose(1, 2).contiguous(),
-    }[layout]
-    lengths = {}
+    }
+    form = forms[layout]
+    lengths: dict[str, Any] = {}
     if layout == "TND":
         lengths = dict(actual_seq_lengths=[6, 12], actual_seq_lengths_kv=[6, 12])
     out = fused(
@@ -300,7 +306,7 @@ def test_pa_nz_is_the_default_and_writes_strips() -> None:
         assert torch.equal(stored_row(value_cache.cpu(), slot), v[row])
 
 
-def fused_cache_write(quantized: bool = False, **changes: object) -> dict:
+def fused_cache_write(quantized: bool = False, **changes: object) -> dict[str, Any]:
     tokens = 4
     dtype = torch.int8 if quantized else HALF
     strip_cache = nz_cache(2, dtype)

@@ -6,9 +6,20 @@ import pytest
 import torch
 import torch_npu
 
-from ascend_sim.test_refusals import FP32, HALF, INT32, INT64, as_nz, dev, make, refused, strided
+from ascend_sim.test_refusals import (
+    FP32,
+    HALF,
+    INT32,
+    INT64,
+    Cases,
+    as_nz,
+    dev,
+    make,
+    refused,
+    strided,
+)
 
-SCATTER = {
+SCATTER: Cases = {
     "nz shape for Norm": (
         "cache_mode Norm needs a cache",
         dict(key_cache=lambda: dev(2, 16, 128, 16), value_cache=lambda: dev(2, 16, 128, 16)),
@@ -47,7 +58,7 @@ def test_scatter_pa_kv_cache(case: str) -> None:
     refused(rule, torch_npu.npu_scatter_pa_kv_cache, base, **make(changes))
 
 
-RESHAPE = {
+RESHAPE: Cases = {
     "slot dtype": ("slot_indices must be one of int32", dict(slot_indices=lambda: dev(4, **INT64))),
     "cache": (
         "must be .blocks, block_size, heads, head_size",
@@ -69,7 +80,7 @@ def test_reshape_and_cache(case: str) -> None:
     refused(rule, torch_npu._npu_reshape_and_cache, base, **make(changes))
 
 
-FUSED_WRITE = {
+FUSED_WRITE: Cases = {
     "mode": ("is not PA_NZ, the only documented one", dict(cache_mode="PA_BNSD")),
     "head size": (
         "head size must be 128, not 64",
@@ -111,7 +122,7 @@ def lengths(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-PAGED = {
+PAGED: Cases = {
     "device lengths": ("must be a CPU tensor", dict(context_lens=lambda: lengths(3, 4).npu())),
     "length dtype": ("context_lens must be int32", dict(context_lens=torch.tensor([3, 4]))),
     "too long": ("exceed the block table", dict(context_lens=lengths(3, 257))),
@@ -167,7 +178,7 @@ def full_mask(*shape: int) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.bool).triu(1).npu()
 
 
-FUSED = {
+FUSED: Cases = {
     "head size": (
         "TND needs a head size of 128",
         dict(
@@ -226,7 +237,7 @@ def test_fused_attention(case: str) -> None:
     refused(rule, torch_npu.npu_fused_infer_attention_score, base, **make(changes))
 
 
-BATCHED = {
+BATCHED: Cases = {
     "prefill block": (
         "prefill: block_size must be 128",
         dict(

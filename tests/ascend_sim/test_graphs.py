@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch_npu
@@ -11,11 +14,15 @@ from ascend_sim import trace
 
 pytestmark = pytest.mark.every_mode
 
+Wait = Callable[[torch.Tensor], object]
+
 HALF = torch.bfloat16
 HEADS, KV_HEADS, WIDTH, BLOCK = 4, 2, 128, 128
 
 
-def capture(run: object, pool: object = None, automatic: bool = False) -> tuple[object, object]:
+def capture(
+    run: Callable[[], Any], pool: object = None, automatic: bool = False
+) -> tuple[Any, Any]:
     graph = torch.npu.NPUGraph()
     with torch.npu.graph(graph, pool=pool, auto_dispatch_capture=automatic):
         result = run()
@@ -132,7 +139,9 @@ def test_a_wait_for_work_outside_the_capture_is_refused() -> None:
 @pytest.mark.parametrize(
     "wait", [lambda x: x.sum().item(), lambda x: torch.npu.synchronize(), lambda x: x.cpu()]
 )
-def test_waiting_for_the_device_in_a_capture_is_refused(wait: object) -> None:
+def test_waiting_for_the_device_in_a_capture_is_refused(
+    wait: Callable[[torch.Tensor], object],
+) -> None:
     x = torch.ones(2).npu()
     torch.npu.synchronize()
     with pytest.raises(RuntimeError, match="1070(27|30)"):
@@ -161,7 +170,7 @@ class Decode:
         self.lse = torch.empty(1, device="npu")
         torch.npu.synchronize()
 
-    def packed(self, lengths: list[int]) -> object:
+    def packed(self, lengths: list[int]) -> torch.Tensor | list[int]:
         return torch.tensor(lengths, dtype=torch.int32) if self.kind == "paged" else lengths
 
     def __call__(self, lengths: list[int]) -> torch.Tensor:
@@ -204,7 +213,7 @@ class Decode:
         )
         return self.out
 
-    def update(self, graph: object, lengths: list[int]) -> None:
+    def update(self, graph: Any, lengths: list[int]) -> None:
         graph.update(cpu_update_input=[{self.key_name: self.packed(lengths)}])
 
 

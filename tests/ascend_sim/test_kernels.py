@@ -3,6 +3,8 @@ written another way."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch_npu
@@ -218,7 +220,7 @@ def test_quant_matmul_bias() -> None:
 
 
 # --------------------------------------------------------------------- the small operators
-SMALL = {
+SMALL: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "add": lambda x: x + x,
     "add number": lambda x: x + 1,
     "subtract": lambda x: x - 2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def as_nz(tensor: torch.Tensor) -> torch.Tensor:
     return torch_npu.npu_format_cast(tensor, nz.FORMAT)
 
 
-def refused(rule: str, call: Callable, base: dict, **changes: object) -> None:
+def refused(
+    rule: str, call: Callable[..., object], base: dict[str, Any], **changes: object
+) -> None:
     call(**base)
     torch.npu.synchronize()
     with pytest.raises(RuntimeError, match=rule):
@@ -38,7 +41,10 @@ def refused(rule: str, call: Callable, base: dict, **changes: object) -> None:
 INT8, INT32, INT64 = (dict(dtype=t) for t in (torch.int8, torch.int32, torch.int64))
 FP32 = dict(dtype=FULL)
 
-NORMS = {
+Cases = dict[str, tuple[str, dict[str, Any]]]
+"""Name of a case -> the rule that the refusal states, and the arguments that break it."""
+
+NORMS: Cases = {
     "gamma": ("last dims of x", dict(gamma=lambda: dev(60))),
     "gamma dtype": ("gamma must have the dtype", dict(gamma=lambda: dev(64, dtype=torch.float16))),
     "one dim": ("2 to 8 dims", dict(input=lambda: dev(64))),
@@ -46,7 +52,7 @@ NORMS = {
 }
 
 
-def make(changes: dict) -> dict:
+def make(changes: dict[str, Any]) -> dict[str, Any]:
     return {name: value() if callable(value) else value for name, value in changes.items()}
 
 
@@ -57,7 +63,7 @@ def test_rms_norm(case: str) -> None:
     refused(rule, torch_npu.npu_rms_norm, base, **make(changes))
 
 
-ADD_NORMS = {
+ADD_NORMS: Cases = {
     "shapes": ("x2 must have shape", dict(x2=lambda: dev(1, 64))),
     "dtypes": ("one dtype", dict(gamma=lambda: dev(64, **FP32))),
 }
@@ -70,7 +76,7 @@ def test_add_rms_norm(case: str) -> None:
     refused(rule, torch_npu.npu_add_rms_norm, base, **make(changes))
 
 
-ADD_QUANT = {
+ADD_QUANT: Cases = {
     "float": (
         "x1 must be one of",
         dict(
@@ -94,7 +100,7 @@ def test_add_rms_norm_dynamic_quant(case: str) -> None:
     refused(rule, torch_npu.npu_add_rms_norm_dynamic_quant, base, **make(changes))
 
 
-QUANT = {
+QUANT: Cases = {
     "float": ("x must be one of", dict(input=lambda: dev(4, 64, **FP32))),
     "one dim": ("greater than 1", dict(input=lambda: dev(64))),
     "smooth": ("smooth_scales must have shape", dict(smooth_scales=lambda: dev(32))),
@@ -107,7 +113,7 @@ def test_dynamic_quant(case: str) -> None:
     refused(rule, torch_npu.npu_dynamic_quant, dict(input=dev(4, 64)), **make(changes))
 
 
-MATMUL = {
+MATMUL: Cases = {
     "long n": (
         "last dim of x2 may be 65535",
         dict(x2=lambda: dev(64, 65536, **INT8), scale=lambda: dev(65536, **FP32)),
@@ -170,7 +176,7 @@ def test_swiglu() -> None:
     refused("8192", torch_npu.npu_swiglu_quant, base, x=dev(2, 8194))
 
 
-DEQUANT = {
+DEQUANT: Cases = {
     "no activation scale": ("needs activation_scale", dict(activation_scale=None)),
     "no weight scale": ("needs weight_scale", dict(weight_scale=None)),
     "flat activation scale": (
@@ -200,7 +206,7 @@ def test_dequant_swiglu_quant(case: str) -> None:
     refused(rule, torch_npu.npu_dequant_swiglu_quant, base, **make(changes))
 
 
-ROTARY = {
+ROTARY: Cases = {
     "head size": (
         "head size must be 64 or 128, not 32",
         dict(

@@ -41,7 +41,8 @@ def test_large_tensors_are_never_whole(tmp_path: Path) -> None:
     source = tiny_models.write(tmp_path / "source", data, tokenizer=False)
     assert (source / "model.safetensors").stat().st_size > 230e6
     for recipe in ("w8a8", "bf16"):
-        command = [sys.executable, "-c", WATCHED, source, tmp_path / recipe, recipe]
+        arguments: list[str | Path] = [source, tmp_path / recipe, recipe]
+        command = [sys.executable, "-c", WATCHED, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         private, mapped = json.loads(done.stdout)
         assert private < 80 << 20

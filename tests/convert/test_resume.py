@@ -122,13 +122,27 @@ def test_progress_counts_everything_once(source: Path, interrupted: Path) -> Non
     assert sum(seen.values()) == totals[0]
 
 
-def flip(path: Path, offset: int) -> None:
+def flip(path: Path, *offsets: int) -> None:
     data = bytearray(path.read_bytes())
-    data[offset] ^= 1
+    for offset in offsets:
+        data[offset] ^= 1
     path.write_bytes(data)
 
 
-DAMAGE: dict[str, Callable[[Path], object]] = {
+Damage = Callable[[Path], object]
+
+
+def to_each_file(damage: Damage) -> Damage:
+    """The same damage to every file of tensors in the staging folder."""
+
+    def to_all(staging: Path) -> None:
+        for path in staging.glob("*.safetensors"):
+            damage(path)
+
+    return to_all
+
+
+DAMAGE: dict[str, Damage] = {
     "no journal": lambda staging: (staging / JOURNAL).unlink(),
     "empty journal": lambda staging: (staging / JOURNAL).write_bytes(b""),
     "torn journal": lambda staging: (staging / JOURNAL).write_bytes(
@@ -136,17 +150,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     ),
     "flipped journal": lambda staging: flip(staging / JOURNAL, -30),
     "journal of noise": lambda staging: (staging / JOURNAL).write_bytes(os.urandom(500)),
-    "flipped tensors": lambda staging: [
-        flip(path, offset) for path in staging.glob("*.safetensors") for offset in range(4000, 9000)
-    ],
-    "flipped header": lambda staging: [flip(path, 20) for path in staging.glob("*.safetensors")],
-    "cut shard": lambda staging: [
-        os.truncate(path, 5000) for path in staging.glob("*.safetensors")
-    ],
-    "long shard": lambda staging: [
-        os.truncate(path, 10**7) for path in staging.glob("*.safetensors")
-    ],
-    "no shard": lambda staging: [path.unlink() for path in staging.glob("*.safetensors")],
+    "flipped tensors": to_each_file(lambda path: flip(path, *range(4000, 9000))),
+    "flipped header": to_each_file(lambda path: flip(path, 20)),
+    "cut shard": to_each_file(lambda path: os.truncate(path, 5000)),
+    "long shard": to_each_file(lambda path: os.truncate(path, 10**7)),
+    "no shard": to_each_file(Path.unlink),
     "foreign files": lambda staging: (staging / "notes").write_text("mine"),
 }
 
@@ -246,13 +254,15 @@ def test_a_full_disk(tokenizer: bool, tmp_path: Path) -> None:
     It is said of the first file that has no room, before any work is done for nothing.
     """
     source = tiny_models.write(tmp_path / "source", tokenizer=tokenizer)
-    command = [*PROGRAM, "convert", source, tmp_path / "out", "-q"]
+    arguments: list[str | Path] = ["convert", source, tmp_path / "out", "-q"]
     name = "tokenizer.json" if tokenizer else "ascend-00001-of-00001.safetensors"
     for _ in range(2):
-        end = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_files)
+        end = subprocess.run(
+            [*PROGRAM, *arguments], capture_output=True, text=True, preexec_fn=limit_files
+        )
         Run(end.returncode, end.stdout, end.stderr).one_line_error(name, "File too large")
         assert not (tmp_path / "out").exists()
-    assert run(*command[len(PROGRAM) :]).code == 0
+    assert run(*arguments).code == 0
     assert verify(tmp_path / "out").ok
 
 

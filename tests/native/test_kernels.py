@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.native_cases import BITS, FLAVOURS, Codes, make_source, runnable_paths, strided
+from numpy.typing import NDArray
+from support.native_cases import BITS, FLAVOURS, Codes, make_source, runnable_kernels, strided
 from support.native_reference import pack, quantize
 
 from qwen3_ascend import native
@@ -19,7 +21,7 @@ ODD_SHAPES = [(1, 1), (1, 40), (40, 1), (31, 15), (32, 16), (33, 17), (70, 300),
 sizes = st.integers(1, 70)
 
 
-def bits_of(tensor: torch.Tensor) -> np.ndarray:
+def bits_of(tensor: torch.Tensor) -> NDArray[Any]:
     """The stored bytes as integers, which numpy can compare (it has no bfloat16)."""
     if tensor.dtype in (torch.int8, torch.uint8):
         return tensor.contiguous().numpy()
@@ -35,8 +37,10 @@ def run_quantize(kernels: native.Kernels, source: torch.Tensor) -> Codes:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("shape", ODD_SHAPES)
-def test_quantize_is_the_definition(kernels, shape, flavour, dtype):
-    source = strided(make_source(flavour, *shape, dtype, seed=3), gap=5)
+def test_quantize_is_the_definition(
+    kernels: native.Kernels, shape: tuple[int, int], flavour: str, dtype: torch.dtype
+) -> None:
+    source = strided(make_source(flavour, shape, dtype, seed=3), gap=5)
     codes = run_quantize(kernels, source)
     strips, scales, signal, noise = quantize(source.float().numpy())
     assert np.array_equal(codes.strips.flatten().numpy(), strips)
@@ -47,31 +51,35 @@ def test_quantize_is_the_definition(kernels, shape, flavour, dtype):
 @settings(max_examples=150, deadline=None)
 @given(sizes, st.integers(1, 600), st.sampled_from(FLAVOURS), st.sampled_from(FLOATS),
        st.integers(0, 2**32), st.integers(0, 3))  # fmt: skip
-def test_all_paths_write_the_same_bytes(rows, columns, flavour, dtype, seed, gap):
-    source = strided(make_source(flavour, rows, columns, dtype, seed), gap)
+def test_all_paths_write_the_same_bytes(
+    rows: int, columns: int, flavour: str, dtype: torch.dtype, seed: int, gap: int
+) -> None:
+    source = strided(make_source(flavour, (rows, columns), dtype, seed), gap)
     fallback = run_quantize(native.TorchKernels(), source)
-    for path in runnable_paths():
-        assert run_quantize(native.load(path), source).equals(fallback)
+    for compiled in runnable_kernels():
+        assert run_quantize(compiled, source).equals(fallback)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", ODD_SHAPES)
-def test_measured_error_is_the_reported_one(kernels, shape, dtype):
-    source = make_source("bits", *shape, dtype, seed=4)
+def test_measured_error_is_the_reported_one(
+    kernels: native.Kernels, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    source = make_source("bits", shape, dtype, seed=4)
     codes = run_quantize(kernels, source)
     again = Codes.garbage(*shape)
     kernels.error_w8a8_nz(source, codes.strips, codes.scales, again.signal, again.noise)
     assert torch.equal(again.signal, codes.signal) and torch.equal(again.noise, codes.noise)
 
 
-def test_measured_error_of_foreign_codes_is_equal_on_every_path():
+def test_measured_error_of_foreign_codes_is_equal_on_every_path() -> None:
     """Codes of another algorithm make inexact terms: still one order and one rounding."""
-    source = make_source("normal", 70, 519, torch.float32, seed=5)
+    source = make_source("normal", (70, 519), torch.float32, seed=5)
     codes = run_quantize(native.TorchKernels(), source)
     codes.strips.random_(-128, 128, generator=torch.Generator().manual_seed(1))
     codes.scales.mul_(1.37)
     results = []
-    for implementation in [*map(native.load, runnable_paths()), native.TorchKernels()]:
+    for implementation in [*runnable_kernels(), native.TorchKernels()]:
         implementation.error_w8a8_nz(source, *vars(codes).values())
         results.append((codes.signal.clone(), codes.noise.clone()))
     for signal, noise in results:
@@ -81,15 +89,17 @@ def test_measured_error_of_foreign_codes_is_equal_on_every_path():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 600), st.sampled_from(FLOATS), st.booleans(),
        st.data())  # fmt: skip
-def test_first_non_finite_weight_is_named(rows, columns, dtype, negative, data):
-    source = make_source("normal", rows, columns, dtype, seed=6)
+def test_first_non_finite_weight_is_named(
+    rows: int, columns: int, dtype: torch.dtype, negative: bool, data: st.DataObject
+) -> None:
+    source = make_source("normal", (rows, columns), dtype, seed=6)
     cells = st.tuples(st.integers(0, rows - 1), st.integers(0, columns - 1))
     bad = data.draw(st.lists(cells, min_size=1, max_size=4))
     for cell in bad:
         value = data.draw(st.sampled_from([float("nan"), float("inf")]))
         source[cell] = -value if negative else value
     strips = torch.empty(-(-columns // 16), -(-rows // 16), 16, 16, dtype=torch.bfloat16)
-    for implementation in [*map(native.load, runnable_paths()), native.TorchKernels()]:
+    for implementation in [*runnable_kernels(), native.TorchKernels()]:
         with pytest.raises(native.NotFinite) as caught:
             run_quantize(implementation, source)
         assert (caught.value.row, caught.value.column) == min(bad)
@@ -101,7 +111,7 @@ def test_first_non_finite_weight_is_named(rows, columns, dtype, negative, data):
         assert (caught.value.row, caught.value.column) == min(bad)
 
 
-def test_first_row_wins_over_first_tile(kernels):
+def test_first_row_wins_over_first_tile(kernels: native.Kernels) -> None:
     """Packing walks tiles of columns, yet must name the first bad weight in row-major order."""
     source = torch.zeros(20, 2500, dtype=torch.bfloat16)
     for cell in [(18, 0), (3, 7), (2, 1500), (2, 2400)]:
@@ -112,10 +122,12 @@ def test_first_row_wins_over_first_tile(kernels):
 
 @pytest.mark.parametrize("dtype", [*FLOATS[:2], torch.int8, torch.uint8])
 @pytest.mark.parametrize("shape", [*ODD_SHAPES, (16, 64), (48, 96), (17, 2070)])
-def test_pack_is_the_offset_formula_and_unpack_its_inverse(kernels, shape, dtype):
+def test_pack_is_the_offset_formula_and_unpack_its_inverse(
+    kernels: native.Kernels, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     rows, columns = shape
     if dtype in FLOATS:
-        source = strided(make_source("bits", rows, columns, dtype, seed=7), gap=3)
+        source = strided(make_source("bits", (rows, columns), dtype, seed=7), gap=3)
     else:
         wide = torch.randint(0, 127, (rows, columns + 3), dtype=dtype)
         source = wide[:, :columns]
@@ -132,29 +144,33 @@ def test_pack_is_the_offset_formula_and_unpack_its_inverse(kernels, shape, dtype
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_pack_converts_to_bfloat16_like_torch(kernels, flavour, dtype):
-    source = make_source(flavour, 33, 1300, dtype, seed=8)
+def test_pack_converts_to_bfloat16_like_torch(
+    kernels: native.Kernels, flavour: str, dtype: torch.dtype
+) -> None:
+    source = make_source(flavour, (33, 1300), dtype, seed=8)
     strips = torch.empty(82, 3, 16, 16, dtype=torch.bfloat16)
     kernels.pack_nz_rows(source, strips, check_finite=False)
     assert np.array_equal(bits_of(strips).ravel(), pack(bits_of(source.bfloat16()), 16))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_unchecked_pack_keeps_infinities_and_nans(kernels, dtype):
+def test_unchecked_pack_keeps_infinities_and_nans(
+    kernels: native.Kernels, dtype: torch.dtype
+) -> None:
     source = torch.tensor([[float("inf"), float("-inf"), float("nan"), 1.0]]).to(dtype)
     strips = torch.empty(1, 1, 16, 16, dtype=torch.bfloat16)
     kernels.pack_nz_rows(source, strips, check_finite=False)
     assert str(strips[0, 0, 0, :4].tolist()) == "[inf, -inf, nan, 1.0]"
 
 
-def test_float32_that_overflows_bfloat16_is_named(kernels):
+def test_float32_that_overflows_bfloat16_is_named(kernels: native.Kernels) -> None:
     source = torch.ones(3, 20)
     source[2, 19] = torch.finfo(torch.float32).max
     with pytest.raises(native.NotFinite, match="row 2, column 19"):
         kernels.pack_nz_rows(source, torch.empty(2, 1, 16, 16, dtype=torch.bfloat16))
 
 
-def test_every_half_converts_exactly(kernels):
+def test_every_half_converts_exactly(kernels: native.Kernels) -> None:
     source = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).view(256, 256)
     strips = torch.empty(16, 16, 16, 16, dtype=torch.bfloat16)
     kernels.pack_nz_rows(source, strips, check_finite=False)
@@ -165,8 +181,8 @@ def test_every_half_converts_exactly(kernels):
     assert torch.equal(restored.isnan(), source.isnan())
 
 
-def test_row_blocks_on_threads_fill_one_buffer(kernels):
-    source = make_source("normal", 200, 100, torch.bfloat16, seed=9)
+def test_row_blocks_on_threads_fill_one_buffer(kernels: native.Kernels) -> None:
+    source = make_source("normal", (200, 100), torch.bfloat16, seed=9)
     whole, parts = run_quantize(kernels, source), Codes.garbage(200, 100)
     strips = [torch.full((7, 13, 16, 16), 9, dtype=torch.bfloat16) for _ in range(2)]
     kernels.pack_nz_rows(source, strips[0])
@@ -185,7 +201,7 @@ def test_row_blocks_on_threads_fill_one_buffer(kernels):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_empty_matrices(kernels, shape):
+def test_empty_matrices(kernels: native.Kernels, shape: tuple[int, int]) -> None:
     codes = run_quantize(kernels, torch.empty(shape))
     assert codes.scales.tolist() == [1.0] * shape[0]
     assert codes.signal.tolist() == codes.noise.tolist() == [0.0] * shape[0]
@@ -193,14 +209,14 @@ def test_empty_matrices(kernels, shape):
     kernels.pack_nz_rows(torch.empty(shape), strips)
 
 
-def test_flushed_subnormals_do_not_change_the_compiled_bytes():
-    paths = [native.load(path) for path in runnable_paths()]
-    source = make_source("subnormal", 40, 100, torch.bfloat16, seed=10)
+def test_flushed_subnormals_do_not_change_the_compiled_bytes() -> None:
+    compiled = runnable_kernels()
+    source = make_source("subnormal", (40, 100), torch.bfloat16, seed=10)
     expected = run_quantize(native.TorchKernels(), source)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     try:
-        results = [run_quantize(implementation, source) for implementation in paths]
+        results = [run_quantize(implementation, source) for implementation in compiled]
     finally:
         torch.set_flush_denormal(False)
     assert all(torch.equal(result.strips, expected.strips) for result in results)
@@ -218,21 +234,21 @@ BAD_SOURCES = {
 
 
 @pytest.mark.parametrize("source", BAD_SOURCES.values(), ids=BAD_SOURCES)
-def test_wrong_sources_are_refused(kernels, source):
+def test_wrong_sources_are_refused(kernels: native.Kernels, source: torch.Tensor) -> None:
     matrix = source.view(40, 20) if source.numel() == 800 and source.is_contiguous() else source
     with pytest.raises(ValueError):
         kernels.quantize_w8a8_nz(matrix, *vars(Codes.garbage(40, 20)).values())
 
 
 @pytest.mark.parametrize("field", ["strips", "scales", "signal", "noise"])
-def test_wrong_outputs_are_refused(kernels, field):
+def test_wrong_outputs_are_refused(kernels: native.Kernels, field: str) -> None:
     codes = vars(Codes.garbage(40, 20))
     codes[field] = codes[field].repeat_interleave(2, 0)[::2]
     with pytest.raises(ValueError, match=field):
         kernels.quantize_w8a8_nz(torch.zeros(40, 20), *codes.values())
 
 
-def test_wrong_strips_are_refused(kernels):
+def test_wrong_strips_are_refused(kernels: native.Kernels) -> None:
     source = torch.zeros(40, 20, dtype=torch.float16)
     for strips in (
         torch.zeros(2, 3, 16, 16),  # float32 has no layout here

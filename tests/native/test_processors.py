@@ -36,7 +36,7 @@ def compile_digest(folder: Path, compiler: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_digests_are_equal_everywhere(tmp_path, build):
+def test_digests_are_equal_everywhere(tmp_path: Path, build: str) -> None:
     compiler, runner = BUILDS[build]
     for tool in (compiler[0], *runner[:1]):
         if shutil.which(tool) is None:

@@ -10,6 +10,7 @@ import torch
 from support.group_scheme import NZ, GroupInt4
 
 from qwen3_ascend.checkpoint.architecture import model_spec
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import W8A8
@@ -33,7 +34,7 @@ BLOCK = 16
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("config", [ODD, SMALL_CONFIG], ids=["odd", "small"])
-def test_the_cpu_is_the_reference(config: type, dtype: str) -> None:
+def test_the_cpu_is_the_reference(config: Qwen3Config, dtype: str) -> None:
     definition = backends.reference_backend(config, dtype)
     cpu = backends.get(config, DeviceOptions("cpu", dtype))
     compared = [*compare_backends(definition, cpu, config)]

@@ -287,7 +287,8 @@ def test_a_score_that_is_given_up_frees_its_blocks() -> None:
 def test_either_of_two_end_tokens_ends(token: int) -> None:
     one = Request(0, SamplingParams(), [1], 1, 10, frozenset({0, 1}))
     one.append(3)
-    assert one.finish_reason is None
+    reason = one.finish_reason
+    assert reason is None
     one.append(token)
     assert one.finish_reason == "stop" and list(one.output) == [3, token]
     ignoring = Request(0, SamplingParams(ignore_eos=True), [1], 1, 3, frozenset({0, 1}))

@@ -100,8 +100,9 @@ def test_end_tokens_in_order(tmp_path: Path, tiny_source: Path) -> None:
     for said, expected in ([8, 9], {8, 9}), (8, {8}), (None, {7}), ([], {7}):
         written(tmp_path, eos_token_id=said)
         assert eos_ids(tmp_path, tokenizer) == expected
-    for said in ("x", [1, "x"], True, 1.5, {}):
-        written(tmp_path, eos_token_id=said)
+    wrong: tuple[object, ...] = ("x", [1, "x"], True, 1.5, {})
+    for value in wrong:
+        written(tmp_path, eos_token_id=value)
         with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id is "):
             eos_ids(tmp_path, tokenizer)
 

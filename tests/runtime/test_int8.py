@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,14 @@ from qwen3_ascend.runtime import LLM
 from qwen3_ascend.runtime.backends.base import QuantizedActivation
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import (
     CANDIDATES,
+    Product,
     float64,
     is_exact,
     pick_int8_matmul,
 )
 from qwen3_ascend.runtime.backends.cpu.linears import Int8Linear
 
+Candidate = Callable[[Tensor], Product]
 EXACT = [candidate for candidate in CANDIDATES if is_exact(candidate)]
 EPSILON = 2.0**-24
 SIZES = [(1, 1), (3, 5), (7, 31), (16, 32), (33, 63), (65, 129), (47, 1001), (5, 4097), (9, 25601)]
@@ -49,9 +52,9 @@ def assert_exact(product: Tensor, codes: Tensor, weight: Tensor) -> None:
 
 @pytest.mark.parametrize("candidate", EXACT, ids=lambda candidate: candidate.__name__)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_products_are_exact(candidate: object, size: tuple[int, int]) -> None:
+def test_products_are_exact(candidate: Candidate, size: tuple[int, int]) -> None:
     weight = draw(*size)
-    product = candidate(weight)  # type: ignore[operator]
+    product = candidate(weight)
     for rows in range(1, 10):
         codes = draw(rows, size[1], seed=rows)
         assert_exact(product(codes), codes, weight)
@@ -59,12 +62,12 @@ def test_products_are_exact(candidate: object, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("candidate", EXACT, ids=lambda candidate: candidate.__name__)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_largest_sums(candidate: object, size: tuple[int, int]) -> None:
+def test_the_largest_sums(candidate: Candidate, size: tuple[int, int]) -> None:
     """Every combination of the extreme codes: no 16-bit saturation, no 32-bit overflow."""
     signs = torch.tensor([127, -128, 127], dtype=torch.int8)
     for extreme in (127, -127, -128):
         weight = torch.full(size, extreme, dtype=torch.int8)
-        product = candidate(weight)  # type: ignore[operator]
+        product = candidate(weight)
         for rows in (1, 2, 3):
             codes = signs[:rows, None].expand(rows, size[1]).contiguous()
             assert_exact(product(codes), codes, weight)
@@ -76,15 +79,16 @@ def test_the_picked_one_is_exact() -> None:
 
 
 def test_a_saturating_kernel_is_found_out() -> None:
-    def saturating(weight: Tensor) -> object:
+    def saturating(weight: Tensor) -> Product:
         def product(codes: Tensor) -> Tensor:
             pairs = codes.int()[:, None, :] * weight.int()[None]
             halves = pairs.unflatten(-1, (-1, 2)).sum(-1).clamp(-32768, 32767)
-            return halves.sum(-1).float()
+            summed: Tensor = halves.sum(-1).float()
+            return summed
 
         return product
 
-    assert not is_exact(saturating)  # type: ignore[arg-type]
+    assert not is_exact(saturating)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -140,7 +144,10 @@ def perplexity(logits: list[Tensor], tokens: list[list[int]]) -> float:
 
 
 def test_perplexity_of_a_trained_model(
-    tiny_source: Path, tiny_bf16: Path, tiny_w8a8: Path, record_property: pytest.RecordProperty
+    tiny_source: Path,
+    tiny_bf16: Path,
+    tiny_w8a8: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     plain, quantized = load(tiny_bf16), load(tiny_w8a8)
     held_out = windows(plain, (tiny_source / "heldout.txt").read_text(encoding="utf-8"))

@@ -58,7 +58,8 @@ def test_forms_of_a_prompt(llm: LLM) -> None:
     (text,) = llm.generate(QUESTIONS[0], SHORT)
     tokens = llm.encode(QUESTIONS[0])
     assert llm.generate(tokens, SHORT) == [text]
-    assert llm.generate([tokens, QUESTIONS[0]], SHORT) == [text, text]
+    mixed: list[str | list[int]] = [tokens, QUESTIONS[0]]
+    assert llm.generate(mixed, SHORT) == [text, text]
     rendered = llm.render([{"role": "user", "content": QUESTIONS[0]}])
     assert llm.generate(rendered, SHORT, raw=True) == [text]
     assert llm.chat([{"role": "user", "content": QUESTIONS[0]}], SHORT) == text
@@ -67,7 +68,7 @@ def test_forms_of_a_prompt(llm: LLM) -> None:
     thinking = llm.generate(QUESTIONS[0], SHORT, enable_thinking=True)[0]
     assert thinking.prompt_token_ids != text.prompt_token_ids
     with pytest.raises(RequestError):
-        llm.generate([[1, 2], 3])  # type: ignore[list-item]
+        llm.generate([[1, 2], 3])  # type: ignore[arg-type]
 
 
 def test_parameters_for_each_prompt(llm: LLM) -> None:

@@ -97,10 +97,10 @@ class Case:
 
     @cached_property
     def theirs(self) -> Qwen3ForCausalLM:
-        model = Qwen3ForCausalLM.from_pretrained(
+        model: Qwen3ForCausalLM = Qwen3ForCausalLM.from_pretrained(
             self.source, dtype=torch.float32, attn_implementation="eager"
         )
-        return model.eval()
+        return model  # from_pretrained has called eval()
 
     def ours(self, **options: Any) -> LLM:
         return load(self.converted, dtype="float32", **{"kv_cache_tokens": 4096, **options})
@@ -111,7 +111,8 @@ class Case:
 
     @torch.inference_mode()
     def their_logits(self, tokens: list[int]) -> Tensor:
-        return self.theirs(torch.tensor([tokens]), use_cache=False).logits[0]
+        logits: Tensor = self.theirs(torch.tensor([tokens]), use_cache=False).logits[0]
+        return logits
 
     def their_greedy(self, tokens: list[int], count: int) -> list[int]:
         """A plain loop, so that no generation default of transformers has a say."""

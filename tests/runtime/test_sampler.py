@@ -75,7 +75,7 @@ def test_filters_are_those_of_transformers(
         theirs.append(TopPLogitsWarper(params.top_p))
     if params.min_p > 0.0:
         theirs.append(MinPLogitsWarper(params.min_p))
-    expected = theirs(torch.tensor([[*prompt, *output]]), row[None]).softmax(dim=-1)[0]
+    expected = theirs(torch.LongTensor([[*prompt, *output]]), row[None]).softmax(dim=-1)[0]
     request = sequence(params, prompt=prompt, output=output)
     actual = candidate_probabilities(penalize(row, request), params)
     assert torch.equal(actual > 0, expected > 0), "another set of candidates"

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,14 @@ class Driver:
         early = [*chosen[:-25]]
         picked = [*rng.sample(early, min(len(early), max(0, count - len(late)))), *late]
         for step in sorted(picked) if count else chosen:
-            self._trial(lambda step=step: die_at_step(step))
+            self._trial(partial(die_at_step, step))
         return total
 
     def instants(self, count: int, rng: random.Random) -> None:
         """Kills at random instants; what is continued is killed again, up to three times."""
         for _ in range(count):
             delays = [rng.uniform(0, self._seconds) for _ in range(rng.randint(1, 3))]
-            self._trial(*[lambda delay=delay: die_in(delay) for delay in delays])
+            self._trial(*[partial(die_in, delay) for delay in delays])
 
     def summary(self) -> dict[str, int]:
         """What has been tried."""

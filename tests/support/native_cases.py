@@ -38,8 +38,9 @@ class Codes:
         return all(torch.equal(a, b) for a, b in zip(astuple(self), astuple(other), strict=True))
 
 
-def make_source(flavour: str, rows: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
+def make_source(flavour: str, shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
     """A finite [rows, columns] source; each flavour reaches another corner."""
+    rows, columns = shape
     generator = np.random.default_rng(seed)
     if flavour in ("bits", "subnormal", "largest"):
         return _random_bits(flavour, rows, columns, dtype, generator)
@@ -79,4 +80,11 @@ def strided(source: Tensor, gap: int) -> Tensor:
 
 
 def runnable_paths() -> list[str]:
+    """The processor paths of the compiled library that this processor can run."""
     return [name for name in PATHS if LIBRARY.exists() and native.load(name) is not None]
+
+
+def runnable_kernels() -> list[native.Kernels]:
+    """The compiled kernels of each of those paths."""
+    loaded = (native.load(name) for name in runnable_paths())
+    return [kernels for kernels in loaded if kernels is not None]

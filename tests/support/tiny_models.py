@@ -7,6 +7,7 @@ from a configuration is held against this list, not against itself.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,7 +85,7 @@ def tensors(data: Mapping[str, Any], seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-        noise = torch.randn(shape, generator=generator)
+        noise: Tensor = torch.randn(shape, generator=generator)
         if "norm" in name:
             centre = 2.0 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
             return centre + 0.3 * noise
@@ -92,7 +93,7 @@ def tensors(data: Mapping[str, Any], seed: int = 0) -> dict[str, Tensor]:
             return 0.5 * noise
         if "embed_tokens" in name:
             return 0.15 * noise
-        return 1.5 * noise / shape[1] ** 0.5
+        return 1.5 * noise / math.sqrt(shape[1])
 
     return {name: draw(name, shape).bfloat16() for name, shape in shapes(data).items()}
 

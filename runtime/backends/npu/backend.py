@@ -73,7 +73,7 @@ class NpuBackend(Backend[LayerKV]):
         return tensor.to(device=self.device, dtype=self.dtype)
 
     @override
-    def linear(self, linear: Linear) -> DeviceLinear:
+    def linear(self, linear: Linear) -> NpuLinear:
         """The first of each kind is checked through its own kernel (S3)."""
         kind = (str(linear.scheme), linear.layout)
         try:

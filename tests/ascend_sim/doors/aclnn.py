@@ -14,8 +14,9 @@ arguments in the order of the C call, each with a kind:
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .. import runtime, tensors, trace
 
@@ -50,7 +51,9 @@ def _single(value: float) -> float:
     return ctypes.c_float.from_buffer(ctypes.c_double(value)).value
 
 
-DECODERS: dict[str, Callable] = {
+Decoder = Callable[[Any], object]
+
+DECODERS: dict[str, Decoder] = {
     "T": tensors.from_acl_tensor,
     "L": _tensor_list,
     "S": tensors.scalar,
@@ -69,7 +72,9 @@ DECODERS: dict[str, Callable] = {
 class StandIn:
     name: str
     plan: Plan
-    decoders: tuple[tuple[bool, Callable], ...]  # (comes from the float registers, decoder)
+    decoders: tuple[
+        tuple[bool, Callable[[Any], object]], ...
+    ]  # (comes from the float registers, decoder)
     integers: int
     workspace: int
 
@@ -91,8 +96,8 @@ def aclnn(name: str, signature: str, workspace: int = 0) -> Callable[[Plan], Pla
     return register
 
 
-def _decode(stand_in: StandIn, integers: object, floats: object) -> list:
-    values = iter(integers[: stand_in.integers])
+def _decode(stand_in: StandIn, integers: Sequence[int], floats: Sequence[float]) -> list[object]:
+    values: Iterator[float] = iter(integers[: stand_in.integers])
     singles = iter(floats[:8])
     return [
         decode(next(singles if from_floats else values))
@@ -100,7 +105,7 @@ def _decode(stand_in: StandIn, integers: object, floats: object) -> list:
     ]
 
 
-def _plan_call(index: int, integers: object, floats: object) -> int:
+def _plan_call(index: int, integers: Sequence[int], floats: Sequence[float]) -> int:
     stand_in = _stand_ins[index]
     try:
         arguments = _decode(stand_in, integers, floats)

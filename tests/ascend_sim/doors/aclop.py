@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .. import nz, runtime, tensors, trace
 from ..tensors import DeviceTensor
@@ -31,18 +31,18 @@ def _lacking(name: str) -> Compute:
     raise NotImplementedError(f"aclop {name} has no stand-in kernel in the simulator")
 
 
-def _tensors(count: int, descriptions: object, buffers: object) -> list[DeviceTensor]:
+def _tensors(count: int, descriptions: Sequence[int], buffers: Sequence[int]) -> list[DeviceTensor]:
     return [tensors.from_acl_description(descriptions[i], buffers[i]) for i in range(count)]
 
 
 def _plan_call(
     name: bytes,
     inputs: int,
-    in_descriptions: object,
-    in_buffers: object,
+    in_descriptions: Sequence[int],
+    in_buffers: Sequence[int],
     outputs: int,
-    out_descriptions: object,
-    out_buffers: object,
+    out_descriptions: Sequence[int],
+    out_buffers: Sequence[int],
 ) -> int:
     text = name.decode()
     compute = OPERATORS.get(text)

@@ -32,7 +32,7 @@ def _argument(value: object) -> object:
     return tensors.of(value) if value.device.type == "npu" else value.detach().clone()
 
 
-def _kernel(name: str, plan: Plan) -> Callable:
+def _kernel(name: str, plan: Plan) -> Callable[..., torch.Tensor | None]:
     def call(*values: object, **named: object) -> torch.Tensor | None:
         faults.require_atb()
         arguments = [_argument(value) for value in values]

@@ -155,7 +155,7 @@ def _on_cpu(operator: Any, *args: Any, **kwargs: Any) -> Any:
     return run_on_cpu(operator, args, kwargs)
 
 
-def _wrapper(operator: Any, original: Any) -> Callable:
+def _wrapper(operator: Any, original: Any) -> Callable[..., object]:
     name = str(operator)
     tensor_places = [
         place
@@ -179,7 +179,7 @@ def _wrapper(operator: Any, original: Any) -> Callable:
     return call
 
 
-def _wrap_numbers(args: tuple, places: list[int]) -> tuple:
+def _wrap_numbers(args: tuple[Any, ...], places: list[int]) -> tuple[Any, ...]:
     """A number given for a tensor argument reaches Python kernels bare."""
     changed = list(args)
     for place in places:
@@ -199,7 +199,7 @@ def _to(device: str, value: object) -> object:
     return None if isinstance(value, torch.Generator) else value
 
 
-def run_on_cpu(operator: Any, args: tuple, kwargs: dict) -> Any:
+def run_on_cpu(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operator on CPU views of device memory, queued on the current stream."""
     flat, spec = tree_flatten((args, kwargs))
     described = [tensors.of(value) if _on_device(value) else value for value in flat]
@@ -233,13 +233,13 @@ def run_on_cpu(operator: Any, args: tuple, kwargs: dict) -> Any:
     return outputs
 
 
-def _launch(operator: Any, described: list, run: Callable[[], object]) -> None:
+def _launch(operator: Any, described: list[object], run: Callable[[], None]) -> None:
     arguments = [value for value in described if isinstance(value, DeviceTensor)]
     name = str(operator)
     trace.note(runtime.launch(name, run), "fallback", name, arguments)
 
 
-def _written_arguments(operator: Any, args: tuple, kwargs: dict) -> Any:
+def _written_arguments(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The arguments an in-place or out= operator returns; None for one that makes new tensors."""
     written = []
     for place, argument in enumerate(operator._schema.arguments):
@@ -250,7 +250,7 @@ def _written_arguments(operator: Any, args: tuple, kwargs: dict) -> Any:
     return written[0] if len(operator._schema.returns) <= 1 else tuple(written)
 
 
-def _allocate_outputs(operator: Any, flat: list, spec: Any) -> Any:
+def _allocate_outputs(operator: Any, flat: list[Any], spec: Any) -> Any:
     def on_meta(value: object) -> object:
         if isinstance(value, torch.Tensor):
             return torch.empty_strided(

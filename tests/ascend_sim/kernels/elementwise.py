@@ -4,6 +4,7 @@ their own.  Most are rows of a table: the operator's name and the torch function
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,29 +13,30 @@ from ..limits import require
 from ..tensors import DeviceTensor
 
 Run = Callable[[], None]
+Function = Callable[..., Any]
 
 
-def table(signature: str, functions: dict[str, Callable]) -> None:
+def table(signature: str, functions: dict[str, Function]) -> None:
     """Operators whose last argument is the output and whose others are the function's."""
     for name, function in functions.items():
         aclnn(name, signature)(_pointwise(function))
 
 
-def _pointwise(function: Callable) -> Callable[..., Run]:
-    def plan(*arguments: object) -> Run:
+def _pointwise(function: Function) -> Callable[..., Run]:
+    def plan(*arguments: Any) -> Run:
         *inputs, out = arguments
         return lambda: out.write(function(*(_value(value) for value in inputs)))
 
     return plan
 
 
-def in_place(signature: str, functions: dict[str, Callable]) -> None:
+def in_place(signature: str, functions: dict[str, Function]) -> None:
     """Operators that write their first argument."""
     for name, function in functions.items():
         aclnn(name, signature)(_overwriting(function))
 
 
-def _overwriting(function: Callable) -> Callable[..., Run]:
+def _overwriting(function: Function) -> Callable[..., Run]:
     def plan(target: DeviceTensor, *others: object) -> Run:
         return lambda: target.write(function(target.read(), *(_value(v) for v in others)))
 

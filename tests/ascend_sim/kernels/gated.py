@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -178,8 +179,8 @@ aclnn("aclnnDequantSwigluQuant", DEQUANT_INPUTS + "y:T scale:T")(plan_dequant)
     DEQUANT_INPUTS
     + "dtype:i rounding:s activate_dim:i variant:i limit:d alpha:d bias:d y:T scale:T",
 )
-def dequant_swiglu_quant(*arguments: object) -> Callable[[], None]:
+def dequant_swiglu_quant(*arguments: Any) -> Callable[[], None]:
     *inputs, _dtype, rounding, activate_dim, variant, _limit, _alpha, _bias, y, scale = arguments
     plain = variant == 0 and rounding == "rint" and activate_dim == -1
     require(plain, "npu_dequant_swiglu_quant", "only the plain SwiGLU (swiglu_mode=0) is simulated")
-    return plan_dequant(*inputs, y, scale)
+    return plan_dequant(*(*inputs, y, scale))

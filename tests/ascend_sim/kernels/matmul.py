@@ -42,7 +42,9 @@ def require_storage(operator: str, weight: Layout) -> None:
     require(weight.storage_size == expected, operator, rule)
 
 
-def plan_matmul(operator: str, a: DeviceTensor, b: DeviceTensor, out: DeviceTensor) -> Callable:
+def plan_matmul(
+    operator: str, a: DeviceTensor, b: DeviceTensor, out: DeviceTensor
+) -> Callable[[], None]:
     check_matmul(operator, a.layout, b.layout)
     return lambda: out.write(torch.matmul(a.read().float(), b.read().float()))
 

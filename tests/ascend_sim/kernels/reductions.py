@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -103,13 +104,14 @@ def topk(
 def _shrink(address: int, size: tuple[int, ...]) -> None:
     fields = (ctypes.c_int64 * (VIEW_FIELD + MAX_DIMS)).from_address(address)
     fields[DIMS_FIELD] = len(size)
-    fields[VIEW_FIELD : VIEW_FIELD + len(size)] = size
+    fields[VIEW_FIELD : VIEW_FIELD + len(size)] = list(size)
 
 
 def _of_any_size(function: Callable[..., torch.Tensor]) -> Callable[..., Run]:
-    def plan(*arguments: object) -> Run:
+    def plan(*arguments: Any) -> Run:
         *inputs, address = arguments
         out = from_acl_tensor(address)
+        assert out is not None
 
         def run() -> None:
             values = function(*(tensor.read() for tensor in inputs))
