@@ -9,6 +9,7 @@ from qwen3_ascend.checkpoint.describe import dims, layout_text
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.plan import Item, Plan
+from qwen3_ascend.files.json_file import plain
 from qwen3_ascend.files.text import size_text
 
 WORST_SHOWN = 3
@@ -116,5 +117,5 @@ def _item_json(item: Item) -> dict[str, Any]:
         "bytes": item.nbytes,
         "shape": list(item.spec.shape),
         "scheme": item.scheme.to_json(),
-        "layout": item.layout.to_json(),
+        "layout": plain(item.layout),
     }

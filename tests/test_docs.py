@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from blake3 import blake3
+from jsonschema import Draft202012Validator
+from support.manifest_schema import manifest_schema, schema_text
 
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear, quantize
@@ -99,6 +101,24 @@ def test_the_rules_of_cutting() -> None:
     assert said["`scale` of w8a8"][0] == place(w8a8, "scale", "outputs", None)
     assert said["`scale` of w8a8"][1].startswith(place(w8a8, "scale", "inputs", None))
     assert said["`bias`"][0] == place(w8a8, "bias", "outputs", None)
+
+
+def test_the_schema_is_that_of_the_types_and_of_a_real_manifest(
+    tiny_w8a8: Path, tiny_bf16: Path
+) -> None:
+    assert (ROOT / "docs" / "manifest.schema.json").read_text(encoding="utf-8") == schema_text()
+    validator = Draft202012Validator(manifest_schema())
+    for folder in (tiny_w8a8, tiny_bf16):
+        manifest = json.loads((folder / "qwen3_ascend.json").read_text(encoding="utf-8"))
+        assert [*validator.iter_errors(manifest)] == []
+        wrongs: list[dict[str, object]] = [
+            {"target": "x"},
+            {"more": 1},
+            {"format_version": 2},
+            {"files": {"a": {}}},
+        ]
+        for wrong in wrongs:
+            assert [*validator.iter_errors(manifest | wrong)], wrong
 
 
 def test_a_reader_made_from_the_specification(tiny_w8a8: Path) -> None:

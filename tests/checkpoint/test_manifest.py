@@ -60,7 +60,7 @@ def test_what_it_says(tiny_w8a8: Path, tiny_source: Path) -> None:
         [f"{prefix}.k_proj", 256],
         [f"{prefix}.v_proj", 256],
     ]
-    assert qkv["layout"] == {"format": "nz", "nz_of": "KN", "c0": 32}
+    assert qkv["layout"] == {"format": "nz", "nz_of": "KN", "c0": 32, "per_word": 1}
     assert qkv["scheme"] == {"name": "w8a8"} and qkv["cut"] == "outputs"
     assert 30 < qkv["sqnr_db"] < 60
     assert data["linears"]["model.layers.0.mlp.down_proj"]["cut"] == "inputs"

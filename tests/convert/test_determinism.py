@@ -29,11 +29,11 @@ from qwen3_ascend.files.hashing import file_sha256
 PINNED = {
     "w8a8": (
         "9ba509149ddf2b0be59c39a16240b33cecab9e91cf1d6b32a6adcfa7a858fc96",
-        "f75934fd040dff728f45e59dec6f2b2322f0b1fbb879365957ffba829e201aa4",
+        "54e5fb37d8421abf53965c2ed1973f6e53bf6a380511dad12a2606ebbb1bddea",
     ),
     "bf16": (
         "752513b0281a812c6c83409c14aa1fa4b7bd40d57128b5543f1e0f0ad9f97a14",
-        "3b7d11ef616b9e2aab1aa752bdd6d7d0ab7a58258ba9b87bb0cb4e84af095c7e",
+        "a007731f8d3f55c8c8e41be061651630e63eb7c29c121098ffdd7a5d577b8809",
     ),
 }
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from qwen3_ascend.errors import ConfigError
-from qwen3_ascend.files.json_file import read_json_object
+from qwen3_ascend.files.json_file import Count, Finite, Size, read_json_object
 
 ROPE_TYPES = ("default", "yarn")
 
@@ -27,12 +27,12 @@ class RopeConfig:
     """
 
     type: Literal["default", "yarn"]
-    theta: float
-    factor: float = 1.0
-    original_max_position: int = 0
-    attention_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    theta: Finite
+    factor: Finite = 1.0
+    original_max_position: Count = 0
+    attention_factor: Finite = 1.0
+    beta_fast: Finite = 32.0
+    beta_slow: Finite = 1.0
     truncate: bool = True
 
 
@@ -40,15 +40,15 @@ class RopeConfig:
 class Qwen3Config:
     """The numbers a Qwen3 forward needs, checked once. All sizes are counts of elements."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position: int
-    rms_norm_eps: float
+    hidden_size: Size
+    intermediate_size: Size
+    num_layers: Size
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    vocab_size: Size
+    max_position: Size
+    rms_norm_eps: Finite
     tie_word_embeddings: bool
     attention_bias: bool
     rope: RopeConfig
@@ -74,18 +74,6 @@ class Qwen3Config:
     def from_file(cls, path: Path) -> Qwen3Config:
         """Reads config.json; ConfigError if it is missing or not one."""
         return cls.from_hf(read_json_object(path), str(path))
-
-    def to_json(self) -> dict[str, Any]:
-        """The manifest's form; `from_json` reads it back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Qwen3Config:
-        """Reads the manifest's form; ConfigError if it is not one."""
-        try:
-            return cls(**{**data, "rope": RopeConfig(**data["rope"])})
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"the manifest's model section is not readable: {error}") from error
 
 
 class _Reader:
@@ -140,7 +128,7 @@ class _Reader:
     def _count(self, key: str, default: int | None = None) -> int:
         value = self.data.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 63:
             raise self._fail(f"{key} must be a positive integer, not {value!r}")
         return value
 

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
 
 Cut = Literal["outputs", "inputs"]
@@ -176,25 +175,6 @@ class Layout:
         if self.format == "nd":
             return Place(-1, self.per_word) if along_columns else Place(-2, 1)
         return Place(-4, self.c0 * self.per_word) if along_columns else Place(-3, ROW_BLOCK)
-
-    def to_json(self) -> dict[str, Any]:
-        """The manifest's form."""
-        packed = {"per_word": self.per_word} if self.per_word > 1 else {}
-        if self.format == "nd":
-            return {"format": "nd", **packed}
-        return {"format": "nz", "nz_of": self.nz_of, "c0": self.c0, **packed}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Layout:
-        """Reads the manifest's form; CheckpointError if it is not one."""
-        try:
-            if data["format"] == "nd":
-                return cls("nd", per_word=data.get("per_word", 1))
-            if data["nz_of"] not in ("KN", "NK") or not isinstance(data["c0"], int):
-                raise ValueError(data)
-            return cls("nz", data["nz_of"], data["c0"], data.get("per_word", 1))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the manifest holds an unknown layout {data!r}") from error
 
 
 ND = Layout("nd")

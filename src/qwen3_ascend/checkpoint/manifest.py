@@ -7,26 +7,28 @@ guess from names. It also carries a hash of itself, so that an edited manifest i
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
+from msgspec import Meta
 
-from qwen3_ascend.checkpoint.config import ROPE_TYPES, Qwen3Config
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import Cut, Layout
 from qwen3_ascend.checkpoint.schemes import Scheme, make_scheme
 from qwen3_ascend.checkpoint.target import target_named
 from qwen3_ascend.errors import CheckpointError, ConfigError, os_errors
 from qwen3_ascend.files.hashing import bytes_blake3
-from qwen3_ascend.files.json_file import read_json_object
+from qwen3_ascend.files.json_file import Count, Finite, plain, read_json_object, typed
 from qwen3_ascend.files.safetensors import DTYPES, NAMES, tensor_nbytes
 
 MANIFEST_NAME = "qwen3_ascend.json"
 FORMAT = "qwen3-ascend"
 FORMAT_VERSION = 1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class StoredTensor:
     """One tensor in a weight file: type, storage shape, file name, and the BLAKE3 of its bytes."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     file: str
     blake3: str
 
@@ -60,11 +62,11 @@ class LinearEntry:
     """
 
     scheme: Scheme
-    shape: tuple[int, ...]
-    parts: tuple[tuple[str, int], ...]
+    shape: Annotated[tuple[Count, ...], Meta(min_length=2)]
+    parts: tuple[tuple[str, Count], ...]
     cut: Cut
     layout: Layout
-    sqnr_db: float | None
+    sqnr_db: Finite | None
     tensors: Mapping[str, StoredTensor]
 
 
@@ -73,7 +75,7 @@ class FileEntry:
     """A file and its bytes' hash; for a weight file the hash covers the header only, because each
     of its tensors has its own."""
 
-    size: int
+    size: Count
     blake3: str
 
 
@@ -82,7 +84,7 @@ class SourceFile:
     """A weight file of the source; the hash of the whole file is the one that its hub states and
     that was checked, and None for a folder, where nobody states any."""
 
-    size: int
+    size: Count
     sha256: str | None
 
 
@@ -149,16 +151,14 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "tool_version": self.tool_version,
             "target": self.target,
-            "model": self.model.to_json(),
+            "model": plain(self.model),
             "recipe": dict(self.recipe),
             "recipe_blake3": canonical_blake3(dict(self.recipe)),
-            "source": _source_to_json(self.source),
+            "source": plain(self.source),
             "linears": {name: _linear_to_json(entry) for name, entry in self.linears.items()},
-            "tensors": {name: _tensor_to_json(entry) for name, entry in self.tensors.items()},
-            "weight_files": {
-                name: _file_to_json(entry) for name, entry in self.weight_files.items()
-            },
-            "files": {name: _file_to_json(entry) for name, entry in self.files.items()},
+            "tensors": plain(self.tensors, _encode),
+            "weight_files": plain(self.weight_files),
+            "files": plain(self.files),
         }
         return {**body, "manifest_blake3": canonical_blake3(body)}
 
@@ -196,20 +196,35 @@ class Manifest:
     def from_json(cls, data: dict[str, Any]) -> Manifest:
         """Reads the written form; CheckpointError saying what is wrong with it."""
         _check_identity(data)
+
+        def section(name: str, kind: type[T]) -> dict[str, T]:
+            entries = typed(data[name], dict[str, object], name)
+            return {key: typed(e, kind, f"{name}.{key}", _decode) for key, e in entries.items()}
+
         try:
-            return cls(
-                tool_version=_string(data["tool_version"]),
-                target=target_named(_string(data["target"])).name,
-                model=_model(data["model"]),
+            found = cls(
+                tool_version=typed(data["tool_version"], str, "tool_version"),
+                target=target_named(typed(data["target"], str, "target")).name,
+                model=typed(data["model"], Qwen3Config, "model"),
                 recipe=_recipe(data["recipe"]),
-                source=_source_from_json(data["source"]),
-                linears={n: _linear_from_json(e) for n, e in data["linears"].items()},
-                tensors={n: _tensor_from_json(e) for n, e in data["tensors"].items()},
-                weight_files={n: _file_from_json(e) for n, e in data["weight_files"].items()},
-                files={n: _file_from_json(e) for n, e in data["files"].items()},
+                source=typed(data["source"], SourceRecord, "source"),
+                linears=section("linears", LinearEntry),
+                tensors=section("tensors", StoredTensor),
+                weight_files=section("weight_files", FileEntry),
+                files=section("files", FileEntry),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise CheckpointError(f"the manifest is not readable: {error!r}") from error
+            _check_keys(data, found.to_json(), "it")
+        except KeyError as error:
+            raise CheckpointError(f"the manifest is not readable: {error} is missing") from error
+        except ValueError as error:
+            raise CheckpointError(f"the manifest is not readable: {error}") from error
+        return found
+
+
+def _recipe(data: object) -> dict[str, Any]:
+    recipe = typed(data, dict[str, object], "recipe")
+    typed(recipe.get("name"), str, "recipe.name")
+    return recipe
 
 
 def canonical_blake3(data: Any) -> str:
@@ -254,136 +269,35 @@ def _compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _tensor_to_json(entry: StoredTensor) -> dict[str, Any]:
-    return {
-        "dtype": NAMES[entry.dtype],
-        "shape": list(entry.shape),
-        "file": entry.file,
-        "blake3": entry.blake3,
-    }
+def _encode(value: Any) -> object:
+    """What JSON says of a type that msgspec does not know."""
+    if isinstance(value, torch.dtype):
+        return NAMES[value]
+    raise TypeError(f"{value!r} has no place in a manifest")
 
 
-def _tensor_from_json(data: dict[str, Any]) -> StoredTensor:
-    shape = tuple(map(_count, data["shape"]))
-    return StoredTensor(
-        DTYPES[data["dtype"]], shape, _string(data["file"]), _string(data["blake3"])
-    )
-
-
-def _file_to_json(entry: FileEntry) -> dict[str, Any]:
-    return {"size": entry.size, "blake3": entry.blake3}
-
-
-def _file_from_json(data: dict[str, Any]) -> FileEntry:
-    return FileEntry(_count(data["size"]), _string(data["blake3"]))
+def _decode(kind: type, value: Any) -> object:
+    """The inverse; ValueError if there is no such type or scheme."""
+    if kind is torch.dtype and isinstance(value, str) and value in DTYPES:
+        return DTYPES[value]
+    if kind is Scheme and isinstance(value, dict) and isinstance(value.get("name"), str):
+        parameters = {key: parameter for key, parameter in value.items() if key != "name"}
+        return make_scheme(value["name"], parameters)
+    raise ValueError(f"{value!r} is no {kind.__name__} that this version knows")
 
 
 def _linear_to_json(entry: LinearEntry) -> dict[str, Any]:
-    return {
-        "scheme": entry.scheme.to_json(),
-        "shape": list(entry.shape),
-        "parts": [list(part) for part in entry.parts],
-        "cut": entry.cut,
-        "layout": entry.layout.to_json(),
-        "sqnr_db": entry.sqnr_db,
-        "tensors": {suffix: _tensor_to_json(tensor) for suffix, tensor in entry.tensors.items()},
+    """A scheme is a dataclass of its parameters; its name has to be added."""
+    return {"scheme": entry.scheme.to_json()} | {
+        key: value for key, value in plain(entry, _encode).items() if key != "scheme"
     }
 
 
-def _linear_from_json(data: dict[str, Any]) -> LinearEntry:
-    if len(data["shape"]) < 2:
-        raise ValueError(f"{data['shape']!r} is not the shape of a linear")
-    if data["cut"] not in ("outputs", "inputs"):
-        raise ValueError(f"unknown cut {data['cut']!r}")
-    return LinearEntry(
-        scheme=_scheme(data["scheme"]),
-        shape=tuple(map(_count, data["shape"])),
-        parts=tuple((_string(source), _count(rows)) for source, rows in data["parts"]),
-        cut=data["cut"],
-        layout=Layout.from_json(data["layout"]),
-        sqnr_db=None if data["sqnr_db"] is None else _number(data["sqnr_db"]),
-        tensors={suffix: _tensor_from_json(tensor) for suffix, tensor in data["tensors"].items()},
-    )
-
-
-def _scheme(data: dict[str, Any]) -> Scheme:
-    return make_scheme(
-        _string(data["name"]), {key: value for key, value in data.items() if key != "name"}
-    )
-
-
-def _source_to_json(record: SourceRecord) -> dict[str, Any]:
-    return {
-        "repo": record.repo,
-        "hub": record.hub,
-        "revision": record.revision,
-        "files": {
-            name: {"size": entry.size, "sha256": entry.sha256}
-            for name, entry in record.files.items()
-        },
-        "tensors": dict(record.tensors),
-        "ignored": dict(record.ignored),
-    }
-
-
-def _source_from_json(data: dict[str, Any]) -> SourceRecord:
-    return SourceRecord(
-        repo=_string(data["repo"]),
-        hub=_optional_string(data["hub"]),
-        revision=_optional_string(data["revision"]),
-        files={
-            name: SourceFile(_count(entry["size"]), _optional_string(entry["sha256"]))
-            for name, entry in data["files"].items()
-        },
-        tensors={name: _string(blake3) for name, blake3 in data["tensors"].items()},
-        ignored={name: _string(reason) for name, reason in data["ignored"].items()},
-    )
-
-
-def _model(data: dict[str, Any]) -> Qwen3Config:
-    """The configuration, each number of it of its type: the runtime divides by some of them."""
-    config = Qwen3Config.from_json(data)
-    check = {"int": _count, "float": _number, "bool": _flag}
-    for holder in (config, config.rope):
-        for field in fields(holder):
-            value = getattr(holder, field.name)
-            if str(field.type) in check:
-                check[str(field.type)](value)
-            if str(field.type) == "int" and not value and field.name != "original_max_position":
-                raise ValueError(f"{field.name} is 0")
-    if config.rope.type not in ROPE_TYPES:
-        raise ValueError(f"unknown rope type {config.rope.type!r}")
-    return config
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{value!r} is neither true nor false")
-    return value
-
-
-def _recipe(data: dict[str, Any]) -> dict[str, Any]:
-    _string(data["name"])
-    return data
-
-
-def _string(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
-    return value
-
-
-def _optional_string(value: Any) -> str | None:
-    return None if value is None else _string(value)
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 63:
-        raise TypeError(f"{value!r} is not a count")
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value)
+def _check_keys(data: object, known: object, place: str) -> None:
+    """ValueError naming the first key that is read by nobody: it may change the meaning."""
+    if not isinstance(data, dict) or not isinstance(known, dict):
+        return
+    for key, value in data.items():
+        if key not in known:
+            raise ValueError(f"{place} has the key {key!r}, which this version does not know")
+        _check_keys(value, known[key], f"{place}.{key}")

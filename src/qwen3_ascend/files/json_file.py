@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
 
 from qwen3_ascend.errors import ConfigError
+
+T = TypeVar("T")
+
+Hook = Callable[[type, Any], object]
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -22,3 +31,38 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a JSON object, not {type(data).__name__}")
     return data
+
+
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+"""A number of things, or bytes."""
+
+Size = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
+"""A number of things of which there is at least one."""
+
+Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+"""A number that is neither infinite nor not a number."""
+
+
+def typed(data: object, kind: type[T], place: str, hook: Hook | None = None) -> T:
+    """A JSON value as a dataclass or another annotated type.
+
+    Args:
+        data: as json.loads gives it.
+        kind: what it has to be, in every detail.
+        place: the value's name, for errors.
+        hook: (type, value) to an instance, for types that msgspec does not know.
+
+    Raises:
+        ValueError: one line that names the place and what is wrong there.
+    """
+    try:
+        return msgspec.convert(data, kind, dec_hook=hook)
+    except msgspec.ValidationError as error:
+        said, _, path = str(error).partition(" - at ")
+        within = path.strip("`").removeprefix("$")
+        raise ValueError(f"{place}{within}: {said}") from error
+
+
+def plain(value: object, hook: Callable[[Any], object] | None = None) -> Any:
+    """The JSON value of dataclasses, as json.loads gives it back; the inverse of `typed`."""
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=hook))

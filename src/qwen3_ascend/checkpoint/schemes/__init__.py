@@ -26,7 +26,7 @@ def make_scheme(name: str, parameters: Mapping[str, Any]) -> Scheme:
     """
     if name not in SCHEMES:
         raise CheckpointError(f"unknown scheme {name!r}; this version knows {', '.join(SCHEMES)}")
-    known = [field.name for field in fields(SCHEMES[name])]
+    known = [field.name for field in fields(SCHEMES[name])]  # type: ignore[arg-type]
     for key in parameters:
         if key not in known:
             listed = ", ".join(known) or "none"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -50,15 +49,21 @@ class Input(Enum):
     """int8 codes under a scale and an offset that calibration has fixed."""
 
 
-@dataclass(frozen=True)
 class Scheme(ABC):
     """How weights are quantized and stored. Meaning only: kernels live in runtime/backends.
+
+    Subclasses are frozen dataclasses whose fields are parameters.
 
     Logical weights are [*batch, N, K]; most have no batch axes. A bias is no part of a scheme.
     """
 
     name: ClassVar[str]
     input: ClassVar[Input]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The fields of a subclass, which is a frozen dataclass, by name."""
+        return dict(vars(self))
 
     @abstractmethod
     def forms(self, shape: Sequence[int], layout: Layout) -> dict[str, Form]:
@@ -116,9 +121,9 @@ class Scheme(ABC):
 
     def __str__(self) -> str:
         """For people: the name, and the parameters if there are any."""
-        parameters = ", ".join(f"{key} {value}" for key, value in asdict(self).items())
+        parameters = ", ".join(f"{key} {value}" for key, value in self.parameters.items())
         return f"{self.name} ({parameters})" if parameters else self.name
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's form: the name and every parameter."""
-        return {"name": self.name, **asdict(self)}
+        return {"name": self.name, **self.parameters}

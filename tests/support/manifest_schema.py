@@ -1,0 +1,87 @@
+"""The JSON schema of a manifest, made from the types that read it.
+
+python tests/support/manifest_schema.py > docs/manifest.schema.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import msgspec
+import torch
+
+from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.checkpoint.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    FileEntry,
+    LinearEntry,
+    SourceRecord,
+    StoredTensor,
+)
+from qwen3_ascend.checkpoint.schemes import SCHEMES, Scheme
+from qwen3_ascend.checkpoint.target import TARGETS
+from qwen3_ascend.files.safetensors import DTYPES
+
+DIGITS = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+
+
+def foreign(kind: type) -> dict[str, Any]:
+    """The schema of a type that msgspec does not know."""
+    if kind is torch.dtype:
+        return {"enum": list(DTYPES)}
+    assert kind is Scheme
+    name = {"type": "string", "enum": list(SCHEMES)}
+    return {"type": "object", "properties": {"name": name}, "required": ["name"]}
+
+
+def manifest_schema() -> dict[str, Any]:
+    """The schema of version 1."""
+    kinds = [Qwen3Config, SourceRecord, LinearEntry, StoredTensor, FileEntry]
+    (model, source, linear, tensor, file), parts = msgspec.json.schema_components(
+        kinds, schema_hook=foreign, ref_template="#/$defs/{name}"
+    )
+    for part in parts.values():
+        if "properties" in part:
+            part["additionalProperties"] = False
+            part["required"] = list(part["properties"])
+            part["properties"] |= {"blake3": DIGITS} if "blake3" in part["properties"] else {}
+
+    def named(kind: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "object", "additionalProperties": kind}
+
+    properties = {
+        "format": {"const": FORMAT},
+        "format_version": {"const": FORMAT_VERSION},
+        "tool_version": {"type": "string"},
+        "target": {"enum": list(TARGETS)},
+        "model": model,
+        "recipe": {"type": "object", "required": ["name"]},
+        "recipe_blake3": DIGITS,
+        "source": source,
+        "linears": named(linear),
+        "tensors": named(tensor),
+        "weight_files": named(file),
+        "files": named(file),
+        "manifest_blake3": DIGITS,
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "qwen3_ascend.json, format version 1",
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+        "$defs": parts,
+    }
+
+
+def schema_text() -> str:
+    """The text of docs/manifest.schema.json."""
+    return json.dumps(manifest_schema(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(schema_text())
