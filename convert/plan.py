@@ -19,7 +19,7 @@ from qwen3_ascend.checkpoint.architecture import (
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import BIAS, stored_forms
-from qwen3_ascend.checkpoint.schemes import BF16, Scheme, make_scheme
+from qwen3_ascend.checkpoint.schemes import BF16, Scheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
 from qwen3_ascend.convert.options import ConvertOptions
@@ -229,7 +229,7 @@ def _check_rules(config: Qwen3Config, recipe: Recipe) -> None:
                 f"recipe {recipe.name}: rule {number} ({rule.match!r}) decides nothing: no linear "
                 f"matches it, or earlier rules match them all"
             )
-    if config.tie_word_embeddings and recipe.rule_for(LM_HEAD).scheme != "bf16":
+    if config.tie_word_embeddings and recipe.rule_for(LM_HEAD).scheme != BF16():
         raise RecipeError(
             f"recipe {recipe.name}: lm_head is tied to the embedding, which stays bf16; "
             f"put a rule before the others: match: lm_head, scheme: bf16"
@@ -244,7 +244,7 @@ def _plan_tensor(spec: TensorSpec, slots: Mapping[str, TensorSlot]) -> Item:
 def _plan_linear(
     spec: LinearSpec, slots: Mapping[str, TensorSlot], recipe: Recipe, target: Target
 ) -> Item:
-    scheme = make_scheme(recipe.rule_for(spec.sources[0]).scheme, {})
+    scheme = recipe.rule_for(spec.sources[0]).scheme
     source_bytes = 0
     for source, rows in zip(spec.sources, spec.parts, strict=True):
         source_bytes += _source_bytes(f"{source}.weight", (rows, spec.inputs), slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import yaml
 
 from qwen3_ascend import recipes
-from qwen3_ascend.checkpoint.schemes import SCHEMES
-from qwen3_ascend.errors import RecipeError
+from qwen3_ascend.checkpoint.schemes import SCHEMES, Scheme, make_scheme
+from qwen3_ascend.errors import CheckpointError, RecipeError
+from qwen3_ascend.files.paths import user_path
 
 SCHEMA = 1
 RECIPE_KEYS = ("schema", "name", "description", "rules")
@@ -25,11 +27,11 @@ class Rule:
 
     Attributes:
         match: a glob on the Hugging Face name of a linear, such as "*.mlp.down_proj".
-        scheme: a name in the registry of schemes.
+        scheme: what becomes of it, with its parameters.
     """
 
     match: str
-    scheme: str
+    scheme: Scheme
 
     def matches(self, linear: str) -> bool:
         """Whether the glob fits a linear's name (case matters)."""
@@ -62,8 +64,8 @@ class Recipe:
             RecipeError: for an unknown name, unreadable YAML, or any key or value that is not
                 part of the recipe language.
         """
-        path = Path(name_or_path)
-        if path.suffix in (".yaml", ".yml") or path.is_file():
+        path = user_path(name_or_path)
+        if path.suffix in (".yaml", ".yml") or os.sep in name_or_path:
             return cls.parse(_read(path), str(path))
         if name_or_path not in recipes.names():
             known = ", ".join(recipes.names())
@@ -121,11 +123,21 @@ def _require_mapping(
 
 def _rule(data: Any, where: str) -> Rule:
     _require_mapping(data, RULE_KEYS, ("match", "scheme"), where)
-    rule = Rule(**data)
-    if not isinstance(rule.match, str) or not rule.match:
+    if not isinstance(data["match"], str) or not data["match"]:
         raise RecipeError(f"{where}: match must be a glob such as '*.mlp.down_proj'")
-    if not isinstance(rule.scheme, str) or rule.scheme not in SCHEMES:
+    return Rule(data["match"], _scheme(data["scheme"], where))
+
+
+def _scheme(data: Any, where: str) -> Scheme:
+    """A scheme by its name, or a mapping of its name and parameters."""
+    parameters = {"name": data} if isinstance(data, str) else data
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("name"), str):
         raise RecipeError(
-            f"{where}: unknown scheme {rule.scheme!r}; known schemes: {', '.join(SCHEMES)}"
+            f"{where}: scheme {data!r} is neither a name ({', '.join(SCHEMES)}) nor a mapping with "
+            f"the key name"
         )
-    return rule
+    rest = {key: value for key, value in parameters.items() if key != "name"}
+    try:
+        return make_scheme(parameters["name"], rest)
+    except CheckpointError as error:
+        raise RecipeError(f"{where}: {error}") from error

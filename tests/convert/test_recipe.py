@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 from support.command_line import run
+from support.group_scheme import GroupInt4
 
 from qwen3_ascend import Recipe, recipes
-from qwen3_ascend.checkpoint.schemes import SCHEMES
+from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W8A8
 from qwen3_ascend.errors import RecipeError
 
 RULES = 'rules: [{match: "*", scheme: bf16}]'
@@ -23,7 +24,7 @@ def parse(text: str) -> Recipe:
 def test_shipped_recipes(name: str) -> None:
     recipe = Recipe.load(name)
     assert recipe.name == name and recipe.description
-    assert all(rule.scheme in SCHEMES for rule in recipe.rules)
+    assert all(rule.scheme.name in SCHEMES for rule in recipe.rules)
     assert recipe.verbatim == yaml.safe_load(recipes.text(name))
 
 
@@ -39,9 +40,27 @@ def test_the_first_match_wins() -> None:
         """
     )
     first = recipe.rule_for("model.layers.0.mlp.up_proj")
-    assert first.scheme == "bf16"
-    assert recipe.rule_for("model.layers.10.mlp.up_proj").scheme == "w8a8"
+    assert first.scheme == BF16()
+    assert recipe.rule_for("model.layers.10.mlp.up_proj").scheme == W8A8()
     assert recipe.rule_for("lm_head") is recipe.rules[2]
+
+
+def test_a_scheme_with_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEMES, GroupInt4.name, GroupInt4)
+    rules = 'rules: [{match: "*", scheme: {name: group-int4, group: 64}}]'
+    assert parse(f"schema: 1\nname: x\n{rules}").rules[0].scheme == GroupInt4(64)
+    with pytest.raises(RecipeError, match="rule 1: scheme group-int4 has no parameter 'size'"):
+        parse(f"schema: 1\nname: x\n{rules.replace('group: 64', 'size: 64')}")
+
+
+def test_a_file_does_not_shadow_a_shipped_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "w8a8").write_text(f"schema: 1\nname: mine\n{RULES}\n")
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load("w8a8").name == "w8a8"
+    assert Recipe.load("./w8a8").name == "mine"
+    assert Recipe.load(str(tmp_path / "w8a8")).name == "mine"
 
 
 def test_globs_know_upper_and_lower_case() -> None:
