@@ -160,12 +160,6 @@ def copy(files: list[Path], folder: Path, sync: bool) -> float:
     return time.perf_counter() - started
 
 
-def processor() -> str:
-    """The processor's name, as the system gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "?")
-
-
 def settle(source: Path, workdir: Path) -> float:
     """Copies a model and removes the copy, which takes the returned seconds.
 
@@ -214,7 +208,7 @@ def main() -> None:
     nbytes = sum(file.stat().st_size for file in files)
     layers = data["num_hidden_layers"]
     print(f"Qwen3-{options.model} shapes, {layers} layers: {nbytes / 1e9:.2f} GB in {len(files)} "
-          f"file(s); {processor()}; load {os.getloadavg()[0]:.1f}")  # fmt: skip
+          f"file(s); {random_model.processor()}; load {os.getloadavg()[0]:.1f}")  # fmt: skip
     warm(files)
     output = workdir / "out"
     for name in ("out", "copy", "peer", "settle"):  # of a run that was broken off

@@ -41,6 +41,12 @@ def config(model: str, layers: int | None = None) -> dict[str, Any]:
     return data if layers is None else {**data, "num_hidden_layers": layers}
 
 
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "?")
+
+
 def tensors(data: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the source, sorted as transformers sorts them."""
     # Here, because a process that times another version of the package reads only `config`.
