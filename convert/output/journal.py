@@ -9,12 +9,13 @@ has to be forced to disk, and in order, while a conversion runs.
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+import msgspec
+from msgspec import Struct
 
 from qwen3_ascend.files.hashing import bytes_blake3
 
@@ -26,8 +27,7 @@ Identity = Mapping[str, str]
 """All that decides the bytes of a conversion, in words that a user understands."""
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(Struct, frozen=True, forbid_unknown_fields=True):
     """A finished item.
 
     Attributes:
@@ -43,13 +43,20 @@ class Done:
     sqnr_db: float | None
 
 
-@dataclass(frozen=True)
-class Publication:
+class Publication(Struct, frozen=True, forbid_unknown_fields=True):
     """The point of no return: which files move into the output, and which old ones go."""
 
     names: tuple[str, ...]
     old: tuple[str, ...]
     manifest_blake3: str
+
+
+class Line(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What one line says; it has one of these keys."""
+
+    identity: Identity | None = None
+    done: Done | None = None
+    publish: Publication | None = None
 
 
 @dataclass(frozen=True)
@@ -66,27 +73,28 @@ class Journal:
 
     def __init__(self, staging: Path, identity: Identity, done: Iterable[Done]) -> None:
         """Replaces the journal of a staging folder by one that holds only this."""
-        lines = [_line("identity", dict(identity)), *(_line("done", asdict(item)) for item in done)]
+        lines = [Line(identity=identity), *(Line(done=item) for item in done)]
         path, fresh = staging / JOURNAL, staging / f"{JOURNAL}.new"
-        fresh.write_bytes(b"".join(lines))
+        fresh.write_bytes(b"".join(map(_encode, lines)))
         os.replace(fresh, path)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def add(self, done: Done) -> None:
         """Notes a finished item."""
-        self._write(_line("done", asdict(done)))
+        self._write(Line(done=done))
 
     def publish(self, publication: Publication) -> None:
         """Notes that publishing begins, and makes sure that this is on disk before it does."""
-        self._write(_line("publish", asdict(publication)))
+        self._write(Line(publish=publication))
         os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Closes the file."""
         os.close(self._descriptor)
 
-    def _write(self, line: bytes) -> None:
-        if os.write(self._descriptor, line) != len(line):
+    def _write(self, line: Line) -> None:
+        text = _encode(line)
+        if os.write(self._descriptor, text) != len(text):
             raise OSError(errno.ENOSPC, "the journal could not be written", JOURNAL)
 
 
@@ -99,17 +107,13 @@ def read_journal(staging: Path) -> Record | None:
     identity: Identity | None = None
     done: dict[str, Done] = {}
     publication = None
-    for line in lines:
-        kind, value = _parse(line)
-        if kind == "identity":
-            identity = value
-        elif kind == "done" and set(value) == {field.name for field in fields(Done)}:
-            done[value["name"]] = Done(**value)
-        elif kind == "publish":
-            names, old = tuple(value["names"]), tuple(value["old"])
-            publication = Publication(names, old, value["manifest_blake3"])
-        else:
+    for line in map(_decode, lines):
+        if line is None:
             break
+        identity = line.identity or identity
+        publication = line.publish or publication
+        if line.done is not None:
+            done[line.done.name] = line.done
     return None if identity is None else Record(identity, done, publication)
 
 
@@ -123,15 +127,17 @@ def difference(before: Identity, now: Identity) -> str | None:
     return f"{key}: {before.get(key, 'none')} then, {now.get(key, 'none')} now{more}"
 
 
-def _line(kind: str, value: Any) -> bytes:
-    text = json.dumps({kind: value}, separators=(",", ":")).encode()
+def _encode(line: Line) -> bytes:
+    text = msgspec.json.encode(line)
     return bytes_blake3(text)[:CHECK_DIGITS].encode() + b" " + text + b"\n"
 
 
-def _parse(line: bytes) -> tuple[str, Any]:
-    """Kind and value of a line; the kind is empty if the line is not whole."""
+def _decode(line: bytes) -> Line | None:
+    """What a line says; None if it is not whole, or of another version."""
     check, _, text = line.partition(b" ")
-    if not text or check.decode(errors="replace") != bytes_blake3(text)[:CHECK_DIGITS]:
-        return "", None
-    [(kind, value)] = json.loads(text).items()
-    return kind, value
+    if check.decode(errors="replace") != bytes_blake3(text)[:CHECK_DIGITS]:
+        return None
+    try:
+        return msgspec.json.decode(text, type=Line)
+    except msgspec.DecodeError:
+        return None

@@ -227,6 +227,27 @@ def test_an_overwrite_is_resumed_as_one(
     assert contents(out) == whole
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"done": {"name": 1, "blake3": {}, "source": {}, "sqnr_db": null}}',
+        b'{"done": {"name": "x", "blake3": [], "source": {}, "sqnr_db": null}}',
+        b'{"publish": {"names": null, "old": [], "manifest_blake3": "x"}}',
+        b'{"remark": {}}',
+        b"[]",
+        b"\xff",
+    ],
+)
+def test_a_journal_ends_before_a_line_that_is_none(line: bytes, interrupted: Path) -> None:
+    path, before = interrupted / ".partial" / JOURNAL, done(interrupted)
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    whole_line = bytes_blake3(line)[:16].encode() + b" " + line + b"\n"
+    path.write_bytes(b"".join([first, *rest, whole_line, *rest]))
+    assert done(interrupted) == before
+    path.write_bytes(first + whole_line + b"".join(rest))
+    assert done(interrupted) == set()
+
+
 def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
