@@ -18,6 +18,7 @@ from qwen3_ascend.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
     canonical_blake3,
+    manifest_text,
 )
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.errors import CheckpointError
@@ -35,7 +36,7 @@ def rewrite(folder: Path, data: dict[str, Any], *, honest_hash: bool) -> None:
     if honest_hash:
         body = {key: value for key, value in data.items() if key != "manifest_blake3"}
         data = {**body, "manifest_blake3": canonical_blake3(body)}
-    (folder / MANIFEST_NAME).write_text(json.dumps(data))
+    (folder / MANIFEST_NAME).write_text(manifest_text(data), encoding="utf-8")
 
 
 def test_what_it_says(tiny_w8a8: Path, tiny_source: Path) -> None:
@@ -164,10 +165,19 @@ FORGERIES = {
     "shape of another tensor": put([128], *NORM, "shape"),
     "shards are a list": put([], "weight_files"),
     "no shards": put({}, "weight_files"),
-    "path out of the folder": put({"size": 1, "blake3": "0"}, "weight_files", "../x.safetensors"),
+    "path out of the folder": put(
+        {"size": 1, "blake3": "0" * 64}, "weight_files", "../x.safetensors"
+    ),
     "shard with another size": put(7, "weight_files", "ascend-00001-of-00001.safetensors", "size"),
     "no rope": put(None, "model", "rope"),
     "unknown model key": put(1, "model", "experts"),
+    "theta below zero": put(-1e4, "model", "rope", "theta"),
+    "epsilon of zero": put(0.0, "model", "rms_norm_eps"),
+    "hash of another recipe": put("0" * 64, "recipe_blake3"),
+    "recipe without a name": put("", "recipe", "name"),
+    "hash that is none": put("0", *NORM, "blake3"),
+    "hub that is none": put("github", "source", "hub"),
+    "version that is no number": put(True, "format_version"),
     "no source": put(None, "source"),
 }
 
@@ -182,6 +192,23 @@ def test_a_forged_manifest_is_refused(
     with pytest.raises(CheckpointError):
         CheckpointReader(w8a8_copy)
     run("generate", w8a8_copy, "-p", "x").one_line_error()
+
+
+@pytest.mark.parametrize(
+    ("forgery", "place"),
+    {
+        "unknown scheme": "linears.model.layers.0.self_attn.qkv_proj.scheme: unknown scheme 'w2a2'",
+        "unknown type": "tensors.model.norm.weight.dtype: 'F7'",
+        "shape with one dimension": "linears.model.layers.0.self_attn.qkv_proj.shape: ",
+        "unknown model key": "model has the key 'experts'",
+        "theta below zero": "model.rope.theta: ",
+    }.items(),
+)
+def test_a_forgery_is_named_with_its_place(forgery: str, place: str, w8a8_copy: Path) -> None:
+    data = stored_json(w8a8_copy)
+    FORGERIES[forgery](data)
+    rewrite(w8a8_copy, data, honest_hash=True)
+    run("inspect", w8a8_copy).one_line_error(MANIFEST_NAME, place)
 
 
 def test_folders_without_a_manifest(tmp_path: Path, tiny_source: Path) -> None:

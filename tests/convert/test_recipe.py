@@ -49,8 +49,14 @@ def test_a_scheme_with_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCHEMES, GroupInt4.name, GroupInt4)
     rules = 'rules: [{match: "*", scheme: {name: group-int4, group: 64}}]'
     assert parse(f"schema: 1\nname: x\n{rules}").rules[0].scheme == GroupInt4(64)
-    with pytest.raises(RecipeError, match="rule 1: scheme group-int4 has no parameter 'size'"):
-        parse(f"schema: 1\nname: x\n{rules.replace('group: 64', 'size: 64')}")
+    usual = parse(f"schema: 1\nname: x\n{rules.replace(', group: 64', '')}").rules[0].scheme
+    assert usual.to_json() == {"name": "group-int4", "group": 32}
+    for said, message in {
+        "size: 64": "has no parameter 'size'",
+        "group: many": ".group: Expected `int`, got `str`",
+    }.items():
+        with pytest.raises(RecipeError, match=f"rule 1: scheme group-int4 ?{message}"):
+            parse(f"schema: 1\nname: x\n{rules.replace('group: 64', said)}")
 
 
 def test_a_file_does_not_shadow_a_shipped_recipe(

@@ -23,9 +23,8 @@ from qwen3_ascend.checkpoint.manifest import (
 )
 from qwen3_ascend.checkpoint.schemes import SCHEMES, Scheme
 from qwen3_ascend.checkpoint.target import TARGETS
+from qwen3_ascend.files.json_file import Digest
 from qwen3_ascend.files.safetensors import DTYPES
-
-DIGITS = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 
 
 def foreign(kind: type) -> dict[str, Any]:
@@ -39,15 +38,14 @@ def foreign(kind: type) -> dict[str, Any]:
 
 def manifest_schema() -> dict[str, Any]:
     """The schema of version 1."""
-    kinds = [Qwen3Config, SourceRecord, LinearEntry, StoredTensor, FileEntry]
-    (model, source, linear, tensor, file), parts = msgspec.json.schema_components(
+    kinds = [Qwen3Config, SourceRecord, LinearEntry, StoredTensor, FileEntry, Digest]
+    (model, source, linear, tensor, file, digest), parts = msgspec.json.schema_components(
         kinds, schema_hook=foreign, ref_template="#/$defs/{name}"
     )
     for part in parts.values():
         if "properties" in part:
             part["additionalProperties"] = False
             part["required"] = list(part["properties"])
-            part["properties"] |= {"blake3": DIGITS} if "blake3" in part["properties"] else {}
 
     def named(kind: dict[str, Any]) -> dict[str, Any]:
         return {"type": "object", "additionalProperties": kind}
@@ -59,13 +57,13 @@ def manifest_schema() -> dict[str, Any]:
         "target": {"enum": list(TARGETS)},
         "model": model,
         "recipe": {"type": "object", "required": ["name"]},
-        "recipe_blake3": DIGITS,
+        "recipe_blake3": digest,
         "source": source,
         "linears": named(linear),
         "tensors": named(tensor),
         "weight_files": named(file),
         "files": named(file),
-        "manifest_blake3": DIGITS,
+        "manifest_blake3": digest,
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

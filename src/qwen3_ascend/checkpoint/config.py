@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen3_ascend.errors import ConfigError
-from qwen3_ascend.files.json_file import Count, Finite, Size, read_json_object
+from qwen3_ascend.files.json_file import Count, Positive, Size, read_json_object
 
 ROPE_TYPES = ("default", "yarn")
 
@@ -27,12 +27,12 @@ class RopeConfig:
     """
 
     type: Literal["default", "yarn"]
-    theta: Finite
-    factor: Finite = 1.0
+    theta: Positive
+    factor: Positive = 1.0
     original_max_position: Count = 0
-    attention_factor: Finite = 1.0
-    beta_fast: Finite = 32.0
-    beta_slow: Finite = 1.0
+    attention_factor: Positive = 1.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
     truncate: bool = True
 
 
@@ -48,7 +48,7 @@ class Qwen3Config:
     head_dim: Size
     vocab_size: Size
     max_position: Size
-    rms_norm_eps: Finite
+    rms_norm_eps: Positive
     tie_word_embeddings: bool
     attention_bias: bool
     rope: RopeConfig

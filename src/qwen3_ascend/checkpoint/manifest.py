@@ -21,12 +21,23 @@ from qwen3_ascend.checkpoint.schemes import Scheme, make_scheme
 from qwen3_ascend.checkpoint.target import target_named
 from qwen3_ascend.errors import CheckpointError, ConfigError, os_errors
 from qwen3_ascend.files.hashing import bytes_blake3
-from qwen3_ascend.files.json_file import Count, Finite, plain, read_json_object, typed
+from qwen3_ascend.files.json_file import (
+    Count,
+    Digest,
+    Finite,
+    Name,
+    plain,
+    read_json_object,
+    typed,
+)
 from qwen3_ascend.files.safetensors import DTYPES, NAMES, tensor_nbytes
 
 MANIFEST_NAME = "qwen3_ascend.json"
 FORMAT = "qwen3-ascend"
 FORMAT_VERSION = 1
+
+Hub = Annotated[str, Meta(pattern="^(huggingface|modelscope)$")]
+"""Where models are published; text, since options are text."""
 
 T = TypeVar("T")
 
@@ -37,8 +48,8 @@ class StoredTensor:
 
     dtype: torch.dtype
     shape: tuple[Count, ...]
-    file: str
-    blake3: str
+    file: Name
+    blake3: Digest
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +74,7 @@ class LinearEntry:
 
     scheme: Scheme
     shape: Annotated[tuple[Count, ...], Meta(min_length=2)]
-    parts: tuple[tuple[str, Count], ...]
+    parts: tuple[tuple[Name, Count], ...]
     cut: Cut
     layout: Layout
     sqnr_db: Finite | None
@@ -76,7 +87,7 @@ class FileEntry:
     of its tensors has its own."""
 
     size: Count
-    blake3: str
+    blake3: Digest
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ class SourceFile:
     that was checked, and None for a folder, where nobody states any."""
 
     size: Count
-    sha256: str | None
+    sha256: Digest | None
 
 
 @dataclass(frozen=True)
@@ -102,11 +113,11 @@ class SourceRecord:
         ignored: tensors of the source that are not part of the model, each with the reason.
     """
 
-    repo: str
-    hub: str | None
-    revision: str | None
+    repo: Name
+    hub: Hub | None
+    revision: Name | None
     files: Mapping[str, SourceFile]
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, Digest]
     ignored: Mapping[str, str]
 
 
@@ -214,6 +225,8 @@ class Manifest:
                 files=section("files", FileEntry),
             )
             _check_keys(data, found.to_json(), "it")
+            if data["recipe_blake3"] != canonical_blake3(data["recipe"]):
+                raise ValueError("recipe_blake3 is not the hash of the recipe")
         except KeyError as error:
             raise CheckpointError(f"the manifest is not readable: {error} is missing") from error
         except ValueError as error:
@@ -223,7 +236,7 @@ class Manifest:
 
 def _recipe(data: object) -> dict[str, Any]:
     recipe = typed(data, dict[str, object], "recipe")
-    typed(recipe.get("name"), str, "recipe.name")
+    typed(recipe.get("name"), Name, "recipe.name")
     return recipe
 
 
@@ -237,7 +250,7 @@ def _check_identity(data: dict[str, Any]) -> None:
     if data.get("format") != FORMAT:
         raise CheckpointError(f"format is {data.get('format')!r}, not {FORMAT!r}")
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
             f"format version {version!r}, but this version reads {FORMAT_VERSION}; "
             f"convert again or install a matching qwen3-ascend"
@@ -277,12 +290,15 @@ def _encode(value: Any) -> object:
 
 
 def _decode(kind: type, value: Any) -> object:
-    """The inverse; ValueError if there is no such type or scheme."""
+    """The inverse; ValueError if there is no such type or scheme, which `typed` gives a place."""
     if kind is torch.dtype and isinstance(value, str) and value in DTYPES:
         return DTYPES[value]
     if kind is Scheme and isinstance(value, dict) and isinstance(value.get("name"), str):
         parameters = {key: parameter for key, parameter in value.items() if key != "name"}
-        return make_scheme(value["name"], parameters)
+        try:
+            return make_scheme(value["name"], parameters)
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
     raise ValueError(f"{value!r} is no {kind.__name__} that this version knows")
 
 

@@ -42,6 +42,15 @@ Size = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 """A number that is neither infinite nor not a number."""
 
+Positive = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
+"""A finite number above zero."""
+
+Name = Annotated[str, Meta(min_length=1)]
+"""Text that names something."""
+
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+"""The 256 bits of a hash, BLAKE3 or SHA-256, in hexadecimal."""
+
 
 def typed(data: object, kind: type[T], place: str, hook: Hook | None = None) -> T:
     """A JSON value as a dataclass or another annotated type.

@@ -10,6 +10,7 @@ from qwen3_ascend.checkpoint.schemes.base import Codes, Input, Scheme
 from qwen3_ascend.checkpoint.schemes.bf16 import BF16
 from qwen3_ascend.checkpoint.schemes.w8a8 import W8A8
 from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.files.json_file import typed
 
 SCHEMES: dict[str, type[Scheme]] = {
     "bf16": BF16,
@@ -32,9 +33,11 @@ def make_scheme(name: str, parameters: Mapping[str, Any]) -> Scheme:
             listed = ", ".join(known) or "none"
             raise CheckpointError(f"scheme {name} has no parameter {key!r}; it has: {listed}")
     try:
-        return SCHEMES[name](**parameters)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"scheme {name} does not take {dict(parameters)}: {error}") from error
+        scheme = typed(dict(parameters), SCHEMES[name], f"scheme {name}")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    # Made anew, because msgspec leaves a parameter that has its default out of the instance.
+    return SCHEMES[name](**scheme.parameters)
 
 
 __all__ = ["BF16", "SCHEMES", "W8A8", "Codes", "Input", "Scheme", "make_scheme"]
