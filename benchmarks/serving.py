@@ -8,11 +8,14 @@ Random weights in 0.6B layer shapes, w8a8, a few layers. Four measurements:
     short    seconds to the first text of a short prompt that comes just after a long one
     running  tokens a second of 8 running answers from a long prompt's arrival to its first text,
              and the longest time between two tokens of one of them
-    shared   8 requests that begin with the same 512 tokens, one after the other
-    tiny     the same answers under a key/value cache that holds a quarter of what they need
+    shared   8 requests that begin with the same 512 tokens, one after the other: seconds, and the
+             prompt tokens that were computed
+    tiny     the same answers under a key/value cache that holds a quarter of what they need; it
+             fails unless requests were put back, and every token is the same all the same
 
 A long prompt has 4096 tokens. The best of --repeat runs counts. What an earlier version does not
-have (a prefix cache, preemption) is left out there, and said so.
+have (a prefix cache, preemption) is left out there, and said so. The engine is driven step by step
+where a stream would hide what the other requests get meanwhile.
 """
 
 from __future__ import annotations
@@ -35,7 +38,10 @@ import random_model
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "tiny-qwen3"
 
 LONG, SHORT, SYSTEM = 4096, 16, 512
-ANSWERS, NEW = 8, 24
+ANSWERS = 8
+SMALL, NEW = 40, 64
+"""Tokens of a prompt and of its answer under a tiny cache: prompts that fit, answers that outgrow
+it, so that requests are put back; a long prompt would only be admitted later."""
 
 
 def model(workdir: Path, layers: int) -> Path:
@@ -67,6 +73,19 @@ def stream(llm: Any, tokens: list[int], new: int) -> Iterator[str]:
     from qwen3_ascend import SamplingParams
 
     return iter(llm.stream(tokens, SamplingParams(max_new_tokens=new, ignore_eos=True)))
+
+
+def noted_rows(llm: Any) -> list[int]:
+    """A list that gets the rows of every step from now on: the tokens that are computed."""
+    rows: list[int] = []
+    forward = llm._engine._forward
+
+    def noting(step: Any) -> Any:
+        rows.append(len(step.tokens))
+        return forward(step)
+
+    llm._engine._forward = noting
+    return rows
 
 
 def measure(checkpoint: Path) -> dict[str, float | None]:
@@ -127,33 +146,46 @@ def running_beside_long(llm: Any) -> dict[str, float]:
 
 
 def shared_beginning(checkpoint: Path) -> dict[str, float]:
-    """Seconds for 8 requests with the same 512 tokens in front, with the cache of beginnings and
-    without."""
-    found = {}
+    """Seconds and computed prompt tokens of 8 requests with the same 512 tokens in front, with the
+    cache of beginnings and without."""
+    found: dict[str, float] = {}
+    new = 4
     for name, cached in (("shared", True), ("unshared", False)):
         llm = opened(checkpoint, kv_cache_tokens=8192, prefix_cache=cached)
         list(stream(llm, prompt(SHORT, 99), 2))
+        rows = noted_rows(llm)
         started = time.perf_counter()
-        for i in range(8):
-            list(stream(llm, [*prompt(SYSTEM, 4), *prompt(SHORT, 20 + i)], 4))
+        for i in range(ANSWERS):
+            list(stream(llm, [*prompt(SYSTEM, 4), *prompt(SHORT, 20 + i)], new))
         found[name] = time.perf_counter() - started
+        # The first token of an answer comes from its prompt's last row.
+        found[f"{name} rows"] = sum(rows) - ANSWERS * (new - 1)
     return found
 
 
 def tiny_cache(checkpoint: Path) -> dict[str, float]:
-    """Seconds of 8 answers in a cache that holds a quarter of them, and in one that holds all."""
-    found, said = {}, []
-    prompts = [prompt(200, 40 + i) for i in range(ANSWERS)]
-    needed = ANSWERS * (200 + NEW)
+    """Seconds of 8 answers in a cache that holds a quarter of them, and in one that holds all; how
+    many are equal, and how many tokens were computed again.
+
+    In float32, so that another batch's rounding does not choose between two tokens.
+    """
+    found: dict[str, float] = {}
+    said, computed = [], []
+    prompts = [prompt(SMALL, 40 + i) for i in range(ANSWERS)]
+    needed = ANSWERS * (SMALL + NEW)
     for name, tokens in (("tiny", needed // 4), ("ample", 2 * needed)):
-        llm = opened(checkpoint, kv_cache_tokens=tokens, block_size=16, prefix_cache=False)
+        llm = opened(
+            checkpoint, dtype="float32", kv_cache_tokens=tokens, block_size=16, prefix_cache=False
+        )
         list(stream(llm, prompt(SHORT, 99), 2))
+        rows = noted_rows(llm)
         started = time.perf_counter()
         answers = llm.generate(prompts, _params(NEW), progress=False)
         found[name] = time.perf_counter() - started
         said.append([answer.token_ids for answer in answers])
-    same = sum(a == b for a, b in zip(*said, strict=True))
-    print(f"{same} of {ANSWERS} answers equal in both caches (bfloat16)", file=sys.stderr)
+        computed.append(sum(rows))
+    found["equal"] = sum(a == b for a, b in zip(*said, strict=True))
+    found["again"] = computed[0] - computed[1]
     return found
 
 
@@ -182,7 +214,10 @@ def run(source: Path, folder: Path, path: str | None) -> dict[str, float | None]
 
 UNITS = {"short": "s to the first text", "running": "tokens/s", "gap": "s between two tokens",
          "long": "s to the long prompt's first token", "shared": "s, 8 requests",
-         "unshared": "s, 8 requests", "tiny": "s, 8 answers", "ample": "s, 8 answers"}  # fmt: skip
+         "shared rows": "prompt tokens computed", "unshared": "s, 8 requests",
+         "unshared rows": "prompt tokens computed", "tiny": "s, 8 answers",
+         "ample": "s, 8 answers", "equal": "of 8 answers have the same tokens in both caches",
+         "again": "tokens computed again in the tiny cache"}  # fmt: skip
 
 
 def best(name: str, runs: list[dict[str, float | None]]) -> float | None:
@@ -190,7 +225,23 @@ def best(name: str, runs: list[dict[str, float | None]]) -> float | None:
     values = [value for one in runs if (value := one[name]) is not None]
     if not values:
         return None
-    return max(values) if name == "running" else min(values)
+    return max(values) if name == "running" else min(values)  # of "equal", the worst run's
+
+
+def compared(mine: float, theirs: float | None) -> str:
+    """The end of a line: an earlier version's figure, and ours divided by it."""
+    if theirs is None:
+        return "; earlier: not there"
+    return f"; earlier {theirs:.2f}" + (f", {mine / theirs:.2f}x" if theirs else "")
+
+
+def check_tiny(runs: list[dict[str, float | None]]) -> None:
+    """Ends with a message if a tiny cache changed an answer, or put nobody back."""
+    equal, again = best("equal", runs), best("again", runs)
+    if equal != ANSWERS:
+        sys.exit("the tiny cache changed an answer")
+    if not again:
+        sys.exit("the tiny cache held all requests: nothing was put back, nothing is shown")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -207,13 +258,15 @@ def main(options: argparse.Namespace) -> None:
             earlier.append(run(source, folder, options.earlier))
     for name, unit in UNITS.items():
         mine, theirs = best(name, ours), best(name, earlier) if earlier else None
-        line = f"{name:9} {mine:8.2f} {unit}"
-        if earlier:
-            line += f"; earlier {theirs:.2f}" if theirs is not None else "; earlier: not there"
-        print(line)
+        if mine is not None:
+            print(f"{name:13} {mine:8.2f} {unit}" + (compared(mine, theirs) if earlier else ""))
     shared, unshared = best("shared", ours), best("unshared", ours)
     if shared and unshared:
         print(f"sharing a beginning: {unshared / shared:.1f}x as fast")
+    tiny, ample = best("tiny", ours), best("ample", ours)
+    if tiny and ample:
+        print(f"a tiny cache: {tiny / ample:.1f}x the time")
+    check_tiny(ours)
 
 
 if __name__ == "__main__":
