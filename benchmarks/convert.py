@@ -27,7 +27,6 @@ hashes anything or waits for the disk. It needs an environment of its own:
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
 import json
 import os
@@ -94,19 +93,18 @@ class Figures:
 
 
 def child(source: str, output: str, options: argparse.Namespace) -> None:
-    """What the measured process does."""
-    from qwen3_ascend.convert import ConvertOptions, convert_checkpoint
+    """What the measured process does: the command itself, which earlier versions have as well."""
+    from qwen3_ascend.cli import main
+    from qwen3_ascend.convert import convert_checkpoint  # noqa: F401  imports are no part of it
 
-    chosen = ConvertOptions(
-        threads=options.threads,
-        max_memory=options.max_memory or ConvertOptions.max_memory,
-        hash_source=options.hash_source,
-    )
+    command = ["convert", source, output, "--quiet", f"--recipe={options.recipe}"]
+    command += [f"--threads={options.threads}"] if options.threads else []
+    command += [f"--max-memory={options.max_memory}"] if options.max_memory else []
+    command += ["--hash-source"] if options.hash_source else []
     settled = settle(Path(source), Path(output).parent)
     base = status(os.getpid())["RssAnon"]
     started, cpu = time.perf_counter(), time.process_time()
-    gc.freeze()  # as the command does
-    convert_checkpoint(source, output, options.recipe, chosen)
+    main.main(command, standalone_mode=False)
     found = {"work": time.perf_counter() - started, "cpu": time.process_time() - cpu}
     print(
         json.dumps({**found, "settled": settled, "base": base, "rss": status(os.getpid())["VmHWM"]})
