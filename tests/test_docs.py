@@ -14,8 +14,13 @@ from support.manifest_schema import manifest_schema, schema_text
 
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear, quantize
+from qwen3_ascend.checkpoint.manifest import canonical_blake3
 from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W8A8
+from qwen3_ascend.checkpoint.sharding import shard
 from qwen3_ascend.checkpoint.target import TARGETS
+from qwen3_ascend.convert.options import ConvertOptions
+from qwen3_ascend.options import described
+from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "tests").glob("*.md")])
@@ -55,6 +60,19 @@ def test_the_matrix_by_hand() -> None:
     assert [row for _, row in said[:3]] == rows_of(of_kn)
     assert [row for _, row in said[3:]] == rows_of(Layout("nz", "NK", 32).pack(weight))
     assert [offset for offset, _ in said] == [0, 32, 64, 0, 32]
+
+
+def test_the_matrix_by_hand_in_bfloat16() -> None:
+    weight = torch.tensor([[1, 2, 3], [4, 5, 6]]).bfloat16()
+    packed = TARGETS["ascend-a2-a3"].layouts["bf16"].pack(weight)
+    assert tuple(packed.shape) == (1, 1, 16, 16) and packed.nbytes == 512
+    said = re.findall(r"byte +(\d+): +((?:[0-9a-f]{2} )+)00 \.\.\. 00", FORMAT)
+    expected = torch.zeros(512, dtype=torch.uint8)
+    for start, text in said:
+        row = torch.tensor([*bytes.fromhex(text)], dtype=torch.uint8)
+        expected[int(start) : int(start) + len(row)] = row
+    assert len(said) == 2
+    assert torch.equal(packed.flatten().view(torch.uint8), expected)
 
 
 def test_the_element_of_a_larger_matrix() -> None:
@@ -103,6 +121,47 @@ def test_the_rules_of_cutting() -> None:
     assert said["`bias`"][0] == place(w8a8, "bias", "outputs", None)
 
 
+def linear_of_06b(outputs: int, inputs: int) -> Linear:
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
+    return quantize(W8A8(), weight, None, TARGETS["ascend-a2-a3"].layouts["w8a8"])
+
+
+def test_the_example_of_cutting() -> None:
+    gate_up, down = linear_of_06b(6144, 1024), linear_of_06b(1024, 3072)
+    share = shard(gate_up, "outputs", (3072, 3072), 1, 2)
+    strips = torch.cat([gate_up.weight[48:96], gate_up.weight[144:192]])
+    scale = gate_up.tensors["scale"]
+    assert torch.equal(share.weight, strips)
+    assert torch.equal(share.tensors["scale"], torch.cat([scale[1536:3072], scale[4608:6144]]))
+    assert "strips 48 to 95 and 144 to 191" in FORMAT
+    assert "outputs 1536 to 3071 and 4608 to 6143" in FORMAT
+    part = shard(down, "inputs", (1024,), 1, 2)
+    assert torch.equal(part.weight, down.weight[:, 96:192])
+    assert torch.equal(part.tensors["scale"], down.tensors["scale"])
+    assert "row blocks 96 to 191 of each strip" in FORMAT
+    for tensor in (gate_up.weight, share.weight, down.weight, part.weight):
+        assert f"`{list(tensor.shape)}`" in FORMAT
+
+
+def test_the_example_of_canonical_json() -> None:
+    value, count, text, digest = re.findall(
+        r"`(\{.+\})` becomes the (\d+) bytes\n\n +(.+)\n\nwith the hash\n\n +(.+)\n", FORMAT
+    )[0]
+    assert len(text.encode()) == int(count)
+    assert blake3(text.encode()).hexdigest() == digest == canonical_blake3(json.loads(value))
+
+
+def test_every_option_is_described() -> None:
+    pages: dict[str, list[type]] = {
+        "converting.md": [ConvertOptions],
+        "running.md": [EngineOptions, DeviceOptions],
+    }
+    for page, kinds in pages.items():
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for name in (name for kind in kinds for name in described(kind)):
+            assert re.search(rf"^\|.*`{name}` \|", text, re.M), f"{page}: {name}"
+
+
 def test_the_schema_is_that_of_the_types_and_of_a_real_manifest(
     tiny_w8a8: Path, tiny_bf16: Path
 ) -> None:
@@ -131,9 +190,14 @@ def test_a_reader_made_from_the_specification(tiny_w8a8: Path) -> None:
         assert f"| `{key}` |" in FORMAT, f"{key} is not described"
     name = "model.layers.1.mlp.down_proj"
     linear = manifest["linears"][name]
-    for key in linear:
-        assert f"| `{key}` |" in FORMAT, f"{key} is not described"
     stored = linear["tensors"]["weight"]
+    tables = "\n".join(re.findall(r"^\|.+$", FORMAT, re.M))
+    entries: tuple[dict[str, object], ...] = (
+        linear, linear["layout"], stored, manifest["model"], manifest["model"]["rope"],
+        manifest["source"],
+    )  # fmt: skip
+    for key in (key for entry in entries for key in entry):
+        assert f"`{key}`" in tables, f"{key} is not described"
     raw = (tiny_w8a8 / stored["file"]).read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     start, stop = header[f"{name}.weight"]["data_offsets"]
