@@ -9,14 +9,15 @@ from pathlib import Path
 
 from support import tiny_models
 
-DRIVER = Path(__file__).parents[1] / "support" / "crash_driver.py"
+TESTS = Path(__file__).parents[1]
+DRIVER = (sys.executable, "-m", "support.crash_driver")
 
 
 def drive(source: Path, workdir: Path, *options: str) -> dict[str, int]:
     workdir.mkdir()
     done = subprocess.run(
-        [sys.executable, DRIVER, source, workdir, *options], capture_output=True, text=True,
-        timeout=550,
+        [*DRIVER, source, workdir, *options], capture_output=True, text=True, timeout=550,
+        cwd=TESTS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
@@ -26,7 +27,8 @@ def test_after_each_step(tmp_path: Path) -> None:
     """A step is a call that changes the disk: this is every state that a crash can leave."""
     source = tiny_models.write(tmp_path / "source", tiny_models.config(num_hidden_layers=1))
     found = drive(source, tmp_path / "work", "--steps", "0", "--threads", "1")
-    assert found["kills"] == found["trials"] == found["steps"] > 50
+    # Python 3.10 counts fewer: its pathlib keeps functions of os that the driver cannot replace.
+    assert found["kills"] == found["trials"] == found["steps"] > 40
     assert 0 < found["completed"] < 15  # it was finished and had only to be tidied up
 
 

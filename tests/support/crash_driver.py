@@ -1,6 +1,6 @@
 """Converts again and again in forked processes that are killed, and compares what comes out.
 
-    python crash_driver.py SOURCE WORKDIR --steps 25 --instants 10 [--seed 0] [--threads 2]
+    cd tests; python -m support.crash_driver SOURCE WORKDIR --steps 25 --instants 10 [--seed 0]
 
 One process imports torch and forks the others, so that a trial takes milliseconds. A step is a call
 that changes the disk (write, rename, unlink, sync): a kill after each of them leaves every state
@@ -25,6 +25,7 @@ from typing import Any
 
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME
 from qwen3_ascend.convert import ConvertOptions, convert_checkpoint
+from support.folders import contents
 
 JOURNAL = ".partial/journal.jsonl"
 
@@ -111,15 +112,6 @@ class Driver:
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "lock"
-    }
 
 
 def on_every_step(action: Callable[[int], None]) -> list[int]:
