@@ -27,8 +27,7 @@ def test_after_each_step(tmp_path: Path) -> None:
     """A step is a call that changes the disk: this is every state that a crash can leave."""
     source = tiny_models.write(tmp_path / "source", tiny_models.config(num_hidden_layers=1))
     found = drive(source, tmp_path / "work", "--steps", "0", "--threads", "1")
-    # Python 3.10 counts fewer: its pathlib keeps functions of os that the driver cannot replace.
-    assert found["kills"] == found["trials"] == found["steps"] > 40
+    assert found["kills"] == found["trials"] == found["steps"] > 50
     assert 0 < found["completed"] < 15  # it was finished and had only to be tidied up
 
 

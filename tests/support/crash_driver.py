@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -128,8 +129,14 @@ def on_every_step(action: Callable[[int], None]) -> list[int]:
 
         return call
 
+    in_pathlib = getattr(
+        pathlib, "_NormalAccessor", None
+    )  # Python 3.10 keeps functions of os there
     for name in STEPS:
-        setattr(os, name, counted(getattr(os, name)))
+        function = counted(getattr(os, name))
+        setattr(os, name, function)
+        if hasattr(in_pathlib, name):
+            setattr(in_pathlib, name, staticmethod(function))
     return counter
 
 
