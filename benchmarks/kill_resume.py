@@ -16,7 +16,7 @@ from pathlib import Path
 
 import random_model
 
-DRIVER = Path(__file__).parents[1] / "tests" / "support" / "crash_driver.py"
+TESTS = Path(__file__).parents[1] / "tests"
 
 
 def main() -> None:
@@ -30,9 +30,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = random_model.config("0.6b", options.layers) | {"vocab_size": 20000}
         source = random_model.ensure(Path(folder) / "source", data)
-        command = [sys.executable, str(DRIVER), str(source), folder]
+        command = [sys.executable, "-m", "support.crash_driver", str(source), folder]
         command += [f"--{name}={getattr(options, name)}" for name in ("instants", "steps", "seed")]
-        sys.exit(subprocess.run(command).returncode)
+        sys.exit(subprocess.run(command, cwd=TESTS).returncode)
 
 
 if __name__ == "__main__":

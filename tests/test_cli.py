@@ -184,7 +184,7 @@ def test_a_seed_repeats(tiny_w8a8: Path) -> None:
 def test_text_streams(tiny_w8a8: Path) -> None:
     """The first words are there before the last are computed: the program waits for its reader."""
     command = [*PROGRAM, "generate", str(tiny_w8a8), "--quiet", "--raw", "--temperature", "0.8",
-               "--prompt", "a", "--max-new-tokens", "900"]  # fmt: skip
+               "--prompt", "a", "--max-new-tokens", "900", "--ignore-eos"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     try:

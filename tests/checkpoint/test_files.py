@@ -10,19 +10,12 @@ import pytest
 import torch
 from support import tiny_models
 from support.command_line import run
+from support.folders import contents
 
 from qwen3_ascend import ConvertOptions, convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.verify import verify
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture

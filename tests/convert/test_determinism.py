@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny_models
 from support.command_line import program, run
-from support.crash_driver import contents
+from support.folders import contents
 from support.group_scheme import NZ, GroupInt4
 from support.native_cases import runnable_paths
 

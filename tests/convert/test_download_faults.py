@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from support.command_line import PROGRAM, Run, obey_interrupts, run
-from support.hub_client import REPO, big_model, contents, downloads, talk_to
+from support.folders import finished_weights
+from support.hub_client import REPO, big_model, downloads, talk_to
 from support.hub_server import Fault, HubServer
 
 from qwen3_ascend import Events, convert_checkpoint
@@ -21,32 +22,6 @@ from qwen3_ascend.convert.plan import Plan
 
 FIRST, SECOND, LAST = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
 AFTER_HEADER = 200_000  # the header is asked for with the first 100,000 bytes
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return big_model(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture(scope="module")
-def sound(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The tensors of a conversion without a network."""
-    out = tmp_path_factory.mktemp("sound") / "out"
-    assert run("convert", folder, out, "--quiet").code == 0
-    return weights(out)
-
-
-@pytest.fixture
-def hub(hub: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
-    hub.add_model(REPO, folder)
-    talk_to(hub, tmp_path / "cache", monkeypatch)
-    return hub
-
-
-def weights(out: Path) -> dict[str, bytes]:
-    assert (out / "qwen3_ascend.json").is_file()
-    assert not (out / ".partial").exists()
-    return {name: data for name, data in contents(out).items() if name.endswith(".safetensors")}
 
 
 def convert(out: Path, *options: str) -> Run:
@@ -77,13 +52,13 @@ TEMPORARY = [
 
 @pytest.mark.parametrize("fault", TEMPORARY, ids=lambda f: f"{f.kind}-{f.status}-{f.path}")
 def test_what_passes_leaves_no_trace(
-    hub: HubServer, tmp_path: Path, sound: dict[str, bytes], fault: Fault
+    published: HubServer, tmp_path: Path, sound: dict[str, bytes], fault: Fault
 ) -> None:
-    hub.inject(fault)
+    published.inject(fault)
     done = convert(tmp_path / "out")
     assert done.code == 0, done.err
-    assert hub.unspent() == [], "the fault did not happen"
-    assert weights(tmp_path / "out") == sound
+    assert published.unspent() == [], "the fault did not happen"
+    assert finished_weights(tmp_path / "out") == sound
 
 
 LASTING = [
@@ -102,35 +77,37 @@ LASTING = [
 
 @pytest.mark.parametrize(("fault", "said"), LASTING, ids=lambda v: getattr(v, "kind", v))
 def test_what_lasts_is_one_line_and_mends_later(
-    hub: HubServer, tmp_path: Path, sound: dict[str, bytes], fault: Fault, said: str
+    published: HubServer, tmp_path: Path, sound: dict[str, bytes], fault: Fault, said: str
 ) -> None:
     out = tmp_path / "out"
-    hub.inject(fault)
+    published.inject(fault)
     convert(out, "--quiet", "--retries", "1").one_line_error(REPO, said)
     assert not (out / "qwen3_ascend.json").exists()
-    hub.clear_faults()
+    published.clear_faults()
     done = convert(out, "--quiet")
     assert done.code == 0 and done.err == "", done.err
-    assert weights(out) == sound
+    assert finished_weights(out) == sound
 
 
-def test_retries_are_noted_and_bounded(hub: HubServer, tmp_path: Path) -> None:
-    hub.inject(Fault("status", f"/cdn/*/{FIRST}", times=None, status=503))
+def test_retries_are_noted_and_bounded(published: HubServer, tmp_path: Path) -> None:
+    published.inject(Fault("status", f"/cdn/*/{FIRST}", times=None, status=503))
     lines = convert(tmp_path / "out", "--retries", "2").err.splitlines()
     notes = [line for line in lines if "trying again" in line]
     assert [note[-8:] for note in notes] == ["(1 of 2)", "(2 of 2)"]
     assert all(FIRST in note and "503" in note for note in notes)
-    assert lines[-1].startswith("Error: ") and len(hub.seen(f"/cdn/*/{FIRST}")) == 3
+    assert lines[-1].startswith("Error: ") and len(published.seen(f"/cdn/*/{FIRST}")) == 3
 
 
-def test_a_lasting_damage_is_fetched_a_few_times_only(hub: HubServer, tmp_path: Path) -> None:
-    hub.inject(Fault("corrupt", f"/cdn/*/{FIRST}", times=None, offset=AFTER_HEADER))
+def test_a_lasting_damage_is_fetched_a_few_times_only(published: HubServer, tmp_path: Path) -> None:
+    published.inject(Fault("corrupt", f"/cdn/*/{FIRST}", times=None, offset=AFTER_HEADER))
     convert(tmp_path / "out", "--quiet").one_line_error(FIRST, "3 times")
-    assert downloads(hub).count(FIRST) == 3
+    assert downloads(published).count(FIRST) == 3
     assert not list((tmp_path / "cache").rglob(FIRST)), "the damaged file is still in the cache"
 
 
-def test_a_damaged_cache_is_mended(hub: HubServer, tmp_path: Path, sound: dict[str, bytes]) -> None:
+def test_a_damaged_cache_is_mended(
+    published: HubServer, tmp_path: Path, sound: dict[str, bytes]
+) -> None:
     assert convert(tmp_path / "first", "--quiet").code == 0
     cached = next((tmp_path / "cache").rglob(FIRST)).resolve()
     data = bytearray(cached.read_bytes())
@@ -139,38 +116,38 @@ def test_a_damaged_cache_is_mended(hub: HubServer, tmp_path: Path, sound: dict[s
         cached.write_bytes(data)
         done = convert(tmp_path / f"out{flipped}")
         assert done.code == 0, done.err
-        assert weights(tmp_path / f"out{flipped}") == sound
+        assert finished_weights(tmp_path / f"out{flipped}") == sound
 
 
 def test_gone_in_the_middle_then_back(
-    hub: HubServer, tmp_path: Path, sound: dict[str, bytes]
+    published: HubServer, tmp_path: Path, sound: dict[str, bytes]
 ) -> None:
     out = tmp_path / "out"
-    hub.inject(Fault("hangup", f"/cdn/*/{LAST}", times=1))  # one header: retried
-    hub.inject(Fault("drop", f"/cdn/*/{LAST}", times=None, offset=AFTER_HEADER))
+    published.inject(Fault("hangup", f"/cdn/*/{LAST}", times=1))  # one header: retried
+    published.inject(Fault("drop", f"/cdn/*/{LAST}", times=None, offset=AFTER_HEADER))
     convert(out, "--quiet", "--retries", "1").one_line_error(LAST)
-    hub.clear_faults()
-    hub.forget()
+    published.clear_faults()
+    published.forget()
     assert convert(out, "--quiet").code == 0
-    assert weights(out) == sound
-    assert downloads(hub) == [LAST]
+    assert finished_weights(out) == sound
+    assert downloads(published) == [LAST]
 
 
-def test_a_branch_that_moves_meanwhile(hub: HubServer, tmp_path: Path, folder: Path) -> None:
-    commit = hub.add_revision(REPO, "main", folder)
+def test_a_branch_that_moves_meanwhile(published: HubServer, tmp_path: Path, folder: Path) -> None:
+    commit = published.add_revision(REPO, "main", folder)
     other = big_model(tmp_path / "other", seed=1)
 
     class Moving(Events):
         def planned(self, plan: Plan) -> None:
-            hub.add_revision(REPO, "main", other)
+            published.add_revision(REPO, "main", other)
 
     manifest = convert_checkpoint(REPO, tmp_path / "out", events=Moving())
     assert manifest.source.revision == commit
     assert run("convert", folder, tmp_path / "local", "--quiet").code == 0
-    assert weights(tmp_path / "out") == weights(tmp_path / "local")
+    assert finished_weights(tmp_path / "out") == finished_weights(tmp_path / "local")
 
 
-def test_the_origin_is_told(hub: HubServer, tmp_path: Path) -> None:
+def test_the_origin_is_told(published: HubServer, tmp_path: Path) -> None:
     commit = Manifest.read(_converted(tmp_path / "one")).source.revision
     done = convert(tmp_path / "two")
     assert f"from {REPO} @ {commit}" in done.err.splitlines()
@@ -179,14 +156,14 @@ def test_the_origin_is_told(hub: HubServer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_while_a_download_crawls(
-    hub: HubServer, tmp_path: Path, sound: dict[str, bytes], ending: signal.Signals
+    published: HubServer, tmp_path: Path, sound: dict[str, bytes], ending: signal.Signals
 ) -> None:
     """Ctrl-C ends the program though its background thread waits for the network, and whatever
     ended it: what had come is not fetched again, nor is half a file taken for a whole."""
     out = tmp_path / "out"
-    hub.inject(Fault("slow", f"/cdn/*/{LAST}", times=None, rate=100_000))
+    published.inject(Fault("slow", f"/cdn/*/{LAST}", times=None, rate=100_000))
     command = [*PROGRAM, "convert", REPO, str(out), "--low-disk"]
-    environment = {**os.environ, **hub.environment(tmp_path / "other cache")}
+    environment = {**os.environ, **published.environment(tmp_path / "other cache")}
     with subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=obey_interrupts
     ) as process:
@@ -201,12 +178,12 @@ def test_stopped_while_a_download_crawls(
     if ending is signal.SIGINT:
         assert process.returncode == 128 + signal.SIGINT, rest
         assert rest.startswith("Error: interrupted") and rest.count("\n") == 1, rest
-    hub.clear_faults()
-    hub.forget()
+    published.clear_faults()
+    published.forget()
     done = convert(out, "--low-disk")
     assert done.code == 0, done.err
-    assert weights(out) == sound
-    assert LAST in downloads(hub) and FIRST not in downloads(hub)
+    assert finished_weights(out) == sound
+    assert LAST in downloads(published) and FIRST not in downloads(published)
 
 
 def _converted(out: Path) -> Path:
@@ -215,40 +192,40 @@ def _converted(out: Path) -> Path:
 
 
 def test_a_mirror_that_states_no_sizes_and_hashes(
-    hub: HubServer, folder: Path, tmp_path: Path, sound: dict[str, bytes]
+    published: HubServer, folder: Path, tmp_path: Path, sound: dict[str, bytes]
 ) -> None:
     """Some mirrors tell the name of a file only; the manifest holds its hash all the same."""
-    commit = hub.add_revision(REPO, "main", folder)
+    commit = published.add_revision(REPO, "main", folder)
     siblings = [{"rfilename": path.name} for path in folder.iterdir()]
     said = json.dumps({"id": REPO, "sha": commit, "siblings": siblings}).encode()
-    hub.inject(Fault("replace", f"/api/models/{REPO}", times=None, body=said))
+    published.inject(Fault("replace", f"/api/models/{REPO}", times=None, body=said))
     for option in ("--quiet", "--low-disk"):
         out = tmp_path / f"out{option}"
         done = convert(out, option)
         assert done.code == 0, done.err
-        assert weights(out) == sound
+        assert finished_weights(out) == sound
         digest = hashlib.sha256((folder / LAST).read_bytes()).hexdigest()
         assert Manifest.read(out).source.files[LAST].sha256 == digest
 
 
 def test_a_busy_hub_is_asked_again_though_the_cache_is_full(
-    hub: HubServer, tmp_path: Path, sound: dict[str, bytes]
+    published: HubServer, tmp_path: Path, sound: dict[str, bytes]
 ) -> None:
     """The branch may have moved: a cache that is merely old is no answer to a passing 503."""
     assert convert(tmp_path / "one", "--quiet").code == 0
-    hub.inject(Fault("status", f"/api/models/{REPO}", status=503))
+    published.inject(Fault("status", f"/api/models/{REPO}", status=503))
     done = convert(tmp_path / "two")
     assert done.code == 0 and "trying again" in done.err and "offline" not in done.err
-    hub.inject(Fault("status", f"/api/models/{REPO}", times=None, status=503))
+    published.inject(Fault("status", f"/api/models/{REPO}", times=None, status=503))
     done = convert(tmp_path / "three", "--retries", "1")
     assert done.code == 0 and "offline" in done.err
-    assert weights(tmp_path / "two") == weights(tmp_path / "three") == sound
+    assert finished_weights(tmp_path / "two") == finished_weights(tmp_path / "three") == sound
 
 
-def test_a_hub_that_names_no_commit(hub: HubServer, tmp_path: Path) -> None:
+def test_a_hub_that_names_no_commit(published: HubServer, tmp_path: Path) -> None:
     for sha in (None, "main", "../../evil"):
         said = json.dumps({"id": REPO, "sha": sha, "siblings": []}).encode()
-        hub.inject(Fault("replace", f"/api/models/{REPO}", body=said))
+        published.inject(Fault("replace", f"/api/models/{REPO}", body=said))
         convert(tmp_path / "out", "--quiet").one_line_error("no commit")
 
 
@@ -261,7 +238,7 @@ def test_a_damaged_cache_without_a_hub(
         assert convert(tmp_path / "one", "--quiet").code == 0
     done = convert(tmp_path / "two")
     assert done.code == 0 and f"offline: taking {REPO} @ {commit}" in done.err, done.err
-    assert weights(tmp_path / "two") == sound
+    assert finished_weights(tmp_path / "two") == sound
     cached = next((tmp_path / "cache").rglob(LAST)).resolve()
     data = bytearray(cached.read_bytes())
     data[-2] ^= 1
@@ -271,12 +248,12 @@ def test_a_damaged_cache_without_a_hub(
     convert(tmp_path / "four", "--quiet", "--retries", "0").one_line_error("not reachable", LAST)
 
 
-def test_a_disk_that_is_full(hub: HubServer, tmp_path: Path) -> None:
+def test_a_disk_that_is_full(published: HubServer, tmp_path: Path) -> None:
     """No retries where they cannot help, and one line."""
     limited = f"ulimit -f 1000; exec {shlex.join(PROGRAM)} convert {REPO} out --quiet"
-    environment = {**os.environ, **hub.environment(tmp_path / "cache")}
+    environment = {**os.environ, **published.environment(tmp_path / "cache")}
     done = subprocess.run(
         ["bash", "-c", limited], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     Run(done.returncode, done.stdout, done.stderr).one_line_error("File too large")
-    assert len(set(downloads(hub))) == len(downloads(hub))
+    assert len(set(downloads(published))) == len(downloads(published))

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import tiny_models
 from support.command_line import Run, run
-from support.hub_client import REPO, contents, talk_to
+from support.folders import contents
+from support.hub_client import REPO, talk_to
 from support.hub_server import HubServer
 
 MODEL = "model.safetensors"

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from support import tiny_models
 
-DRIVER = Path(__file__).parents[1] / "support" / "crash_driver.py"
+TESTS = Path(__file__).parents[1]
+DRIVER = (sys.executable, "-m", "support.crash_driver")
 
 
 def drive(source: Path, workdir: Path, *options: str) -> dict[str, int]:
     workdir.mkdir()
     done = subprocess.run(
-        [sys.executable, DRIVER, source, workdir, *options], capture_output=True, text=True,
-        timeout=550,
+        [*DRIVER, source, workdir, *options], capture_output=True, text=True, timeout=550,
+        cwd=TESTS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))

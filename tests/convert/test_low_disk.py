@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from support import tiny_models
 from support.command_line import Run, run
-from support.hub_client import REPO, big_model, contents, downloads, talk_to
+from support.folders import contents, finished_weights
+from support.hub_client import REPO, big_model, downloads
 from support.hub_server import Fault, HubServer
 
 from qwen3_ascend import ConvertOptions, Events, convert_checkpoint
@@ -24,31 +25,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return big_model(tmp_path_factory.mktemp("source") / "model", SHARDS)
 
 
-@pytest.fixture(scope="module")
-def sound(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("sound") / "out"
-    assert run("convert", folder, out, "--quiet").code == 0
-    return weights(out)
-
-
-@pytest.fixture
-def hub(hub: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
-    hub.add_model(REPO, folder)
-    talk_to(hub, tmp_path / "cache", monkeypatch)
-    return hub
-
-
-def weights(out: Path) -> dict[str, bytes]:
-    assert not (out / ".partial").exists()
-    return {name: data for name, data in contents(out).items() if name.endswith(".safetensors")}
-
-
 def convert(out: Path, *options: str) -> Run:
     return run("convert", REPO, out, "--low-disk", *options)
 
 
 def test_disk_stays_below_what_was_announced(
-    hub: HubServer, folder: Path, tmp_path: Path, sound: dict[str, bytes]
+    published: HubServer, folder: Path, tmp_path: Path, sound: dict[str, bytes]
 ) -> None:
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     out, held = tmp_path / "out", list[int]()
@@ -60,23 +42,24 @@ def test_disk_stays_below_what_was_announced(
 
     options = ConvertOptions(low_disk=True, threads=1)
     convert_checkpoint(REPO, out, options=options, events=Look())
-    assert weights(out) == sound
+    assert finished_weights(out) == sound
     # These items are so small that a file more than usual may wait for its last pieces.
     assert 0 < max(held) <= announced + 1.5 * total / SHARDS < total
-    assert sorted(downloads(hub)) == sorted(set(downloads(hub))) and len(downloads(hub)) == SHARDS
+    fetched = downloads(published)
+    assert len(fetched) == len(set(fetched)) == SHARDS
     assert not list((tmp_path / "cache").rglob("model-*.safetensors"))
 
 
 def test_without_it_the_cache_is_used(
-    hub: HubServer, tmp_path: Path, sound: dict[str, bytes]
+    published: HubServer, tmp_path: Path, sound: dict[str, bytes]
 ) -> None:
     assert run("convert", REPO, tmp_path / "one", "--quiet").code == 0
     cached = contents(tmp_path / "cache")
     assert len([name for name in cached if "snapshots" in name and "model-" in name]) == SHARDS
-    hub.forget()
+    published.forget()
     done = convert(tmp_path / "two", "--quiet")
     assert done.code == 0, done.err
-    assert downloads(hub) == [] and weights(tmp_path / "two") == sound
+    assert downloads(published) == [] and finished_weights(tmp_path / "two") == sound
     assert contents(tmp_path / "cache") == cached, "files of the user's cache were touched"
 
 
@@ -86,10 +69,10 @@ def test_a_local_folder_is_never_touched(folder: Path, tmp_path: Path) -> None:
     assert contents(folder) == before
 
 
-def test_the_next_file_comes_while_one_is_in_use(hub: HubServer, tmp_path: Path) -> None:
+def test_the_next_file_comes_while_one_is_in_use(published: HubServer, tmp_path: Path) -> None:
     """The second file is held up until an item of the first is done: it comes in the background,
     and a third one is not begun meanwhile."""
-    hub.add_model("me/few-files", big_model(tmp_path / "few", 3))
+    published.add_model("me/few-files", big_model(tmp_path / "few", 3))
     item_done, fetching, meanwhile = threading.Event(), list[str](), list[bool]()
 
     class Hold(Events):
@@ -108,23 +91,23 @@ def test_the_next_file_comes_while_one_is_in_use(hub: HubServer, tmp_path: Path)
 
 
 def test_an_interrupted_conversion_fetches_only_what_it_lacks(
-    hub: HubServer, tmp_path: Path, sound: dict[str, bytes]
+    published: HubServer, tmp_path: Path, sound: dict[str, bytes]
 ) -> None:
     out, last = tmp_path / "out", "model-00006-of-00006.safetensors"
-    hub.inject(Fault("drop", f"*/{last}", times=None, offset=AFTER_HEADER))
+    published.inject(Fault("drop", f"*/{last}", times=None, offset=AFTER_HEADER))
     convert(out, "--quiet", "--retries", "0").one_line_error(last)
     assert (out / ".partial").is_dir() and not (out / "qwen3_ascend.json").exists()
-    hub.clear_faults()
-    hub.forget()
+    published.clear_faults()
+    published.forget()
     done = convert(out)
     assert done.code == 0, done.err
-    assert "model-00001-of-00006.safetensors" not in downloads(hub)
-    assert last in downloads(hub) and len(downloads(hub)) < SHARDS - 1
-    assert weights(out) == sound
+    assert "model-00001-of-00006.safetensors" not in downloads(published)
+    assert last in downloads(published) and len(downloads(published)) < SHARDS - 1
+    assert finished_weights(out) == sound
 
 
 def test_leftovers_that_nobody_needs_are_removed(
-    hub: HubServer, folder: Path, tmp_path: Path, sound: dict[str, bytes]
+    published: HubServer, folder: Path, tmp_path: Path, sound: dict[str, bytes]
 ) -> None:
     """A killed conversion may leave files, whole and half; damaged ones are not believed."""
     out, first = tmp_path / "out", "model-00001-of-00006.safetensors"
@@ -135,21 +118,21 @@ def test_leftovers_that_nobody_needs_are_removed(
     (area / first).write_bytes(bytes((folder / first).stat().st_size))
     done = convert(out, "--quiet")
     assert done.code == 0, done.err
-    assert weights(out) == sound
+    assert finished_weights(out) == sound
 
 
-def test_damage_on_the_way(hub: HubServer, tmp_path: Path, sound: dict[str, bytes]) -> None:
+def test_damage_on_the_way(published: HubServer, tmp_path: Path, sound: dict[str, bytes]) -> None:
     name = "model-00003-of-00006.safetensors"
-    hub.inject(Fault("corrupt", f"/cdn/*/{name}", times=2, offset=AFTER_HEADER))
+    published.inject(Fault("corrupt", f"/cdn/*/{name}", times=2, offset=AFTER_HEADER))
     done = convert(tmp_path / "one")
-    assert done.code == 0 and "SHA-256" in done.err and hub.unspent() == []
-    assert weights(tmp_path / "one") == sound
-    hub.inject(Fault("corrupt", f"/cdn/*/{name}", times=None, offset=AFTER_HEADER))
+    assert done.code == 0 and "SHA-256" in done.err and published.unspent() == []
+    assert finished_weights(tmp_path / "one") == sound
+    published.inject(Fault("corrupt", f"/cdn/*/{name}", times=None, offset=AFTER_HEADER))
     convert(tmp_path / "two", "--quiet").one_line_error(name, "3 times")
     assert not list((tmp_path / "two").rglob(name)), "the damaged file is still there"
 
 
-def test_dry_run_tells_the_disk(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+def test_dry_run_tells_the_disk(published: HubServer, folder: Path, tmp_path: Path) -> None:
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     plain = json.loads(run("convert", REPO, tmp_path / "out", "--dry-run", "--json").out)
     assert plain["disk"] == {"checkpoint": plain["output_bytes"], "downloads": total}
@@ -157,7 +140,7 @@ def test_dry_run_tells_the_disk(hub: HubServer, folder: Path, tmp_path: Path) ->
     assert 0 < low["disk"]["downloads"] < total and low["disk"]["checkpoint"] > 0
     text = convert(tmp_path / "out", "--dry-run").out.splitlines()[-1]
     assert text.startswith("needs ") and "downloads" in text
-    assert not (tmp_path / "out").exists() and downloads(hub) == []
+    assert not (tmp_path / "out").exists() and downloads(published) == []
     local = json.loads(run("convert", folder, tmp_path / "out", "--dry-run", "--json").out)
     assert list(local["disk"]) == ["checkpoint"]
 
@@ -168,7 +151,7 @@ def free(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
 
 
 def test_a_small_disk_is_refused_before_the_first_byte(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     needs = json.loads(run("convert", REPO, out, "--dry-run", "--json").out)["disk"]
@@ -178,32 +161,32 @@ def test_a_small_disk_is_refused_before_the_first_byte(
     free(monkeypatch, sum(low.values()) - 1)
     line = convert(out, "--quiet").one_line_error("not enough disk", "another output")
     assert "pass" not in line and "--low-disk" not in line
-    assert downloads(hub) == [] and not out.exists()
+    assert downloads(published) == [] and not out.exists()
     free(monkeypatch, sum(low.values()))
     assert convert(out, "--quiet").code == 0
 
 
 def test_little_memory_is_refused_before_the_first_byte(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    published: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9 kB\nMemAvailable: 1 kB\n")
     monkeypatch.setattr("qwen3_ascend.files.memory.MEMINFO", meminfo)
     run("convert", REPO, tmp_path / "out", "-q").one_line_error("memory", "1.0 kB", "--max-memory")
-    assert downloads(hub) == [] and not (tmp_path / "out").exists()
+    assert downloads(published) == [] and not (tmp_path / "out").exists()
 
 
-def test_a_size_that_its_header_denies(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+def test_a_size_that_its_header_denies(published: HubServer, folder: Path, tmp_path: Path) -> None:
     """A mirror that states one file and serves another is found out by the header."""
     copy = shutil.copytree(folder, tmp_path / "copy")
-    hub.add_model(REPO, copy)
+    published.add_model(REPO, copy)
     first = copy / "model-00001-of-00006.safetensors"
     first.write_bytes((folder / "model-00002-of-00006.safetensors").read_bytes())
     assert first.stat().st_size != (folder / first.name).stat().st_size
     run("convert", REPO, tmp_path / "out", "-q", "--retries", "0").one_line_error(
         first.name, "bytes", "header"
     )
-    assert downloads(hub) == [] and not (tmp_path / "out").exists()
+    assert downloads(published) == [] and not (tmp_path / "out").exists()
 
 
 def test_memory_figures_exist_here() -> None:

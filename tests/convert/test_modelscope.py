@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.command_line import Run, program, run
-from support.hub_client import big_model, contents
+from support.folders import finished_weights
 from support.modelscope_server import ModelScopeServer
 
 from qwen3_ascend.checkpoint.manifest import Manifest
@@ -23,11 +23,6 @@ installed = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return big_model(tmp_path_factory.mktemp("source") / "model")
-
-
 @pytest.fixture
 def service(folder: Path) -> Iterator[ModelScopeServer]:
     with ModelScopeServer(REPO, folder) as server:
@@ -39,10 +34,6 @@ def convert(service: ModelScopeServer, cache: Path, out: Path, *options: str) ->
         "convert", REPO, out, "--hub", "modelscope", *options,
         environment=service.environment(cache),
     )  # fmt: skip
-
-
-def weights(out: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(out).items() if name.endswith(".safetensors")}
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -66,7 +57,7 @@ def test_the_same_bytes_as_from_the_folder(
     assert done.code == 0, done.err
     assert "trying again" in done.err and "SHA-256" in done.err
     assert run("convert", folder, local, "--quiet").code == 0
-    assert weights(out) == weights(local)
+    assert finished_weights(out) == finished_weights(local)
     ours = Manifest.read(out).source
     assert {name: file.sha256 for name, file in ours.files.items()} == {
         path.name: file_sha256(path) for path in folder.glob("*.safetensors")

@@ -21,7 +21,7 @@ import pytest
 import torch
 from support import tiny_models
 from support.command_line import PROGRAM, Run, obey_interrupts, run
-from support.crash_driver import contents
+from support.folders import contents
 
 from qwen3_ascend import ConvertOptions, Events, convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import Manifest

@@ -10,7 +10,7 @@ from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from support import tiny_models
 from support.command_line import run
-from support.crash_driver import contents
+from support.folders import contents
 from torch import Tensor
 
 from qwen3_ascend import ConvertOptions, convert_checkpoint

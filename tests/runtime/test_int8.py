@@ -19,6 +19,7 @@ from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime import LLM
 from qwen3_ascend.runtime.backends.base import QuantizedActivation
+from qwen3_ascend.runtime.backends.cpu import int8_matmul
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import (
     CANDIDATES,
     Product,
@@ -73,22 +74,33 @@ def test_the_largest_sums(candidate: Candidate, size: tuple[int, int]) -> None:
             assert_exact(product(codes), codes, weight)
 
 
-def test_the_picked_one_is_exact() -> None:
-    assert pick_int8_matmul() is EXACT[0]
-    assert float64 in EXACT, "the one that works everywhere does not"
+def saturating(weight: Tensor) -> Product:
+    """As vector instructions before VNNI multiply: sums of two products stay within 16 bits."""
+
+    def product(codes: Tensor) -> Tensor:
+        columns = weight.shape[1] // 2 * 2
+        pairs = codes.int()[:, None, :columns] * weight.int()[None, :, :columns]
+        summed: Tensor = pairs.unflatten(-1, (-1, 2)).sum(-1).clamp(-32768, 32767).sum(-1)
+        return (summed + codes[:, columns:].int() @ weight[:, columns:].int().t()).float()
+
+    return product
 
 
 def test_a_saturating_kernel_is_found_out() -> None:
-    def saturating(weight: Tensor) -> Product:
-        def product(codes: Tensor) -> Tensor:
-            pairs = codes.int()[:, None, :] * weight.int()[None]
-            halves = pairs.unflatten(-1, (-1, 2)).sum(-1).clamp(-32768, 32767)
-            summed: Tensor = halves.sum(-1).float()
-            return summed
-
-        return product
-
+    small, codes = draw(3, 5).sign(), draw(2, 5)
+    assert_exact(saturating(small)(codes), codes, small)
     assert not is_exact(saturating)
+
+
+def test_the_first_exact_one_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def also_exact(weight: Tensor) -> Product:
+        return float64(weight)
+
+    monkeypatch.setattr(int8_matmul, "CANDIDATES", (saturating, float64, also_exact))
+    assert pick_int8_matmul.__wrapped__() is float64
+    monkeypatch.setattr(int8_matmul, "CANDIDATES", (saturating,))
+    with pytest.raises(AssertionError):
+        pick_int8_matmul.__wrapped__()
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])

@@ -1,6 +1,6 @@
 """Converts again and again in forked processes that are killed, and compares what comes out.
 
-    python crash_driver.py SOURCE WORKDIR --steps 25 --instants 10 [--seed 0] [--threads 2]
+    cd tests; python -m support.crash_driver SOURCE WORKDIR --steps 25 --instants 10 [--seed 0]
 
 One process imports torch and forks the others, so that a trial takes milliseconds. A step is a call
 that changes the disk (write, rename, unlink, sync): a kill after each of them leaves every state
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -25,6 +26,7 @@ from typing import Any
 
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME
 from qwen3_ascend.convert import ConvertOptions, convert_checkpoint
+from support.folders import contents
 
 JOURNAL = ".partial/journal.jsonl"
 
@@ -113,15 +115,6 @@ class Driver:
             os._exit(1)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "lock"
-    }
-
-
 def on_every_step(action: Callable[[int], None]) -> list[int]:
     """Calls `action` with the number of each step, after it; the list holds the last number."""
     counter, lock = [0], threading.Lock()
@@ -136,8 +129,14 @@ def on_every_step(action: Callable[[int], None]) -> list[int]:
 
         return call
 
+    in_pathlib = getattr(
+        pathlib, "_NormalAccessor", None
+    )  # Python 3.10 keeps functions of os there
     for name in STEPS:
-        setattr(os, name, counted(getattr(os, name)))
+        function = counted(getattr(os, name))
+        setattr(os, name, function)
+        if hasattr(in_pathlib, name):
+            setattr(in_pathlib, name, staticmethod(function))
     return counter
 
 

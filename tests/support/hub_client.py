@@ -6,7 +6,6 @@ that costs seconds. Here the few constants that came from the environment are re
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from safetensors.torch import save_file
 from torch import Tensor
 
 from support import tiny_models
@@ -55,34 +53,22 @@ def big_model(folder: Path, shards: int = 3, seed: int = 0) -> Path:
     weights = tiny_models.tensors(data, seed)
     tiny_models.write(folder, data, weights)
     (folder / "model.safetensors").unlink()
-    write_shards(folder, weights, shards)
+    tiny_models.write_shards(folder, _in_order(weights, shards))
     return folder
 
 
-def write_shards(folder: Path, weights: Mapping[str, Tensor], shards: int) -> None:
-    """Cuts the weights into files of about equal size, in order, with their index."""
-    share = sum(tensor.nbytes for tensor in weights.values()) / shards
-    parts: list[dict[str, Tensor]] = [{} for _ in range(shards)]
+def _in_order(weights: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Cuts the weights into parts of about equal size."""
+    share = sum(tensor.nbytes for tensor in weights.values()) / count
+    parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
     position = 0.0
     for name, tensor in weights.items():
-        parts[min(int(position / share), shards - 1)][name] = tensor
+        parts[min(int(position / share), count - 1)][name] = tensor
         position += tensor.nbytes
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate(parts, 1):
-        file = f"model-{number:05d}-of-{shards:05d}.safetensors"
-        save_file(part, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return parts
 
 
 def downloads(hub: HubServer) -> list[str]:
     """Names of the weight files that were fetched, not only their headers, in order."""
     asked = [r for r in hub.seen("/cdn/*", "GET") if not str(r.range).startswith("bytes=0-")]
     return [request.path.rpartition("/")[2] for request in asked]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

@@ -5,6 +5,7 @@ python tests/support/manifest_schema.py > docs/manifest.schema.json
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from typing import Any
@@ -43,6 +44,8 @@ def manifest_schema() -> dict[str, Any]:
         kinds, schema_hook=foreign, ref_template="#/$defs/{name}"
     )
     for part in parts.values():
+        if "description" in part:  # a docstring, which Python 3.13 stores without its indent
+            part["description"] = inspect.cleandoc(part["description"])
         if "properties" in part:
             part["additionalProperties"] = False
             part["required"] = list(part["properties"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +114,24 @@ def write(
     if shards == 1:
         save_file(dict(weights), folder / "model.safetensors")
     else:
-        _write_shards(folder, weights, shards)
+        write_shards(folder, _dealt(weights, shards))
     for name in TOKENIZER_FILES if tokenizer else ():
         shutil.copyfile(DATA / name, folder / name)
     return folder
 
 
-def _write_shards(folder: Path, weights: Mapping[str, Tensor], shards: int) -> None:
-    """Deals the tensors out in turn, so that every fused linear is spread over several files."""
+def write_shards(folder: Path, parts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Saves each part as a file of weights, and their index."""
     weight_map: dict[str, str] = {}
-    for number in range(shards):
-        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = dict(list(weights.items())[number::shards])
-        save_file(part, folder / file)
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        save_file(dict(part), folder / file)
         weight_map |= dict.fromkeys(part, file)
-    size = sum(tensor.nbytes for tensor in weights.values())
+    size = sum(tensor.nbytes for part in parts for tensor in part.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _dealt(weights: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Deals the tensors out in turn, so that every fused linear is spread over several files."""
+    return [dict(list(weights.items())[number::count]) for number in range(count)]

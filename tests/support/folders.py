@@ -1,0 +1,24 @@
+"""What is in a folder, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file below a folder, by its path there.
+
+    The lock of a conversion is left out: it says who works there, not what is there.
+    """
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.parts[-2:] != (".partial", "lock")
+    }
+
+
+def finished_weights(out: Path) -> dict[str, bytes]:
+    """The files of weights of a conversion, which has to be complete."""
+    assert (out / "qwen3_ascend.json").is_file(), "there is no manifest"
+    assert not (out / ".partial").exists(), "the conversion is not finished"
+    return {name: data for name, data in contents(out).items() if name.endswith(".safetensors")}
