@@ -16,6 +16,7 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import Input
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import DeviceError, OptionError
 from qwen3_ascend.runtime.backends.base import (
     Activation,
@@ -58,8 +59,8 @@ class NpuBackend(Backend[LayerKV]):
         self.info = open_device()
         if not self.info.is_a2_or_a3:
             raise DeviceError(
-                f"{self.info.name} is not supported: the checkpoint is laid out for Atlas A2 "
-                f"(910B) and A3 (910_93)"
+                f"{self.info.name} is not supported: the checkpoint is laid out for "
+                f"{ASCEND_A2_A3.chips}"
             )
         self.device, self.dtype = torch.device("npu"), torch.bfloat16
         self.config, self.options = config, options

@@ -27,6 +27,7 @@ def make_scheme(name: str, parameters: Mapping[str, Any]) -> Scheme:
     """
     if name not in SCHEMES:
         raise CheckpointError(f"unknown scheme {name!r}; this version knows {', '.join(SCHEMES)}")
+    # Each scheme is a dataclass, which its base class cannot say.
     known = [field.name for field in fields(SCHEMES[name])]  # type: ignore[arg-type]
     for key in parameters:
         if key not in known:
