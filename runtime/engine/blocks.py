@@ -50,6 +50,10 @@ class BlockPool:
         """Blocks that hold so many tokens."""
         return -(-tokens // self.block_size)
 
+    def missing(self, request: Request) -> int:
+        """Blocks that a request lacks for all its known tokens."""
+        return self.blocks_for(len(request.tokens)) - len(request.block_table)
+
     def room(self, request: Request) -> int:
         """Tokens that a request could compute, its own blocks and all free ones filled."""
         blocks = len(request.block_table) + self.free_blocks

@@ -1,9 +1,10 @@
 """What the next step computes. Host only: no torch, no device.
 
 Every running answer gets its next token in every step; what is left of the step's tokens goes to
-prompts, first come, first served, in chunks. Blocks are given out as tokens come. When none is
-left, the request that came last gives its blocks back and is computed again later, which changes
-nothing that it says.
+prompts, in chunks: to the one with the least left first, because that keeps the mean time to the
+first token low, but half of it to the oldest one, so that nobody waits for ever. Blocks are given
+out as tokens come. When none is left, the request that came last gives its blocks back and is
+computed again later, which changes nothing that it says.
 """
 
 from __future__ import annotations
@@ -49,12 +50,9 @@ class Scheduler:
     def next(self) -> Batch:
         """The chunks to compute now, at least one; only while `busy`."""
         while True:
+            self._admit()
             answers = self._answers()
-            budget = max(self.step_tokens - len(answers), 1)
-            prompts, is_short = self._prompts(budget)
-            if not is_short:
-                budget -= sum(chunk.count for chunk in prompts)
-                prompts += self._admitted(budget)
+            prompts = self._prompts(max(self.step_tokens - len(answers), 1))
             if answers or prompts:
                 return Batch((*answers, *prompts))
             # All that run wait for blocks that the others hold: the last one makes room.
@@ -83,43 +81,44 @@ class Scheduler:
                 chunks.append(Chunk(request, 1))
         return chunks
 
-    def _prompts(self, budget: int) -> tuple[list[Chunk], bool]:
-        """Chunks of the running prompts, and whether one of them was short of blocks."""
-        chunks = []
-        for request in [one for one in self._running if one.pending > 1]:
-            wanted = min(budget, request.pending, self._most(request))
+    def _prompts(self, budget: int) -> list[Chunk]:
+        """Chunks of the running prompts, of `budget` tokens at most."""
+        prompts = [one for one in self._running if one.pending > 1]
+        chunks: list[Chunk] = []
+        reserved = (budget + 1) // 2  # for the oldest, until its turn comes
+        for request in sorted(prompts, key=_pending):  # a tie goes to the one that came first
+            is_oldest = request is prompts[0]
+            most = LOGIT_ROWS if request.wants_logits else self.step_tokens
+            wanted = min(budget if is_oldest else budget - reserved, request.pending, most)
             count = min(wanted, self.pool.room(request))
             if count > 0:
                 self.pool.grow(request, request.computed + count)
                 chunks.append(Chunk(request, count))
-                budget -= count
             if count < wanted:
-                return chunks, True
-        return chunks, False
+                break  # no block is left for the others either
+            budget -= count
+            reserved = 0 if is_oldest else reserved
+        return chunks
 
-    def _admitted(self, budget: int) -> list[Chunk]:
-        """First chunks of waiting requests, as long as there is room for all their tokens.
+    def _admit(self) -> None:
+        """Lets waiting requests run, as long as there is room for all tokens of all that run.
 
         One whose prompt begins as another's does that is being computed waits for it.
         """
-        chunks = []
+        promised = sum(self.pool.missing(request) for request in self._running)
         for request in [*self._waiting]:
-            if budget <= 0 or len(self._running) >= self.max_batch:
+            if len(self._running) >= self.max_batch:
                 break
             if self._is_being_computed(request):
                 continue
             self.pool.adopt_prefix(request)
-            if self.pool.room(request) < request.pending:
+            promised += self.pool.missing(request)
+            if promised > self.pool.free_blocks:
                 self.pool.release(request)
                 break
-            count = min(budget, request.pending, self._most(request))
-            self.pool.grow(request, request.computed + count)
             self._waiting.remove(request)
             self._running.append(request)
             self._running.sort(key=_arrival)  # one that was put back is older than others
-            chunks.append(Chunk(request, count))
-            budget -= count
-        return chunks
 
     def _is_being_computed(self, request: Request) -> bool:
         """Whether the first block that nobody has yet is part of a running prompt."""
@@ -134,9 +133,6 @@ class Scheduler:
             if other.computed < (index + 1) * pool.block_size
         )
 
-    def _most(self, request: Request) -> int:
-        return LOGIT_ROWS if request.wants_logits else self.step_tokens
-
     def _preempt(self, request: Request) -> None:
         """Puts a running request back, to be computed again."""
         self._running.remove(request)
@@ -147,3 +143,7 @@ class Scheduler:
 
 def _arrival(request: Request) -> int:
     return request.number
+
+
+def _pending(request: Request) -> int:
+    return request.pending

@@ -139,21 +139,34 @@ def test_answers_never_wait_for_prompts(
         answering -= {event.request.number for event in tokens if event.finish_reason}
 
 
-def test_a_short_prompt_beside_a_long_one() -> None:
-    """Both are in the first step: the long one takes what the step has left."""
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     engine, model = counting_engine(200, 4, step_tokens=16)
-    long, short = asked(engine, [1] * 100, 4), asked(engine, [2, 3], 4)
-    first: dict[int, int] = {}
-    for number in range(40):
-        if not engine.busy:
-            break
-        before = model.rows
-        for event in step(engine):
-            first.setdefault(event.request.number, number)
-        assert model.rows - before <= 16
-    # The first prompt came first; answers of one token a step leave the rest of it to the other.
-    assert first[long.number] == 6 and first[short.number] == 6
+    long = asked(engine, [1] * 100, 4)
+    step(engine)
+    short = asked(engine, [2, 3], 1)
+    before = model.rows
+    assert [event.request for event in step(engine)] == [short]
+    assert model.rows - before == 16 and long.computed == 30
     run(engine)
+
+
+def test_a_long_prompt_is_read_beside_any_number_of_short_ones() -> None:
+    """Each step brings more short prompts than it could hold; the long one gets its half."""
+    engine, _ = counting_engine(500, 4, step_tokens=16)
+    long = asked(engine, [1] * 100, 1)
+    for _ in range(13):
+        for start in range(4):
+            asked(engine, [start, 3, 4, 5, 6], 1)
+        step(engine)
+    assert long.finish_reason == "length"
+    run(engine)
+
+
+def test_of_equal_prompts_the_first_comes_first() -> None:
+    engine, _ = counting_engine(200, 4, step_tokens=16)
+    first, second = asked(engine, [1] * 32, 1), asked(engine, [2] * 32, 1)
+    said = [[event.request for event in step(engine)] for _ in range(4)]
+    assert said == [[], [first], [], [second]]
 
 
 def test_running_answers_go_on_while_a_long_prompt_is_computed() -> None:
