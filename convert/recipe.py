@@ -7,18 +7,36 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from msgspec import Meta
 
 from qwen3_ascend import recipes
-from qwen3_ascend.checkpoint.schemes import SCHEMES, Scheme, make_scheme
+from qwen3_ascend.checkpoint.schemes import Scheme, make_scheme
 from qwen3_ascend.errors import CheckpointError, RecipeError
+from qwen3_ascend.files.json_file import Name, check_keys, plain, typed
 from qwen3_ascend.files.paths import user_path
 
 SCHEMA = 1
-RECIPE_KEYS = ("schema", "name", "description", "rules")
-RULE_KEYS = ("match", "scheme")
+
+
+@dataclass(frozen=True)
+class RuleFile:
+    """A rule as YAML spells it; a scheme is a name, or a mapping of its name and parameters."""
+
+    match: Name
+    scheme: str | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe as YAML spells it."""
+
+    schema: int
+    name: Name
+    rules: Annotated[tuple[RuleFile, ...], Meta(min_length=1)]
+    description: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,20 +101,17 @@ class Recipe:
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
             raise RecipeError(f"{where} is not valid YAML: {reason}") from error
-        _require_mapping(data, RECIPE_KEYS, ("schema", "name", "rules"), where)
-        for key in ("name", "description"):
-            if not isinstance(data.get(key, ""), str):
-                raise RecipeError(f"{where}: {key} must be text; put {data[key]!s} in quotes")
-        if data["schema"] != SCHEMA:
-            raise RecipeError(
-                f"{where}: schema {data['schema']!r}; this version reads schema {SCHEMA}"
-            )
-        if not isinstance(data["rules"], list) or not data["rules"]:
-            raise RecipeError(f"{where}: rules must be a non-empty list")
+        try:
+            said = typed(data, RecipeFile, where)
+            check_keys(data, plain(said), where, optional=("description",))
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+        if said.schema != SCHEMA:
+            raise RecipeError(f"{where}: schema {said.schema}; this version reads schema {SCHEMA}")
         rules = tuple(
-            _rule(item, f"{where}, rule {number}") for number, item in enumerate(data["rules"], 1)
+            _rule(rule, f"{where}.rules[{number}]") for number, rule in enumerate(said.rules)
         )
-        return cls(data["name"], data.get("description", ""), rules, data)
+        return cls(said.name, said.description, rules, data)
 
 
 def _read(path: Path) -> str:
@@ -108,36 +123,9 @@ def _read(path: Path) -> str:
         raise RecipeError(f"recipe file {path} cannot be read: {error}") from error
 
 
-def _require_mapping(
-    data: Any, known: tuple[str, ...], required: tuple[str, ...], where: str
-) -> None:
-    if not isinstance(data, dict):
-        raise RecipeError(f"{where} must be a mapping with the keys {', '.join(known)}")
-    for key in data:
-        if key not in known:
-            raise RecipeError(f"{where}: unknown key {key!r}; known keys: {', '.join(known)}")
-    for key in required:
-        if key not in data:
-            raise RecipeError(f"{where}: the key {key!r} is missing")
-
-
-def _rule(data: Any, where: str) -> Rule:
-    _require_mapping(data, RULE_KEYS, ("match", "scheme"), where)
-    if not isinstance(data["match"], str) or not data["match"]:
-        raise RecipeError(f"{where}: match must be a glob such as '*.mlp.down_proj'")
-    return Rule(data["match"], _scheme(data["scheme"], where))
-
-
-def _scheme(data: Any, where: str) -> Scheme:
-    """A scheme by its name, or a mapping of its name and parameters."""
-    parameters = {"name": data} if isinstance(data, str) else data
-    if not isinstance(parameters, dict) or not isinstance(parameters.get("name"), str):
-        raise RecipeError(
-            f"{where}: scheme {data!r} is neither a name ({', '.join(SCHEMES)}) nor a mapping with "
-            f"the key name"
-        )
-    rest = {key: value for key, value in parameters.items() if key != "name"}
+def _rule(said: RuleFile, where: str) -> Rule:
+    scheme = {"name": said.scheme} if isinstance(said.scheme, str) else {**said.scheme}
     try:
-        return make_scheme(parameters["name"], rest)
+        return Rule(said.match, make_scheme(str(scheme.pop("name", "")), scheme))
     except CheckpointError as error:
         raise RecipeError(f"{where}: {error}") from error

@@ -24,7 +24,7 @@ tags: [qwen3, ascend, fractal_nz, {recipe}]
 
 Written by qwen3-ascend {version} from `{repo}`{revision} with the recipe `{recipe}`: the linear
 weights lie in FRACTAL_NZ and load without a format cast. `qwen3_ascend.json` tells what was done to
-every tensor and holds a SHA-256 of every byte.
+every tensor and holds a BLAKE3 hash of every byte.
 
     qwen3-ascend verify .
     qwen3-ascend generate . --prompt "Hello"

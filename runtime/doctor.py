@@ -35,6 +35,9 @@ LIMITS = EngineOptions(kv_cache_tokens=2048, max_batch=3)
 PROMPTS = tuple(tuple((37 * i + 11 * n) % 1000 for i in range(n)) for n in (5, 127, 130))
 """Prompts of random tokens; two of them cross a block of 128 while they decode."""
 
+PADDED = (2, 4)
+"""Batch sizes to capture that the three prompts do not fill."""
+
 NEW_TOKENS = 24
 
 LOGIT_BOUND = 0.25
@@ -137,6 +140,7 @@ def _generation(name: str, source: WeightSource) -> Iterator[Check]:
         "prefetch on": DeviceOptions("npu", graph=False, prefetch="auto"),
         "graph replay": DeviceOptions("npu", prefetch="off"),
         "graph replay, prefetch on": DeviceOptions("npu", prefetch="auto"),
+        "graph replay of a padded batch": DeviceOptions("npu", prefetch="off", buckets=PADDED),
     }
     for label, options in variants.items():
         tokens = _tokens(_npu_engine(source, options))

@@ -16,7 +16,8 @@ from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.engine.engine import Engine, TokenEvent
 from qwen3_ascend.runtime.engine.request import FinishReason, Request, SamplingParams
 from qwen3_ascend.runtime.engine.sampler import Logprobs
-from qwen3_ascend.runtime.tokenizer import Message, NoTokenizer, StopFilter, Tokenizer
+from qwen3_ascend.runtime.text_stream import StopFilter
+from qwen3_ascend.runtime.tokenizer import Message, NoTokenizer, Tokenizer
 
 Prompt = str | Sequence[int]
 """Text, or token ids that are taken as they are."""

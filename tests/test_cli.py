@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 from support.command_line import PROGRAM, program, run
 
 from qwen3_ascend import SamplingParams, load, recipes
 from qwen3_ascend.checkpoint.verify import verify
+from qwen3_ascend.cli.terminal import OneLineErrors
 from qwen3_ascend.version import __version__
 
 COMMANDS = ["convert", "generate", "inspect", "verify"]
@@ -204,3 +208,16 @@ def test_dtype(tiny_bf16: Path) -> None:
     done = run("generate", tiny_bf16, *options, "-p", QUESTION)
     llm = load(tiny_bf16, "cpu", "float32", kv_cache_tokens=1024)
     assert done.out == llm.generate(QUESTION, SamplingParams(max_new_tokens=8))[0].text + "\n"
+
+
+def test_a_warning_is_one_line_without_our_code() -> None:
+    @click.group(cls=OneLineErrors)
+    def group() -> None:
+        """Warns."""
+
+    @group.command()
+    def warn() -> None:
+        warnings.warn("half of it\nis gone", stacklevel=1)
+
+    done = CliRunner().invoke(group, ["warn"])
+    assert done.exit_code == 0 and done.stderr == "Warning: half of it is gone\n"

@@ -55,7 +55,7 @@ def test_a_scheme_with_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
         "size: 64": "has no parameter 'size'",
         "group: many": ".group: Expected `int`, got `str`",
     }.items():
-        with pytest.raises(RecipeError, match=f"rule 1: scheme group-int4 ?{message}"):
+        with pytest.raises(RecipeError, match=rf"rules\[0\]: scheme group-int4 ?{message}"):
             parse(f"schema: 1\nname: x\n{rules.replace('group: 64', said)}")
 
 
@@ -85,27 +85,36 @@ BAD = {
     "unknown key": (f"schema: 1\nname: x\nrulez: []\n{RULES}", ["rulez", "rules"]),
     "unknown key in a rule": (
         'schema: 1\nname: x\nrules: [{match: "*", scheme: bf16, group: 4}]',
-        ["rule 1", "'group'", "match, scheme"],
+        ["rules[0]", "'group'", "match, scheme"],
     ),
     "unknown scheme": (
         'schema: 1\nname: x\nrules: [{match: "*", scheme: w8a9}]',
-        ["rule 1", "'w8a9'", "bf16, w8a8"],
+        ["rules[0]", "'w8a9'", "bf16, w8a8"],
     ),
-    "scheme is a list": ('schema: 1\nname: x\nrules: [{match: "*", scheme: [w8a8]}]', ["w8a8"]),
+    "scheme is a list": (
+        'schema: 1\nname: x\nrules: [{match: "*", scheme: [w8a8]}]',
+        ["rules[0].scheme"],
+    ),
     "scheme is a mapping": (
         'schema: 1\nname: x\nrules: [{match: "*", scheme: {a: 1}}]',
-        ["rule 1"],
+        ["rules[0]"],
     ),
-    "no schema": (f"name: x\n{RULES}", ["'schema' is missing"]),
-    "no name": (f"schema: 1\n{RULES}", ["'name' is missing"]),
-    "no rules": ("schema: 1\nname: x", ["'rules' is missing"]),
-    "no match": ("schema: 1\nname: x\nrules: [{scheme: bf16}]", ["rule 1", "'match' is missing"]),
-    "no scheme": ('schema: 1\nname: x\nrules: [{match: "*"}]', ["rule 1", "'scheme' is missing"]),
-    "empty rules": ("schema: 1\nname: x\nrules: []", ["non-empty list"]),
-    "rules are a mapping": ("schema: 1\nname: x\nrules: {a: 1}", ["non-empty list"]),
-    "a rule is text": ("schema: 1\nname: x\nrules: [w8a8]", ["rule 1", "mapping"]),
-    "match is a number": ("schema: 1\nname: x\nrules: [{match: 7, scheme: bf16}]", ["glob"]),
-    "match is empty": ("schema: 1\nname: x\nrules: [{match: '', scheme: bf16}]", ["glob"]),
+    "no schema": (f"name: x\n{RULES}", ["missing", "`schema`"]),
+    "no name": (f"schema: 1\n{RULES}", ["missing", "`name`"]),
+    "no rules": ("schema: 1\nname: x", ["missing", "`rules`"]),
+    "no match": ("schema: 1\nname: x\nrules: [{scheme: bf16}]", ["rules[0]", "missing", "`match`"]),
+    "no scheme": ('schema: 1\nname: x\nrules: [{match: "*"}]', ["rules[0]", "missing", "`scheme`"]),
+    "empty rules": ("schema: 1\nname: x\nrules: []", ["rules", "length >= 1"]),
+    "rules are a mapping": ("schema: 1\nname: x\nrules: {a: 1}", ["rules", "`array`"]),
+    "a rule is text": ("schema: 1\nname: x\nrules: [w8a8]", ["rules[0]", "`object`"]),
+    "match is a number": (
+        "schema: 1\nname: x\nrules: [{match: 7, scheme: bf16}]",
+        ["rules[0].match"],
+    ),
+    "match is empty": (
+        "schema: 1\nname: x\nrules: [{match: '', scheme: bf16}]",
+        ["rules[0].match"],
+    ),
     "another schema": (f"schema: 2\nname: x\n{RULES}", ["schema 2", "reads schema 1"]),
     "name is a date": (f"schema: 1\nname: 2025-01-31\n{RULES}", ["name"]),
     "name is a number": (f"schema: 1\nname: 8\n{RULES}", ["name"]),
@@ -113,8 +122,8 @@ BAD = {
         f"schema: 1\nname: x\ndescription: 2025-01-31\n{RULES}",
         ["description"],
     ),
-    "not a mapping": ("- 1\n- 2", ["mapping"]),
-    "empty": ("", ["mapping"]),
+    "not a mapping": ("- 1\n- 2", ["`object`"]),
+    "empty": ("", ["`object`"]),
     "not yaml": ("schema: [1", ["not valid YAML"]),
     "tabs": ("schema: 1\n\tname: x", ["not valid YAML"]),
     "python objects": ("!!python/object/apply:os.system [true]", ["not valid YAML"]),

@@ -265,7 +265,7 @@ def test_a_journal_of_another_version(source: Path, interrupted: Path) -> None:
         text = json.dumps({kind: value}).encode()
         lines.append(bytes_blake3(text)[:16].encode() + b" " + text + b"\n")
     path.write_bytes(b"".join(lines))
-    run("convert", source, interrupted).one_line_error("converter version: 1 then, 3 now")
+    run("convert", source, interrupted).one_line_error("converter version: 1 then, 4 now")
 
 
 @pytest.mark.parametrize("tokenizer", [False, True])

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.generation import eos_ids
-from qwen3_ascend.runtime.tokenizer import StopFilter, Tokenizer, load_tokenizer
+from qwen3_ascend.runtime.text_stream import StopFilter
+from qwen3_ascend.runtime.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [
     "",

@@ -17,7 +17,7 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.errors import DeviceError, OptionError
+from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.base import Forward
 from qwen3_ascend.runtime.backends.npu.attention import AttentionStrategy
 from qwen3_ascend.runtime.backends.step import StepInputs
@@ -30,14 +30,8 @@ ALIGNMENT = 16
 
 
 def decode_buckets(max_batch: int, buckets: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Batch sizes to capture, ascending: 1, 2, 4, 8, then every 8, up to max_batch.
-
-    Raises:
-        OptionError: if the given buckets are not positive numbers.
-    """
+    """Batch sizes to capture, ascending: 1, 2, 4, 8, then every 8, up to max_batch."""
     if buckets is not None:
-        if not buckets or any(size < 1 for size in buckets):
-            raise OptionError("graph buckets must be batch sizes of 1 or more")
         return tuple(sorted(set(buckets)))
     sizes = [size for size in (1, 2, 4, *range(8, max_batch, 8)) if size < max_batch]
     return (*sizes, max_batch)

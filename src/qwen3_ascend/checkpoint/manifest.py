@@ -26,6 +26,7 @@ from qwen3_ascend.files.json_file import (
     Digest,
     Finite,
     Name,
+    check_keys,
     plain,
     read_json_object,
     typed,
@@ -224,7 +225,7 @@ class Manifest:
                 weight_files=section("weight_files", FileEntry),
                 files=section("files", FileEntry),
             )
-            _check_keys(data, found.to_json(), "it")
+            check_keys(data, found.to_json(), "it")
             if data["recipe_blake3"] != canonical_blake3(data["recipe"]):
                 raise ValueError("recipe_blake3 is not the hash of the recipe")
         except KeyError as error:
@@ -307,13 +308,3 @@ def _linear_to_json(entry: LinearEntry) -> dict[str, Any]:
     return {"scheme": entry.scheme.to_json()} | {
         key: value for key, value in plain(entry, _encode).items() if key != "scheme"
     }
-
-
-def _check_keys(data: object, known: object, place: str) -> None:
-    """ValueError naming the first key that is read by nobody: it may change the meaning."""
-    if not isinstance(data, dict) or not isinstance(known, dict):
-        return
-    for key, value in data.items():
-        if key not in known:
-            raise ValueError(f"{place} has the key {key!r}, which this version does not know")
-        _check_keys(value, known[key], f"{place}.{key}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from typing_extensions import override
@@ -28,7 +29,8 @@ class OneLineErrors(click.Group):
     @override
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with stoppable():
+            with stoppable(), warnings.catch_warnings():
+                warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except Stopped as stop:
             click.echo(f"Error: {stop}", err=True)
@@ -40,6 +42,14 @@ class OneLineErrors(click.Group):
         except BrokenPipeError:  # the reader of our output is gone: | head
             sys.stderr.close()
             sys.exit(1)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
+    """A warning without the place in our code that Python shows with it."""
+    to_stderr(f"Warning: {' '.join(str(message).split())}")
 
 
 def _one_line(error: click.UsageError) -> click.ClickException:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -75,3 +75,31 @@ def typed(data: object, kind: type[T], place: str, hook: Hook | None = None) -> 
 def plain(value: object, hook: Callable[[Any], object] | None = None) -> Any:
     """The JSON value of dataclasses, as json.loads gives it back; the inverse of `typed`."""
     return msgspec.json.decode(msgspec.json.encode(value, enc_hook=hook))
+
+
+def check_keys(data: object, written: object, place: str, optional: Collection[str] = ()) -> None:
+    """Holds JSON data against what was made of it, so that no key goes unread or unsaid.
+
+    Args:
+        data: as json.loads gives it.
+        written: `plain` of what `typed` has made of it.
+        place: the value's name, for errors.
+        optional: keys that may be left out for their default.
+
+    Raises:
+        ValueError: naming the first key that is unknown or missing, and the keys there are.
+    """
+    if isinstance(data, list) and isinstance(written, list):
+        for number, (one, other) in enumerate(zip(data, written, strict=True)):
+            check_keys(one, other, f"{place}[{number}]", optional)
+    if not isinstance(data, dict) or not isinstance(written, dict):
+        return
+    for key in data:
+        if key not in written:
+            known = ", ".join(written)
+            raise ValueError(f"{place} has the key {key!r}, which is unknown; known keys: {known}")
+    for key, value in written.items():
+        if key in data:
+            check_keys(data[key], value, f"{place}.{key}", optional)
+        elif key not in optional:
+            raise ValueError(f"{place}: the key {key!r} is missing")
