@@ -51,10 +51,10 @@ def tensors(data: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the source, sorted as transformers sorts them."""
     # Here, because a process that times another version of the package reads only `config`.
     from qwen3_ascend.checkpoint.architecture import LinearSpec, model_spec
-    from qwen3_ascend.checkpoint.config import Qwen3Config
+    from qwen3_ascend.convert.source.config_file import read_config
 
     found: dict[str, tuple[int, ...]] = {}
-    for entry in model_spec(Qwen3Config.from_hf(data)):
+    for entry in model_spec(read_config(data)):
         if isinstance(entry, LinearSpec):
             for source, rows in zip(entry.sources, entry.parts, strict=True):
                 found[f"{source}.weight"] = (rows, entry.inputs)

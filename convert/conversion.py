@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from qwen3_ascend import native, recipes
-from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.events import Events
+from qwen3_ascend.convert.finished import finished_manifest, is_finished
 from qwen3_ascend.convert.identity import identity
 from qwen3_ascend.convert.options import ConvertOptions
+from qwen3_ascend.convert.output.weight_file import STAGING
 from qwen3_ascend.convert.output.writer import CheckpointWriter, check_output
 from qwen3_ascend.convert.pipeline import run
 from qwen3_ascend.convert.plan import Plan, make_plan
 from qwen3_ascend.convert.preflight import LOW_DISK_FOLDER, check_machine
 from qwen3_ascend.convert.recipe import Recipe
 from qwen3_ascend.convert.source import Source, open_source
-from qwen3_ascend.convert.source.provider import CONFIG_NAME
+from qwen3_ascend.convert.source.names import EMBEDDING, HEAD
+from qwen3_ascend.convert.source.tied_head import compare_head
 from qwen3_ascend.convert.source.transfer import Transfer
+from qwen3_ascend.convert.usable import check_usable
 from qwen3_ascend.errors import CheckpointError, OptionError, os_errors
 from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.files.text import parse_size
@@ -52,9 +56,18 @@ def plan_conversion(
     source = open_source(
         str(model), options.revision, hub=options.hub, area=area, transfer=transfer
     )
-    config = Qwen3Config.from_file(source.provider.small_file(CONFIG_NAME))
+    config, alike, notes = source.config, {}, [*source.notes]
+    if config.tie_word_embeddings:
+        finding = compare_head(source)
+        if finding == "different":
+            config = replace(config, tie_word_embeddings=False)
+            notes.append(f"config.json ties {HEAD} to the embedding, but it differs: it is kept")
+        alike = {HEAD: EMBEDDING} if finding == "alike" else {}
     slots = {name: source.slot(name) for name in source.location}
-    return source, make_plan(config, slots, chosen, options.max_file_bytes)
+    plan = make_plan(config, slots, chosen, options.max_file_bytes, alike=alike)
+    for line in notes:  # not before: a refusal is one line
+        events.note(line)
+    return source, plan
 
 
 @os_errors(CheckpointError)
@@ -71,7 +84,8 @@ def convert_checkpoint(
 
     Args:
         model: a local folder or a Hub id such as "Qwen/Qwen3-8B".
-        output: a folder that does not exist, is empty, or may be replaced (`overwrite`).
+        output: a folder that does not exist, is empty, holds what this conversion would make, or
+            may be replaced (`overwrite`).
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
         options: see the fields of ConvertOptions.
         events: is told of the plan, of downloads, and of each finished item.
@@ -84,13 +98,21 @@ def convert_checkpoint(
             line.
     """
     folder = user_path(output)
-    check_output(folder, options.overwrite)
+    is_again = is_finished(folder) and not options.overwrite
+    if not is_again:
+        check_output(folder, options.overwrite)
     source_folder = user_path(model)
     if source_folder.is_dir() and source_folder.resolve() == folder.resolve():
         raise OptionError(f"{folder} is the source itself; choose another output folder")
     source, plan = plan_conversion(model, recipe, options, events, folder)
     budget = Budget.fit(plan.piece_bytes, options.threads, parse_size(options.max_memory))
     carried = source.carried()
+    if is_again and not (folder / STAGING).exists():
+        with source:
+            made = finished_manifest(folder, plan, source, carried, options.hash_source)
+            events.note(f"{folder} holds this conversion already: nothing to do")
+            return made
+    check_usable(carried, source.place, events.note)
     same = identity(plan, source, carried, options.hash_source)
     if source.provider.revision is not None:
         events.note(f"from {source.provider.repo} @ {source.provider.revision}")

@@ -25,7 +25,8 @@ from qwen3_ascend.convert.output.writer import CheckpointWriter
 from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.source.transfer import Cancelled
-from qwen3_ascend.convert.work import convert, make_task
+from qwen3_ascend.convert.work import convert, make_task, stored_blake3
+from qwen3_ascend.errors import DamagedSourceError
 from qwen3_ascend.files.threads import run_all, run_as_they_come
 from qwen3_ascend.native import Kernels
 
@@ -56,7 +57,7 @@ class Conversion:
         self._missing = {file.file: len(file.tensors) for file in plan.weight_files}
         self._readers = Counter(
             file for item in plan.items for file in source.file_order(item.reads)
-        )
+        ) + Counter(source.file_order(plan.alike))
         self._settling = threading.Lock()
         self.done: dict[str, Done] = {}
         self._read = 0
@@ -66,8 +67,18 @@ class Conversion:
         for done in self._intact():
             self._settle(done)
         todo = [item for item in self._order if item.name not in self.done]
-        self.source.expect(name for item in todo for name in item.reads)
+        self.source.expect([*(name for item in todo for name in item.reads), *self.plan.alike])
         run_as_they_come(map(self._task, todo), self._budget.threads, self._stopped)
+        for name, stored in self.plan.alike.items():
+            self._require_equal(name, stored)
+
+    def _require_equal(self, name: str, stored: str) -> None:
+        """Holds a source tensor that is left out against the stored one that takes its place."""
+        if stored_blake3(self.source.read(name)) != self.done[stored].blake3[stored]:
+            raise DamagedSourceError(
+                f"config.json ties {name} to {stored}, but the two differ; download the model, "
+                f"and convert that folder: then {name} is kept"
+            )
 
     def _intact(self) -> list[Done]:
         """Items of an earlier run whose bytes are still what its journal says."""
@@ -181,7 +192,7 @@ def run(
         tool_version, plan.target.name, plan.config, plan.recipe.verbatim, record, linears, tensors,
         weight_files, writer.files,
     )  # fmt: skip
-    writer.add_file("README.md", report.model_card(manifest))
+    writer.add_file(report.MODEL_CARD_NAME, report.model_card(manifest))
     manifest = replace(manifest, files=writer.files)
     writer.commit(manifest)
     return manifest

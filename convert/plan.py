@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -25,9 +26,13 @@ from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
 from qwen3_ascend.convert.options import ConvertOptions
 from qwen3_ascend.convert.output.weight_file import WeightFilePlan, weight_file_name
 from qwen3_ascend.convert.recipe import Recipe, Rule
+from qwen3_ascend.convert.source.foreign import tensor_hint
+from qwen3_ascend.convert.source.names import HEAD
 from qwen3_ascend.errors import RecipeError, SourceError
 from qwen3_ascend.files.safetensors import NAMES, Form, TensorSlot
 from qwen3_ascend.files.text import parse_size
+
+ENDS = ("weight", BIAS)
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -118,6 +123,8 @@ class Plan:
         target: the chip family that it is for.
         items: in the order of the model.
         ignored: source tensors that are left out, each with the reason.
+        alike: of these, the ones that seem to equal a tensor that is stored, by its name; they are
+            compared in full once they have been read.
     """
 
     config: Qwen3Config
@@ -126,6 +133,7 @@ class Plan:
     items: tuple[Item, ...]
     weight_files: tuple[WeightFilePlan, ...]
     ignored: Mapping[str, str]
+    alike: Mapping[str, str]
 
     @property
     def source_bytes(self) -> int:
@@ -159,6 +167,7 @@ def make_plan(
     recipe: Recipe,
     max_file_bytes: int | str = ConvertOptions.max_file_bytes,
     target: Target = ASCEND_A2_A3,
+    alike: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """Plans a conversion.
 
@@ -168,12 +177,14 @@ def make_plan(
         recipe: the rules.
         max_file_bytes: size at which a new output file begins.
         target: the chip family that the checkpoint is for.
+        alike: see Plan.
 
     Raises:
         SourceError: a tensor is missing, has a wrong shape or type, or is unknown.
         RecipeError: a rule matches nothing, or does not fit the model.
     """
     _check_rules(config, recipe)
+    _refuse_strangers(config, slots)
     items = tuple(
         _plan_linear(spec, slots, recipe, target)
         if isinstance(spec, LinearSpec)
@@ -182,25 +193,42 @@ def make_plan(
     )
     ignored = _unread(config, items, slots)
     weight_files = _fill_files(items, parse_size(max_file_bytes))
-    return Plan(config, recipe, target, items, weight_files, ignored)
+    return Plan(config, recipe, target, items, weight_files, ignored, alike)
 
 
 def _source_bytes(name: str, shape: tuple[int, ...], slots: Mapping[str, TensorSlot]) -> int:
     """Checks one source tensor and returns its size."""
     slot = slots.get(name)
     if slot is None:
-        raise SourceError(f"the source has no tensor {name}")
+        why = ", and config.json does not tie it to the embedding" if name == HEAD else ""
+        raise SourceError(f"the source has no tensor {name}{why}")
     if slot.dtype not in SOURCE_DTYPES:
         known = ", ".join(NAMES[dtype] for dtype in SOURCE_DTYPES)
         raise SourceError(
             f"tensor {name} is {NAMES[slot.dtype]}; only {known} can be converted: "
-            f"use the original, unquantized model"
+            + _type_advice(slot.dtype)
         )
     if slot.shape != shape:
         raise SourceError(
             f"tensor {name} is {list(slot.shape)}, but config.json asks for {list(shape)}"
         )
     return slot.nbytes
+
+
+def _type_advice(dtype: torch.dtype) -> str:
+    if dtype == torch.float64:
+        return "save the model as bfloat16 first (model.to(torch.bfloat16).save_pretrained(FOLDER))"
+    return "use the original, unquantized model"
+
+
+def _refuse_strangers(config: Qwen3Config, slots: Mapping[str, TensorSlot]) -> None:
+    """Says what a source is whose tensors tell, before the first thing that it lacks."""
+    spec = model_spec(config)
+    known = {item.name for item in spec if isinstance(item, TensorSpec)}
+    known |= {f"{source}.{end}" for item in spec.linears for source in item.sources for end in ENDS}
+    for name in slots:
+        if name not in known and (hint := tensor_hint(name)):
+            raise SourceError(f"the source holds {name}, which tells {hint}")
 
 
 def _all_linears(config: Qwen3Config) -> list[LinearSpec]:
@@ -268,7 +296,7 @@ def _unread(
     for name in slots:
         if name in read:
             continue
-        if config.tie_word_embeddings and name == f"{LM_HEAD}.weight":
+        if config.tie_word_embeddings and name == HEAD:
             ignored[name] = "config.json ties it to the embedding"
         elif name.endswith(".rotary_emb.inv_freq"):
             ignored[name] = "derived from the configuration"

@@ -14,6 +14,8 @@ from qwen3_ascend.files.text import size_text
 
 WORST_SHOWN = 3
 
+MODEL_CARD_NAME = "README.md"
+
 MODEL_CARD = """---
 library_name: qwen3-ascend
 base_model: {repo}

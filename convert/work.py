@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -188,6 +189,14 @@ class _Origin:
         return {name: digest.hexdigest() for name, digest in self._digests.items()}
 
 
+def stored_blake3(tensor: Tensor) -> str:
+    """BLAKE3 of a tensor as it would be stored plainly: rounded to bfloat16."""
+    digest = blake3()
+    for rows in tensor.split(ROWS_AT_A_TIME):
+        digest.update(tensor_bytes(rows.to(torch.bfloat16)))
+    return digest.hexdigest()
+
+
 def require_finite(name: str, tensor: Tensor) -> None:
     """DamagedSourceError naming the first NaN, infinity, or number beyond bfloat16."""
     for start in range(0, tensor.shape[0], ROWS_AT_A_TIME):
@@ -195,7 +204,10 @@ def require_finite(name: str, tensor: Tensor) -> None:
         if not bool(finite.all()):
             first = (~finite).nonzero()[0].tolist()
             first[0] += start
-            raise DamagedSourceError(
-                f"tensor {name} holds {tensor[tuple(first)].item()} at {first}; "
-                f"the source is damaged, download it again"
+            value = tensor[tuple(first)].item()
+            advice = (
+                "which is beyond bfloat16: the model cannot be converted as it is"
+                if math.isfinite(value)
+                else "the source is damaged, download it again"
             )
+            raise DamagedSourceError(f"tensor {name} holds {value} at {first}; {advice}")

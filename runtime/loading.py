@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from typing_extensions import Unpack
 
+from qwen3_ascend.checkpoint.companions import CONFIG_NAME
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.verify import check_reader
 from qwen3_ascend.errors import CheckpointError, os_errors
+from qwen3_ascend.files.hashing import file_blake3
 from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.options import share
 from qwen3_ascend.runtime import backends
@@ -37,8 +40,8 @@ def load(
         path: a folder that `qwen3-ascend convert` wrote.
         device: "npu", "cpu", or "auto": an NPU if there is one, else the CPU.
         dtype: type of activations: "auto" (bfloat16), "bfloat16" or "float32" (CPU only).
-        verify: re-hash every tensor first, on all cores (half a second a gigabyte on one core);
-            False still checks everything but the tensors' own bytes.
+        verify: re-hash every tensor and small file first, on all cores; False takes small files
+            that were edited or added as they are, and believes the tensors.
         progress: called with (what, done, total) while tensors are checked, layers load and graphs
             are captured.
         options: the fields of EngineOptions and DeviceOptions (runtime/options.py), which say what
@@ -60,12 +63,22 @@ def load(
     device_options = DeviceOptions(device, dtype, **for_device)
     folder = user_path(path)
     with os_errors(CheckpointError):
-        reader, tokenizer = CheckpointReader(folder), load_tokenizer(folder)
+        reader, tokenizer = CheckpointReader(folder, check_files=verify), load_tokenizer(folder)
         params, stops = default_params(folder), eos_ids(folder, tokenizer)
-    if verify:
+    if not verify:
+        _warn_of_config(reader)
+    else:
         check_reader(reader, _counted("checking tensors", len(reader.manifest.stored()), progress))
     backend = backends.get(reader.manifest.model, device_options)
     return LLM(make_engine(reader, backend, engine_options, progress), tokenizer, stops, params)
+
+
+def _warn_of_config(reader: CheckpointReader) -> None:
+    """An edited config.json has no effect before it is accepted: the manifest's model counts."""
+    entry, path = reader.manifest.files.get(CONFIG_NAME), reader.folder / CONFIG_NAME
+    if entry is not None and path.is_file() and file_blake3(path) != entry.blake3:
+        line = f"{path} was edited, which has no effect on the model; {reader.way_out}"
+        warnings.warn(line, stacklevel=3)  # who called load
 
 
 def _counted(what: str, total: int, progress: Progress) -> Callable[[int], None]:

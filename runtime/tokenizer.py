@@ -35,7 +35,6 @@ JSON_FILES = (
     "special_tokens_map.json",
 )
 TEMPLATE_FILE = "chat_template.jinja"
-POINTER_START = b"version https://git-lfs.github.com/spec/"
 PROBE = "A text that shows whether a tokenizer works at all."
 
 
@@ -282,9 +281,6 @@ def _unreadable(folder: Path, error: BaseException) -> str:
 def _json_problem(path: Path) -> str | None:
     if not path.is_file():
         return None
-    with path.open("rb") as file:
-        if file.read(len(POINTER_START)) == POINTER_START:
-            return f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its source"
     try:
         read_json_object(path)
     except ConfigError as error:

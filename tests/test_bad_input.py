@@ -44,7 +44,10 @@ def reconfigure(source: Path, **changes: Any) -> None:
         ({"model_type": "qwen3_moe"}, ["'qwen3_moe'", "dense"]),
         ({"model_type": "qwen2"}, ["'qwen2'"]),
         ({"model_type": None}, ["model_type"]),
-        ({"use_sliding_window": True, "sliding_window": 128}, ["sliding window"]),
+        (
+            {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1},
+            ["sliding window", "layer 1"],
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding window"]),
         ({"layer_types": 3}, ["layer_types"]),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, ["'longrope'", "yarn"]),
@@ -104,7 +107,7 @@ def test_places_without_a_model(tmp_path: Path, source: Path) -> None:
 
 
 def test_an_already_converted_folder(tiny_w8a8: Path, tmp_path: Path) -> None:
-    run("convert", tiny_w8a8, tmp_path / "out").one_line_error("no weights")
+    run("convert", tiny_w8a8, tmp_path / "out").one_line_error("converted checkpoint")
 
 
 def replace_tensors(source: Path, **options: Any) -> dict[str, torch.Tensor]:
@@ -128,7 +131,7 @@ def test_tensors_that_are_not_those_of_the_model(source: Path) -> None:
         ({"add": {"model.norm.weight": torch.zeros(64, 1).bfloat16()}}, ["model.norm.weight"]),
         ({"add": {down: torch.zeros(64, 96).to(torch.float8_e4m3fn)}}, [down, "F8_E4M3"]),
         ({"add": {down: torch.zeros(64, 96, dtype=torch.int8)}}, [down, "I8"]),
-        ({"add": {f"{down}_scale_inv": torch.ones(1)}}, [f"{down}_scale_inv", "no part"]),
+        ({"add": {f"{down}_scale_inv": torch.ones(1)}}, [f"{down}_scale_inv", "already quantized"]),
         ({"add": {"model.layers.0.mlp.gate.weight": torch.ones(2, 64)}}, ["mlp.gate.weight"]),
     ]
     for options, mentions in cases:

@@ -43,19 +43,6 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
     assert done.stdout.endswith("imported: set()\n")
 
 
-def test_converting_needs_no_transformers(tiny_source: Path, tmp_path: Path) -> None:
-    script = (
-        "import sys; from qwen3_ascend.cli import main\n"
-        "main.main(sys.argv[1:], standalone_mode=False)\n"
-        "import qwen3_ascend.runtime.loading\n"
-        "print('imported:', {'transformers', 'jinja2.sandbox'} & set(sys.modules))"
-    )
-    command = [sys.executable, "-c", script, "convert", str(tiny_source), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("imported: set()\n")
-
-
 def test_every_command_explains_itself() -> None:
     text = run("--help").out
     for name in COMMANDS:

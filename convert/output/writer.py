@@ -20,8 +20,8 @@ from types import TracebackType
 
 from typing_extensions import Self
 
+from qwen3_ascend.checkpoint.companions import safe_name
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest
-from qwen3_ascend.checkpoint.reader import plain_name
 from qwen3_ascend.convert.output.journal import (
     JOURNAL,
     Done,
@@ -124,10 +124,10 @@ class CheckpointWriter:
 
     def _take_back(self, publication: Publication) -> None:
         """Undoes a publication that was interrupted; its old files go, as it had begun to do."""
-        for name in map(plain_name, publication.names):
+        for name in map(safe_name, publication.names):
             if not (self.staging / name).exists() and (self.folder / name).exists():
                 os.replace(self.folder / name, self.staging / name)
-        for name in map(plain_name, publication.old):
+        for name in map(safe_name, publication.old):
             (self.folder / name).unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -173,12 +173,13 @@ class CheckpointWriter:
 
     def add_file(self, name: str, data: bytes) -> None:
         """Stages a small file (config, tokenizer, model card)."""
-        self._stage(plain_name(name), data)
+        self._stage(safe_name(name), data)
         self.files[name] = FileEntry(len(data), bytes_blake3(data))
 
     def _stage(self, name: str, data: bytes) -> None:
         path = self.staging / name
         try:
+            path.parent.mkdir(exist_ok=True)
             path.write_bytes(data)
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
@@ -200,6 +201,7 @@ class CheckpointWriter:
         for name in names:
             if name == MANIFEST_NAME:
                 _sync(self.folder)
+            (self.folder / name).parent.mkdir(exist_ok=True)
             os.replace(self.staging / name, self.folder / name)
         _sync(self.folder)
         self._published = True
@@ -279,7 +281,7 @@ def _old_files(folder: Path) -> tuple[str, ...]:
     template that the new model does not have would be taken for its own.
     """
     try:
-        beside = [plain_name(name) for name in Manifest.read(folder).files]
+        beside = [safe_name(name) for name in Manifest.read(folder).files]
     except CheckpointError:
         beside = []
     names = [MANIFEST_NAME, *(path.name for path in folder.glob(WEIGHT_FILE_PATTERN)), *beside]

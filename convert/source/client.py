@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from qwen3_ascend.checkpoint.companions import is_template
 from qwen3_ascend.errors import SourceError
 
 
@@ -43,14 +44,20 @@ class Client(Protocol):
         """Fetches a file into a folder, or into the user's cache. The meter is told of bytes that
         arrive, and may raise to end the download."""
 
-    def read_head(self, file: RemoteFile, nbytes: int) -> bytes:
-        """The first bytes of a file, at most so many, without fetching the rest of it."""
+    def read_range(self, file: RemoteFile, start: int, nbytes: int) -> bytes:
+        """Bytes of a file, at most so many, without fetching the rest of it; the first ones
+        instead from a server that knows no ranges."""
 
     def judge(self, error: Exception) -> float | None:
         """See Transfer.persist."""
 
     def explain(self, error: Exception, file: str) -> SourceError | None:
         """What the user can do about an error that a file met; None if the library knows none."""
+
+
+def is_wanted(name: str) -> bool:
+    """Whether a file that a hub lists may be part of a model; sub-folders hold other formats."""
+    return is_plain(name) or is_template(name)
 
 
 def is_plain(name: str) -> bool:

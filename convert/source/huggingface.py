@@ -26,11 +26,10 @@ from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented
 from tqdm import tqdm
 
-from qwen3_ascend.convert.source.client import RemoteFile, is_plain
+from qwen3_ascend.checkpoint.companions import CARRIED, CONFIG_NAME, TEMPLATE_FOLDER
+from qwen3_ascend.convert.source.client import RemoteFile, is_wanted
 from qwen3_ascend.convert.source.huggingface_errors import explain, judge
 from qwen3_ascend.convert.source.provider import (
-    CARRIED_FILES,
-    CONFIG_NAME,
     INDEX_NAME,
     SINGLE_NAME,
     LocalFolder,
@@ -56,11 +55,10 @@ class HuggingFace:
             raise SourceError(f"the Hub states no commit for {repo}")
         self.repo = repo
         self.revision: str | None = info.sha
-        # Sub-folders hold other formats; and a name with a slash could point out of a folder.
         self.files: Mapping[str, RemoteFile] = {
             file.rfilename: _remote_file(file)
             for file in info.siblings or ()
-            if is_plain(file.rfilename)
+            if is_wanted(file.rfilename)
         }
         self.cache = Path(constants.HF_HUB_CACHE)
 
@@ -76,10 +74,10 @@ class HuggingFace:
             options["local_dir"] = folder
         return Path(hf_hub_download(self.repo, file.name, revision=self.revision, **options))
 
-    def read_head(self, file: RemoteFile, nbytes: int) -> bytes:
+    def read_range(self, file: RemoteFile, start: int, nbytes: int) -> bytes:
         """See Client."""
         url = hf_hub_url(self.repo, file.name, revision=self.revision)
-        headers = build_hf_headers() | {"range": f"bytes=0-{nbytes - 1}"}
+        headers = build_hf_headers() | {"range": f"bytes={start}-{start + nbytes - 1}"}
         sink = _Sink(nbytes)
         with suppress(_Enough):
             http_get(url, sink, headers=headers, **_metered(http_get, lambda count: None))
@@ -100,7 +98,7 @@ class CachedRepository(LocalFolder):
     def __init__(self, repo: str, revision: str | None) -> None:
         """SourceError if the cache does not hold the whole model."""
         try:
-            patterns = [*CARRIED_FILES, INDEX_NAME, "*.safetensors"]
+            patterns = [*CARRIED, f"{TEMPLATE_FOLDER}/*.jinja", INDEX_NAME, "*.safetensors"]
             folder = snapshot_download(
                 repo, revision=revision, local_files_only=True, allow_patterns=patterns
             )

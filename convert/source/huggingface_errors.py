@@ -38,6 +38,11 @@ def explain(
     """One line that says what to do about an error of huggingface_hub; None if it is not one."""
     if isinstance(error, hub_errors.GatedRepoError):
         return SourceError(f"{repo} is gated: accept its terms on the Hub and set HF_TOKEN")
+    if _is_refused_token(error):
+        return SourceError(
+            f"the Hub does not accept the token that is sent with the request for {repo}: it has "
+            f"expired or is misspelt; renew HF_TOKEN (or `hf auth login`), or unset it"
+        )
     if isinstance(error, hub_errors.RepositoryNotFoundError):
         return SourceError(f"the Hub has no model {repo} (or it is private: set HF_TOKEN)")
     if isinstance(error, hub_errors.RevisionNotFoundError):
@@ -53,6 +58,14 @@ def explain(
         later = "; try again later" if judge(error) is not None else ""
         return SourceError(f"cannot fetch {what} from the Hub: {reason(error)}{later}")
     return None
+
+
+def _is_refused_token(error: Exception) -> bool:
+    """Whether the Hub has refused the token itself, which it does for public models as well."""
+    if not isinstance(error, hub_errors.HfHubHTTPError) or error.response.status_code != 401:
+        return False
+    stated = error.response.headers.get("X-Error-Message") or str(error)
+    return "invalid" in stated.lower() or not isinstance(error, hub_errors.RepositoryNotFoundError)
 
 
 def _retry_after(text: str | None) -> float:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3_ascend.convert.source.client import RemoteFile, is_plain
+from qwen3_ascend.convert.source.client import RemoteFile, is_wanted
 from qwen3_ascend.convert.source.remote import RemoteRepository
 from qwen3_ascend.convert.source.transfer import Transfer, reason
 from qwen3_ascend.errors import SourceError
@@ -49,7 +49,7 @@ class ModelScope:
         self.files: Mapping[str, RemoteFile] = {
             file.path: RemoteFile(file.path, file.size, file.sha256)
             for file in listed
-            if not file.is_dir and is_plain(file.path)
+            if not file.is_dir and is_wanted(file.path)
         }
         # The listing names no commit of the whole; what it says of every file pins as much.
         said = "\n".join(f"{f.path} {f.size} {f.sha256}" for f in sorted(listed, key=_path))
@@ -90,18 +90,18 @@ class ModelScope:
         )
         return Path(path)
 
-    def read_head(self, file: RemoteFile, nbytes: int) -> bytes:
+    def read_range(self, file: RemoteFile, start: int, nbytes: int) -> bytes:
         """See Client."""
-        headers = {"Range": f"bytes=0-{nbytes - 1}"}
-        head = b""
+        headers = {"Range": f"bytes={start}-{start + nbytes - 1}"}
+        found = b""
         with self._api.legacy.download_stream(
             self.repo, MODEL, file.name, self._branch, headers
         ) as response:
             for block in response.iter_content(BLOCK):
-                head += block
-                if len(head) >= nbytes:
+                found += block
+                if len(found) >= nbytes:
                     break
-        return head[:nbytes]
+        return found[:nbytes]
 
     def judge(self, error: Exception) -> float | None:
         """See Client."""

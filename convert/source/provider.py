@@ -7,26 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from qwen3_ascend.checkpoint.companions import file_names
 from qwen3_ascend.errors import CheckpointError, SourceError
 from qwen3_ascend.files.safetensors import TensorSlot, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-
-CARRIED_FILES = (
-    CONFIG_NAME,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "LICENSE",
-)
-"""Files that travel unchanged from the source to the output when the source has them."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +37,16 @@ class Provider(Protocol):
     """Whether downloaded weight files are removed once they have been used (--low-disk)."""
 
     def names(self) -> set[str]:
-        """Names of the files in the repository's root; each is a plain file name."""
+        """Names of the files in the repository's root, and of its named chat templates."""
 
     def small_file(self, name: str) -> Path:
         """A local path of a small file."""
 
     def weight_header(self, name: str) -> SourceWeights:
         """The header of a weight file, if possible without its data; from any thread."""
+
+    def read_range(self, name: str, start: int, nbytes: int) -> bytes:
+        """Bytes of a weight file, without fetching the rest of it; they are not checked."""
 
     def is_here(self, name: str) -> bool:
         """Whether a weight file needs no download."""
@@ -80,6 +69,13 @@ class Provider(Protocol):
         """Cancels downloads that are under way."""
 
 
+def read_range(path: Path, start: int, nbytes: int) -> bytes:
+    """Bytes of a file on this machine."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(nbytes)
+
+
 class LocalFolder:
     """A model in a folder on this machine; nothing in it is ever changed."""
 
@@ -95,7 +91,7 @@ class LocalFolder:
 
     def names(self) -> set[str]:
         """See Provider."""
-        return {path.name for path in self.folder.iterdir() if path.is_file()}
+        return file_names(self.folder)
 
     def small_file(self, name: str) -> Path:
         """See Provider."""
@@ -108,6 +104,10 @@ class LocalFolder:
             return SourceWeights(name, path.stat().st_size, read_header(path).slots)
         except CheckpointError as error:
             raise SourceError(str(error)) from error
+
+    def read_range(self, name: str, start: int, nbytes: int) -> bytes:
+        """See Provider."""
+        return read_range(self.folder / name, start, nbytes)
 
     def is_here(self, name: str) -> bool:
         """See Provider."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qwen3_ascend.convert.source.client import Client, RemoteFile
-from qwen3_ascend.convert.source.provider import SourceWeights
+from qwen3_ascend.convert.source.provider import SourceWeights, read_range
 from qwen3_ascend.convert.source.transfer import Transfer
 from qwen3_ascend.errors import CheckpointError, SourceError
 from qwen3_ascend.files.safetensors import MAX_HEADER_BYTES, parse_header, read_header
@@ -84,6 +84,13 @@ class RemoteRepository:
                 return SourceWeights(name, path.stat().st_size, slots)
         return self._persist(name, partial(self._remote_header, file))
 
+    def read_range(self, name: str, start: int, nbytes: int) -> bytes:
+        """See Provider."""
+        path, file = self._client.cached(name), self._client.files[name]
+        if path is not None:
+            return read_range(path, start, nbytes)
+        return self._persist(name, partial(self._client.read_range, file, start, nbytes))
+
     def is_here(self, name: str) -> bool:
         """See Provider."""
         return self._client.cached(name) is not None or self._is_left_over(name)
@@ -148,7 +155,7 @@ class RemoteRepository:
         return SourceWeights(file.name, size, slots)
 
     def _head(self, file: RemoteFile, nbytes: int) -> bytes:
-        head = self._client.read_head(file, nbytes)
+        head = self._client.read_range(file, 0, nbytes)
         if len(head) < nbytes:
             raise DamagedError(f"its first {nbytes} bytes came as {len(head)}")
         return head

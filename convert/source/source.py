@@ -6,18 +6,27 @@ import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 from typing_extensions import Self
 
+from qwen3_ascend.checkpoint.companions import CONFIG_NAME, carried
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.manifest import SourceFile
 from qwen3_ascend.convert.options import HUBS, ConvertOptions
 from qwen3_ascend.convert.source.client import is_plain
+from qwen3_ascend.convert.source.config_file import read_config
+from qwen3_ascend.convert.source.foreign import (
+    model_below,
+    no_model,
+    refuse_adapters,
+    unused_weights,
+)
+from qwen3_ascend.convert.source.names import canonical
 from qwen3_ascend.convert.source.provider import (
-    CARRIED_FILES,
-    CONFIG_NAME,
     INDEX_NAME,
     SINGLE_NAME,
     LocalFolder,
@@ -35,16 +44,21 @@ HEADERS_AT_ONCE = 8
 
 
 class Source:
-    """A model's tensors by name, wherever they lie; weight files are fetched when first needed.
+    """A model's configuration and its tensors by name, wherever they lie.
 
-    Who reads says first, by `expect`, what will be read and in which order, and afterwards, by
-    `release`, which file is not needed any more. Between the two a weight file is fetched while
-    the one before it is in use, and a temporary provider removes it when it is released.
-    `read` may be called from several threads.
+    Weight files are fetched when first needed. Who reads says first, by `expect`, what will be read
+    and in which order, and afterwards, by `release`, which file is not needed any more. Between the
+    two a weight file is fetched while the one before it is in use, and a temporary provider removes
+    it when it is released. `read` may be called from several threads.
+
+    Attributes:
+        config: of the model.
+        notes: what was decided where the source is not clear, for people.
+        original: name of each tensor in its file, by the name that transformers gives it.
     """
 
     def __init__(self, provider: Provider, hub: str | None = None) -> None:
-        """Reads the index and every header.
+        """Reads the configuration, then the index and every header.
 
         Args:
             provider: of the files.
@@ -53,22 +67,20 @@ class Source:
         Raises:
             SourceError: if there are no weights, the index names a file or tensor that does
                 not exist, or a header is damaged.
+            ConfigError: if it is no model that can be converted; before any header is read.
         """
         self.provider, self.hub = provider, hub
         self.names = provider.names()
-        if CONFIG_NAME not in self.names:
-            raise SourceError(
-                f"{provider.repo} has no {CONFIG_NAME}: this is not a Hugging Face model folder"
-            )
+        self.notes: list[str] = []
+        self.config = self._config()
         indexed = self._index()
-        names = sorted(set(indexed.values())) if indexed else self._single()
+        names = sorted(set(indexed.values())) if indexed else [SINGLE_NAME]
         self.weight_files = self._headers(names)
         self._check_index(indexed)
-        self.location = {
-            tensor: weights.name
-            for weights in self.weight_files.values()
-            for tensor in weights.slots
-        } | indexed
+        files = {t: weights.name for weights in self.weight_files.values() for t in weights.slots}
+        self._take_names(files | indexed)
+        if left := unused_weights(self.names, names):
+            self.notes.append(left)
         self._open: dict[str, MappedFile] = {}
         self._opening = threading.Lock()
         self._files = Prefetch(provider.weight_file)
@@ -85,6 +97,12 @@ class Source:
         self.provider.close()
         self._files.close()
 
+    @property
+    def place(self) -> str:
+        """The folder, or the model's name on its hub."""
+        provider = self.provider
+        return str(provider.folder) if isinstance(provider, LocalFolder) else provider.repo
+
     def _headers(self, names: Sequence[str]) -> dict[str, SourceWeights]:
         with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
             try:
@@ -93,11 +111,33 @@ class Source:
                 self.provider.close()  # the other threads need not go on trying
                 raise
 
+    def _config(self) -> Qwen3Config:
+        repo = self.provider.repo
+        if CONFIG_NAME not in self.names:
+            raise no_model(
+                repo, self.names, f"has no {CONFIG_NAME}: this is not a Hugging Face model folder"
+            )
+        refuse_adapters(repo, self.names)
+        path = self.provider.small_file(CONFIG_NAME)
+        return read_config(read_json_object(path), str(path), self.notes.append)
+
     def _index(self) -> dict[str, str]:
+        """Where the index says each tensor is; nothing if a single file holds them all.
+
+        Where both are there, transformers reads the single file.
+        """
+        if INDEX_NAME not in self.names and SINGLE_NAME not in self.names:
+            others = [name for name in sorted(self.names) if name.endswith(".safetensors")]
+            lacking = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}: no weights to read"
+            named = f" (it holds {', '.join(others[:3])})" if others else ""
+            raise no_model(self.provider.repo, self.names, lacking + named)
         if INDEX_NAME not in self.names:
             return {}
         path = self.provider.small_file(INDEX_NAME)
         weight_map = read_json_object(path).get("weight_map")
+        if SINGLE_NAME in self.names:
+            self._compare_index(weight_map)
+            return {}
         if not isinstance(weight_map, dict) or not weight_map:
             raise SourceError(f"{path} has no weight_map")
         for tensor, file in weight_map.items():
@@ -108,16 +148,35 @@ class Source:
                 raise SourceError(f"{path}: tensor {tensor} is in {file}, which is missing")
         return weight_map
 
-    def _single(self) -> list[str]:
-        if SINGLE_NAME in self.names:
-            return [SINGLE_NAME]
-        if any(name.endswith((".bin", ".pth", ".pt")) for name in self.names):
+    def _compare_index(self, weight_map: object) -> None:
+        """Holds an index against the single file beside it."""
+        indexed = weight_map if isinstance(weight_map, dict) else {}
+        if all(file == SINGLE_NAME for file in indexed.values()):
+            return
+        there = self.provider.weight_header(SINGLE_NAME).slots
+        missing = [tensor for tensor in indexed if tensor not in there]
+        if missing:
             raise SourceError(
-                f"{self.provider.repo} holds pickled weights only; save it as safetensors first"
+                f"{self.provider.repo} holds {SINGLE_NAME} and an {INDEX_NAME} of other files, and "
+                f"only the index names {len(missing)} of the tensors (such as {missing[0]}): "
+                f"remove the one of the two that is left over"
             )
-        raise SourceError(
-            f"{self.provider.repo} holds neither {SINGLE_NAME} nor {INDEX_NAME}: no weights to read"
+        self.notes.append(
+            f"{SINGLE_NAME} is read, and {INDEX_NAME} beside it is not, as in transformers"
         )
+
+    def _take_names(self, files: Mapping[str, str]) -> None:
+        """Tensors by the names of transformers; a backbone takes its embedding for the head."""
+        names = canonical(files, self.config.tie_word_embeddings)
+        self.notes += names.notes
+        self.original = names.original
+        self.location = {name: files[stored] for name, stored in names.original.items()}
+        if names.is_backbone and not self.config.tie_word_embeddings:
+            self.config = replace(self.config, tie_word_embeddings=True)
+            self.notes.append(
+                "a backbone has no output projection: its embedding takes the place, and what it "
+                "generates means nothing"
+            )
 
     def _check_index(self, indexed: Mapping[str, str]) -> None:
         for tensor, file in indexed.items():
@@ -128,7 +187,7 @@ class Source:
 
     def slot(self, tensor: str) -> TensorSlot:
         """Type and shape of a tensor, from its header."""
-        return self.weight_files[self.location[tensor]].slots[tensor]
+        return self.weight_files[self.location[tensor]].slots[self.original[tensor]]
 
     def file_order(self, tensors: Iterable[str]) -> list[str]:
         """The weight files that these tensors lie in, in the order of their first use."""
@@ -153,7 +212,7 @@ class Source:
             path = self._files.get(name)
             with self._opening:
                 file = self._open.get(name) or self._map(name, path)
-        return file.tensor(tensor)
+        return file.tensor(self.original[tensor])
 
     def _map(self, name: str, path: Path) -> MappedFile:
         try:
@@ -192,8 +251,7 @@ class Source:
 
     def carried(self) -> dict[str, bytes]:
         """Config, tokenizer and the like, to be carried over unchanged."""
-        found = [name for name in CARRIED_FILES if name in self.names]
-        return {name: self.provider.small_file(name).read_bytes() for name in found}
+        return {n: self.provider.small_file(n).read_bytes() for n in carried(self.names)}
 
 
 @os_errors(SourceError)
@@ -220,16 +278,24 @@ def open_source(
         OptionError: for a revision of a local folder, or an unknown hub.
     """
     path = user_path(model)
+    if path.is_file():
+        raise SourceError(f"{model} is a file; give the folder that holds it: {path.parent}")
     if path.is_dir():
         if revision:
             raise OptionError(f"{model} is a local folder; --revision is for Hub models")
-        return Source(LocalFolder(path), None)
+        return _open_folder(path)
     looks_local = model.startswith((".", "/", "~")) or path.exists()
     if looks_local or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", model, re.ASCII):
         raise SourceError(
             f"{model} is neither an existing folder nor a Hub id such as Qwen/Qwen3-8B"
         )
     return Source(_open_hub(hub, model, revision, area, transfer or Transfer()), hub)
+
+
+def _open_folder(path: Path) -> Source:
+    if not (path / CONFIG_NAME).exists() and (below := model_below(path)):
+        raise SourceError(f"{path} has no {CONFIG_NAME}, but there is a model in {below}")
+    return Source(LocalFolder(path), None)
 
 
 def _open_hub(

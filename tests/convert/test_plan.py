@@ -20,6 +20,7 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.schemes import W8A8
 from qwen3_ascend.convert.plan import Plan, make_plan
+from qwen3_ascend.convert.source.config_file import read_config
 from qwen3_ascend.errors import ConfigError, RecipeError, SourceError, UserError
 from qwen3_ascend.files.json_file import plain, typed
 from qwen3_ascend.files.safetensors import TensorSlot
@@ -38,7 +39,7 @@ def slots(data: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str
 
 def plan(data: dict[str, Any], recipe: str | Recipe = "w8a8", **options: Any) -> Plan:
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    return make_plan(Qwen3Config.from_hf(data), slots(data), chosen, **options)
+    return make_plan(read_config(data), slots(data), chosen, **options)
 
 
 def rules(*lines: tuple[str, str]) -> Recipe:
@@ -80,7 +81,7 @@ def test_every_tensor_is_read_once_and_written_once() -> None:
     assert sorted(read) == sorted(tiny_models.shapes(data))
     written = [name for shard in made.weight_files for name in shard.tensors]
     assert len(set(written)) == len(written)
-    names = [spec.name for spec in model_spec(Qwen3Config.from_hf(data))]
+    names = [spec.name for spec in model_spec(read_config(data))]
     assert [item.name for item in made.items] == names
 
 
@@ -97,7 +98,7 @@ def test_files_are_cut_at_the_size_asked_for() -> None:
 
 def test_refusals_name_the_tensor() -> None:
     data = tiny_models.config()
-    config, recipe, good = Qwen3Config.from_hf(data), Recipe.load("bf16"), slots(data)
+    config, recipe, good = read_config(data), Recipe.load("bf16"), slots(data)
     name = "model.layers.1.self_attn.k_norm.weight"
     with pytest.raises(SourceError, match=f"no tensor {name}"):
         make_plan(config, {key: slot for key, slot in good.items() if key != name}, recipe)
@@ -113,7 +114,7 @@ def test_what_may_be_left_out_is_said() -> None:
     data = tiny_models.config(tie_word_embeddings=True)
     extra = {"lm_head.weight": TensorSlot(torch.bfloat16, (320, 64), 0, 0)}
     extra["model.layers.0.self_attn.rotary_emb.inv_freq"] = TensorSlot(torch.float32, (16,), 0, 0)
-    made = make_plan(Qwen3Config.from_hf(data), slots(data) | extra, Recipe.load("w8a8"))
+    made = make_plan(read_config(data), slots(data) | extra, Recipe.load("w8a8"))
     assert set(made.ignored) == set(extra) and all(made.ignored.values())
 
 
@@ -188,7 +189,7 @@ ROPE_KEYS = [
 @given(st.dictionaries(st.sampled_from(KEYS), JUNK, min_size=1, max_size=3))
 def test_any_config_is_refused_in_words_or_read(changes: dict[str, Any]) -> None:
     try:
-        config = Qwen3Config.from_hf({**tiny_models.config(), **changes})
+        config = read_config({**tiny_models.config(), **changes})
     except ConfigError:
         return
     assert typed(plain(config), Qwen3Config, "model") == config
@@ -199,7 +200,7 @@ def test_any_config_is_refused_in_words_or_read(changes: dict[str, Any]) -> None
 def test_any_rope_is_refused_in_words_or_read(changes: dict[str, Any]) -> None:
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **changes}
     try:
-        config = Qwen3Config.from_hf({**tiny_models.config(), "rope_parameters": rope})
+        config = read_config({**tiny_models.config(), "rope_parameters": rope})
     except UserError:
         return
     assert config.context_length >= config.max_position

@@ -186,7 +186,8 @@ def test_another_conversion_is_refused(source: Path, interrupted: Path, tmp_path
 
 
 def test_a_changed_configuration_is_another_conversion(source: Path, interrupted: Path) -> None:
-    (source / "tokenizer.json").write_text("{}")
+    text = (source / "tokenizer.json").read_text()
+    (source / "tokenizer.json").write_text(f"{text} ")
     run("convert", source, interrupted).one_line_error("source file tokenizer.json")
     config = (source / "config.json").read_text()
     (source / "config.json").write_text(config.replace("10000.0", "20000.0"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qwen3_ascend.checkpoint.companions import loaded_files, safe_name
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import BIAS, Linear, stored_forms
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest, StoredTensor
@@ -39,21 +40,33 @@ class CheckpointReader:
         for name, entry in self.manifest.linears.items():
             self._check_forms(name, entry)
         for problem in self.file_problems() if check_files else ():
-            raise CheckpointError(f"{folder}: {problem}")
+            raise CheckpointError(f"{folder}: {problem}; {self.way_out}")
+
+    @property
+    def way_out(self) -> str:
+        """What to do about a small file that is not as the manifest says."""
+        return (
+            f"put the original back, or take the files as they are now: "
+            f"qwen3-ascend verify {self.folder} --accept"
+        )
 
     def file_problems(self) -> list[str]:
-        """A line for each small file that is missing or differs from the manifest."""
+        """A line for each small file that is missing, differs from the manifest, or would be
+        loaded although the manifest does not know it."""
         found = []
         for name, entry in self.manifest.files.items():
-            path = self.folder / plain_name(name)
+            path = self.folder / safe_name(name)
             if not path.is_file():
                 found.append(f"file {name} is missing")
             elif path.stat().st_size != entry.size or file_blake3(path) != entry.blake3:
                 found.append(f"file {name}: its bytes differ from the manifest")
+        for name in loaded_files(self.folder):
+            if name not in self.manifest.files:
+                found.append(f"file {name} is not in the manifest, and would be loaded")
         return found
 
     def _open(self, name: str) -> MappedFile:
-        path, entry = self.folder / plain_name(name), self.manifest.weight_files[name]
+        path, entry = self.folder / safe_name(name), self.manifest.weight_files[name]
         file = MappedFile(path)
         if path.stat().st_size != entry.size:
             raise CheckpointError(f"{path} has another size than its manifest says")
@@ -106,10 +119,3 @@ class CheckpointReader:
     def tensor_names(self, file: str) -> set[str]:
         """Names of all tensors in a weight file."""
         return set(self._files[file].header.slots)
-
-
-def plain_name(name: str) -> str:
-    """A file name that stays within its folder; CheckpointError for any other."""
-    if not name or name != Path(name).name or name in (".", "..") or "\0" in name:
-        raise CheckpointError(f"{name!r} is not a plain file name")
-    return name

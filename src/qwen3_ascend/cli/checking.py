@@ -37,22 +37,38 @@ def inspect(checkpoint: Path, as_json: bool) -> None:
     metavar="MODEL",
     help="Also compare with the model it was made of, and measure every error again.",
 )
+@click.option(
+    "--accept",
+    is_flag=True,
+    help="First record the small files (tokenizer, template, config.json, ...) as they are now.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Default: one for each processor.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar; only what differs.")
-def verify(checkpoint: Path, against: str | None, threads: int | None, quiet: bool) -> None:
+def verify(
+    checkpoint: Path, against: str | None, accept: bool, threads: int | None, quiet: bool
+) -> None:
     """Re-hash every byte of CHECKPOINT and re-derive every shape.
 
     Exits with 1 and names each tensor or file that differs from the manifest. With --against
     MODEL, a folder or a Hub id as for convert, also each that differs from the model.
 
+    Small files that were edited or added after the conversion are named as well, since `generate`
+    would read them; --accept takes them into the manifest, if they fit the weights.
+
     \b
     qwen3-ascend verify out/
+    qwen3-ascend verify out/ --accept
     qwen3-ascend verify out/ --against Qwen/Qwen3-8B
     """
     from qwen3_ascend.checkpoint.manifest import Manifest
     from qwen3_ascend.checkpoint.verify import total_bytes
     from qwen3_ascend.checkpoint.verify import verify as verify_checkpoint
 
+    if accept:
+        from qwen3_ascend.convert.accept import accept_files
+
+        for line in accept_files(checkpoint):
+            click.echo(f"accepted: {line}")
     with progress_bar("verifying", quiet) as bar:
         bar.reset(total=total_bytes(Manifest.read(checkpoint)))
         verdict = verify_checkpoint(checkpoint, bar.update, threads)

@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 )
 @click.option("--system", help="System message; with --chat.")
 @click.option(
+    "--chat-template",
+    "template_file",
+    type=UserPath(),
+    metavar="FILE",
+    help="Take the chat template of this file (Jinja) instead of the checkpoint's own.",
+)
+@click.option(
     "--thinking/--no-thinking",
     default=None,
     help="Qwen3's enable_thinking; without either, the chat template decides.",
@@ -54,6 +61,7 @@ def generate(
     prompt_file: Path | None,
     chat: bool | None,
     system: str | None,
+    template_file: Path | None,
     thinking: bool | None,
     verify: bool,
     quiet: bool,
@@ -70,17 +78,18 @@ def generate(
     qwen3-ascend generate out/ --prompt-file question.txt
     """
     prompts = _prompts(prompt, prompt_file)
-    conversing = system is not None or thinking is not None
+    conversing = any(one is not None for one in (system, thinking, template_file))
     if conversing and chat is False:
         raise click.UsageError(
-            "--system and --[no-]thinking need the chat template: leave --raw out"
+            "--system, --[no-]thinking and --chat-template need a chat template: leave --raw out"
         )
+    template = {} if template_file is None else {"chat_template": _text(template_file)}
     sampling, *for_load = share(given(values), SamplingParams, EngineOptions, DeviceOptions)
     SamplingParams(**sampling)  # refuses what it does not take before the model is loaded
     llm, loaded = _load(checkpoint, verify, quiet, *for_load)
     params = dataclasses.replace(llm.default_params, **sampling)
     if chat or conversing or (chat is None and llm.tokenizer.has_chat_template):
-        tokens = _conversations(llm, prompts, system, thinking)
+        tokens = _conversations(llm, prompts, system, thinking, template)
     else:
         tokens = [llm.encode(text, raw=True) for text in prompts]
     if len(tokens) == params.n == 1:
@@ -90,12 +99,18 @@ def generate(
 
 
 def _conversations(
-    llm: LLM, prompts: list[str], system: str | None, thinking: bool | None
+    llm: LLM,
+    prompts: list[str],
+    system: str | None,
+    thinking: bool | None,
+    template: dict[str, str],
 ) -> list[list[int]]:
     """Token ids of a conversation for each prompt, which is the user's first turn in it."""
     start = [] if system is None else [{"role": "system", "content": system}]
     return [
-        llm.encode_messages([*start, {"role": "user", "content": text}], enable_thinking=thinking)
+        llm.encode_messages(
+            [*start, {"role": "user", "content": text}], enable_thinking=thinking, **template
+        )
         for text in prompts
     ]
 
@@ -103,14 +118,17 @@ def _conversations(
 def _prompts(prompt: tuple[str, ...], prompt_file: Path | None) -> list[str]:
     if bool(prompt) == (prompt_file is not None):
         raise click.UsageError("give either --prompt or --prompt-file")
-    if prompt_file is None:
-        return list(prompt)
+    return list(prompt) if prompt_file is None else [_text(prompt_file)]
+
+
+def _text(path: Path) -> str:
+    """The text of a file, or of standard input."""
     with os_errors(OptionError):
-        data = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     try:
-        return [data.decode("utf-8")]
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise click.UsageError(f"{prompt_file} is not UTF-8 text: {error}") from error
+        raise click.UsageError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _load(

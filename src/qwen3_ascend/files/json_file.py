@@ -11,15 +11,34 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from qwen3_ascend.errors import ConfigError
+from qwen3_ascend.errors import ConfigError, UserError
 
 T = TypeVar("T")
 
 Hook = Callable[[type, Any], object]
 
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS has not fetched; source: the specification of Git LFS."""
+
+
+def refuse_pointer(path: Path, kind: type[UserError]) -> None:
+    """An error of a kind if a file is the pointer that Git LFS leaves in the place of the file."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(POINTER)) == POINTER
+    except OSError:
+        return
+    if is_pointer:
+        raise kind(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its "
+            f"repository, or download it again"
+        )
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file; ConfigError naming the file if there is none."""
+    refuse_pointer(path, ConfigError)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

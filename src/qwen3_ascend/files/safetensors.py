@@ -23,14 +23,18 @@ from torch import Tensor
 
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.hashing import range_blake3
+from qwen3_ascend.files.json_file import refuse_pointer
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
     "I16": torch.int16,
+    "U16": torch.uint16,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I64": torch.int64,
+    "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F16": torch.float16,
@@ -95,6 +99,7 @@ def read_header(path: Path) -> Header:
         CheckpointError: naming the file (and tensor) if it is missing, truncated, or if any
             statement of its header cannot be true.
     """
+    refuse_pointer(path, CheckpointError)
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
