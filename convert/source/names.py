@@ -56,7 +56,8 @@ def canonical(names: Collection[str], tied: bool) -> Names:
     notes: list[str] = []
     for prefix, wrapper in WRAPPERS.items():
         original = _without(prefix, original, notes, f"left by {wrapper}")
-    if "_orig_mod." in "".join(original):
+    if any("_orig_mod." in name for name in original):
+        notes.append("_orig_mod. (left by torch.compile) is left out of the tensors' names")
         original = _renamed(original, lambda name: name.replace("_orig_mod.", ""))
     _refuse_parents(original)
     is_backbone = bool(original) and any(name.startswith(FLAT) for name in original)

@@ -258,3 +258,86 @@ def test_output_named_like_the_model(client: Client, tmp_path: Path) -> None:
     done = program("convert", REPO, REPO, environment=environment, cwd=tmp_path)
     assert done.code == 0, done.err
     assert verify(tmp_path / REPO).ok
+
+
+def test_an_unsupported_model_costs_no_header(client: Client, tmp_path: Path) -> None:
+    folder = model(tmp_path / "source", shards=3)
+    plain = json.loads((folder / "config.json").read_text())
+    for changes, mention in (
+        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({"is_causal": False}, "is_causal"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "classifier"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**plain, **changes}))
+        client.hub.add_model(REPO, folder)
+        client.convert().one_line_error("config.json", mention)
+    assert client.hub.seen("*.safetensors") == []
+
+
+def tied_model(folder: Path, row: int | None) -> Path:
+    """A tied model of some megabytes with a head beside the embedding; one row of it differs."""
+    data = tiny_models.config(
+        tie_word_embeddings=True, vocab_size=8192, hidden_size=256, num_hidden_layers=1
+    )
+    weights = tiny_models.tensors(data)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    if row is not None:
+        weights["lm_head.weight"][row] += 1
+    return tiny_models.write(folder, data, weights)
+
+
+@pytest.mark.parametrize("low_disk", [True, False])
+def test_a_head_that_is_the_embedding_on_a_hub(
+    client: Client, tmp_path: Path, low_disk: bool
+) -> None:
+    client.hub.add_model(REPO, tied_model(tmp_path / "source", None))
+    done = client.convert(*(["--low-disk"] if low_disk else []))
+    assert done.code == 0, done.err
+    assert "lm_head" not in Manifest.read(client.out).linears
+
+
+def test_a_head_of_its_own_on_a_hub(client: Client, tmp_path: Path) -> None:
+    """The last row, where vocabularies are extended, is among the samples."""
+    client.hub.add_model(REPO, tied_model(tmp_path / "source", 8191))
+    assert client.convert("--dry-run").code == 0
+    assert weight_bytes_sent(client.hub) < 3 << 20
+    done = client.convert("--recipe", "bf16")
+    assert done.code == 0 and "it is kept" in done.err, done.err
+    assert "lm_head" in Manifest.read(client.out).linears
+
+
+def test_a_head_that_differs_between_the_samples(client: Client, tmp_path: Path) -> None:
+    client.hub.add_model(REPO, tied_model(tmp_path / "source", 1000))
+    done = client.convert("--quiet")
+    done.one_line_error("lm_head.weight", "differ", "download the model")
+    assert not client.out.exists()
+
+
+def test_named_templates_of_a_hub(client: Client, tmp_path: Path) -> None:
+    folder, name = model(tmp_path / "source"), "additional_chat_templates/tool_use.jinja"
+    (folder / name).parent.mkdir()
+    (folder / name).write_text("TOOLS")
+    client.hub.add_model(REPO, folder)
+    assert client.convert().code == 0
+    assert (client.out / name).read_text() == "TOOLS" and verify(client.out).ok
+    client.offline = True
+    assert client.convert("--overwrite").code == 0
+    assert (client.out / name).read_text() == "TOOLS"
+
+
+def test_the_same_conversion_again_from_a_hub(client: Client, tmp_path: Path) -> None:
+    client.hub.add_model(REPO, model(tmp_path / "source"))
+    assert client.convert().code == 0
+    client.hub.forget()
+    done = client.convert()
+    assert done.code == 0 and "nothing to do" in done.err
+    assert weight_bytes_sent(client.hub) == 0
+    client.hub.add_model(REPO, model(tmp_path / "source", seed=1))
+    client.convert("--quiet").one_line_error("not empty", "revision")
+
+
+def test_a_token_that_the_hub_does_not_accept(client: Client, tmp_path: Path) -> None:
+    """Also for a public model, and without a look into the cache: it is the token's fault."""
+    client.hub.add_model(REPO, model(tmp_path / "source"))
+    client.token = "hf_expired"
+    client.convert("--quiet").one_line_error("token", "expired", "HF_TOKEN")
