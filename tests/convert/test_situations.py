@@ -117,7 +117,9 @@ def test_an_untied_model_without_its_head(tmp_path: Path) -> None:
     refused(tiny_models.write(tmp_path / "s", data, weights), "lm_head.weight", "does not tie")
 
 
-def beside_an_index(tmp_path: Path, *, shards: bool, lacking: str = "") -> tuple[Path, dict]:
+def beside_an_index(
+    tmp_path: Path, *, shards: bool, lacking: str = ""
+) -> tuple[Path, dict[str, Tensor]]:
     data = tiny_models.config()
     new, old = tiny_models.tensors(data, seed=1), tiny_models.tensors(data, seed=2)
     source = tiny_models.write(tmp_path / "source", data, old, shards=2)
