@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qwen3_ascend import native
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
 
 Cut = Literal["outputs", "inputs"]
@@ -82,8 +83,16 @@ def nz_unpack(blocks: Tensor, rows: int, columns: int) -> Tensor:
     """Reads FRACTAL_NZ [*batch, N1, M1, 16, C0] back as contiguous [*batch, rows, columns]."""
     if blocks.shape[-4:] != nz_shape((rows, columns), blocks.shape[-1])[-4:]:
         raise ValueError(f"blocks {tuple(blocks.shape)} do not hold a [{rows}, {columns}] matrix")
-    by_row = blocks.flatten(-3, -2).transpose(-3, -2)
-    return by_row.flatten(-2, -1)[..., :rows, :columns].contiguous()
+    matrices = blocks.new_empty((*blocks.shape[:-4], rows, columns))
+    kernels = native.best()
+    for strips, matrix in zip(_each(blocks, 4), _each(matrices, 2), strict=True):
+        kernels.unpack_nz_rows(strips.view(torch.int8), matrix.view(torch.int8))  # as bytes
+    return matrices
+
+
+def _each(tensor: Tensor, dimensions: int) -> Tensor:
+    """A tensor's parts of so many dimensions, one after the other."""
+    return tensor.reshape(-1, *tensor.shape[-dimensions:])
 
 
 def pack_words(codes: Tensor, per_word: int) -> Tensor:
