@@ -31,7 +31,7 @@ from qwen3_ascend.runtime.backends.base import (
 from qwen3_ascend.runtime.backends.cache import LayerKV, allocate_layers, bytes_per_token
 from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.attention import choose_attention
-from qwen3_ascend.runtime.backends.npu.device import free_bytes, open_device
+from qwen3_ascend.runtime.backends.npu.device import free_bytes, open_device, require_capture
 from qwen3_ascend.runtime.backends.npu.graph import GraphRunner, decode_buckets
 from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, NpuLinear, load_linear
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
@@ -56,6 +56,8 @@ class NpuBackend(Backend[LayerKV]):
             DeviceError: if something this machine needs is missing.
             OptionError: for an option that does not exist.
         """
+        if options.graph:
+            require_capture()
         self.info = open_device()
         if not self.info.is_a2_or_a3:
             raise DeviceError(

@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -16,8 +15,7 @@ from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu.device import ATB_LIBRARY, import_torch_npu, open_device
-
-CANN_HOMES = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
+from qwen3_ascend.runtime.backends.npu.versions import installed_cann
 
 
 def environment() -> dict[str, str]:
@@ -27,7 +25,7 @@ def environment() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "torch_npu": _version("torch_npu"),
-        "CANN": _cann_version(),
+        "CANN": installed_cann() or "not found (source .../ascend-toolkit/set_env.sh)",
         "ATB": _library(ATB_LIBRARY),
     }
     settings = ("TASK_QUEUE_ENABLE", "ASCEND_RT_VISIBLE_DEVICES", "PYTORCH_NPU_ALLOC_CONF")
@@ -81,17 +79,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cann_version() -> str:
-    home = next((os.environ[name] for name in CANN_HOMES if os.environ.get(name)), None)
-    if home is None:
-        return "not set up (source .../ascend-toolkit/set_env.sh)"
-    for path in sorted(Path(home).rglob("ascend_toolkit_install.info")):
-        for line in path.read_text(errors="replace").splitlines():
-            if line.startswith("version="):
-                return line.removeprefix("version=")
-    return f"unknown version in {home}"
 
 
 def _library(name: str) -> str:
