@@ -20,6 +20,7 @@ from qwen3_ascend.runtime.backends.base import (
     Activation,
     Backend,
     QuantizedActivation,
+    StepBounds,
     as_codes,
     as_float,
 )
@@ -148,7 +149,8 @@ class _AttentionSide:
         self.backend, self.config = backend, config
         per_request = -(-(max(LENGTHS) + 1 + MORE) // ASCEND_A2_A3.block_size)
         blocks = 1 + per_request * len(LENGTHS)
-        self.cache = backend.allocate_cache(blocks, ASCEND_A2_A3.block_size)[0]
+        bounds = StepBounds(len(LENGTHS), ASCEND_A2_A3.block_size, blocks)
+        self.cache = backend.allocate_cache(bounds)[0]
         # Blocks in reverse, so that no request lies in neighbouring ones.
         self.tables = [
             [blocks - 1 - index - len(LENGTHS) * row for row in range(per_request)]

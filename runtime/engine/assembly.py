@@ -23,10 +23,11 @@ def make_engine(
     config, block_size = model.config, options.block_size
     tokens = options.kv_cache_tokens or _affordable_tokens(config, backend, options.max_batch)
     pool = BlockPool(-(-tokens // block_size) + 1, block_size, options.prefix_cache)
-    caches = backend.allocate_cache(pool.num_blocks, block_size)
+    bounds = StepBounds(options.max_batch, block_size, pool.num_blocks)
+    caches = backend.allocate_cache(bounds)
     forward = functools.partial(model.forward, caches=caches)
     with torch.inference_mode():
-        runner = backend.runner(forward, StepBounds(options.max_batch, block_size), progress)
+        runner = backend.runner(forward, bounds, progress)
     scheduler = Scheduler(pool, options.max_batch, options.step_tokens)
     return Engine(config, runner, scheduler, block_size)
 
