@@ -6,22 +6,21 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import ascend_sim
 import pytest
-import torch
 import torch_npu
+from npu.lacks import LACKS, Patch
 
 from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu import graph_updates
 from qwen3_ascend.runtime.backends.npu.capabilities import (
-    FORMS,
     FUSED_LENGTHS,
+    OPERATIONS,
     PAGED_LENGTHS,
     Capabilities,
     probe,
@@ -32,8 +31,6 @@ from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
 
 PROMPTS = [f"What does {word} mean?" for word in ("river", "bicycle", "house")]
 PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True)
-
-Patch = pytest.MonkeyPatch
 
 
 def tokens_of(path: Path, device: str = "npu", **options: Any) -> list[tuple[int, ...]]:
@@ -48,81 +45,11 @@ def probed() -> Capabilities:
     return probe(SMALL_CONFIG)
 
 
-def without(name: str) -> Callable[[Patch], None]:
-    """A torch_npu that lacks an operator."""
-    return lambda patch: patch.delattr(torch_npu, name)
-
-
-def without_cache_mode(patch: Patch) -> None:
-    """Wheels for CANN 8.3 and 8.5, in torch's words."""
-    right = torch_npu.npu_scatter_pa_kv_cache
-
-    def refusing(*arguments: Any, **named: Any) -> None:
-        if "cache_mode" in named:
-            raise RuntimeError("npu::npu_scatter_pa_kv_cache() Unknown keyword argument")
-        right(*arguments, **named)
-
-    patch.setattr(torch_npu, "npu_scatter_pa_kv_cache", refusing)
-
-
-def without_cache_mode_and_atb(patch: Patch) -> None:
-    without_cache_mode(patch)
-    patch.setattr(ascend_sim.faults, "_without_atb", True)
-
-
-def refused_mask(patch: Patch) -> None:
-    """Wheels for CANN 8.3 give a masked output the shape of the input."""
-    right = torch_npu.npu_add_rms_norm_dynamic_quant
-
-    def refusing(*arguments: Any, output_mask: Any = None, **named: Any) -> Any:
-        if output_mask is not None:
-            raise RuntimeError("EZ1001: Input tensor's shape[[1]] should be same with output's")
-        return right(*arguments, **named)
-
-    patch.setattr(torch_npu, "npu_add_rms_norm_dynamic_quant", refusing)
-
-
-def refused_rotary(patch: Patch) -> None:
-    """More heads than fit into a core's buffer, or a layout that is not taken."""
-
-    def refusing(*arguments: Any, **named: Any) -> Any:
-        raise RuntimeError("EZ9999: layout is not one")
-
-    patch.setattr(torch_npu, "npu_apply_rotary_pos_emb", refusing)
-
-
-def wrong_tile(patch: Patch) -> None:
-    """The second half of each row is quantized with the scale of the first: what a row of tiles
-    would be if a kernel did not wait for the maximum of all."""
-    right = torch_npu.npu_dequant_swiglu_quant
-
-    def wrong(gate_up: torch.Tensor, **named: Any) -> Any:
-        gate, up = gate_up.chunk(2, dim=-1)
-        half = gate.shape[-1] // 2
-        first, scale = right(torch.cat((gate[:, :half], up[:, :half]), -1).contiguous(), **named)
-        second, _ = right(torch.cat((gate[:, half:], up[:, half:]), -1).contiguous(), **named)
-        return torch.cat((first, second), -1), scale
-
-    patch.setattr(torch_npu, "npu_dequant_swiglu_quant", wrong)
-
-
-LACKS = {
-    "no cache_mode": (without_cache_mode, "cache_write", 1, "Unknown keyword argument"),
-    "no cache_mode, no ATB": (without_cache_mode_and_atb, "cache_write", 2, "OSError"),
-    "no scatter": (without("npu_scatter_pa_kv_cache"), "cache_write", 1, "AttributeError"),
-    "masked output": (refused_mask, "norm_quant", 1, "EZ1001"),
-    "no fused norm": (without("npu_add_rms_norm_dynamic_quant"), "norm_quant", 1, "Attribute"),
-    "rotary layout": (refused_rotary, "rotate", 1, "layout is not one"),
-    "wrong tile": (wrong_tile, "gated_quant", 1, "codes are up to"),
-    "no fused gate": (without("npu_dequant_swiglu_quant"), "gated_quant", 1, "AttributeError"),
-}
-
-
 def test_a_current_wheel_has_the_fastest_form_of_each() -> None:
     capabilities = probed()
-    assert set(capabilities.choices) == set(FORMS)
+    assert set(capabilities.choices) == set(OPERATIONS)
     for field, choice in capabilities.choices.items():
-        assert (choice.form, choice.reason) == (FORMS[field][0], ""), field
+        assert (choice.form, choice.reason) == (OPERATIONS[field].forms[0], ""), field
     assert all(support.usable for support in capabilities.supports.values())
 
 
@@ -136,7 +63,7 @@ def test_a_lack_is_met_by_another_form_and_equal_tokens(
     plant(monkeypatch)
     capabilities = probed()
     for name, choice in capabilities.choices.items():
-        assert choice.form is FORMS[name][form if name == field else 0], name
+        assert choice.form is OPERATIONS[name].forms[form if name == field else 0], name
     assert reason in capabilities.choices[field].reason
     assert tokens_of(checkpoints["w8a8"]) == expected
 
@@ -148,10 +75,10 @@ def test_an_operation_without_any_form_says_what_was_tried(monkeypatch: Patch) -
         probed()
 
 
-@pytest.mark.parametrize("field", FORMS)
+@pytest.mark.parametrize("field", OPERATIONS)
 def test_each_form_can_be_asked_for(field: str) -> None:
     capabilities = probed()
-    for form in FORMS[field]:
+    for form in OPERATIONS[field].forms:
         changed = capabilities.using(field, form)
         assert changed.choices[field].form is form
         others = {name: choice for name, choice in changed.choices.items() if name != field}
@@ -255,13 +182,14 @@ WITH_TASK_QUEUE_2 = """
 import sys, ascend_sim
 ascend_sim.install()
 from qwen3_ascend import SamplingParams, load
-from qwen3_ascend.runtime.backends.npu.capabilities import FORMS, probe
+from qwen3_ascend.runtime.backends.npu.capabilities import OPERATIONS, probe
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
 llm = load(sys.argv[1], device="npu", kv_cache_tokens=1024, max_batch=4, graph=False)
 for answer in llm.generate(sys.argv[2:], SamplingParams(max_new_tokens=12, ignore_eos=True)):
     print(*answer.token_ids)
 capabilities = probe(SMALL_CONFIG)
-print(all(choice.form is FORMS[name][-1] for name, choice in capabilities.choices.items()))
+choices = capabilities.choices.items()
+print(all(choice.form is OPERATIONS[name].forms[-1] for name, choice in choices))
 """
 
 

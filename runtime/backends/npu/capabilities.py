@@ -113,13 +113,28 @@ class Capabilities:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
-FORMS: dict[str, tuple[Form[Any], ...]] = {
-    "cache_write": CACHE_WRITES,
-    "norm_quant": NORM_QUANTS,
-    "gated_quant": GATED_QUANTS,
-    "rotate": ROTATIONS,
+@dataclass(frozen=True)
+class Operation:
+    """Something that can be computed in more than one form.
+
+    Attributes:
+        name: for people.
+        forms: the fastest first.
+        trial: of a model's sizes, what a form is tried with.
+    """
+
+    name: str
+    forms: tuple[Form[Any], ...]
+    trial: Callable[[Qwen3Config], Callable[[Any], None]]
+
+
+OPERATIONS: dict[str, Operation] = {
+    "cache_write": Operation("cache write", CACHE_WRITES, trials.cache_write),
+    "norm_quant": Operation("norm and quantization", NORM_QUANTS, trials.norm_quant),
+    "gated_quant": Operation("gate and quantization", GATED_QUANTS, trials.gated_quant),
+    "rotate": Operation("rotary embedding", ROTATIONS, trials.rotate),
 }
-"""All forms of each operation by the field of Capabilities, the fastest first."""
+"""By the field of Capabilities."""
 
 
 def probe(config: Qwen3Config) -> Capabilities:
@@ -129,15 +144,23 @@ def probe(config: Qwen3Config) -> Capabilities:
         DeviceError: if no form of an operation works.
     """
     with torch.inference_mode():
-        return Capabilities(
-            cache_write=choose("cache write", CACHE_WRITES, trials.cache_write(config)),
-            norm_quant=choose("norm and quantization", NORM_QUANTS, trials.norm_quant(config)),
-            gated_quant=choose("gate and quantization", GATED_QUANTS, trials.gated_quant(config)),
-            rotate=choose("rotary embedding", ROTATIONS, trials.rotate(config)),
-            fused_update=update_support(FUSED_LENGTHS),
-            paged_update=update_support(PAGED_LENGTHS),
-            paged=paged_support(),
-        )
+        chosen: dict[str, Any] = {
+            field: choose(operation.name, operation.forms, operation.trial(config))
+            for field, operation in OPERATIONS.items()
+        }
+    return Capabilities(
+        **chosen,
+        fused_update=update_support(FUSED_LENGTHS),
+        paged_update=update_support(PAGED_LENGTHS),
+        paged=paged_support(),
+    )
+
+
+def last_forms(capabilities: Capabilities) -> Capabilities:
+    """The same machine, as if it had no newer operator than every torch_npu has."""
+    for field, operation in OPERATIONS.items():
+        capabilities = capabilities.using(field, operation.forms[-1])
+    return capabilities
 
 
 def choose(
@@ -146,24 +169,34 @@ def choose(
     """The first form that a trial does not object to.
 
     torch_npu refuses a call while it is made, unless TASK_QUEUE_ENABLE=2 has moved that to a thread
-    which does not survive it.
+    which does not survive it: then only the last form is tried.
 
     Raises:
         DeviceError: if there is none; says why each failed.
     """
-    objections = []
+    objections: list[str] = []
     for form in forms:
-        if os.environ.get("TASK_QUEUE_ENABLE") == "2" and form is not forms[-1]:
-            objections.append(f"{form.name}: {UNTRIED}")
-            continue
-        try:
-            trial(form.call)
-            torch_npu.npu.synchronize()
-        except Exception as error:  # whatever a wheel or a driver raises, the next form may work
-            objections.append(f"{form.name}: {type(error).__name__}: {first_line(error)}")
-        else:
+        fatal = refusals_are_fatal() and form is not forms[-1]
+        objected = UNTRIED if fatal else objection(form, trial)
+        if objected is None:
             return Choice(operation, form, "; ".join(objections))
+        objections.append(f"{form.name}: {objected}")
     raise DeviceError(f"{operation}: no operator for it works here ({'; '.join(objections)})")
+
+
+def refusals_are_fatal() -> bool:
+    """Whether torch_npu asks an operator on a thread that does not survive its refusal."""
+    return os.environ.get("TASK_QUEUE_ENABLE") == "2"
+
+
+def objection(form: Form[Call], trial: Callable[[Call], None]) -> str | None:
+    """Why a form cannot be used on this machine; None if it can."""
+    try:
+        trial(form.call)
+        torch_npu.npu.synchronize()
+    except Exception as error:  # whatever a wheel or a driver raises, another form may work
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
 
 
 def paged_support() -> Support:

@@ -21,7 +21,7 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.errors import DeviceError, OptionError
+from qwen3_ascend.errors import DeviceStuckError, OptionError
 from qwen3_ascend.runtime.backends.base import Forward
 from qwen3_ascend.runtime.backends.npu.attention import AttentionStrategy
 from qwen3_ascend.runtime.backends.npu.device import first_line, leave_without_waiting
@@ -177,10 +177,10 @@ class GraphRunner:
         """Logits of a step, float32 [R, vocab].
 
         Raises:
-            DeviceError: if the device waits for a step that cannot be completed.
+            DeviceStuckError: if the device waits for a step that cannot be completed.
         """
         if self._stuck:
-            raise DeviceError(self._stuck)
+            raise DeviceStuckError(self._stuck)
         count, bounds = len(step.context_lens), self._bounds
         bucket = next((size for size in bounds.buckets if size >= count), None)
         if bucket is None or not step.is_decode:
@@ -206,7 +206,7 @@ class GraphRunner:
                 f"device now waits for them for ever: end this process; graph=off does without"
             )
             leave_without_waiting()
-            raise DeviceError(self._stuck) from error
+            raise DeviceStuckError(self._stuck) from error
 
     def _capture(self, bucket: int) -> CapturedStep:
         step = self._buffers.step(bucket)
