@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,15 @@ def test_advice_where_nothing_was_published() -> None:
         "pip install --no-deps torch_npu==2.9.0.post6 for CANN 9.1; or ==2.9.0.post2 for CANN 9.0; "
         "or ==2.9.0 for CANN 8.5"
     )
+
+
+def test_the_page_and_the_table_say_the_same() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "ascend.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d+\.\d) \| ([^|]+) \|", page, re.MULTILINE))
+    said = {cann: tuple(re.findall(r"[\d.]+(?:post\d+)?", row)) for cann, row in rows.items()}
+    assert said == {
+        cann: wheels for cann, wheels in versions.PUBLISHED if cann >= versions.OLDEST_CANN
+    }
 
 
 @pytest.mark.parametrize(
