@@ -264,3 +264,15 @@ def test_a_failing_update_ends_the_process_with_a_message(checkpoints: dict[str,
     assert done.returncode == 1
     assert "Error: a captured step did not get its context lengths" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_machine_that_does_not_capture_is_one_line(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*arguments: Any, **named: Any) -> None:
+        raise RuntimeError("error code is 207000\nEZ9999: feature not supported by the driver")
+
+    monkeypatch.setattr(torch_npu.npu, "graph", refusing)
+    message = "a step of 2 rows cannot be captured .error code is 207000.; use graph=off$"
+    with pytest.raises(DeviceError, match=message):
+        open_npu(checkpoints["w8a8"], buckets=(1, 2))

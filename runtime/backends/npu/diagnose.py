@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,7 +49,7 @@ def card() -> dict[str, str]:
     """The card; DeviceError, saying what is missing, if there is none."""
     torch_npu = import_torch_npu()
     info = open_device()
-    told = getattr(torch_npu.npu.utils, "get_cann_version", lambda: "")()
+    told = _cann_as_told(torch_npu)
     return {
         **({"CANN": told} if told else {}),
         "card": info.name,
@@ -87,6 +87,14 @@ def layout_checks() -> Iterator[tuple[str, bool | None]]:
                 f"S3 one-hot through the kernel, {case}",
                 self_check.kernel_sees_weight(linear, loaded),
             )
+
+
+def _cann_as_told(torch_npu: Any) -> str:
+    """The version of CANN that torch_npu itself goes by; empty where it cannot be asked."""
+    try:
+        return str(torch_npu.npu.utils.get_cann_version())
+    except Exception:  # wheels differ in where it is and what it raises; files tell as well
+        return ""
 
 
 def wait_for_device() -> None:

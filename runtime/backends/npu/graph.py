@@ -21,7 +21,7 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.errors import DeviceStuckError, OptionError
+from qwen3_ascend.errors import DeviceError, DeviceStuckError, OptionError
 from qwen3_ascend.runtime.backends.base import Forward
 from qwen3_ascend.runtime.backends.npu.attention import AttentionStrategy
 from qwen3_ascend.runtime.backends.npu.device import first_line, leave_without_waiting
@@ -168,9 +168,19 @@ class GraphRunner:
         self._stuck: str | None = None
 
     def capture(self, progress: Callable[[int], None] = lambda graphs: None) -> None:
-        """Captures every bucket, the largest first, so that the others fit into its memory."""
+        """Captures every bucket, the largest first, so that the others fit into its memory.
+
+        Raises:
+            DeviceError: if the machine does not capture, as with a driver that is too old.
+        """
         for bucket in reversed(self._bounds.buckets):
-            self._captured[bucket] = self._capture(bucket)
+            try:
+                self._captured[bucket] = self._capture(bucket)
+            except RuntimeError as error:
+                raise DeviceError(
+                    f"a step of {bucket} rows cannot be captured ({first_line(error)}); "
+                    f"use graph=off"
+                ) from error
             progress(1)
 
     def __call__(self, step: StepInputs) -> Tensor:
