@@ -6,20 +6,24 @@ one unit differently from the definition, and a quantized activation may differ 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qwen3_ascend.checkpoint.architecture import model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
-from qwen3_ascend.checkpoint.linear import Linear, quantize
+from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     Backend,
+    DeviceLinear,
     QuantizedActivation,
+    StepBounds,
     as_codes,
     as_float,
 )
@@ -41,7 +45,12 @@ MORE = 40
 """Tokens at most that a step adds to a context after that."""
 
 
-Operation = Callable[[Backend[LayerKV]], Activation]
+EPSILON = 1e-6
+
+CONSUMER_OUTPUTS = 64
+"""Of a linear that is there to be fed, and never multiplies."""
+
+Operation = Callable[[Backend[LayerKV], DeviceLinear], Activation]
 
 
 @dataclass(frozen=True)
@@ -64,14 +73,40 @@ class Comparison:
         return self.error <= self.bound
 
 
+@dataclass(frozen=True)
+class Case:
+    """What belongs together: a crash of one case leaves the others alone."""
+
+    name: str
+    compare: Callable[[], Iterator[Comparison]]
+
+
 def compare_backends(
     definition: Backend[LayerKV], device: Backend[LayerKV], config: Qwen3Config
 ) -> Iterator[Comparison]:
     """Compares every operation of two backends in the shapes of a model."""
+    for case in cases(definition, device, config):
+        yield from case.compare()
+
+
+def cases(
+    definition: Backend[LayerKV], device: Backend[LayerKV], config: Qwen3Config
+) -> Iterator[Case]:
+    """Every operation of two backends in the shapes of a model; nothing is computed yet."""
     pair = _Pair(definition, device, config)
     for scheme in SCHEMES:
-        yield from pair.linears(scheme)
-    yield from pair.attention()
+        for outputs, inputs in linear_shapes(config):
+            name = f"linear ({scheme}, [{outputs}, {inputs}])"
+            yield Case(name, functools.partial(pair.linear, scheme, outputs, inputs))
+        yield Case(f"what a linear is fed ({scheme})", functools.partial(pair.fed, scheme))
+    yield Case("attention", pair.attention)
+
+
+def linear_shapes(config: Qwen3Config) -> tuple[tuple[int, int], ...]:
+    """(outputs, inputs) of the linears of a layer, each once."""
+    layer = model_spec(config).layers[0]
+    specs = (layer.qkv, layer.output, layer.mlp.gate_up, layer.mlp.down)
+    return tuple(dict.fromkeys((spec.outputs, spec.inputs) for spec in specs))
 
 
 class _Pair:
@@ -83,22 +118,28 @@ class _Pair:
         self.backends, self.config = (definition, device), config
         self._random = torch.Generator().manual_seed(0)
 
-    def linears(self, scheme: str) -> Iterator[Comparison]:
-        """The linear itself, and what is fused into its input."""
+    def linear(self, scheme: str, outputs: int, inputs: int) -> Iterator[Comparison]:
+        """One linear, fed the same by both."""
+        linears = self._linears(scheme, outputs, inputs)
+        ones = torch.ones(inputs).bfloat16()
+        for rows in ROWS:
+            x = self._normal(rows, inputs)
+            fed, _ = self.backends[0].add_norm(x, None, ones, EPSILON, linears[0])
+            name = f"linear ({scheme}, [{outputs}, {inputs}], {rows} tokens)"
+            yield self._compare(name, linears, _product(fed))
+
+    def fed(self, scheme: str) -> Iterator[Comparison]:
+        """What is fused into the input of a linear."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        wide, narrow = (
-            self._quantized(scheme, inner, hidden),
-            self._quantized(scheme, hidden, inner),
-        )
+        consumers = self._linears(scheme, CONSUMER_OUTPUTS, hidden)
         weight = self._normal(hidden)
         for rows in ROWS:
             x, delta = self._normal(rows, hidden), self._normal(rows, hidden)
             gate_up = self._normal(rows, 2 * inner)
             case = f"{scheme}, {rows} tokens"
-            yield self._compare(f"linear ({case})", _linear(wide, x))
-            yield self._compare(f"norm ({case})", _norm(wide, weight, x, None))
-            yield self._compare(f"add_norm ({case})", _norm(wide, weight, x, delta))
-            yield self._compare(f"gated ({case})", _gated(narrow, gate_up))
+            yield self._compare(f"norm ({case})", consumers, _norm(weight, x, None))
+            yield self._compare(f"add_norm ({case})", consumers, _norm(weight, x, delta))
+            yield self._compare(f"gated ({case})", consumers, _gated(gate_up))
 
     def attention(self) -> Iterator[Comparison]:
         """Prefill, chunked prefill and decode over one cache, written by the backend itself."""
@@ -121,12 +162,20 @@ class _Pair:
         yield _difference(f"norm_rope_write ({name})", query, device_query, 2 * BF16_UNIT)
         yield _difference(f"attention ({name})", output, device_output, 4 * BF16_UNIT)
 
-    def _compare(self, name: str, operation: Operation) -> Comparison:
+    def _compare(
+        self, name: str, linears: tuple[DeviceLinear, ...], operation: Operation
+    ) -> Comparison:
         with torch.inference_mode():
-            expected, actual = (operation(backend) for backend in self.backends)
+            expected, actual = map(operation, self.backends, linears)
         if isinstance(expected, QuantizedActivation):
             return _code_difference(name, expected, as_codes(actual))
         return _difference(name, expected, as_float(actual), 2 * BF16_UNIT)
+
+    def _linears(self, scheme: str, outputs: int, inputs: int) -> tuple[DeviceLinear, ...]:
+        """A random linear on both backends."""
+        weight = self._normal(outputs, inputs) / inputs**0.5
+        linear = quantize(SCHEMES[scheme](), weight, None, ASCEND_A2_A3.layouts[scheme])
+        return tuple(backend.linear(linear) for backend in self.backends)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._random).bfloat16()
@@ -136,10 +185,6 @@ class _Pair:
         random = torch.Generator().manual_seed(rows + 1000 * seed)
         return torch.randn(rows, heads * self.config.head_dim, generator=random).bfloat16()
 
-    def _quantized(self, scheme: str, outputs: int, inputs: int) -> Linear:
-        weight = self._normal(outputs, inputs) / inputs**0.5
-        return quantize(SCHEMES[scheme](), weight, None, ASCEND_A2_A3.layouts[scheme])
-
 
 class _AttentionSide:
     """One backend's cache, and requests whose keys it holds."""
@@ -148,7 +193,8 @@ class _AttentionSide:
         self.backend, self.config = backend, config
         per_request = -(-(max(LENGTHS) + 1 + MORE) // ASCEND_A2_A3.block_size)
         blocks = 1 + per_request * len(LENGTHS)
-        self.cache = backend.allocate_cache(blocks, ASCEND_A2_A3.block_size)[0]
+        bounds = StepBounds(len(LENGTHS), ASCEND_A2_A3.block_size, blocks)
+        self.cache = backend.allocate_cache(bounds)[0]
         # Blocks in reverse, so that no request lies in neighbouring ones.
         self.tables = [
             [blocks - 1 - index - len(LENGTHS) * row for row in range(per_request)]
@@ -179,28 +225,27 @@ class _AttentionSide:
             return query.cpu(), as_float(attended).cpu()
 
 
-def _linear(linear: Linear, x: Tensor) -> Operation:
-    """The product of an input that the backend itself has prepared, as a norm's output."""
-
-    def operation(backend: Backend[LayerKV]) -> Activation:
-        loaded = backend.linear(linear)
-        ones = backend.upload(torch.ones(x.shape[-1]))
-        return loaded(backend.add_norm(backend.upload(x), None, ones, 1e-6, loaded)[0])
+def _product(fed: Activation) -> Operation:
+    def operation(backend: Backend[LayerKV], linear: DeviceLinear) -> Activation:
+        if isinstance(fed, Tensor):
+            return linear(fed.to(backend.device))
+        codes, scale = (tensor.to(backend.device) for tensor in (fed.codes, fed.scale))
+        return linear(QuantizedActivation(codes, scale))
 
     return operation
 
 
-def _norm(linear: Linear, weight: Tensor, x: Tensor, delta: Tensor | None) -> Operation:
-    def operation(backend: Backend[LayerKV]) -> Activation:
+def _norm(weight: Tensor, x: Tensor, delta: Tensor | None) -> Operation:
+    def operation(backend: Backend[LayerKV], consumer: DeviceLinear) -> Activation:
         added = None if delta is None else backend.upload(delta)
-        consumer = backend.linear(linear)
-        return backend.add_norm(backend.upload(x), added, backend.upload(weight), 1e-6, consumer)[0]
+        inputs = backend.upload(x), added, backend.upload(weight)
+        return backend.add_norm(*inputs, EPSILON, consumer)[0]
 
     return operation
 
 
-def _gated(linear: Linear, gate_up: Tensor) -> Operation:
-    return lambda backend: backend.gated(backend.upload(gate_up), backend.linear(linear))
+def _gated(gate_up: Tensor) -> Operation:
+    return lambda backend, consumer: backend.gated(backend.upload(gate_up), consumer)
 
 
 def _difference(name: str, expected: Tensor, actual: Tensor, bound: float) -> Comparison:

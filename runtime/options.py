@@ -107,8 +107,9 @@ class DeviceOptions:
         parse=parse_buckets,
     )
     prefetch: int | str = option(
-        "auto",
-        "NPU: weights of an MLP to fetch ahead into L2; auto is half of the L2.",
+        "off",
+        "NPU: weights of an MLP to fetch ahead into L2; auto is half of the L2. Off until somebody "
+        "has measured a gain on a card: `qwen3-ascend doctor` measures it.",
         metavar="off|auto|SIZE",
         rule=check_prefetch,
     )

@@ -64,10 +64,17 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class StepBounds:
-    """What a captured step must fit: requests in a batch, tokens in a block."""
+    """What steps keep to.
+
+    Attributes:
+        max_batch: requests in a step.
+        block_size: tokens in a block of the cache.
+        num_blocks: blocks that requests have together, the scratch block included.
+    """
 
     max_batch: int
     block_size: int
+    num_blocks: int
 
 
 class DeviceLinear(Protocol):
@@ -107,8 +114,8 @@ class Backend(Protocol[Cache]):
     def tied_head(self, embedding: Tensor) -> DeviceLinear:
         """The output projection that an uploaded embedding [vocab, hidden] serves as, uncopied."""
 
-    def allocate_cache(self, num_blocks: int, block_size: int) -> tuple[Cache, ...]:
-        """The key/value cache, one for each layer, in blocks of `block_size` tokens."""
+    def allocate_cache(self, bounds: StepBounds) -> tuple[Cache, ...]:
+        """The key/value cache, one for each layer, with the blocks of the bounds at least."""
 
     def cache_bytes_per_token(self) -> int:
         """Cache bytes of one token over all layers."""

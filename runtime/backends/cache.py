@@ -21,23 +21,9 @@ class LayerKV:
     values: Tensor
 
 
-def allocate_layers(
-    config: Qwen3Config,
-    num_blocks: int,
-    block_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[LayerKV, ...]:
-    """Uninitialised memory, since a slot is written before it is read; but padding rows read any
-    slot of the scratch block, so that one is zero."""
-    shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-
-    def blocks() -> Tensor:
-        empty = torch.empty(shape, dtype=dtype, device=device)
-        empty[SCRATCH_BLOCK].zero_()
-        return empty
-
-    return tuple(LayerKV(blocks(), blocks()) for _ in range(config.num_layers))
+def cache_shape(config: Qwen3Config, num_blocks: int, block_size: int) -> tuple[int, int, int, int]:
+    """Shape of the keys of a layer, and of its values."""
+    return num_blocks, block_size, config.num_kv_heads, config.head_dim
 
 
 def bytes_per_token(config: Qwen3Config, dtype: torch.dtype) -> int:

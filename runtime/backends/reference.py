@@ -32,7 +32,7 @@ from qwen3_ascend.runtime.backends.base import (
     as_codes,
     as_float,
 )
-from qwen3_ascend.runtime.backends.cache import LayerKV, allocate_layers, bytes_per_token
+from qwen3_ascend.runtime.backends.cache import LayerKV, bytes_per_token, cache_shape
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 
@@ -111,8 +111,14 @@ class ReferenceBackend(Backend[LayerKV]):
         return FloatLinear(embedding, None)
 
     @override
-    def allocate_cache(self, num_blocks: int, block_size: int) -> tuple[LayerKV, ...]:
-        return allocate_layers(self.config, num_blocks, block_size, self.device, self.dtype)
+    def allocate_cache(self, bounds: StepBounds) -> tuple[LayerKV, ...]:
+        """Uninitialised, since a slot is written before it is read: what is not used yet takes no
+        memory."""
+        shape = cache_shape(self.config, bounds.num_blocks, bounds.block_size)
+        return tuple(
+            LayerKV(torch.empty(shape, dtype=self.dtype), torch.empty(shape, dtype=self.dtype))
+            for _ in range(self.config.num_layers)
+        )
 
     @override
     def cache_bytes_per_token(self) -> int:
@@ -265,6 +271,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def rotate(x: Tensor, step: DeviceStep) -> Tensor:
-    """Rotary embedding of [T, heads, head_dim] in float32; pairs are (i, i + head_dim / 2)."""
+    """Rotary embedding of [T, heads, head_dim] in float32."""
+    return x * step.cos + rotate_half(x) * step.sin
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """Each pair turned by a right angle; pairs are (i, i + head_dim / 2)."""
     first, second = x.chunk(2, dim=-1)
-    return x * step.cos + torch.cat((-second, first), dim=-1) * step.sin
+    return torch.cat((-second, first), dim=-1)

@@ -47,6 +47,10 @@ class DeviceError(UserError):
     """Something that this machine lacks to run on an NPU; says what, and what to run."""
 
 
+class DeviceStuckError(DeviceError):
+    """A device that waits for ever: whoever waits for it does too, so the process has to end."""
+
+
 MENDABLE = frozenset({
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
     errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC,

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ascend_sim
 import pytest
 import torch
+import torch_npu
 from click.testing import CliRunner
+from npu.lacks import LACKS
 
 from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.cli import main
-from qwen3_ascend.errors import DeviceError
-from qwen3_ascend.runtime import backends
-from qwen3_ascend.runtime.backends.npu import diagnose
+from qwen3_ascend.errors import DeviceError, DeviceStuckError
+from qwen3_ascend.runtime import backends, doctor
+from qwen3_ascend.runtime.backends.npu import capabilities, diagnose, graph
+from qwen3_ascend.runtime.backends.npu.attention import FusedAttention
+from qwen3_ascend.runtime.backends.npu.capabilities import OPERATIONS
+from qwen3_ascend.runtime.backends.npu.device import open_device
+from qwen3_ascend.runtime.backends.npu.graph_updates import Support
 from qwen3_ascend.runtime.conformance import Comparison, compare_backends
+from qwen3_ascend.runtime.doctor import machine
+from qwen3_ascend.runtime.doctor.agreement import Answer, agreement
+from qwen3_ascend.runtime.doctor.generation import VARIANTS
+from qwen3_ascend.runtime.doctor.recorder import Recorder
 from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
 
@@ -42,13 +54,18 @@ def test_every_operation_conforms_for_every_scheme_and_shape() -> None:
 @pytest.mark.every_mode
 def test_a_wrong_operator_does_not_conform(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds are tight enough to notice an activation on the wrong half."""
-    import torch_npu
-
     right = torch_npu.npu_swiglu
     swapped = lambda x, dim: right(torch.cat(x.chunk(2, dim)[::-1], dim), dim=dim)  # noqa: E731
     monkeypatch.setattr(torch_npu, "npu_swiglu", swapped)
     wrong = {comparison.name for comparison in compare() if not comparison.ok}
     assert wrong and all(name.startswith("gated (bf16") for name in wrong)
+
+
+AREAS = {"environment", "capabilities", "forms", "layout", "load", "operators", "generation"}
+
+
+def examine(checkpoint: Path | None) -> doctor.Report:
+    return doctor.run(checkpoint, lambda check: None)
 
 
 @pytest.mark.every_mode
@@ -58,9 +75,172 @@ def test_the_whole_examination(checkpoints: dict[str, Path], tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text())
     assert report["ok"] and report["environment"]["torch_npu"] == torch.__version__.split("+")[0]
-    areas = {check["area"] for check in report["checks"]}
-    assert areas == {"layout", "operators", "generation"}
-    assert all(check["status"] == "ok" for check in report["checks"])
+    assert {check["area"] for check in report["checks"]} == AREAS
+    assert [one for one in report["checks"] if one["status"] not in ("ok", "skipped")] == []
+    names = " ".join(check["name"] for check in report["checks"])
+    assert "w8a8: linear (w8a8, [1536, 256], 17 tokens)" in names  # the model's own sizes
+    assert len(report["speeds"]) == 2 * len(VARIANTS)
+    assert all(0 < speed["host_us"] <= 1000 * speed["step_ms"] for speed in report["speeds"])
+    _, paste = result.output.split("Paste this into an issue:")
+    fastest = min((s for s in report["speeds"] if s["batch"] == 1), key=lambda s: s["step_ms"])
+    assert f"fastest for w8a8, batch 1: {fastest['settings']} (" in paste
+    assert "| CANN |" in paste and "GB/s" in paste
+
+
+def test_without_a_checkpoint_small_random_models_are_examined() -> None:
+    report = examine(None)
+    assert report.ok
+    assert {speed.model for speed in report.speeds} == {f"random {scheme}" for scheme in SCHEMES}
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_a_lack_is_named_and_nothing_fails(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, field, form, reason = LACKS[lack]
+    plant(monkeypatch)
+    open_device()
+    operation = OPERATIONS[field]
+    found = [*machine.capabilities(SMALL_CONFIG)]
+    noted = {check.name: check.detail for check in found if check.status == "noted"}
+    assert [*noted] == [operation.name]
+    assert noted[operation.name].startswith(operation.forms[form].name)
+    assert reason in noted[operation.name]
+    tried = {check.name: check.status for check in machine.forms(SMALL_CONFIG)}
+    refused = [name for name, status in tried.items() if status == "noted"]
+    assert refused == [f"{operation.name} with {each.name}" for each in operation.forms[:form]]
+
+
+def test_without_atb_and_updates_their_modes_are_left_out(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(argument: object) -> Support:
+        return Support("graph update", False, "no table knows it")
+
+    monkeypatch.setattr(capabilities, "update_support", lacking)
+    monkeypatch.setattr(capabilities, "paged_support", lambda: Support("paged", False, "no ATB"))
+    report = examine(checkpoints["w8a8"])
+    assert report.ok
+    skipped = {check.detail for check in report.checks if check.area == "generation"}
+    assert {"no table knows it", "no ATB", "no ATB; no table knows it"} <= skipped
+    assert {speed.settings for speed in report.speeds} == {
+        "--attention fused --no-graph --prefetch off",
+        "--attention fused --no-graph --prefetch auto",
+    }
+
+
+def crashing(*arguments: object, **named: object) -> Any:
+    raise KeyError("not even an error of torch")
+
+
+def test_a_crash_of_any_check_is_a_finding_and_the_others_go_on(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in each area at once; a KeyError is nobody's way to refuse."""
+    for owner, name in (
+        (machine, "published_cann"),
+        (diagnose, "layout_checks"),
+        (diagnose, "copy_speed"),
+        (torch_npu, "npu_swiglu"),
+        (torch_npu, "npu_prefetch"),
+        (graph.GraphRunner, "_capture"),
+    ):
+        monkeypatch.setattr(owner, name, crashing)
+    report = examine(checkpoints["w8a8"])
+    failed = [check for check in report.checks if check.status == "failed"]
+    assert {check.area for check in failed} == AREAS - {"capabilities", "forms"}
+    assert all("KeyError: 'not even an error of torch'" in check.detail for check in failed)
+    ok = {check.area for check in report.checks if check.status == "ok"}
+    assert ok == AREAS - {"layout"}
+    assert {speed.settings for speed in report.speeds} == {
+        "--attention fused --no-graph --prefetch off",
+        "--attention paged --no-graph --prefetch off",
+    }
+    assert not report.ok and report.to_markdown() and json.dumps(report.to_json())
+
+
+def test_a_crash_before_anything_else_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnose, "card", crashing)
+    report = examine(None)
+    (check,) = report.checks
+    assert (check.area, check.status) == ("environment", "failed")
+    assert check.detail.startswith("KeyError")
+
+
+def test_wrong_tokens_have_no_speed(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay that keeps the lengths of the capture is not the fastest of anything."""
+    right = FusedAttention.update
+    stale = lambda self, lengths: right(self, (1,) * len(lengths))  # noqa: E731
+    monkeypatch.setattr(FusedAttention, "update", stale)
+    report = examine(checkpoints["w8a8"])
+    failed = [check.name for check in report.checks if check.status == "failed"]
+    assert len(failed) == 3 and all("graph" in name for name in failed)
+    fused = {speed.settings for speed in report.speeds if "fused --graph" in speed.settings}
+    assert fused == set()
+
+
+def answer(*tokens: int) -> Answer:
+    """One that found 7 a little, and 9 much less probable than 5, whatever it chose."""
+    return Answer(tokens, ({5: -1.0, 7: -1.1, 9: -3.0},) * len(tokens))
+
+
+def test_a_tie_may_end_equality_only_where_kernels_round_otherwise() -> None:
+    plain = [answer(5, 5)]
+    assert agreement([answer(5, 5)], plain, exact=True)[0] == "ok"
+    assert agreement([answer(5, 7)], plain, exact=False)[0] == "ok"
+    assert agreement([answer(5, 7)], plain, exact=True)[0] == "failed"
+    for other in (9, 11):  # improbable, and not among the candidates
+        assert agreement([answer(5, other)], plain, exact=False)[0] == "failed"
+
+
+def test_nothing_is_waited_for_once_the_device_is_stuck() -> None:
+    seen: list[doctor.Check] = []
+    recorder = Recorder(seen.append)
+
+    def stuck() -> Iterator[doctor.Check]:
+        yield doctor.Check("generation", "first", "ok")
+        raise DeviceStuckError("it waits for ever")
+
+    def never() -> Iterable[doctor.Check]:
+        raise AssertionError("this would hang")
+
+    recorder.run("generation", "graph", stuck)
+    recorder.run("generation", "next", never)
+    assert [(check.name, check.status) for check in seen] == [
+        ("first", "ok"), ("graph", "failed"), ("next", "skipped")
+    ]  # fmt: skip
+    assert seen[-1].detail == "the device is stuck"
+
+
+def test_warnings_of_ours_are_findings() -> None:
+    recorder = Recorder(lambda check: None)
+
+    def warning() -> Iterator[doctor.Check]:
+        filename = "src/qwen3_ascend/runtime/somewhere.py"
+        for _ in range(2):
+            warnings.warn_explicit("weights are cast", UserWarning, filename, 1)
+        warnings.warn_explicit("torch is old", UserWarning, "site-packages/torch/x.py", 1)
+        yield doctor.Check("load", "loading", "ok")
+
+    recorder.run("load", "loading", warning)
+    assert [(check.status, check.detail) for check in recorder.checks] == [
+        ("ok", ""), ("noted", "weights are cast")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wheel", "cann", "status", "said"),
+    [
+        ("2.10.0.post4", "9.1.0", "ok", "CANN 9.1"),
+        ("2.10.0", "9.1.0", "noted", "torch_npu==2.10.0.post4"),
+        ("2.13.0", "9.0.0", "skipped", "no table tells"),
+        ("2.10.0", "not found", "skipped", "no table tells"),
+    ],
+)
+def test_whether_wheel_and_cann_are_a_pair(wheel: str, cann: str, status: str, said: str) -> None:
+    facts = {"torch": "2.10.0", "torch_npu": wheel, "CANN": cann}
+    (check,) = machine.pairing(facts)
+    assert check.status == status and said in check.detail
 
 
 @pytest.mark.every_mode
@@ -98,22 +278,13 @@ def test_auto_says_why_it_takes_the_cpu(checkpoints: dict[str, Path]) -> None:
     assert "using the CPU, because torch_npu does not load" in done.stderr
 
 
-def test_a_torch_npu_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen3_ascend.runtime.backends.npu import device
-
-    monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.9.0")
-    with pytest.raises(DeviceError, match="2.9.0 does not fit torch 2.13.0.*pip install"):
-        device.import_torch_npu()
-
-
 @pytest.mark.parametrize(
     ("variable", "value"), [("TASK_QUEUE_ENABLE", "2"), ("ASCEND_LAUNCH_BLOCKING", "1")]
 )
-def test_settings_that_cannot_capture_are_refused(
+def test_settings_that_cannot_capture_are_refused_only_with_graphs(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen3_ascend.runtime.backends.npu import device
-
     monkeypatch.setenv(variable, value)
-    with pytest.raises(DeviceError, match=f"{variable}={value}"):
-        device.open_device()
+    with pytest.raises(DeviceError, match=f"{variable}={value}; unset it, or use graph=off"):
+        backends.get(SMALL_CONFIG, DeviceOptions("npu"))
+    assert backends.get(SMALL_CONFIG, DeviceOptions("npu", graph=False)).name == "npu"

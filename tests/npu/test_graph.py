@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,15 @@ from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.errors import DeviceError, OptionError
 from qwen3_ascend.runtime import LLM
 from qwen3_ascend.runtime.backends.cache import LayerKV
-from qwen3_ascend.runtime.backends.npu import graph
-from qwen3_ascend.runtime.backends.npu.attention import FusedAttention, HeadCounts, PagedAttention
+from qwen3_ascend.runtime.backends.npu import device
+from qwen3_ascend.runtime.backends.npu.attention import (
+    AttentionStrategy,
+    FusedAttention,
+    HeadCounts,
+    PagedAttention,
+)
 from qwen3_ascend.runtime.backends.npu.graph import decode_buckets
+from qwen3_ascend.runtime.backends.npu.operators import scatter
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.step import StepInputs
 from qwen3_ascend.runtime.options import DeviceOptions
@@ -31,6 +39,17 @@ COUNTS = HeadCounts(heads=4, kv_heads=2, head_dim=128)
 
 def open_npu(path: Path, **options: Any) -> LLM:
     return load(path, device="npu", kv_cache_tokens=2048, max_batch=4, **options)
+
+
+Strategy = Callable[[], AttentionStrategy]
+
+
+def fused() -> FusedAttention:
+    return FusedAttention(COUNTS, scatter)
+
+
+def paged() -> PagedAttention:
+    return PagedAttention(COUNTS)
 
 
 def cache() -> LayerKV:
@@ -45,7 +64,7 @@ def decode_step(lengths: tuple[int, ...]) -> StepInputs:
     return StepInputs(zeros, zeros, zeros, table, lengths, tuple(range(rows + 1)), logit_rows=None)
 
 
-def capture_attention(strategy: FusedAttention, lengths: tuple[int, ...]) -> Any:
+def capture_attention(strategy: AttentionStrategy, lengths: tuple[int, ...]) -> Any:
     """A graph of one attention call over the lengths, and what it computes them from."""
     query = torch.randn(len(lengths), 4, 128, generator=torch.Generator().manual_seed(1))
     query = query.bfloat16().to("npu")
@@ -58,9 +77,9 @@ def capture_attention(strategy: FusedAttention, lengths: tuple[int, ...]) -> Any
     return captured, output, query, layer
 
 
-@pytest.mark.parametrize("strategy", [FusedAttention, PagedAttention])
-def test_an_updated_replay_attends_over_the_new_lengths(strategy: type[FusedAttention]) -> None:
-    chosen = strategy(COUNTS)
+@pytest.mark.parametrize("strategy", [fused, paged])
+def test_an_updated_replay_attends_over_the_new_lengths(strategy: Strategy) -> None:
+    chosen = strategy()
     captured, output, query, layer = capture_attention(chosen, (1, 1))
     for lengths in ((5, 90), (6, 91), (128, 2)):
         expected = chosen.decode(query, layer, decode_step(lengths)).cpu()
@@ -73,21 +92,10 @@ def test_an_updated_replay_attends_over_the_new_lengths(strategy: type[FusedAtte
 
 
 def test_a_forgotten_update_is_detected_instead_of_hanging(checkpoints: dict[str, Path]) -> None:
-    captured, *_ = capture_attention(FusedAttention(COUNTS), (1,))
+    captured, *_ = capture_attention(fused(), (1,))
     captured.replay()
     with pytest.raises(RuntimeError, match="ascend_sim|wait"):
         torch_npu.npu.synchronize()
-
-
-@pytest.mark.parametrize("strategy", [FusedAttention, PagedAttention])
-def test_an_update_key_torch_npu_does_not_know_is_an_error(
-    strategy: type[FusedAttention], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch_npu itself ignores such a key in silence."""
-    graph.check_update_key(strategy(COUNTS))
-    monkeypatch.setattr(strategy, "update_key", "context_length")
-    with pytest.raises(DeviceError, match="does not update 'context_length'"):
-        graph.check_update_key(strategy(COUNTS))
 
 
 def test_a_synchronization_inside_a_capture_is_refused() -> None:
@@ -156,7 +164,7 @@ def test_the_default_cache_mode_would_be_refused_for_a_plain_cache() -> None:
     key = torch.randn(1, 2, 128).bfloat16().to("npu")
     slots = torch.tensor([130], dtype=torch.int32).to("npu")
     layer = cache()
-    FusedAttention(COUNTS).write(key, key, layer, slots)
+    fused().write(key, key, layer, slots)
     assert torch.equal(layer.keys.cpu().flatten(0, 1)[130], key.cpu()[0])
     with pytest.raises(RuntimeError, match="(?i)pa_nz"):
         torch_npu.npu_scatter_pa_kv_cache(key, key, layer.keys, layer.values, slots)
@@ -211,3 +219,60 @@ def test_the_model_path_needs_no_operator_without_a_stand_in(checkpoints: dict[s
     llm = open_npu(checkpoints["w8a8"])
     llm.generate(["What does river mean?"], SamplingParams(max_new_tokens=3, temperature=0.7))
     assert ascend_sim.trace.fallbacks() == []
+
+
+def test_a_failing_update_ends_the_request_and_every_later_one(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device waits for ever then: nothing may wait for the device."""
+    leaving: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", leaving.append)
+    llm = open_npu(checkpoints["w8a8"], buckets=(1,))
+
+    def failing(graph: Any, cpu_update_input: Any) -> None:
+        raise RuntimeError("EZ9999: the tiling was refused\nand a stack")
+
+    monkeypatch.setattr(torch_npu.npu.NPUGraph, "update", failing)
+    message = "did not get its context lengths .EZ9999: the tiling was refused.*graph=off"
+    for _ in range(2):
+        with pytest.raises(DeviceError, match=message):
+            llm.generate(["What does river mean?"], SamplingParams(max_new_tokens=3))
+    assert len(ascend_sim.trace.replays()) <= 1  # nothing was launched after it
+    assert leaving == [device._leave]
+    ascend_sim.abandon_pending()
+
+
+FAIL_AN_UPDATE = """
+import sys, ascend_sim
+ascend_sim.install()
+import torch_npu
+from qwen3_ascend.cli import main
+def failing(graph, cpu_update_input):
+    raise RuntimeError("the tiling was refused")
+torch_npu.npu.NPUGraph.update = failing
+main(["generate", sys.argv[1], "--device", "npu", "--kv-cache-tokens", "1024", "--max-batch", "1",
+      "-p", "What does river mean?"])
+"""
+
+
+def test_a_failing_update_ends_the_process_with_a_message(checkpoints: dict[str, Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAIL_AN_UPDATE, str(checkpoints["w8a8"])],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Error: a captured step did not get its context lengths" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_machine_that_does_not_capture_is_one_line(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*arguments: Any, **named: Any) -> None:
+        raise RuntimeError("error code is 207000\nEZ9999: feature not supported by the driver")
+
+    monkeypatch.setattr(torch_npu.npu, "graph", refusing)
+    message = "a step of 2 rows cannot be captured .error code is 207000.; use graph=off$"
+    with pytest.raises(DeviceError, match=message):
+        open_npu(checkpoints["w8a8"], buckets=(1, 2))

@@ -17,6 +17,7 @@ from qwen3_ascend.checkpoint.schemes import W8A8
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.runtime import backends
+from qwen3_ascend.runtime.backends.base import StepBounds
 from qwen3_ascend.runtime.backends.reference import ReferenceBackend
 from qwen3_ascend.runtime.conformance import compare_backends
 from qwen3_ascend.runtime.engine.batch import Batch, Chunk, step_inputs
@@ -64,10 +65,10 @@ def test_layers_one_by_one_are_the_whole(tiny_w8a8: Path) -> None:
     request.wants_logits = True
     step = backend.open_step(step_inputs(Batch((Chunk(request, 40),)), BLOCK))
     with torch.inference_mode():
-        whole = model.forward(step, backend.allocate_cache(4, BLOCK))
+        whole = model.forward(step, backend.allocate_cache(StepBounds(1, BLOCK, 4)))
         hidden, delta = backend.embed(step.inputs.tokens, model.embedding), None
         for layer in spec.layers:
-            (cache, *_) = backend.allocate_cache(4, BLOCK)
+            (cache, *_) = backend.allocate_cache(StepBounds(1, BLOCK, 4))
             weights = load_layer(reader, backend, layer)
             hidden, delta = decoder_layer(
                 backend, weights, config.rms_norm_eps, hidden, delta, step, cache

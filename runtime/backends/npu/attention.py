@@ -4,15 +4,20 @@ Both keep keys and values in plain order, [blocks, block_size, kv_heads, head_di
 qkv + norm + rotary + cache kernel (npu_qkv_rms_norm_rope_cache) is not used: it writes PA_NZ caches
 only, and on A2/A3 neither attention kernel reads bf16 grouped-query keys from one.
 
-A captured decode step bakes in one host argument, the context lengths. Each strategy says under
-which key torch_npu's graph update takes it, and how it is packed: that is all that the graph
+A captured decode step bakes in one host argument, the context lengths. Each strategy says which
+argument that is for torch_npu's graph update, and how it is packed: that is all that the graph
 runner needs to know of it.
+
+The fused kernel refuses a batch whose requests have more blocks together than the cache has, a
+block that they share counted for each of them (prompt_flash_attention_tiling.cpp: "the first dim of
+key should not less than valid block num when PA enable"). Such a batch is computed in parts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,9 +27,15 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
-from qwen3_ascend.errors import OptionError
+from qwen3_ascend.errors import DeviceError, OptionError
 from qwen3_ascend.runtime.backends.cache import LayerKV
-from qwen3_ascend.runtime.backends.npu.device import require_atb
+from qwen3_ascend.runtime.backends.npu.capabilities import (
+    FUSED_LENGTHS,
+    PAGED_LENGTHS,
+    Capabilities,
+)
+from qwen3_ascend.runtime.backends.npu.graph_updates import UpdatedArgument
+from qwen3_ascend.runtime.backends.npu.operators import CacheWrite, reshape_and_cache
 from qwen3_ascend.runtime.backends.step import StepInputs
 
 CAUSAL_MASK_SIZE = 2048
@@ -57,17 +68,14 @@ class AttentionStrategy(Protocol):
     Attributes:
         name: as the user chooses it.
         counts: of the model's heads.
-        update_operator: the operator torch_npu records while a decode step is captured.
-        update_key: the name under which a replay updates its context lengths.
+        lengths: the argument that each replay of a captured decode step replaces.
+        write: stores contiguous keys and values [T, kv_heads, head_dim] at their slots.
     """
 
     name: str
     counts: HeadCounts
-    update_operator: str
-    update_key: str
-
-    def write(self, key: Tensor, value: Tensor, cache: LayerKV, slots: Tensor) -> None:
-        """Stores contiguous [T, kv_heads, head_dim] at the slots."""
+    lengths: UpdatedArgument
+    write: CacheWrite
 
     def prefill(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
         """Causal attention of chunks whose keys are already in the cache: [T, heads, head_dim]."""
@@ -79,6 +87,9 @@ class AttentionStrategy(Protocol):
         between replays; all layers share it, since they run one after the other.
         """
 
+    def takes(self, context_lens: tuple[int, ...], num_blocks: int, block_size: int) -> bool:
+        """Whether one call takes such contexts in a cache of so many blocks."""
+
     def update(self, context_lens: tuple[int, ...]) -> dict[str, Any]:
         """What a replay of the graph for len(context_lens) rows is given."""
 
@@ -87,37 +98,26 @@ class FusedAttention:
     """npu_fused_infer_attention_score in the TND layout: prefill, chunked prefill and decode."""
 
     name = "fused"
-    update_operator = "npu_fused_infer_attention_score.out"
-    update_key = "actual_seq_lengths_kv"
+    lengths = FUSED_LENGTHS
 
-    def __init__(self, counts: HeadCounts) -> None:
-        self.counts = counts
+    def __init__(self, counts: HeadCounts, write: CacheWrite) -> None:
+        self.counts, self.write = counts, write
         ones = torch.ones(CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE, dtype=torch.bool)
         self._mask = ones.triu(1).to("npu")
         self._workspaces: dict[int, Tensor] = {}
 
-    def write(self, key: Tensor, value: Tensor, cache: LayerKV, slots: Tensor) -> None:
-        """See AttentionStrategy. The operator's default cache mode is PA_NZ: always say Norm."""
-        torch_npu.npu_scatter_pa_kv_cache(
-            key, value, cache.keys, cache.values, slots, cache_mode="Norm"
-        )
-
     def prefill(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
-        """Causal attention of a chunk whose keys are already in the cache: [T, heads, head_dim]."""
-        arguments = self._arguments(cache, step)
-        arguments |= {"atten_mask": self._mask, "sparse_mode": SPARSE_CAUSAL_BOTTOM_RIGHT}
-        keys, values = self._flat(cache)
-        output: Tensor = torch_npu.npu_fused_infer_attention_score(
-            query, keys, values, **arguments
-        )[0]
-        return output
+        """Causal attention of chunks whose keys are already in the cache: [T, heads, head_dim]."""
+        return self._in_parts(
+            query, cache, step, atten_mask=self._mask, sparse_mode=SPARSE_CAUSAL_BOTTOM_RIGHT
+        )
 
     def decode(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
         """See AttentionStrategy. One token sees its whole context: no mask."""
-        inputs, arguments = (query, *self._flat(cache)), self._arguments(cache, step)
         if not torch_npu.npu.is_current_stream_capturing():
-            output: Tensor = torch_npu.npu_fused_infer_attention_score(*inputs, **arguments)[0]
-            return output
+            return self._in_parts(query, cache, step, sparse_mode=SPARSE_NONE)
+        inputs = (query, *self._flat(cache))
+        arguments = self._arguments(cache, step) | {"sparse_mode": SPARSE_NONE}
         rows = query.shape[0]
         if rows not in self._workspaces:
             self._workspaces[rows] = torch_npu._npu_fused_infer_attention_score_get_max_workspace(
@@ -130,9 +130,24 @@ class FusedAttention:
         )
         return output
 
+    def takes(self, context_lens: tuple[int, ...], num_blocks: int, block_size: int) -> bool:
+        """See AttentionStrategy: as many blocks as all contexts have, one by one."""
+        return sum(-(-length // block_size) for length in context_lens) <= num_blocks
+
     def update(self, context_lens: tuple[int, ...]) -> dict[str, Any]:
         """See AttentionStrategy: a host list."""
-        return {self.update_key: list(context_lens)}
+        return {self.lengths.key: list(context_lens)}
+
+    def _in_parts(self, query: Tensor, cache: LayerKV, step: StepInputs, **mask: Any) -> Tensor:
+        """Nearly always one call; see the top of this file."""
+        keys, values = self._flat(cache)
+        outputs: list[Tensor] = []
+        for part in split_step(step, *cache.keys.shape[:2]):
+            rows = query[part.rows.start : part.rows.stop]
+            arguments = self._arguments(cache, part.step) | mask
+            attended = torch_npu.npu_fused_infer_attention_score(rows, keys, values, **arguments)
+            outputs.append(attended[0])
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _arguments(self, cache: LayerKV, step: StepInputs) -> dict[str, Any]:
         return {
@@ -140,7 +155,6 @@ class FusedAttention:
             "num_heads": self.counts.heads,
             "num_key_value_heads": self.counts.kv_heads,
             "scale": self.counts.scale,
-            "sparse_mode": SPARSE_NONE,
             "block_table": step.block_table,
             "block_size": cache.keys.shape[1],
             "actual_seq_lengths": list(step.query_starts[1:]),
@@ -156,18 +170,14 @@ class PagedAttention:
     """_npu_paged_attention of ATB for decode; prefill stays with the fused kernel."""
 
     name = "paged"
-    update_operator = "_npu_paged_attention.default"
-    update_key = "context_lens"
+    lengths = PAGED_LENGTHS
 
     def __init__(self, counts: HeadCounts) -> None:
-        require_atb()
-        self.counts, self._fused = counts, FusedAttention(counts)
+        self.counts = counts
+        self.write: CacheWrite = reshape_and_cache
+        self._fused = FusedAttention(counts, self.write)
         self._workspace: Tensor | None = None
         self._captured: dict[int, tuple[Any, ...]] = {}
-
-    def write(self, key: Tensor, value: Tensor, cache: LayerKV, slots: Tensor) -> None:
-        """See AttentionStrategy."""
-        torch_npu._npu_reshape_and_cache(key, value, cache.keys, cache.values, slots)
 
     def prefill(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
         """See AttentionStrategy: the other kernel's."""
@@ -185,13 +195,17 @@ class PagedAttention:
         torch_npu._npu_paged_attention(*call, workspace=workspace)
         return output
 
+    def takes(self, context_lens: tuple[int, ...], num_blocks: int, block_size: int) -> bool:
+        """See AttentionStrategy: ATB is not known to count blocks."""
+        return True
+
     def update(self, context_lens: tuple[int, ...]) -> dict[str, Any]:
         """See AttentionStrategy: an int32 tensor on the host, and the workspace, whose size
         depends on the lengths and does not grow steadily with them."""
         lengths = torch.tensor(context_lens, dtype=torch.int32)
         call = list(self._captured[len(context_lens)])
         call[CONTEXT_LENS_SLOT] = lengths
-        return {self.update_key: lengths, "workspace": self._workspace_for(tuple(call))}
+        return {self.lengths.key: lengths, "workspace": self._workspace_for(tuple(call))}
 
     def _workspace_for(self, call: tuple[Any, ...]) -> Tensor:
         """The shared workspace, replaced by a larger one if this call needs it."""
@@ -211,7 +225,44 @@ class PagedAttention:
         )  # fmt: skip
 
 
-def choose_attention(name: str, config: Qwen3Config) -> AttentionStrategy:
+@dataclass(frozen=True)
+class StepPart:
+    """Some requests of a step: the rows that they are in it, and the step that they make alone."""
+
+    rows: range
+    step: StepInputs
+
+
+def split_step(step: StepInputs, num_blocks: int, block_size: int) -> Iterator[StepPart]:
+    """Parts of a step in its order, each with no more blocks than the cache has."""
+    first, held = 0, 0
+    for index, length in enumerate(step.context_lens):
+        blocks = -(-length // block_size)
+        if held + blocks > num_blocks and index > first:
+            yield _part(step, first, index)
+            first, held = index, 0
+        held += blocks
+    yield _part(step, first, len(step.context_lens))
+
+
+def _part(step: StepInputs, first: int, last: int) -> StepPart:
+    start, stop = step.query_starts[first], step.query_starts[last]
+    if last - first == len(step.context_lens):
+        return StepPart(range(start, stop), step)
+    return StepPart(
+        range(start, stop),
+        dataclasses.replace(
+            step,
+            block_table=step.block_table[first:last],
+            context_lens=step.context_lens[first:last],
+            query_starts=tuple(row - start for row in step.query_starts[first : last + 1]),
+        ),
+    )
+
+
+def choose_attention(
+    name: str, config: Qwen3Config, capabilities: Capabilities
+) -> AttentionStrategy:
     """The strategy of a name.
 
     "auto" is "fused": it needs no ATB, serves prefill and decode alike, and states a workspace
@@ -221,12 +272,15 @@ def choose_attention(name: str, config: Qwen3Config) -> AttentionStrategy:
         OptionError: for a head size that the kernels do not take.
         DeviceError: for "paged" without ATB.
     """
-    strategies: dict[str, Callable[[HeadCounts], AttentionStrategy]]
-    strategies = {"auto": FusedAttention, "fused": FusedAttention, "paged": PagedAttention}
     sizes = ASCEND_A2_A3.head_sizes
     if config.head_dim not in sizes:
         raise OptionError(
             f"head_dim is {config.head_dim}, but npu_fused_infer_attention_score takes "
             f"{', '.join(map(str, sizes))} in the TND layout; run this model with device=cpu"
         )
-    return strategies[name](HeadCounts(config.num_heads, config.num_kv_heads, config.head_dim))
+    counts = HeadCounts(config.num_heads, config.num_kv_heads, config.head_dim)
+    if name != "paged":
+        return FusedAttention(counts, capabilities.cache_write.call)
+    if not capabilities.paged.usable:
+        raise DeviceError(capabilities.paged.detail)
+    return PagedAttention(counts)

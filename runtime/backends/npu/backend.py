@@ -25,15 +25,22 @@ from qwen3_ascend.runtime.backends.base import (
     DeviceLinear,
     Forward,
     Progress,
-    QuantizedActivation,
     StepBounds,
 )
-from qwen3_ascend.runtime.backends.cache import LayerKV, allocate_layers, bytes_per_token
+from qwen3_ascend.runtime.backends.cache import LayerKV, bytes_per_token, cache_shape
 from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.attention import choose_attention
-from qwen3_ascend.runtime.backends.npu.device import free_bytes, open_device
-from qwen3_ascend.runtime.backends.npu.graph import GraphRunner, decode_buckets
+from qwen3_ascend.runtime.backends.npu.capabilities import Capabilities, probe
+from qwen3_ascend.runtime.backends.npu.device import free_bytes, open_device, require_capture
+from qwen3_ascend.runtime.backends.npu.graph import (
+    MAX_STREAMS,
+    GraphBounds,
+    GraphRunner,
+    decode_buckets,
+    largest_padding,
+)
 from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, NpuLinear, load_linear
+from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
@@ -49,13 +56,25 @@ class NpuBackend(Backend[LayerKV]):
 
     name = "npu"
 
-    def __init__(self, config: Qwen3Config, options: DeviceOptions) -> None:
+    def __init__(
+        self,
+        config: Qwen3Config,
+        options: DeviceOptions,
+        capabilities: Capabilities | None = None,
+    ) -> None:
         """Opens the device.
+
+        Args:
+            config: of the model.
+            options: how the device is used.
+            capabilities: of the machine for this model, if they are known; else they are probed.
 
         Raises:
             DeviceError: if something this machine needs is missing.
             OptionError: for an option that does not exist.
         """
+        if options.graph:
+            require_capture()
         self.info = open_device()
         if not self.info.is_a2_or_a3:
             raise DeviceError(
@@ -65,9 +84,22 @@ class NpuBackend(Backend[LayerKV]):
         self.device, self.dtype = torch.device("npu"), torch.bfloat16
         self.config, self.options = config, options
         self._prefetcher = Prefetcher(prefetch_budget(options.prefetch, self.info.l2_bytes))
-        self._attention = choose_attention(options.attention, config)
+        self.capabilities = capabilities or probe(config)
+        self._attention = choose_attention(options.attention, config, self.capabilities)
+        self._captures = options.graph and self._can_capture()
         self._upload = formats.upload_packed
         self._checked: set[tuple[str, Layout]] = set()
+
+    def _can_capture(self) -> bool:
+        """Whether graphs can contain the attention that was chosen; warns if they cannot."""
+        support = self.capabilities.update_of(self._attention.lengths)
+        if not support.usable:
+            warnings.warn(
+                f"steps are not captured as graphs, which is slower: {support.what}: "
+                f"{support.detail}; graph=off, or another attention, avoids this warning",
+                stacklevel=2,
+            )
+        return support.usable
 
     @override
     def upload(self, tensor: Tensor) -> Tensor:
@@ -108,8 +140,30 @@ class NpuBackend(Backend[LayerKV]):
         return DenseLinear(embedding, None)
 
     @override
-    def allocate_cache(self, num_blocks: int, block_size: int) -> tuple[LayerKV, ...]:
-        return allocate_layers(self.config, num_blocks, block_size, self.device, self.dtype)
+    def allocate_cache(self, bounds: StepBounds) -> tuple[LayerKV, ...]:
+        """Zeroed: a kernel that reads whole blocks multiplies what lies behind the end of a context
+        by zero, and zero times not-a-number is not a number."""
+        shape = cache_shape(self.config, self._cache_blocks(bounds), bounds.block_size)
+
+        def blocks() -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        return tuple(LayerKV(blocks(), blocks()) for _ in range(self.config.num_layers))
+
+    def _cache_blocks(self, bounds: StepBounds) -> int:
+        """Blocks of the cache: the kernel of attention counts one for each row that pads a batch,
+        whichever it is. With the default buckets these are seven, which the reserve covers."""
+        buckets = self._buckets(bounds)
+        if not buckets:
+            return bounds.num_blocks
+        return max(bounds.num_blocks + largest_padding(buckets), buckets[-1] + 1)
+
+    def _buckets(self, bounds: StepBounds) -> tuple[int, ...]:
+        """Batch sizes to capture, none if nothing is."""
+        if not self._captures:
+            return ()
+        streams = self.config.num_layers * (2 if self._prefetcher.budget else 1) + 1
+        return decode_buckets(bounds.max_batch, self.options.buckets, MAX_STREAMS // streams)
 
     @override
     def cache_bytes_per_token(self) -> int:
@@ -137,16 +191,17 @@ class NpuBackend(Backend[LayerKV]):
         def run(step: StepInputs) -> Tensor:
             return forward(self.open_step(step))
 
-        if not self.options.graph:
+        buckets = self._buckets(bounds)
+        if not buckets:
             return run
-        buckets = decode_buckets(bounds.max_batch, self.options.buckets)
         if buckets[-1] > bounds.block_size:
             raise OptionError(
                 f"a graph bucket of {buckets[-1]} has more padding rows than the scratch block "
                 f"has slots ({bounds.block_size})"
             )
         width = -(-self.config.context_length // bounds.block_size)
-        runner = GraphRunner(run, self._attention, buckets, width)
+        graphs = GraphBounds(buckets, width, self._cache_blocks(bounds), bounds.block_size)
+        runner = GraphRunner(run, self._attention, graphs)
         done = 0
 
         def advance(graphs: int) -> None:
@@ -175,17 +230,9 @@ class NpuBackend(Backend[LayerKV]):
         epsilon: float,
         consumer: DeviceLinear,
     ) -> tuple[Activation, Tensor]:
-        """One launch, with the quantization if the consumer wants it.
-
-        The first layer has nothing to add. There the fused kernel adds zeros: as many launches as
-        a norm and a quantization, and no rounding between the two.
-        """
+        """One launch where one kernel does both, with the quantization if it is wanted."""
         if consumer.input is Input.INT8_PER_TOKEN:
-            delta = torch.zeros_like(hidden) if delta is None else delta
-            codes, _, total, scale, _ = torch_npu.npu_add_rms_norm_dynamic_quant(
-                hidden, delta, weight, epsilon=epsilon, output_mask=[True, False]
-            )
-            return QuantizedActivation(codes, scale), total
+            return self.capabilities.norm_quant.call(hidden, delta, weight, epsilon)
         if delta is None:
             return torch_npu.npu_rms_norm(hidden, weight, epsilon)[0], hidden
         normed, _, total = torch_npu.npu_add_rms_norm(hidden, delta, weight, epsilon)
@@ -201,7 +248,7 @@ class NpuBackend(Backend[LayerKV]):
         step: DeviceStep,
         cache: LayerKV,
     ) -> Tensor:
-        """Two norms, one rotation of both in place, one write.
+        """Two norms, one rotation of both, one write.
 
         The write wants contiguous tensors: values are copied out of q|k|v unless there is but one
         token.
@@ -212,9 +259,7 @@ class NpuBackend(Backend[LayerKV]):
         query, key, value = torch.split(heads, sizes, dim=1)
         query = torch_npu.npu_rms_norm(query, query_norm, epsilon)[0]
         key = torch_npu.npu_rms_norm(key, key_norm, epsilon)[0]
-        query, key = torch_npu.npu_apply_rotary_pos_emb(
-            query, key, step.cos, step.sin, layout="TND"
-        )
+        query, key = self.capabilities.rotate.call(query, key, step.cos, step.sin)
         self._attention.write(key, value.contiguous(), cache, step.inputs.slots)
         return query
 
@@ -227,17 +272,14 @@ class NpuBackend(Backend[LayerKV]):
         attend = self._attention.decode if inputs.is_decode else self._attention.prefill
         attended = attend(query, cache, inputs).flatten(1)
         if consumer.input is Input.INT8_PER_TOKEN:
-            return QuantizedActivation(*torch_npu.npu_dynamic_quant(attended))
+            return dynamic_quant(attended)
         return attended
 
     @override
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
-        """One launch, with the quantization if the consumer wants it."""
+        """One launch where one kernel does both, with the quantization if it is wanted."""
         if consumer.input is Input.INT8_PER_TOKEN:
-            codes, scale = torch_npu.npu_dequant_swiglu_quant(
-                gate_up, activate_left=True, quant_mode=1
-            )
-            return QuantizedActivation(codes, scale)
+            return self.capabilities.gated_quant.call(gate_up)
         return torch_npu.npu_swiglu(gate_up, dim=-1)
 
     @override

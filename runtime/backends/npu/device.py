@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 from qwen3_ascend.errors import DeviceError
+from qwen3_ascend.runtime.backends.npu.versions import advice, base_version, installed_cann
 
 # SoC generations by torch_npu's own enumeration (csrc/core/npu/NpuVariables.h).
 A2_SOCS = range(220, 226)
@@ -57,26 +60,25 @@ def import_torch_npu() -> Any:
     """Imports torch_npu.
 
     Raises:
-        DeviceError: if it is missing, belongs to another torch, or cannot load CANN.
+        DeviceError: if it is missing, belongs to another torch, or cannot load CANN; says which
+            wheel fits.
     """
-    torch_version = torch.__version__.split("+")[0]
     try:
         npu_version = importlib.metadata.version("torch_npu")
     except importlib.metadata.PackageNotFoundError:
         raise DeviceError(
-            f"torch_npu is not installed; this torch needs its own version of it: "
-            f"pip install --no-deps torch_npu=={torch_version}"
+            f"torch_npu is not installed; {advice(torch.__version__, installed_cann())}"
         ) from None
-    if npu_version.split(".post")[0] != torch_version:
+    if base_version(npu_version) != base_version(torch.__version__):
         raise DeviceError(
-            f"torch_npu {npu_version} does not fit torch {torch_version}; "
-            f"pip install --no-deps torch_npu=={torch_version}"
+            f"torch_npu {npu_version} does not fit torch {torch.__version__}; "
+            f"{advice(torch.__version__, installed_cann())}"
         )
     try:
         import torch_npu
     except (ImportError, OSError, RuntimeError) as error:
         raise DeviceError(
-            f"torch_npu does not load ({_first_line(error)}): CANN is missing or not set up; "
+            f"torch_npu does not load ({first_line(error)}): CANN is missing or not set up; "
             f"install the CANN toolkit and kernels and run: source .../ascend-toolkit/set_env.sh"
         ) from error
     return torch_npu
@@ -89,14 +91,9 @@ def open_device(index: int = 0) -> DeviceInfo:
     ND. jit_compile off: the aclnn kernels are used, nothing is compiled at run time.
 
     Raises:
-        DeviceError: if there is no card, the driver does not answer, or the task queue is set to a
-            level that graph capture refuses.
+        DeviceError: if there is no card, or the driver does not answer.
     """
     npu = import_torch_npu().npu
-    if os.environ.get("TASK_QUEUE_ENABLE") == "2":
-        raise DeviceError("TASK_QUEUE_ENABLE=2 cannot capture graphs; set it to 1")
-    if os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1":
-        raise DeviceError("ASCEND_LAUNCH_BLOCKING=1 cannot capture graphs; unset it")
     try:
         count = npu.device_count()
         if not count:
@@ -109,8 +106,23 @@ def open_device(index: int = 0) -> DeviceInfo:
         return _describe(npu, index)
     except RuntimeError as error:
         raise DeviceError(
-            f"the NPU driver does not answer ({_first_line(error)}); check `npu-smi info`"
+            f"the NPU driver does not answer ({first_line(error)}); check `npu-smi info`"
         ) from error
+
+
+def require_capture() -> None:
+    """Refuses settings with which torch_npu captures no graph. Without graphs they are welcome:
+    ASCEND_LAUNCH_BLOCKING=1 is the first thing to try when a kernel fails.
+
+    Raises:
+        DeviceError: naming the setting.
+    """
+    refused = {"TASK_QUEUE_ENABLE": "2", "ASCEND_LAUNCH_BLOCKING": "1"}
+    for name, value in refused.items():
+        if os.environ.get(name) == value:
+            raise DeviceError(
+                f"graphs cannot be captured with {name}={value}; unset it, or use graph=off"
+            )
 
 
 def require_atb() -> None:
@@ -125,7 +137,7 @@ def require_atb() -> None:
         ctypes.CDLL(ATB_LIBRARY)
     except OSError as error:
         raise DeviceError(
-            f"{ATB_LIBRARY} is missing ({_first_line(error)}): attention=paged needs NNAL/ATB; "
+            f"{ATB_LIBRARY} is missing ({first_line(error)}): attention=paged needs NNAL/ATB; "
             f"install Ascend-cann-nnal and run: source .../nnal/atb/set_env.sh, "
             f"or use attention=fused"
         ) from error
@@ -135,6 +147,18 @@ def free_bytes() -> int:
     """Device memory that is not allocated."""
     free: int = import_torch_npu().npu.mem_get_info()[0]
     return free
+
+
+def leave_without_waiting() -> None:
+    """Ends the interpreter, when its time comes, with 1 and without torch_npu's own exit, which
+    waits for the device: for a device that will never be done."""
+    atexit.register(_leave)  # what is registered last runs first
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _describe(npu: Any, index: int) -> DeviceInfo:
@@ -147,6 +171,7 @@ def _describe(npu: Any, index: int) -> DeviceInfo:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an exception says, as far as it fits into a line of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

@@ -6,18 +6,29 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu.device import ATB_LIBRARY, import_torch_npu, open_device
+from qwen3_ascend.runtime.backends.npu.versions import installed_cann
+from qwen3_ascend.runtime.options import DeviceOptions
 
-CANN_HOMES = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
+if TYPE_CHECKING:  # they import torch_npu, which may not be there
+    from qwen3_ascend.runtime.backends.npu.backend import NpuBackend
+    from qwen3_ascend.runtime.backends.npu.capabilities import Capabilities
+
+COPIED = (8192, 8192)
+"""A matrix of 64 MiB, the size of a large weight: to measure copies with."""
+
+COPIES = 4
 
 
 def environment() -> dict[str, str]:
@@ -27,7 +38,7 @@ def environment() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "torch_npu": _version("torch_npu"),
-        "CANN": _cann_version(),
+        "CANN": installed_cann() or "not found (source .../ascend-toolkit/set_env.sh)",
         "ATB": _library(ATB_LIBRARY),
     }
     settings = ("TASK_QUEUE_ENABLE", "ASCEND_RT_VISIBLE_DEVICES", "PYTORCH_NPU_ALLOC_CONF")
@@ -36,9 +47,11 @@ def environment() -> dict[str, str]:
 
 def card() -> dict[str, str]:
     """The card; DeviceError, saying what is missing, if there is none."""
-    import_torch_npu()
+    torch_npu = import_torch_npu()
     info = open_device()
+    told = _cann_as_told(torch_npu)
     return {
+        **({"CANN": told} if told else {}),
         "card": info.name,
         "generation": "A2 or A3" if info.is_a2_or_a3 else f"not supported (SoC {info.soc})",
         "L2 cache": f"{info.l2_bytes >> 20} MiB",
@@ -76,22 +89,66 @@ def layout_checks() -> Iterator[tuple[str, bool | None]]:
             )
 
 
+def _cann_as_told(torch_npu: Any) -> str:
+    """The version of CANN that torch_npu itself goes by; empty where it cannot be asked."""
+    try:
+        return str(torch_npu.npu.utils.get_cann_version())
+    except Exception:  # wheels differ in where it is and what it raises; files tell as well
+        return ""
+
+
+def wait_for_device() -> None:
+    """Returns when everything that was issued is done."""
+    import_torch_npu().npu.synchronize()
+
+
+def open_backend(
+    config: Qwen3Config, options: DeviceOptions, capabilities: Capabilities | None = None
+) -> NpuBackend:
+    """The backend of the NPU, for a machine that is known already or as it is found."""
+    from qwen3_ascend.runtime.backends.npu.backend import NpuBackend
+
+    return NpuBackend(config, options, capabilities)
+
+
+def missing(options: DeviceOptions, capabilities: Capabilities) -> str:
+    """What a machine lacks to run with some options; empty if nothing."""
+    from qwen3_ascend.runtime.backends.npu.capabilities import FUSED_LENGTHS, PAGED_LENGTHS
+
+    paged = options.attention == "paged"
+    needed = [capabilities.paged] if paged else []
+    if options.graph:
+        needed.append(capabilities.update_of(PAGED_LENGTHS if paged else FUSED_LENGTHS))
+    return "; ".join(each.detail for each in needed if not each.usable)
+
+
+def of_oldest_forms(capabilities: Capabilities) -> Capabilities:
+    """The same machine with the last form of each operation."""
+    from qwen3_ascend.runtime.backends.npu.capabilities import last_forms
+
+    return last_forms(capabilities)
+
+
+def copy_speed() -> float:
+    """Bytes a second of plain copies into FRACTAL_NZ, from memory that is not pinned."""
+    from qwen3_ascend.runtime.backends.npu.formats import upload_packed
+
+    layout = ASCEND_A2_A3.layouts["w8a8"]
+    stored = layout.pack(torch.ones(COPIED, dtype=torch.int8))
+    seconds = []
+    for _ in range(COPIES):
+        started = time.perf_counter()
+        upload_packed(stored, layout, *COPIED)
+        wait_for_device()
+        seconds.append(time.perf_counter() - started)
+    return stored.nbytes / min(seconds)
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cann_version() -> str:
-    home = next((os.environ[name] for name in CANN_HOMES if os.environ.get(name)), None)
-    if home is None:
-        return "not set up (source .../ascend-toolkit/set_env.sh)"
-    for path in sorted(Path(home).rglob("ascend_toolkit_install.info")):
-        for line in path.read_text(errors="replace").splitlines():
-            if line.startswith("version="):
-                return line.removeprefix("version=")
-    return f"unknown version in {home}"
 
 
 def _library(name: str) -> str:

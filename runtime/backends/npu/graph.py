@@ -5,10 +5,14 @@ copied into static buffers; the one host argument, the context lengths, is updat
 The order of a replay matters: the captured attention waits for an event, resets it, and only then
 may the event be recorded for this step. So the update stream first waits for the compute stream
 (where the last replay's reset is), then the graph is launched, then the update is issued.
+
+From the launch on, the device waits for the update. So whatever can be refused is looked at before:
+a step that the captured kernel would not take runs eagerly.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +21,10 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.errors import DeviceError
+from qwen3_ascend.errors import DeviceError, DeviceStuckError, OptionError
 from qwen3_ascend.runtime.backends.base import Forward
 from qwen3_ascend.runtime.backends.npu.attention import AttentionStrategy
+from qwen3_ascend.runtime.backends.npu.device import first_line, leave_without_waiting
 from qwen3_ascend.runtime.backends.step import StepInputs
 
 WARM_UPS = 2
@@ -29,12 +34,47 @@ ALIGNMENT = 16
 """int32 words: each section of the step buffer starts on 64 bytes."""
 
 
-def decode_buckets(max_batch: int, buckets: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Batch sizes to capture, ascending: 1, 2, 4, 8, then every 8, up to max_batch."""
+MAX_STREAMS = 1800
+"""Streams that captured graphs may hold together: each attention that a graph updates takes one,
+and a card of an older driver has 2048 for everybody (vllm-ascend's bound)."""
+
+STRIDE = 8
+"""Between the larger batch sizes that are captured."""
+
+
+def decode_buckets(
+    max_batch: int, buckets: Sequence[int] | None = None, most: int = MAX_STREAMS
+) -> tuple[int, ...]:
+    """Batch sizes to capture, ascending: 1, 2, 4, 8, then every 8, up to max_batch; every 16 or
+    more where those would be too many.
+
+    Args:
+        max_batch: the largest.
+        buckets: the user's own.
+        most: how many there may be.
+
+    Raises:
+        OptionError: if the user's own are more than that.
+    """
     if buckets is not None:
-        return tuple(sorted(set(buckets)))
-    sizes = [size for size in (1, 2, 4, *range(8, max_batch, 8)) if size < max_batch]
-    return (*sizes, max_batch)
+        chosen = tuple(sorted(set(buckets)))
+        if len(chosen) > most:
+            raise OptionError(
+                f"buckets: {len(chosen)} graphs of this model would hold more than the "
+                f"{MAX_STREAMS} streams that a card has for them; choose {most} at most"
+            )
+        return chosen
+    for stride in itertools.count(STRIDE, STRIDE):
+        sizes = (1, 2, 4, *range(STRIDE, max_batch, stride))
+        found = (*(size for size in sizes if size < max_batch), max_batch)
+        if len(found) <= max(most, 5):
+            return found
+    raise AssertionError("a large stride leaves five sizes")
+
+
+def largest_padding(buckets: tuple[int, ...]) -> int:
+    """Rows that are added to a batch at most."""
+    return max(size - smaller - 1 for smaller, size in itertools.pairwise((0, *buckets)))
 
 
 class StepBuffers:
@@ -99,45 +139,84 @@ class CapturedStep:
     logits: Tensor
 
 
+@dataclass(frozen=True)
+class GraphBounds:
+    """What captured steps keep to.
+
+    Attributes:
+        buckets: batch sizes to capture, ascending.
+        table_width: blocks of a request at most.
+        num_blocks: blocks of the cache.
+        block_size: tokens of a block.
+    """
+
+    buckets: tuple[int, ...]
+    table_width: int
+    num_blocks: int
+    block_size: int
+
+
 class GraphRunner:
     """Runs steps: decode from captured graphs where a bucket fits, everything else eagerly."""
 
-    def __init__(
-        self,
-        forward: Forward,
-        strategy: AttentionStrategy,
-        buckets: tuple[int, ...],
-        table_width: int,
-    ) -> None:
-        """Checks the update key; captures nothing yet."""
-        check_update_key(strategy)
-        self._forward, self._strategy = forward, strategy
-        self._buckets = buckets
-        self._buffers = StepBuffers(buckets[-1], table_width)
+    def __init__(self, forward: Forward, strategy: AttentionStrategy, bounds: GraphBounds) -> None:
+        """Captures nothing yet."""
+        self._forward, self._strategy, self._bounds = forward, strategy, bounds
+        self._buffers = StepBuffers(bounds.buckets[-1], bounds.table_width)
         self._captured: dict[int, CapturedStep] = {}
         self._pool = torch_npu.npu.graph_pool_handle()
+        self._stuck: str | None = None
 
     def capture(self, progress: Callable[[int], None] = lambda graphs: None) -> None:
-        """Captures every bucket, the largest first, so that the others fit into its memory."""
-        for bucket in reversed(self._buckets):
-            self._captured[bucket] = self._capture(bucket)
+        """Captures every bucket, the largest first, so that the others fit into its memory.
+
+        Raises:
+            DeviceError: if the machine does not capture, as with a driver that is too old.
+        """
+        for bucket in reversed(self._bounds.buckets):
+            try:
+                self._captured[bucket] = self._capture(bucket)
+            except RuntimeError as error:
+                raise DeviceError(
+                    f"a step of {bucket} rows cannot be captured ({first_line(error)}); "
+                    f"use graph=off"
+                ) from error
             progress(1)
 
     def __call__(self, step: StepInputs) -> Tensor:
-        """Logits of a step, float32 [R, vocab]."""
-        count = len(step.context_lens)
-        if not step.is_decode or count > self._buckets[-1]:
+        """Logits of a step, float32 [R, vocab].
+
+        Raises:
+            DeviceStuckError: if the device waits for a step that cannot be completed.
+        """
+        if self._stuck:
+            raise DeviceStuckError(self._stuck)
+        count, bounds = len(step.context_lens), self._bounds
+        bucket = next((size for size in bounds.buckets if size >= count), None)
+        if bucket is None or not step.is_decode:
             return self._forward(step)
-        bucket = next(size for size in self._buckets if size >= count)
+        lengths = (*step.context_lens, *(1,) * (bucket - count))
+        if not self._strategy.takes(lengths, bounds.num_blocks, bounds.block_size):
+            return self._forward(step)
         captured = self._captured[bucket]
         self._buffers.fill(step, bucket)
-        update_stream = captured.graph.graph_dispatch_mode.update_stream
-        update_stream.wait_stream(torch_npu.npu.current_stream())
-        captured.graph.replay()
-        lengths = (*step.context_lens, *(1,) * (bucket - count))
-        captured.graph.update(cpu_update_input=[self._strategy.update(lengths)])
+        self._replay(captured.graph, self._strategy.update(lengths))
         logits = captured.logits[:count]
         return logits if step.logit_rows is None else logits[step.logit_rows]
+
+    def _replay(self, graph: Any, lengths: dict[str, Any]) -> None:
+        update_stream = graph.graph_dispatch_mode.update_stream
+        update_stream.wait_stream(torch_npu.npu.current_stream())
+        graph.replay()
+        try:
+            graph.update(cpu_update_input=[lengths])
+        except Exception as error:  # whatever it is, the device waits for what did not come
+            self._stuck = (
+                f"a captured step did not get its context lengths ({first_line(error)}), and the "
+                f"device now waits for them for ever: end this process; graph=off does without"
+            )
+            leave_without_waiting()
+            raise DeviceStuckError(self._stuck) from error
 
     def _capture(self, bucket: int) -> CapturedStep:
         step = self._buffers.step(bucket)
@@ -152,22 +231,3 @@ class GraphRunner:
         with torch_npu.npu.graph(graph, pool=self._pool, auto_dispatch_capture=True):
             logits = self._forward(step)
         return CapturedStep(graph, logits)
-
-
-def check_update_key(strategy: AttentionStrategy) -> None:
-    """DeviceError unless torch_npu's own table knows the operator and the key.
-
-    NPUGraph.update ignores a key it does not know, and the graph would then wait for ever or
-    attend over the lengths of the capture.
-    """
-    from torch_npu.npu._npugraph_handlers.npugraph_handler import _NPU_GRAPH_OP_HANDLERS
-
-    handler = _NPU_GRAPH_OP_HANDLERS.get(strategy.update_operator)
-    specs = handler.get_update_specs(strategy.update_operator) if handler else []
-    keys = [key for _, _, key in specs]
-    if strategy.update_key not in keys:
-        known = ", ".join(keys) or "none"
-        raise DeviceError(
-            f"torch_npu {torch_npu.__version__} does not update {strategy.update_key!r} of "
-            f"{strategy.update_operator} (it knows: {known}); use graph=off"
-        )

@@ -1,0 +1,212 @@
+"""What this torch_npu and CANN offer, found out once by trying: everything else reads it here.
+
+Wheels and CANN differ in names, arguments, accepted shapes and, once in a while, in what a kernel
+computes. A version number would have to be right for every pair of them; a call on a few numbers is
+right by itself. Each form of an operation is given values of the model's own sizes, and is taken if
+it runs and agrees with its definition on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import torch
+import torch_npu
+
+from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.errors import DeviceError
+from qwen3_ascend.runtime.backends.npu import trials
+from qwen3_ascend.runtime.backends.npu.device import first_line, require_atb
+from qwen3_ascend.runtime.backends.npu.graph_updates import (
+    Support,
+    UpdatedArgument,
+    update_support,
+)
+from qwen3_ascend.runtime.backends.npu.operators import (
+    CACHE_WRITES,
+    GATED_QUANTS,
+    NORM_QUANTS,
+    ROTATIONS,
+    CacheWrite,
+    Call,
+    Form,
+    GatedQuant,
+    NormQuant,
+    Rotate,
+)
+
+FUSED_LENGTHS = UpdatedArgument(
+    "npu_fused_infer_attention_score.out", "actual_seq_lengths_kv", by_keyword=True
+)
+PAGED_LENGTHS = UpdatedArgument("_npu_paged_attention.default", "context_lens", by_keyword=False)
+"""Context lengths of a captured decode step, of the two kernels of attention."""
+
+UNTRIED = "with TASK_QUEUE_ENABLE=2 a refusal would end the process, so it was not tried"
+
+
+@dataclass(frozen=True)
+class Choice(Generic[Call]):
+    """The form of an operation that is used here.
+
+    Attributes:
+        operation: what it computes, for people.
+        form: how.
+        reason: why no faster form was taken; empty for the fastest.
+    """
+
+    operation: str
+    form: Form[Call]
+    reason: str = ""
+
+    @property
+    def call(self) -> Call:
+        """What computes it."""
+        return self.form.call
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What this machine offers to one model.
+
+    Attributes:
+        cache_write: stores keys and values.
+        norm_quant: norms a sum and quantizes it.
+        gated_quant: gates and quantizes, at the width of the model's MLP.
+        rotate: applies the rotary embedding.
+        fused_update, paged_update: whether graphs can contain the two kernels of attention.
+        paged: whether paged attention is there.
+    """
+
+    cache_write: Choice[CacheWrite]
+    norm_quant: Choice[NormQuant]
+    gated_quant: Choice[GatedQuant]
+    rotate: Choice[Rotate]
+    fused_update: Support
+    paged_update: Support
+    paged: Support
+
+    @property
+    def choices(self) -> dict[str, Choice[Any]]:
+        """The operations that have more than one form, by field."""
+        return {name: value for name, value in self._values().items() if isinstance(value, Choice)}
+
+    @property
+    def supports(self) -> dict[str, Support]:
+        """What is there or not, by field."""
+        return {name: value for name, value in self._values().items() if isinstance(value, Support)}
+
+    def update_of(self, argument: UpdatedArgument) -> Support:
+        """Whether graphs can contain the kernel of attention that an argument belongs to."""
+        return {FUSED_LENGTHS: self.fused_update, PAGED_LENGTHS: self.paged_update}[argument]
+
+    def using(self, field: str, form: Form[Any]) -> Capabilities:
+        """The same machine, but with another form of one operation."""
+        choice = dataclasses.replace(self.choices[field], form=form, reason="it was asked for")
+        changed: dict[str, Any] = {field: choice}
+        return dataclasses.replace(self, **changed)
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Something that can be computed in more than one form.
+
+    Attributes:
+        name: for people.
+        forms: the fastest first.
+        trial: of a model's sizes, what a form is tried with.
+    """
+
+    name: str
+    forms: tuple[Form[Any], ...]
+    trial: Callable[[Qwen3Config], Callable[[Any], None]]
+
+
+OPERATIONS: dict[str, Operation] = {
+    "cache_write": Operation("cache write", CACHE_WRITES, trials.cache_write),
+    "norm_quant": Operation("norm and quantization", NORM_QUANTS, trials.norm_quant),
+    "gated_quant": Operation("gate and quantization", GATED_QUANTS, trials.gated_quant),
+    "rotate": Operation("rotary embedding", ROTATIONS, trials.rotate),
+}
+"""By the field of Capabilities."""
+
+
+def probe(config: Qwen3Config) -> Capabilities:
+    """Tries what a model needs on the current device; takes some milliseconds.
+
+    Raises:
+        DeviceError: if no form of an operation works.
+    """
+    with torch.inference_mode():
+        chosen: dict[str, Any] = {
+            field: choose(operation.name, operation.forms, operation.trial(config))
+            for field, operation in OPERATIONS.items()
+        }
+    return Capabilities(
+        **chosen,
+        fused_update=update_support(FUSED_LENGTHS),
+        paged_update=update_support(PAGED_LENGTHS),
+        paged=paged_support(),
+    )
+
+
+def last_forms(capabilities: Capabilities) -> Capabilities:
+    """The same machine, as if it had no newer operator than every torch_npu has."""
+    for field, operation in OPERATIONS.items():
+        capabilities = capabilities.using(field, operation.forms[-1])
+    return capabilities
+
+
+def choose(
+    operation: str, forms: tuple[Form[Call], ...], trial: Callable[[Call], None]
+) -> Choice[Call]:
+    """The first form that a trial does not object to.
+
+    torch_npu refuses a call while it is made, unless TASK_QUEUE_ENABLE=2 has moved that to a thread
+    which does not survive it: then only the last form is tried.
+
+    Raises:
+        DeviceError: if there is none; says why each failed.
+    """
+    objections: list[str] = []
+    for form in forms:
+        fatal = refusals_are_fatal() and form is not forms[-1]
+        objected = UNTRIED if fatal else objection(form, trial)
+        if objected is None:
+            return Choice(operation, form, "; ".join(objections))
+        objections.append(f"{form.name}: {objected}")
+    raise DeviceError(f"{operation}: no operator for it works here ({'; '.join(objections)})")
+
+
+def refusals_are_fatal() -> bool:
+    """Whether torch_npu asks an operator on a thread that does not survive its refusal."""
+    return os.environ.get("TASK_QUEUE_ENABLE") == "2"
+
+
+def objection(form: Form[Call], trial: Callable[[Call], None]) -> str | None:
+    """Why a form cannot be used on this machine; None if it can."""
+    try:
+        trial(form.call)
+        torch_npu.npu.synchronize()
+    except Exception as error:  # whatever a wheel or a driver raises, another form may work
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def paged_support() -> Support:
+    """Whether decoding with ATB's paged attention is possible."""
+    what = "paged attention"
+    try:
+        require_atb()
+    except DeviceError as error:
+        return Support(what, False, str(error))
+    for name in ("_npu_paged_attention", "_npu_paged_attention_get_workspace"):
+        if not hasattr(torch_npu, name):
+            return Support(what, False, f"torch_npu {torch_npu.__version__} has no {name}")
+    return Support(what, True, "ATB is there")
