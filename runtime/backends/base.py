@@ -166,6 +166,10 @@ class Backend(Protocol[Cache]):
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
         """silu(gate) * up of [T, 2 * inner], for the consumer."""
 
+    def finish_loading(self) -> None:
+        """All weights have been asked for; gives back what only loading needs."""
+        return
+
     def prefetch(self, linears: tuple[DeviceLinear, ...], after: Activation) -> None:
         """Hints that these weights are needed soon after `after` is computed."""
 

@@ -51,6 +51,7 @@ def load_model(
         else backend.tied_head(embedding)
     )
     final_norm = backend.upload(source.tensor(spec.final_norm.name))
+    backend.finish_loading()
     return Qwen3(config, backend, embedding, tuple(layers), final_norm, lm_head)
 
 

@@ -39,10 +39,11 @@ from qwen3_ascend.runtime.backends.npu.graph import (
     decode_buckets,
     largest_padding,
 )
-from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, NpuLinear, load_linear
+from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, NpuLinear, Upload, load_linear
 from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
+from qwen3_ascend.runtime.backends.npu.transfers import BUFFER_BYTES, Transfers
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 from qwen3_ascend.runtime.options import DeviceOptions
@@ -87,7 +88,8 @@ class NpuBackend(Backend[LayerKV]):
         self.capabilities = capabilities or probe(config)
         self._attention = choose_attention(options.attention, config, self.capabilities)
         self._captures = options.graph and self._can_capture()
-        self._upload = formats.upload_packed
+        self._transfers = Transfers()
+        self._upload: Upload = functools.partial(formats.upload_packed, copy=self._transfers.copy)
         self._checked: set[tuple[str, Layout]] = set()
 
     def _can_capture(self) -> bool:
@@ -103,7 +105,15 @@ class NpuBackend(Backend[LayerKV]):
 
     @override
     def upload(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self.device, dtype=self.dtype)
+        if tensor.dtype != self.dtype or tensor.nbytes < BUFFER_BYTES:
+            return tensor.to(device=self.device, dtype=self.dtype)
+        uploaded = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
+        self._transfers.copy(uploaded, tensor.contiguous())
+        return uploaded
+
+    @override
+    def finish_loading(self) -> None:
+        self._transfers.finish()
 
     @override
     def linear(self, linear: Linear) -> NpuLinear:

@@ -130,17 +130,19 @@ def of_oldest_forms(capabilities: Capabilities) -> Capabilities:
 
 
 def copy_speed() -> float:
-    """Bytes a second of plain copies into FRACTAL_NZ, from memory that is not pinned."""
+    """Bytes a second into FRACTAL_NZ, as loading copies them."""
     from qwen3_ascend.runtime.backends.npu.formats import upload_packed
+    from qwen3_ascend.runtime.backends.npu.transfers import Transfers
 
     layout = ASCEND_A2_A3.layouts["w8a8"]
     stored = layout.pack(torch.ones(COPIED, dtype=torch.int8))
-    seconds = []
+    transfers, seconds = Transfers(), []
     for _ in range(COPIES):
         started = time.perf_counter()
-        upload_packed(stored, layout, *COPIED)
+        upload_packed(stored, layout, *COPIED, transfers.copy)
         wait_for_device()
         seconds.append(time.perf_counter() - started)
+    transfers.finish()
     return stored.nbytes / min(seconds)
 
 

@@ -18,27 +18,34 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.errors import DeviceError
+from qwen3_ascend.runtime.backends.npu.transfers import copy_now
 
 ACL_FORMAT_ND = 2
 ACL_FORMAT_FRACTAL_NZ = 29
 """Values of aclFormat in CANN's acl_base.h."""
 
-HOST_TO_DEVICE = 1
 DEVICE_TO_HOST = 2
-"""Values of aclrtMemcpyKind in CANN's acl_rt.h."""
+"""Value of aclrtMemcpyKind in CANN's acl_rt.h."""
 
 
 class FormatError(DeviceError):
     """The device did not give a tensor the format it was asked for."""
 
 
-def upload_packed(stored: Tensor, layout: Layout, outputs: int, inputs: int) -> Tensor:
+def upload_packed(
+    stored: Tensor,
+    layout: Layout,
+    outputs: int,
+    inputs: int,
+    copy: Callable[[Tensor, Tensor], None] = copy_now,
+) -> Tensor:
     """Puts a stored weight on the device without changing a byte.
 
     Args:
         stored: CPU tensor in the layout's storage shape.
         layout: "nz" of [K, N] or [N, K], or "nd".
         outputs, inputs: N and K.
+        copy: takes the device tensor and the bytes for its storage.
 
     Returns:
         A tensor of logical shape [K, N] (nz of KN) or [N, K]; FRACTAL_NZ if the layout is nz.
@@ -48,15 +55,15 @@ def upload_packed(stored: Tensor, layout: Layout, outputs: int, inputs: int) -> 
         DeviceError: if the copy fails.
     """
     if layout.format == "nd":
-        return stored.to("npu")
+        plain = torch.empty(stored.shape, dtype=stored.dtype, device="npu")
+        copy(plain, stored.contiguous())
+        return plain
     shape = (inputs, outputs) if layout.nz_of == "KN" else (outputs, inputs)
     tensor = torch_npu.empty_with_format(
         shape, dtype=stored.dtype, device="npu", acl_format=ACL_FORMAT_FRACTAL_NZ
     )
     _check_storage(tensor, stored)
-    torch_npu.npu.synchronize()  # a recycled block may still be in use on a stream
-    source = stored.contiguous()
-    _copy(tensor.untyped_storage().data_ptr(), source.data_ptr(), source.nbytes, HOST_TO_DEVICE)
+    copy(tensor, stored.contiguous())
     return tensor
 
 
