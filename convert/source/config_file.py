@@ -32,7 +32,6 @@ OTHER_MODELS = {
     "qwen3_next": "its linear attention is not supported",
     "qwen3_vl": "it is a vision-language model",
     "qwen3_vl_moe": "it is a vision-language model",
-    "qwen3_omni_moe": "it is a model of speech and vision",
     "qwen3_5": "it is another architecture",
 }
 
@@ -161,8 +160,7 @@ class _Reader:
     def _check_kind(self) -> None:
         kind = self.data.get("model_type")
         if kind != "qwen3":
-            known = OTHER_MODELS.get(kind) if isinstance(kind, str) else None
-            why = f" ({known})" if known else ""
+            why = f" ({known})" if (known := _other_model(kind)) else ""
             raise self.fail(f"model_type is {kind!r}{why}; only 'qwen3' (dense Qwen3) is supported")
         architectures = self.data.get("architectures") or []
         if not isinstance(architectures, list):
@@ -405,6 +403,14 @@ def _yarn_attention(factor: float, scales: Sequence[float]) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     return scale(scales[0]) / scale(scales[1]) if len(scales) == 2 else scale(1.0)
+
+
+def _other_model(kind: object) -> str | None:
+    """What a model of another type is, if its name tells."""
+    if not isinstance(kind, str):
+        return None
+    multimodal = re.search(r"_vl|vision|llava|omni|audio|asr", kind)
+    return OTHER_MODELS.get(kind) or ("it is a multimodal model" if multimodal else None)
 
 
 def _method(key: str, said: object) -> str:

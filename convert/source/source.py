@@ -112,7 +112,7 @@ class Source:
                 raise
 
     def _config(self) -> Qwen3Config:
-        repo = self.provider.repo
+        repo = self.place
         if CONFIG_NAME not in self.names:
             raise no_model(
                 repo, self.names, f"has no {CONFIG_NAME}: this is not a Hugging Face model folder"
@@ -130,7 +130,7 @@ class Source:
             others = [name for name in sorted(self.names) if name.endswith(".safetensors")]
             lacking = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}: no weights to read"
             named = f" (it holds {', '.join(others[:3])})" if others else ""
-            raise no_model(self.provider.repo, self.names, lacking + named)
+            raise no_model(self.place, self.names, lacking + named)
         if INDEX_NAME not in self.names:
             return {}
         path = self.provider.small_file(INDEX_NAME)
@@ -157,7 +157,7 @@ class Source:
         missing = [tensor for tensor in indexed if tensor not in there]
         if missing:
             raise SourceError(
-                f"{self.provider.repo} holds {SINGLE_NAME} and an {INDEX_NAME} of other files, and "
+                f"{self.place} holds {SINGLE_NAME} and an {INDEX_NAME} of other files, and "
                 f"only the index names {len(missing)} of the tensors (such as {missing[0]}): "
                 f"remove the one of the two that is left over"
             )
