@@ -13,7 +13,7 @@ from typing import Any
 import ascend_sim
 import pytest
 import torch_npu
-from npu.lacks import LACKS, Patch
+from npu.lacks import LACKS
 
 from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.errors import DeviceError
@@ -28,6 +28,8 @@ from qwen3_ascend.runtime.backends.npu.capabilities import (
 from qwen3_ascend.runtime.backends.npu.device import open_device
 from qwen3_ascend.runtime.backends.npu.graph_updates import UpdatedArgument, update_support
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
+
+Patch = pytest.MonkeyPatch
 
 PROMPTS = [f"What does {word} mean?" for word in ("river", "bicycle", "house")]
 PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True)
@@ -56,16 +58,17 @@ def test_a_current_wheel_has_the_fastest_form_of_each() -> None:
 @pytest.mark.every_mode
 @pytest.mark.parametrize("lack", LACKS)
 def test_a_lack_is_met_by_another_form_and_equal_tokens(
-    lack: str, checkpoints: dict[str, Path], monkeypatch: Patch
+    lack: str, checkpoints: dict[str, Path]
 ) -> None:
     plant, field, form, reason = LACKS[lack]
     expected = tokens_of(checkpoints["w8a8"], "cpu")
-    plant(monkeypatch)
-    capabilities = probed()
+    with plant():
+        capabilities = probed()
+        tokens = tokens_of(checkpoints["w8a8"])
     for name, choice in capabilities.choices.items():
         assert choice.form is OPERATIONS[name].forms[form if name == field else 0], name
     assert reason in capabilities.choices[field].reason
-    assert tokens_of(checkpoints["w8a8"]) == expected
+    assert tokens == expected
 
 
 def test_an_operation_without_any_form_says_what_was_tried(monkeypatch: Patch) -> None:

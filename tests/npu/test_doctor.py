@@ -94,17 +94,17 @@ def test_without_a_checkpoint_small_random_models_are_examined() -> None:
 
 
 @pytest.mark.parametrize("lack", LACKS)
-def test_a_lack_is_named_and_nothing_fails(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_is_named_and_nothing_fails(lack: str) -> None:
     plant, field, form, reason = LACKS[lack]
-    plant(monkeypatch)
-    open_device()
     operation = OPERATIONS[field]
-    found = [*machine.capabilities(SMALL_CONFIG)]
+    open_device()
+    with plant():
+        found = [*machine.capabilities(SMALL_CONFIG)]
+        tried = {check.name: check.status for check in machine.forms(SMALL_CONFIG)}
     noted = {check.name: check.detail for check in found if check.status == "noted"}
     assert [*noted] == [operation.name]
     assert noted[operation.name].startswith(operation.forms[form].name)
     assert reason in noted[operation.name]
-    tried = {check.name: check.status for check in machine.forms(SMALL_CONFIG)}
     refused = [name for name, status in tried.items() if status == "noted"]
     assert refused == [f"{operation.name} with {each.name}" for each in operation.forms[:form]]
 
