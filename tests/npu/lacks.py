@@ -60,10 +60,10 @@ def refused_mask() -> contextlib.AbstractContextManager[None]:
     """Wheels for CANN 8.3 give a masked output the shape of the input."""
     right = torch_npu.npu_add_rms_norm_dynamic_quant
 
-    def refusing(*arguments: Any, output_mask: Any = None, **named: Any) -> Any:
-        if output_mask is not None:
+    def refusing(*arguments: Any, output_mask: list[bool], **named: Any) -> Any:
+        if not all(output_mask):
             raise RuntimeError("EZ1001: Input tensor's shape[[1]] should be same with output's")
-        return right(*arguments, **named)
+        return right(*arguments, output_mask=output_mask, **named)
 
     return replaced("npu_add_rms_norm_dynamic_quant", refusing)
 
@@ -97,7 +97,7 @@ LACKS: dict[str, tuple[Plant, str, int, str]] = {
     "no cache_mode, no ATB": (without_cache_mode_and_atb, "cache_write", 2, "OSError"),
     "no scatter": (without("npu_scatter_pa_kv_cache"), "cache_write", 1, "AttributeError"),
     "masked output": (refused_mask, "norm_quant", 1, "EZ1001"),
-    "no fused norm": (without("npu_add_rms_norm_dynamic_quant"), "norm_quant", 1, "Attribute"),
+    "no fused norm": (without("npu_add_rms_norm_dynamic_quant"), "norm_quant", 2, "Attribute"),
     "rotary layout": (refused_rotary, "rotate", 1, "layout is not one"),
     "wrong tile": (wrong_tile, "gated_quant", 1, "codes are up to"),
     "no fused gate": (without("npu_dequant_swiglu_quant"), "gated_quant", 1, "AttributeError"),
