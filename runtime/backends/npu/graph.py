@@ -96,16 +96,18 @@ class StepBuffers:
         """Bytes copied to the device for each step."""
         return self._host.nbytes
 
-    def fill(self, step: StepInputs, bucket: int) -> None:
-        """Copies a step in. Rows beyond it are padding: token 0 at position 0, each in its own
-        slot of the scratch block."""
-        count = len(step.context_lens)
+    def fill(self, step: StepInputs | None, bucket: int) -> None:
+        """Copies a step in, or none. Rows beyond it are padding: token 0 at position 0, each in
+        its own slot of the scratch block."""
         tokens, positions, slots, table = self._sections(self._host, bucket)
         for section in (tokens, positions, table):
             section.zero_()
         slots.copy_(torch.arange(bucket))
-        tokens[:count], positions[:count], slots[:count] = step.tokens, step.positions, step.slots
-        table[:count, : step.block_table.shape[1]] = step.block_table
+        if step is not None:
+            count = len(step.context_lens)
+            tokens[:count], positions[:count] = step.tokens, step.positions
+            slots[:count] = step.slots
+            table[:count, : step.block_table.shape[1]] = step.block_table
         self._device.copy_(self._host, non_blocking=True)
 
     def step(self, bucket: int) -> StepInputs:
@@ -219,6 +221,7 @@ class GraphRunner:
             raise DeviceStuckError(self._stuck) from error
 
     def _capture(self, bucket: int) -> CapturedStep:
+        self._buffers.fill(None, bucket)
         step = self._buffers.step(bucket)
         side = torch_npu.npu.Stream()
         side.wait_stream(torch_npu.npu.current_stream())
