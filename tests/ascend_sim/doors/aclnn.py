@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import runtime, tensors, trace
+from .. import faults, runtime, tensors, trace
 
 Plan = Callable[..., Callable[[], None]]
 FLOAT_KINDS = frozenset("df")
@@ -109,6 +109,7 @@ def _plan_call(index: int, integers: Sequence[int], floats: Sequence[float]) -> 
     stand_in = _stand_ins[index]
     try:
         arguments = _decode(stand_in, integers, floats)
+        faults.refuse(stand_in.name, arguments)
         number = runtime.add_kernel(stand_in.plan(*arguments))
         trace.note(number, "aclnn", stand_in.name, arguments)
         return number
