@@ -10,10 +10,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import ascend_sim
 import pytest
 import torch
 import torch_npu
+from ascend_sim import faults
 
 Plant = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -38,43 +38,15 @@ def without(name: str) -> Plant:
     return plant
 
 
-def without_cache_mode() -> contextlib.AbstractContextManager[None]:
-    """Wheels for CANN 8.3 and 8.5, in torch's words."""
-    right = torch_npu.npu_scatter_pa_kv_cache
-
-    def refusing(*arguments: Any, **named: Any) -> None:
-        if "cache_mode" in named:
-            raise RuntimeError("npu::npu_scatter_pa_kv_cache() Unknown keyword argument")
-        right(*arguments, **named)
-
-    return replaced("npu_scatter_pa_kv_cache", refusing)
-
-
 @contextlib.contextmanager
 def without_cache_mode_and_atb() -> Iterator[None]:
-    with without_cache_mode(), ascend_sim.faults.without_atb():
+    with faults.without_cache_mode(), faults.without_atb():
         yield
-
-
-def refused_mask() -> contextlib.AbstractContextManager[None]:
-    """Wheels for CANN 8.3 give a masked output the shape of the input."""
-    right = torch_npu.npu_add_rms_norm_dynamic_quant
-
-    def refusing(*arguments: Any, output_mask: list[bool], **named: Any) -> Any:
-        if not all(output_mask):
-            raise RuntimeError("EZ1001: Input tensor's shape[[1]] should be same with output's")
-        return right(*arguments, output_mask=output_mask, **named)
-
-    return replaced("npu_add_rms_norm_dynamic_quant", refusing)
 
 
 def refused_rotary() -> contextlib.AbstractContextManager[None]:
     """More heads than fit into a core's buffer, or a layout that is not taken."""
-
-    def refusing(*arguments: Any, **named: Any) -> Any:
-        raise RuntimeError("EZ9999: layout is not one")
-
-    return replaced("npu_apply_rotary_pos_emb", refusing)
+    return faults.refusing("aclnnApplyRotaryPosEmbV2", "layout is not one")
 
 
 def wrong_tile() -> contextlib.AbstractContextManager[None]:
@@ -93,10 +65,10 @@ def wrong_tile() -> contextlib.AbstractContextManager[None]:
 
 
 LACKS: dict[str, tuple[Plant, str, int, str]] = {
-    "no cache_mode": (without_cache_mode, "cache_write", 1, "Unknown keyword argument"),
+    "no cache_mode": (faults.without_cache_mode, "cache_write", 1, "Unknown keyword argument"),
     "no cache_mode, no ATB": (without_cache_mode_and_atb, "cache_write", 2, "OSError"),
     "no scatter": (without("npu_scatter_pa_kv_cache"), "cache_write", 1, "AttributeError"),
-    "masked output": (refused_mask, "norm_quant", 1, "EZ1001"),
+    "masked output": (faults.whole_masked_output, "norm_quant", 1, "EZ1001"),
     "no fused norm": (without("npu_add_rms_norm_dynamic_quant"), "norm_quant", 2, "Attribute"),
     "rotary layout": (refused_rotary, "rotate", 1, "layout is not one"),
     "wrong tile": (wrong_tile, "gated_quant", 1, "codes are up to"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -25,7 +26,7 @@ from qwen3_ascend.runtime.backends.npu.capabilities import (
     Capabilities,
     probe,
 )
-from qwen3_ascend.runtime.backends.npu.device import open_device
+from qwen3_ascend.runtime.backends.npu.device import in_one_line, open_device
 from qwen3_ascend.runtime.backends.npu.graph_updates import UpdatedArgument, update_support
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
 
@@ -69,6 +70,31 @@ def test_a_lack_is_met_by_another_form_and_equal_tokens(
         assert choice.form is OPERATIONS[name].forms[form if name == field else 0], name
     assert reason in capabilities.choices[field].reason
     assert tokens == expected
+
+
+@pytest.mark.parametrize(("inner", "form"), [(3072, 0), (9728, 1), (25600, 1)])
+def test_wide_rows_are_tried_at_the_width_of_the_model(inner: int, form: int) -> None:
+    """A kernel that is wrong only where a row takes several tiles: Qwen3-4B and larger."""
+    open_device()
+    config = dataclasses.replace(SMALL_CONFIG, intermediate_size=inner)
+    with ascend_sim.faults.corrupt_wide_swiglu():
+        chosen = probe(config).gated_quant
+    assert chosen.form is OPERATIONS["gated_quant"].forms[form]
+    assert ("codes are up to" in chosen.reason) == bool(form)
+    assert probe(config).gated_quant.form is OPERATIONS["gated_quant"].forms[0]
+
+
+def test_what_torch_npu_raises_becomes_one_line() -> None:
+    raised = RuntimeError(
+        "npu_x:../third_party/op-plugin/x.cpp:124 NPU function error: call aclnnX failed, error "
+        "code is 161002\n[ERROR] 2026 (PID:1) ERR00100 PTA call acl api failed\n[Error]: Parameter "
+        "verification failed.\n   EZ1001: the shape is wrong\n  TraceBack (most recent call last):"
+    )
+    assert in_one_line(raised) == (
+        "call aclnnX failed, error code is 161002: EZ1001: the shape is wrong"
+    )
+    assert in_one_line(OSError()) == "OSError"
+    assert in_one_line(RuntimeError("no stack\nbut lines")) == "no stack"
 
 
 def test_an_operation_without_any_form_says_what_was_tried(monkeypatch: Patch) -> None:
