@@ -28,14 +28,12 @@ def allocate_layers(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[LayerKV, ...]:
-    """Uninitialised memory, since a slot is written before it is read; but padding rows read any
-    slot of the scratch block, so that one is zero."""
+    """Zeros: a kernel may load a whole block and multiply what lies behind a request's last token
+    by a probability of 0, which gives NaN for a NaN that lies there."""
     shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
 
     def blocks() -> Tensor:
-        empty = torch.empty(shape, dtype=dtype, device=device)
-        empty[SCRATCH_BLOCK].zero_()
-        return empty
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     return tuple(LayerKV(blocks(), blocks()) for _ in range(config.num_layers))
 

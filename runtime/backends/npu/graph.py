@@ -49,7 +49,8 @@ class StepBuffers:
         self._starts = (0, section, 2 * section, 3 * section)
         length = 3 * section + rows * width
         self._host = torch.zeros(length, dtype=torch.int32).pin_memory()
-        self._device = torch.zeros(length, dtype=torch.int32, device="npu")
+        self._sections(self._host, rows)[2].copy_(torch.arange(rows))  # a slot for each row
+        self._device = self._host.to("npu")
 
     @property
     def nbytes(self) -> int:
