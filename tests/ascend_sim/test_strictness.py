@@ -9,7 +9,7 @@ import torch
 import torch_npu
 
 import ascend_sim
-from ascend_sim import faults, runtime
+from ascend_sim import faults, runtime, trace
 from ascend_sim.test_graphs import BLOCK, KINDS, Decode, capture
 from ascend_sim.test_refusals import as_nz, dev
 
@@ -112,3 +112,18 @@ def test_captured_task_groups_take_streams() -> None:
         with pytest.raises(RuntimeError, match="no stream left"):
             capture(run)
     del graph, second
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 0), (3, 1)])
+def test_strided_inputs_cost_a_copy_that_the_trace_tells(tokens: int, hidden: int) -> None:
+    """The key heads of q|k|v: a norm of them copies first, unless there is but one token."""
+    key, gamma = dev(tokens, 8, 128)[:, 4:6], dev(128)
+    torch.npu.synchronize()
+    ascend_sim.reset_trace()
+    torch_npu.npu_rms_norm(key, gamma, 1e-6)
+    torch.npu.synchronize()
+    assert len(trace.launches()) == 1 and trace.hidden_copies() == hidden
+    ascend_sim.reset_trace()
+    torch_npu.npu_rms_norm(key.contiguous(), gamma, 1e-6)
+    torch.npu.synchronize()
+    assert len(trace.launches()) == 1 + hidden and trace.hidden_copies() == 0
