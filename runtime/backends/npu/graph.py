@@ -89,25 +89,24 @@ class StepBuffers:
         self._starts = (0, section, 2 * section, 3 * section)
         length = 3 * section + rows * width
         self._host = torch.zeros(length, dtype=torch.int32).pin_memory()
-        self._device = torch.zeros(length, dtype=torch.int32, device="npu")
+        self._sections(self._host, rows)[2].copy_(torch.arange(rows))  # a slot for each row
+        self._device = self._host.to("npu")
 
     @property
     def nbytes(self) -> int:
         """Bytes copied to the device for each step."""
         return self._host.nbytes
 
-    def fill(self, step: StepInputs | None, bucket: int) -> None:
-        """Copies a step in, or none. Rows beyond it are padding: token 0 at position 0, each in
-        its own slot of the scratch block."""
+    def fill(self, step: StepInputs, bucket: int) -> None:
+        """Copies a step in. Rows beyond it are padding: token 0 at position 0, each in its own
+        slot of the scratch block."""
+        count = len(step.context_lens)
         tokens, positions, slots, table = self._sections(self._host, bucket)
         for section in (tokens, positions, table):
             section.zero_()
         slots.copy_(torch.arange(bucket))
-        if step is not None:
-            count = len(step.context_lens)
-            tokens[:count], positions[:count] = step.tokens, step.positions
-            slots[:count] = step.slots
-            table[:count, : step.block_table.shape[1]] = step.block_table
+        tokens[:count], positions[:count], slots[:count] = step.tokens, step.positions, step.slots
+        table[:count, : step.block_table.shape[1]] = step.block_table
         self._device.copy_(self._host, non_blocking=True)
 
     def step(self, bucket: int) -> StepInputs:
@@ -221,7 +220,6 @@ class GraphRunner:
             raise DeviceStuckError(self._stuck) from error
 
     def _capture(self, bucket: int) -> CapturedStep:
-        self._buffers.fill(None, bucket)
         step = self._buffers.step(bucket)
         side = torch_npu.npu.Stream()
         side.wait_stream(torch_npu.npu.current_stream())
