@@ -13,7 +13,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from . import faults, raw, runtime, tensors, trace
+from . import cann, faults, raw, runtime, tensors, trace
 from .limits import Refused, soc
 from .trace import Kind, TraceEntry
 
@@ -23,6 +23,7 @@ __all__ = [
     "Refused",
     "TraceEntry",
     "abandon_pending",
+    "cann",
     "faults",
     "install",
     "installed",
@@ -62,8 +63,8 @@ def install() -> None:
     from .build import libraries
 
     os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
-    without = os.environ.get("ASCEND_SIM_FAULTS", "").split(",")
-    runtime.load(libraries(), with_atb="no_atb" not in without)
+    planted = [name for name in os.environ.get("ASCEND_SIM_FAULTS", "").split(",") if name]
+    runtime.load(libraries(), with_atb="no_atb" not in planted)
 
     import torch  # noqa: F401  (loads torch_npu, its backend)
     import torch_npu  # noqa: F401
@@ -81,6 +82,8 @@ def install() -> None:
     if os.environ.get("ASCEND_SIM_DEVICES") != "0":
         _let_the_queue_give_up_the_lock()
     set_strict(os.environ.get("ASCEND_SIM_STRICT", "1") != "0")
+    cann.plant_paired_wheel()
+    faults.plant_for_the_process([name for name in planted if name != "no_atb"])
     reset_trace()
 
 

@@ -95,7 +95,7 @@ def build_into(folder: Path) -> None:
 
 def _build(out: Path, site: Path) -> None:
     wheel = site / "torch_npu"
-    headers = wheel / "include"
+    headers = next(path for path in _header_folders(wheel) if (path / "acl/acl.h").exists())
     needed = _needed_symbols(wheel, site / "torch")
     atb_symbols = {name for name in needed if "3atb" in name}
     runtime_sources = sorted(SOURCES.glob("*.c"))
@@ -116,6 +116,11 @@ def _build(out: Path, site: Path) -> None:
     (out / "empty.c").write_text("")
     for library in OTHER_LIBRARIES:
         _compile([out / "empty.c"], out / library, headers, "-lascendcl")
+
+
+def _header_folders(wheel: Path) -> tuple[Path, ...]:
+    """Where wheels keep the headers of CANN: 2.13, and 2.10 and older."""
+    return wheel / "include", wheel / "include/third_party/acl/inc"
 
 
 def _compile(sources: Iterable[Path], library: Path, headers: Path, *links: str) -> None:

@@ -91,8 +91,10 @@ def test_out_of_memory_is_an_error() -> None:
 
 def test_fresh_memory_is_poisoned() -> None:
     torch.npu.empty_cache()
-    fresh = torch.empty(30 << 20, dtype=torch.uint8, device="npu")
-    assert fresh[:16].cpu().eq(0xFB).all()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        torch.npu.empty_cache()
+        fresh = torch.empty(15 << 20, dtype=dtype, device="npu").cpu()
+        assert fresh.isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (15, 33), (2, 32, 64)])

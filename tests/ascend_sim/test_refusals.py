@@ -208,7 +208,7 @@ def test_dequant_swiglu_quant(case: str) -> None:
 
 ROTARY: Cases = {
     "head size": (
-        "head size must be 64 or 128, not 32",
+        "head size must be one of .64, 128., not 32",
         dict(
             query=lambda: dev(4, 8, 32),
             key=lambda: dev(4, 2, 32),

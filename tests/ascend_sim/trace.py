@@ -11,7 +11,8 @@ from enum import IntEnum
 from . import runtime
 
 _ENTRY = struct.Struct("=8q2Q64s")
-_notes: dict[int, tuple[str, str, object]] = {}  # kernel number -> door, name, arguments
+# kernel number -> door, name, arguments, hidden copies
+_notes: dict[int, tuple[str, str, object, int]] = {}
 
 FORMAT_CASTS = frozenset(("aclnnNpuFormatCast", "TransData", "Identity"))
 
@@ -44,15 +45,16 @@ class TraceEntry:
     asynchronous: bool = False
     graph: int = 0
     launches: int = 0
+    hidden_copies: int = 0  # kernels that this launch needs besides: copies of strided arguments
 
     @property
     def is_format_cast(self) -> bool:
         return self.kind is Kind.LAUNCH and self.name in FORMAT_CASTS
 
 
-def note(kernel: int, door: str, name: str, arguments: object) -> None:
+def note(kernel: int, door: str, name: str, arguments: object, hidden_copies: int = 0) -> None:
     """Remembers what a kernel number stands for; the text is made only when somebody reads it."""
-    _notes[kernel] = (door, name, arguments)
+    _notes[kernel] = (door, name, arguments, hidden_copies)
 
 
 def read() -> list[TraceEntry]:
@@ -84,9 +86,8 @@ def _entry(
     name: bytes,
 ) -> TraceEntry:
     text = name.split(b"\0", 1)[0].decode()
-    door, text, arguments = (
-        _notes.get(kernel, ("runtime", text, None)) if kernel else ("runtime", text, None)
-    )
+    unknown = ("runtime", text, None, 0)
+    door, text, arguments, hidden_copies = _notes.get(kernel, unknown) if kernel else unknown
     return TraceEntry(
         kind=Kind(kind),
         name=text,
@@ -101,6 +102,7 @@ def _entry(
         asynchronous=kind == Kind.COPY and bool(flag),
         graph=graph,
         launches=flag if kind == Kind.REPLAY else 0,
+        hidden_copies=hidden_copies,
     )
 
 
@@ -112,6 +114,12 @@ def _summary(arguments: object) -> str:
 # ------------------------------------------------------------------ questions tests ask
 def launches(entries: Iterable[TraceEntry] | None = None) -> list[TraceEntry]:
     return [entry for entry in _or_all(entries) if entry.kind is Kind.LAUNCH]
+
+
+def hidden_copies(entries: Iterable[TraceEntry] | None = None) -> int:
+    """How many kernels more than launches() a card runs: it copies strided arguments by itself.
+    Not contained in the `launches` of a replay."""
+    return sum(entry.hidden_copies for entry in launches(entries))
 
 
 def copies(direction: str, entries: Iterable[TraceEntry] | None = None) -> list[TraceEntry]:

@@ -1,66 +1,55 @@
 """Planted lacks: what a torch_npu or CANN does not have, or computes wrongly.
 
-Each is (plant, the field of Capabilities that notices, the number of the form that is used then,
-what its reason says).
+Each is (a context manager that plants it, the field of Capabilities that notices, the number of the
+form that is used then, what its reason says).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import ascend_sim
 import pytest
 import torch
 import torch_npu
+from ascend_sim import faults
 
-Patch = pytest.MonkeyPatch
+Plant = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def without(name: str) -> Callable[[Patch], None]:
+@contextlib.contextmanager
+def replaced(name: str, operator: Callable[..., Any]) -> Iterator[None]:
+    """A torch_npu with another operator of this name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_npu, name, operator)
+        yield
+
+
+def without(name: str) -> Plant:
     """A torch_npu that lacks an operator."""
-    return lambda patch: patch.delattr(torch_npu, name)
+
+    @contextlib.contextmanager
+    def plant() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(torch_npu, name)
+            yield
+
+    return plant
 
 
-def without_cache_mode(patch: Patch) -> None:
-    """Wheels for CANN 8.3 and 8.5, in torch's words."""
-    right = torch_npu.npu_scatter_pa_kv_cache
-
-    def refusing(*arguments: Any, **named: Any) -> None:
-        if "cache_mode" in named:
-            raise RuntimeError("npu::npu_scatter_pa_kv_cache() Unknown keyword argument")
-        right(*arguments, **named)
-
-    patch.setattr(torch_npu, "npu_scatter_pa_kv_cache", refusing)
+@contextlib.contextmanager
+def without_cache_mode_and_atb() -> Iterator[None]:
+    with faults.without_cache_mode(), faults.without_atb():
+        yield
 
 
-def without_cache_mode_and_atb(patch: Patch) -> None:
-    without_cache_mode(patch)
-    patch.setattr(ascend_sim.faults, "_without_atb", True)
-
-
-def refused_mask(patch: Patch) -> None:
-    """Wheels for CANN 8.3 give a masked output the shape of the input."""
-    right = torch_npu.npu_add_rms_norm_dynamic_quant
-
-    def refusing(*arguments: Any, output_mask: Any = None, **named: Any) -> Any:
-        if output_mask is not None:
-            raise RuntimeError("EZ1001: Input tensor's shape[[1]] should be same with output's")
-        return right(*arguments, **named)
-
-    patch.setattr(torch_npu, "npu_add_rms_norm_dynamic_quant", refusing)
-
-
-def refused_rotary(patch: Patch) -> None:
+def refused_rotary() -> contextlib.AbstractContextManager[None]:
     """More heads than fit into a core's buffer, or a layout that is not taken."""
-
-    def refusing(*arguments: Any, **named: Any) -> Any:
-        raise RuntimeError("EZ9999: layout is not one")
-
-    patch.setattr(torch_npu, "npu_apply_rotary_pos_emb", refusing)
+    return faults.refusing("aclnnApplyRotaryPosEmbV2", "layout is not one")
 
 
-def wrong_tile(patch: Patch) -> None:
+def wrong_tile() -> contextlib.AbstractContextManager[None]:
     """The second half of each row is quantized with the scale of the first: what a row of tiles
     would be if a kernel did not wait for the maximum of all."""
     right = torch_npu.npu_dequant_swiglu_quant
@@ -72,15 +61,15 @@ def wrong_tile(patch: Patch) -> None:
         second, _ = right(torch.cat((gate[:, half:], up[:, half:]), -1).contiguous(), **named)
         return torch.cat((first, second), -1), scale
 
-    patch.setattr(torch_npu, "npu_dequant_swiglu_quant", wrong)
+    return replaced("npu_dequant_swiglu_quant", wrong)
 
 
-LACKS = {
-    "no cache_mode": (without_cache_mode, "cache_write", 1, "Unknown keyword argument"),
+LACKS: dict[str, tuple[Plant, str, int, str]] = {
+    "no cache_mode": (faults.without_cache_mode, "cache_write", 1, "Unknown keyword argument"),
     "no cache_mode, no ATB": (without_cache_mode_and_atb, "cache_write", 2, "OSError"),
     "no scatter": (without("npu_scatter_pa_kv_cache"), "cache_write", 1, "AttributeError"),
-    "masked output": (refused_mask, "norm_quant", 1, "EZ1001"),
-    "no fused norm": (without("npu_add_rms_norm_dynamic_quant"), "norm_quant", 1, "Attribute"),
+    "masked output": (faults.whole_masked_output, "norm_quant", 1, "EZ1001"),
+    "no fused norm": (without("npu_add_rms_norm_dynamic_quant"), "norm_quant", 2, "Attribute"),
     "rotary layout": (refused_rotary, "rotate", 1, "layout is not one"),
     "wrong tile": (wrong_tile, "gated_quant", 1, "codes are up to"),
     "no fused gate": (without("npu_dequant_swiglu_quant"), "gated_quant", 1, "AttributeError"),

@@ -1,4 +1,5 @@
-"""Blocks of the cache as the kernel of attention counts them: shared ones and padding too."""
+"""Blocks of the cache as the kernel of attention counts them, here as on a card: ceil(length /
+block size) of each row, shared ones and padding too."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ from typing import Any
 import ascend_sim
 import pytest
 import torch
-import torch_npu
 
 from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.errors import OptionError
@@ -21,25 +21,6 @@ from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
 
 BLOCK = 128
-
-
-@pytest.fixture
-def strict_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused kernel counts the blocks of all rows, as on a card: ceil(length / block size) of
-    each, whoever else has the block."""
-
-    operator = torch_npu.npu_fused_infer_attention_score
-
-    def counting(query: torch.Tensor, key: torch.Tensor, *values: Any, **named: Any) -> Any:
-        lengths = named["actual_seq_lengths_kv"]
-        needed = sum(-(-length // named["block_size"]) for length in lengths)
-        if needed > len(key):
-            rule = f"the first dim of key({len(key)}) should not less than valid block num"
-            raise RuntimeError(f"{rule}({needed}) when PA enable")
-        return operator(query, key, *values, **named)
-
-    counting.out = operator.out  # type: ignore[attr-defined]  # torch_npu knows it by identity
-    monkeypatch.setattr(torch_npu, "npu_fused_infer_attention_score", counting)
 
 
 def chat(path: Path, device: str, prompts: list[list[int]], **options: Any) -> list[Any]:
@@ -62,7 +43,7 @@ def shared_prompts(path: Path, count: int) -> list[list[int]]:
 @pytest.mark.every_mode
 @pytest.mark.parametrize("graph", [False, True])
 def test_prompts_that_share_more_blocks_than_there_are(
-    checkpoints: dict[str, Path], strict_attention: None, graph: bool
+    checkpoints: dict[str, Path], graph: bool
 ) -> None:
     """Six times three blocks, two of them shared, in a cache of ten: computed in parts."""
     prompts = shared_prompts(checkpoints["w8a8"], 6)
@@ -76,7 +57,7 @@ def test_prompts_that_share_more_blocks_than_there_are(
 
 @pytest.mark.every_mode
 def test_a_bucket_of_more_rows_than_the_cache_was_asked_to_have_blocks(
-    checkpoints: dict[str, Path], strict_attention: None
+    checkpoints: dict[str, Path],
 ) -> None:
     """Three requests in a full cache of four blocks, padded to sixteen rows."""
     ids = shared_prompts(checkpoints["w8a8"], 1)[0]

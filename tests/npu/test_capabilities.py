@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -13,7 +14,9 @@ from typing import Any
 import ascend_sim
 import pytest
 import torch_npu
-from npu.lacks import LACKS, Patch
+from ascend_sim import cann
+from ascend_sim.cann import pretending
+from npu.lacks import LACKS
 
 from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.errors import DeviceError
@@ -25,9 +28,11 @@ from qwen3_ascend.runtime.backends.npu.capabilities import (
     Capabilities,
     probe,
 )
-from qwen3_ascend.runtime.backends.npu.device import open_device
+from qwen3_ascend.runtime.backends.npu.device import in_one_line, open_device
 from qwen3_ascend.runtime.backends.npu.graph_updates import UpdatedArgument, update_support
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
+
+Patch = pytest.MonkeyPatch
 
 PROMPTS = [f"What does {word} mean?" for word in ("river", "bicycle", "house")]
 PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True)
@@ -45,27 +50,78 @@ def probed() -> Capabilities:
     return probe(SMALL_CONFIG)
 
 
-def test_a_current_wheel_has_the_fastest_form_of_each() -> None:
-    capabilities = probed()
-    assert set(capabilities.choices) == set(OPERATIONS)
-    for field, choice in capabilities.choices.items():
-        assert (choice.form, choice.reason) == (OPERATIONS[field].forms[0], ""), field
-    assert all(support.usable for support in capabilities.supports.values())
+CHOSEN = {
+    "8.3": {"cache_write": 1, "norm_quant": 1},
+    "8.5": {"cache_write": 1},
+    "9.0": {},
+    "9.1": {},
+}
+"""The numbers of the forms that are used with each CANN and a wheel of it, where not the first."""
+
+
+@pytest.mark.every_mode
+@pytest.mark.parametrize("cann", [name for name in CHOSEN if name <= cann.current().name])
+def test_each_cann_has_its_forms_and_the_tokens_of_the_cpu(
+    cann: str, checkpoints: dict[str, Path]
+) -> None:
+    """With graphs, whose updates are of three generations; in a process that pretends an older
+    CANN, only that and those before: what its wheel lacks cannot be given back."""
+    expected = tokens_of(checkpoints["w8a8"], "cpu")
+    ascend_sim.reset_trace()
+    with pretending(cann):
+        capabilities = probed()
+        tokens = tokens_of(checkpoints["w8a8"])
+    assert tokens == expected and ascend_sim.trace.replays()
+    for name, choice in capabilities.choices.items():
+        form = CHOSEN[cann].get(name, 0)
+        assert choice.form is OPERATIONS[name].forms[form], name
+        assert bool(choice.reason) == bool(form)
+    unusable = {name for name, each in capabilities.supports.items() if not each.usable}
+    assert unusable == ({"paged_update"} if cann == "8.3" else set())
 
 
 @pytest.mark.every_mode
 @pytest.mark.parametrize("lack", LACKS)
 def test_a_lack_is_met_by_another_form_and_equal_tokens(
-    lack: str, checkpoints: dict[str, Path], monkeypatch: Patch
+    lack: str, checkpoints: dict[str, Path]
 ) -> None:
     plant, field, form, reason = LACKS[lack]
     expected = tokens_of(checkpoints["w8a8"], "cpu")
-    plant(monkeypatch)
-    capabilities = probed()
+    sound = probed()
+    with plant():
+        capabilities = probed()
+        tokens = tokens_of(checkpoints["w8a8"])
     for name, choice in capabilities.choices.items():
-        assert choice.form is OPERATIONS[name].forms[form if name == field else 0], name
+        forms = OPERATIONS[name].forms
+        usual = forms.index(sound.choices[name].form)
+        assert choice.form is forms[max(form, usual) if name == field else usual], name
     assert reason in capabilities.choices[field].reason
-    assert tokens_of(checkpoints["w8a8"]) == expected
+    assert tokens == expected
+
+
+@pytest.mark.parametrize(("inner", "form"), [(3072, 0), (9728, 1), (25600, 1)])
+def test_wide_rows_are_tried_at_the_width_of_the_model(inner: int, form: int) -> None:
+    """A kernel that is wrong only where a row takes several tiles: Qwen3-4B and larger."""
+    open_device()
+    config = dataclasses.replace(SMALL_CONFIG, intermediate_size=inner)
+    with ascend_sim.faults.corrupt_wide_swiglu():
+        chosen = probe(config).gated_quant
+    assert chosen.form is OPERATIONS["gated_quant"].forms[form]
+    assert ("codes are up to" in chosen.reason) == bool(form)
+    assert probe(config).gated_quant.form is OPERATIONS["gated_quant"].forms[0]
+
+
+def test_what_torch_npu_raises_becomes_one_line() -> None:
+    raised = RuntimeError(
+        "npu_x:../third_party/op-plugin/x.cpp:124 NPU function error: call aclnnX failed, error "
+        "code is 161002\n[ERROR] 2026 (PID:1) ERR00100 PTA call acl api failed\n[Error]: Parameter "
+        "verification failed.\n   EZ1001: the shape is wrong\n  TraceBack (most recent call last):"
+    )
+    assert in_one_line(raised) == (
+        "call aclnnX failed, error code is 161002: EZ1001: the shape is wrong"
+    )
+    assert in_one_line(OSError()) == "OSError"
+    assert in_one_line(RuntimeError("no stack\nbut lines")) == "no stack"
 
 
 def test_an_operation_without_any_form_says_what_was_tried(monkeypatch: Patch) -> None:

@@ -64,6 +64,9 @@ def test_a_wrong_operator_does_not_conform(monkeypatch: pytest.MonkeyPatch) -> N
 AREAS = {"environment", "capabilities", "forms", "layout", "load", "operators", "generation"}
 
 
+SKIPPED_VARIANT = ("generation", "skipped")
+
+
 def examine(checkpoint: Path | None) -> doctor.Report:
     return doctor.run(checkpoint, lambda check: None)
 
@@ -76,10 +79,16 @@ def test_the_whole_examination(checkpoints: dict[str, Path], tmp_path: Path) -> 
     report = json.loads(path.read_text())
     assert report["ok"] and report["environment"]["torch_npu"] == torch.__version__.split("+")[0]
     assert {check["area"] for check in report["checks"]} == AREAS
-    assert [one for one in report["checks"] if one["status"] not in ("ok", "skipped")] == []
+    noted = {one["area"] for one in report["checks"] if one["status"] == "noted"}
+    lacking = not ascend_sim.cann.current().cache_mode  # an older CANN is pretended
+    assert noted == ({"capabilities", "forms"} if lacking else set())
     names = " ".join(check["name"] for check in report["checks"])
     assert "w8a8: linear (w8a8, [1536, 256], 17 tokens)" in names  # the model's own sizes
-    assert len(report["speeds"]) == 2 * len(VARIANTS)
+    left_out = [
+        one["name"] for one in report["checks"] if (one["area"], one["status"]) == SKIPPED_VARIANT
+    ]
+    assert len(report["speeds"]) == 2 * (len(VARIANTS) - len(left_out))
+    assert all("paged --graph" in name for name in left_out)
     assert all(0 < speed["host_us"] <= 1000 * speed["step_ms"] for speed in report["speeds"])
     _, paste = result.output.split("Paste this into an issue:")
     fastest = min((s for s in report["speeds"] if s["batch"] == 1), key=lambda s: s["step_ms"])
@@ -94,17 +103,17 @@ def test_without_a_checkpoint_small_random_models_are_examined() -> None:
 
 
 @pytest.mark.parametrize("lack", LACKS)
-def test_a_lack_is_named_and_nothing_fails(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_is_named_and_nothing_fails(lack: str) -> None:
     plant, field, form, reason = LACKS[lack]
-    plant(monkeypatch)
-    open_device()
     operation = OPERATIONS[field]
-    found = [*machine.capabilities(SMALL_CONFIG)]
+    open_device()
+    with plant():
+        found = [*machine.capabilities(SMALL_CONFIG)]
+        tried = {check.name: check.status for check in machine.forms(SMALL_CONFIG)}
     noted = {check.name: check.detail for check in found if check.status == "noted"}
     assert [*noted] == [operation.name]
     assert noted[operation.name].startswith(operation.forms[form].name)
     assert reason in noted[operation.name]
-    tried = {check.name: check.status for check in machine.forms(SMALL_CONFIG)}
     refused = [name for name, status in tried.items() if status == "noted"]
     assert refused == [f"{operation.name} with {each.name}" for each in operation.forms[:form]]
 

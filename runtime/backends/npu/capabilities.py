@@ -20,7 +20,7 @@ import torch_npu
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu import trials
-from qwen3_ascend.runtime.backends.npu.device import first_line, require_atb
+from qwen3_ascend.runtime.backends.npu.device import in_one_line, require_atb
 from qwen3_ascend.runtime.backends.npu.graph_updates import (
     Support,
     UpdatedArgument,
@@ -195,7 +195,7 @@ def objection(form: Form[Call], trial: Callable[[Call], None]) -> str | None:
         trial(form.call)
         torch_npu.npu.synchronize()
     except Exception as error:  # whatever a wheel or a driver raises, another form may work
-        return f"{type(error).__name__}: {first_line(error)}"
+        return f"{type(error).__name__}: {in_one_line(error)}"
     return None
 
 

@@ -6,6 +6,7 @@ import atexit
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -21,6 +22,13 @@ A2_SOCS = range(220, 226)
 A3_SOCS = range(250, 257)
 
 ATB_LIBRARY = "libatb.so"
+
+CALL_FAILED = "NPU function error: "
+CANN_NUMBER = r"\bE[A-Z\d]\d{4}\b"
+"""Parts of torch_npu's exceptions; see in_one_line."""
+
+LINE = 300
+"""Characters of an exception that we quote."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def import_torch_npu() -> Any:
         import torch_npu
     except (ImportError, OSError, RuntimeError) as error:
         raise DeviceError(
-            f"torch_npu does not load ({first_line(error)}): CANN is missing or not set up; "
+            f"torch_npu does not load ({in_one_line(error)}): CANN is missing or not set up; "
             f"install the CANN toolkit and kernels and run: source .../ascend-toolkit/set_env.sh"
         ) from error
     return torch_npu
@@ -106,7 +114,7 @@ def open_device(index: int = 0) -> DeviceInfo:
         return _describe(npu, index)
     except RuntimeError as error:
         raise DeviceError(
-            f"the NPU driver does not answer ({first_line(error)}); check `npu-smi info`"
+            f"the NPU driver does not answer ({in_one_line(error)}); check `npu-smi info`"
         ) from error
 
 
@@ -137,7 +145,7 @@ def require_atb() -> None:
         ctypes.CDLL(ATB_LIBRARY)
     except OSError as error:
         raise DeviceError(
-            f"{ATB_LIBRARY} is missing ({first_line(error)}): attention=paged needs NNAL/ATB; "
+            f"{ATB_LIBRARY} is missing ({in_one_line(error)}): attention=paged needs NNAL/ATB; "
             f"install Ascend-cann-nnal and run: source .../nnal/atb/set_env.sh, "
             f"or use attention=fused"
         ) from error
@@ -171,7 +179,17 @@ def _describe(npu: Any, index: int) -> DeviceInfo:
     )
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, as far as it fits into a line of ours."""
+def in_one_line(error: BaseException) -> str:
+    """What an exception says, as far as it fits into a line of ours.
+
+    torch_npu's exceptions begin with a path and end with what CANN said, mostly behind a number
+    such as EZ1001; in between they repeat themselves.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    first = lines[0].split(CALL_FAILED)[-1]
+    if len(lines) == 1 or first == lines[0]:
+        return first[:LINE]
+    cause = next((line for line in lines[1:] if re.search(CANN_NUMBER, line)), lines[-1])
+    return f"{first}: {cause}"[:LINE]

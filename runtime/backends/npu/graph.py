@@ -24,7 +24,7 @@ from torch import Tensor
 from qwen3_ascend.errors import DeviceError, DeviceStuckError, OptionError
 from qwen3_ascend.runtime.backends.base import Forward
 from qwen3_ascend.runtime.backends.npu.attention import AttentionStrategy
-from qwen3_ascend.runtime.backends.npu.device import first_line, leave_without_waiting
+from qwen3_ascend.runtime.backends.npu.device import in_one_line, leave_without_waiting
 from qwen3_ascend.runtime.backends.step import StepInputs
 
 WARM_UPS = 2
@@ -89,7 +89,8 @@ class StepBuffers:
         self._starts = (0, section, 2 * section, 3 * section)
         length = 3 * section + rows * width
         self._host = torch.zeros(length, dtype=torch.int32).pin_memory()
-        self._device = torch.zeros(length, dtype=torch.int32, device="npu")
+        self._sections(self._host, rows)[2].copy_(torch.arange(rows))  # a slot for each row
+        self._device = self._host.to("npu")
 
     @property
     def nbytes(self) -> int:
@@ -178,7 +179,7 @@ class GraphRunner:
                 self._captured[bucket] = self._capture(bucket)
             except RuntimeError as error:
                 raise DeviceError(
-                    f"a step of {bucket} rows cannot be captured ({first_line(error)}); "
+                    f"a step of {bucket} rows cannot be captured ({in_one_line(error)}); "
                     f"use graph=off"
                 ) from error
             progress(1)
@@ -212,7 +213,7 @@ class GraphRunner:
             graph.update(cpu_update_input=[lengths])
         except Exception as error:  # whatever it is, the device waits for what did not come
             self._stuck = (
-                f"a captured step did not get its context lengths ({first_line(error)}), and the "
+                f"a captured step did not get its context lengths ({in_one_line(error)}), and the "
                 f"device now waits for them for ever: end this process; graph=off does without"
             )
             leave_without_waiting()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch_npu
 
-from qwen3_ascend.runtime.backends.npu.device import first_line
+from qwen3_ascend.runtime.backends.npu.device import in_one_line
 
 HANDLERS = "torch_npu.npu._npugraph_handlers.npugraph_handler"
 
@@ -63,7 +63,7 @@ def update_support(argument: UpdatedArgument) -> Support:
         torch_npu.npu.NPUGraph.update  # noqa: B018 (absent from wheels that capture, but never update)
         source, known = _known_keys(argument)
     except Exception as error:
-        return Support(what, False, f"torch_npu {torch_npu.__version__}: {first_line(error)}")
+        return Support(what, False, f"torch_npu {torch_npu.__version__}: {in_one_line(error)}")
     if argument.key in known:
         return Support(what, True, source)
     keys = ", ".join(dict.fromkeys(known)) or "none"

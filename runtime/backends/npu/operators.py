@@ -70,9 +70,23 @@ def fused_norm_quant(
     Masking the second output makes wheels for CANN 8.3 fail, which allocate it in the size of the
     input while the operator returns one element.
     """
+    return _norm_quant(hidden, delta, weight, epsilon, second_output=False)
+
+
+def unmasked_norm_quant(
+    hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float
+) -> tuple[QuantizedActivation, Tensor]:
+    """One launch too, and the same numbers; the second output is written for nobody. vllm-ascend
+    calls it so with CANN 8.3."""
+    return _norm_quant(hidden, delta, weight, epsilon, second_output=True)
+
+
+def _norm_quant(
+    hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, second_output: bool
+) -> tuple[QuantizedActivation, Tensor]:
     delta = torch.zeros_like(hidden) if delta is None else delta
     codes, _, total, scale, _ = torch_npu.npu_add_rms_norm_dynamic_quant(
-        hidden, delta, weight, epsilon=epsilon, output_mask=[True, False]
+        hidden, delta, weight, epsilon=epsilon, output_mask=[True, second_output]
     )
     return QuantizedActivation(codes, scale), total
 
@@ -132,6 +146,7 @@ CACHE_WRITES: tuple[Form[CacheWrite], ...] = (
 )
 NORM_QUANTS: tuple[Form[NormQuant], ...] = (
     Form("npu_add_rms_norm_dynamic_quant", fused_norm_quant),
+    Form("npu_add_rms_norm_dynamic_quant with both outputs", unmasked_norm_quant),
     Form("npu_add_rms_norm, npu_dynamic_quant", norm_then_quant),
 )
 GATED_QUANTS: tuple[Form[GatedQuant], ...] = (

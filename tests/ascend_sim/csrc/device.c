@@ -83,7 +83,13 @@ API aclError aclrtDeviceCanAccessPeer(int32_t *can, int32_t device, int32_t peer
 /* ----------------------------------------------------------- properties */
 API const char *aclrtGetSocName(void) { return sim_setting("ASCEND_SIM_SOC", "Ascend910B3"); }
 
-static const char *cann_version(void) { return sim_setting("ASCEND_SIM_CANN", "9.0.0"); }
+/* cann.py knows the releases; only this one was published as a candidate. */
+static const char *cann_version(void) {
+    static __thread char version[32];
+    const char *name = sim_setting("ASCEND_SIM_CANN", "9.1");
+    snprintf(version, sizeof version, "%s.%s", name, strcmp(name, "8.3") ? "0" : "RC1");
+    return version;
+}
 API aclError aclsysGetVersionStr(char *package, char *version) {
     (void)package;
     strcpy(version, cann_version());

@@ -43,6 +43,10 @@ static int wait_in_capture(Stream *stream, Event *event) {
     if (stream->capture && stream->capture != event->capture)
         return sim_fail(ACL_ERROR_STREAM_CAPTURE_CONFLICT, "stream %d belongs to another capture",
                         stream->id);
+    if (!stream->capture) {
+        int error = sim_take_stream(event->capture);
+        if (error) return error;
+    }
     stream->capture = event->capture;
     stream->capture_ops++; /* the edge itself has to be joined as well */
     if (event->stream != stream && event->stream->capture_ops == event->capture_ops)

@@ -73,6 +73,8 @@ API aclError aclmdlRICaptureBegin(aclrtStream handle, aclmdlRICaptureMode mode) 
         return sim_fail(ACL_ERROR_RT_STREAM_CAPTURE_IMPLICIT,
                         "the default stream cannot be captured");
     Model *model = calloc(1, sizeof *model);
+    int error = sim_take_stream(model);
+    if (error) return error;
     model->id = models_made++;
     model->origin = stream;
     model->capturing = 1;
@@ -141,7 +143,13 @@ API aclError aclmdlRIExecuteAsync(aclmdlRI handle, aclrtStream on) {
     return sim_submit(stream, task);
 }
 /* The tasks leak on purpose: a replay may still be queued. */
-API aclError aclmdlRIDestroy(aclmdlRI handle) { return (void)handle, sim_run_everything(), 0; }
+API aclError aclmdlRIDestroy(aclmdlRI handle) {
+    Model *model = handle;
+    sim_run_everything();
+    sim_give_streams(model->streams);
+    model->streams = 0;
+    return 0;
+}
 API aclError aclmdlRIGetId(aclmdlRI handle, uint32_t *id) { return *id = ((Model *)handle)->id, 0; }
 API aclError aclmdlRIDebugPrint(aclmdlRI handle) {
     for (Task *task = ((Model *)handle)->tasks.head; task; task = task->next)
@@ -156,6 +164,8 @@ API aclError aclmdlRICaptureTaskGrpBegin(aclrtStream handle) {
         return sim_fail(ACL_ERROR_RT_STREAM_NOT_CAPTURED, "a task group outside a capture");
     if (stream->group)
         return sim_fail(ACL_ERROR_STREAM_TASK_GROUP_STATUS, "a task group is already open");
+    int error = sim_take_stream(stream->capture);
+    if (error) return error;
     Group *group = calloc(1, sizeof *group);
     group->model = stream->capture;
     Task *task = sim_task(TASK_GROUP, "task_group");
@@ -173,8 +183,14 @@ API aclError aclmdlRICaptureTaskGrpEnd(aclrtStream handle, aclrtTaskGrp *out) {
     return 0;
 }
 
+static int updates_to_pass = -1; /* planted fault: how many updates work before all fail; -1 = off */
+API void sim_fail_updates(int after) { updates_to_pass = after; }
+
 API aclError aclmdlRICaptureTaskUpdateBegin(aclrtStream handle, aclrtTaskGrp captured) {
     Stream *stream = sim_stream(handle);
+    if (updates_to_pass == 0)
+        return sim_fail(ACL_ERROR_RT_INTERNAL_ERROR, "planted fault: this update fails");
+    updates_to_pass -= updates_to_pass > 0;
     if (stream->update || stream->capture)
         return sim_fail(ACL_ERROR_STREAM_TASK_GROUP_STATUS, "stream %d already records or updates",
                         stream->id);

@@ -1,7 +1,7 @@
 /* Memory blocks, copies between them, and the account of both.
  *
- * Fresh device memory is filled with 0xFB (about -1e36 in fp32, negative in int32), so that a
- * read of memory nobody wrote shows up in the result. */
+ * Fresh device memory is filled with a pattern that is NaN in bf16, fp16, fp32 and fp64 and a huge
+ * number in int32 and int64, so that a read of memory nobody wrote shows up in the result. */
 #include "sim.h"
 
 typedef struct Block {
@@ -38,6 +38,13 @@ API int sim_is_device(const void *pointer, size_t bytes) {
     return block && block->on_device && (char *)pointer + bytes <= block->start + block->bytes;
 }
 
+enum { POISON = 0x7FFD };
+
+static void poison(void *start, size_t bytes) {
+    uint16_t *words = start;
+    for (size_t i = 0; i < bytes / 2; i++) words[i] = POISON;
+}
+
 static int allocate(void **out, size_t bytes, int on_device) {
     if (on_device && device_bytes + bytes > hbm_bytes())
         return sim_fail(ACL_ERROR_RT_MEMORY_ALLOCATION,
@@ -46,7 +53,7 @@ static int allocate(void **out, size_t bytes, int on_device) {
     void *start;
     if (posix_memalign(&start, on_device ? 2 << 20 : 4096, bytes ? bytes : 1))
         return sim_fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "the host has no memory left");
-    if (on_device) memset(start, 0xFB, bytes);
+    if (on_device) poison(start, bytes);
     Block *block = malloc(sizeof *block);
     pthread_mutex_lock(&sim_lock);
     *block = (Block){blocks, start, bytes, on_device};

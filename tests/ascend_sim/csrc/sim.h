@@ -110,6 +110,7 @@ struct Model {
     uint32_t id;
     TaskList tasks;
     int64_t kernels, copies, prefetches, groups;
+    int streams; /* of the device, taken until the model is destroyed */
     Stream *origin;
     int capturing;
 };
@@ -161,6 +162,8 @@ int sim_submit(Stream *stream, Task *task);
 int sim_drain(Stream *stream, uint64_t until);
 int sim_synchronize(Stream *stream);
 void sim_run_everything(void);
+int sim_take_stream(Model *model);
+void sim_give_streams(int count);
 int sim_forbidden_in_capture(const char *what);
 int sim_advance_replay(Task *task, int (*run)(Stream *, Task *), Stream *stream);
 int sim_capture_task(Stream *stream, Task *task); /* 1 = the task went into a capture */

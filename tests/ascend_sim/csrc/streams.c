@@ -191,11 +191,38 @@ API int sim_launch(void *handle, const char *name, int64_t kernel) {
     return error;
 }
 
-/* --------------------------------------------------------------- streams */
+/* --------------------------------------------------------------- streams
+ * A card has a limited number of them.  Whoever creates one takes one, and so do captured models:
+ * one for the captured stream, one for each stream forked into the capture, one for each task
+ * group, which the update exchanges as a whole. */
+static int streams_used = 1, stream_limit;
+
+static int limit_of_streams(void) {
+    if (!stream_limit) stream_limit = atoi(sim_setting("ASCEND_SIM_STREAM_LIMIT", "2048"));
+    return stream_limit;
+}
+API int sim_streams_used(void) { return streams_used; }
+API int sim_set_stream_limit(int count) {
+    int before = limit_of_streams();
+    stream_limit = count;
+    return before;
+}
+int sim_take_stream(Model *model) {
+    if (streams_used >= limit_of_streams())
+        return sim_fail(ACL_ERROR_RT_NO_STREAM_RESOURCE,
+                        "the device has no stream left: %d are in use", streams_used);
+    streams_used++;
+    if (model) model->streams++;
+    return 0;
+}
+void sim_give_streams(int count) { streams_used -= count; }
+
 API int sim_stream_id(void *handle) { return sim_stream(handle)->id; }
 
 API aclError aclrtCreateStreamWithConfig(aclrtStream *out, uint32_t priority, uint32_t flag) {
     (void)priority, (void)flag;
+    int error = sim_take_stream(NULL);
+    if (error) return error;
     Stream *stream = calloc(1, sizeof *stream);
     pthread_mutex_lock(&sim_lock);
     stream->id = streams_made++;
@@ -207,9 +234,11 @@ API aclError aclrtCreateStreamWithConfig(aclrtStream *out, uint32_t priority, ui
 }
 API aclError aclrtCreateStream(aclrtStream *out) { return aclrtCreateStreamWithConfig(out, 0, 0); }
 API aclError aclrtDestroyStream(aclrtStream handle) {
-    return sim_synchronize(sim_stream(handle)), 0;
+    return sim_synchronize(sim_stream(handle)), sim_give_streams(1), 0;
 }
-API aclError aclrtDestroyStreamForce(aclrtStream handle) { return (void)handle, 0; }
+API aclError aclrtDestroyStreamForce(aclrtStream handle) {
+    return (void)handle, sim_give_streams(1), 0;
+}
 API aclError aclrtStreamGetId(aclrtStream handle, int32_t *id) {
     return *id = sim_stream(handle)->id, 0;
 }

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import runtime, tensors, trace
+from .. import faults, runtime, tensors, trace
 
 Plan = Callable[..., Callable[[], None]]
 FLOAT_KINDS = frozenset("df")
@@ -105,12 +105,28 @@ def _decode(stand_in: StandIn, integers: Sequence[int], floats: Sequence[float])
     ]
 
 
+READS_STRIDES = frozenset(("aclnnInplaceCopy",))
+"""Operators that are such a copy themselves."""
+
+
+def _hidden_copies(name: str, arguments: list[object]) -> int:
+    """Strided arguments, each of which costs a kernel of its own (AutoContiguous of the operator
+    definitions, l0op::Contiguous and ViewCopy of the aclnn layer).  Matrices read as transposed
+    views cost none; tensors in lists are not counted."""
+    if name in READS_STRIDES:
+        return 0
+    layouts = [each.layout for each in arguments if isinstance(each, tensors.DeviceTensor)]
+    return sum(not (each.contiguous or each.transposed or each.nz) for each in layouts)
+
+
 def _plan_call(index: int, integers: Sequence[int], floats: Sequence[float]) -> int:
     stand_in = _stand_ins[index]
     try:
         arguments = _decode(stand_in, integers, floats)
+        faults.refuse(stand_in.name, arguments)
         number = runtime.add_kernel(stand_in.plan(*arguments))
-        trace.note(number, "aclnn", stand_in.name, arguments)
+        copies = _hidden_copies(stand_in.name, arguments)
+        trace.note(number, "aclnn", stand_in.name, arguments, copies)
         return number
     except Exception as error:
         runtime.set_error(f"{stand_in.name}: {error}")

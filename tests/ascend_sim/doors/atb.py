@@ -36,6 +36,7 @@ def _kernel(name: str, plan: Plan) -> Callable[..., torch.Tensor | None]:
     def call(*values: object, **named: object) -> torch.Tensor | None:
         faults.require_atb()
         arguments = [_argument(value) for value in values]
+        faults.refuse(name, arguments)
         outcome = plan(*arguments, **{key: _argument(value) for key, value in named.items()})
         if isinstance(outcome, torch.Tensor):
             return outcome  # a question about workspace, answered without a launch

@@ -18,7 +18,7 @@ from ..limits import require
 from ..tensors import DeviceTensor
 from . import fused_attention_limits as limits
 from .fused_attention_limits import OPERATOR
-from .softmax_attention import attend, gather_pages, log_sum_exp
+from .softmax_attention import attend, gather_pages, gather_values, log_sum_exp
 
 SIGNATURE = (
     "query:T keys:L values:L pse_shift:T mask:T query_lengths:I kv_lengths:I "
@@ -113,7 +113,8 @@ def compute(
         if sequence.kv_length == 0:
             continue
         rows = query[sequence.query_rows]
-        k, v = (rows_of(call, t, sequence) for t in (keys, values))
+        k = rows_of(call, keys, sequence, gather_pages)
+        v = rows_of(call, values, sequence, gather_values)
         masked = mask_of(call, sequence, rows.shape[0])
         result[sequence.query_rows] = attend(rows, k, v, call.scale, masked)
         if call.lse_flag:
@@ -153,10 +154,15 @@ def pages_or_rows(call: SimpleNamespace, x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(-1, (call.kv_heads, -1)) if x.dim() == 3 else x.transpose(1, 2)
 
 
-def rows_of(call: SimpleNamespace, x: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+Gather = Callable[[str, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def rows_of(
+    call: SimpleNamespace, x: torch.Tensor, sequence: Sequence, gather: Gather
+) -> torch.Tensor:
     if call.table is None:
         return x[sequence.kv_start : sequence.kv_start + sequence.kv_length]
-    return gather_pages(OPERATOR, x, call.table.read()[sequence.index], sequence.kv_length)
+    return gather(OPERATOR, x, call.table.read()[sequence.index], sequence.kv_length)
 
 
 def mask_of(call: SimpleNamespace, sequence: Sequence, rows: int) -> torch.Tensor | None:

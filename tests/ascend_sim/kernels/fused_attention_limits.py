@@ -192,6 +192,7 @@ def check_lengths(call: SimpleNamespace, shape: Shape) -> None:
     require(not paged or call.kv_lengths, OPERATOR, "a block table needs actual_seq_lengths_kv")
     if call.layout == "TND":
         _check_tnd_lengths(call, shape)
+        _check_blocks(call, call.kv_lengths)
         return
     for name, lengths, most in (
         ("actual_seq_lengths", call.query_lengths, shape.query_length),
@@ -204,6 +205,19 @@ def check_lengths(call: SimpleNamespace, shape: Shape) -> None:
         require(enough, OPERATOR, rule)
         fits = all(0 <= n <= most for n in lengths)
         require(fits, OPERATOR, f"{name} {lengths} must lie in [0, {most}]")
+    if paged:
+        single = len(call.kv_lengths) == 1
+        _check_blocks(call, call.kv_lengths * shape.batch if single else call.kv_lengths)
+
+
+def _check_blocks(call: SimpleNamespace, kv_lengths: list[int]) -> None:
+    """The tiling counts a block once for each row that reads it, shared or not."""
+    if call.table is None:
+        return
+    needed = sum(-(-length // call.block_size) for length in kv_lengths)
+    held = call.keys[0].layout.size[0]
+    rule = f"the first dim of key({held}) should not less than valid block num({needed})"
+    require(needed <= held, OPERATOR, f"{rule} when PA enable")
 
 
 def _check_tnd_lengths(call: SimpleNamespace, shape: Shape) -> None:

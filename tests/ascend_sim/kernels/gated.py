@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import faults
 from ..doors.aclnn import aclnn
 from ..limits import (
     require,
@@ -26,6 +27,9 @@ from .quant import quantize_rows
 
 HALF = (torch.float16, torch.bfloat16)
 MAX_SWIGLU_QUANT = 8192
+ONE_TILE_COLUMNS = 7840
+"""The widest output row that npu_dequant_swiglu_quant computes in one tile: 196608 bytes of unified
+buffer, 25 an element, in steps of 32."""
 
 
 def swiglu_values(x: torch.Tensor, dim: int, activate_left: bool) -> torch.Tensor:
@@ -127,7 +131,7 @@ def check_dequant(
             require_dtype(operator, name, scale, (torch.float32,))
             require_shape(operator, name, scale, shape)
     if quant_scale is not None:
-        require_dtype(operator, "quant_scale", quant_scale, (torch.float32, *HALF))
+        require_dtype(operator, "quant_scale", quant_scale, (torch.float32,))
         require_shape(operator, "quant_scale", quant_scale, (1, columns // 2))
 
 
@@ -161,6 +165,9 @@ def plan_dequant(
         if quant_scale is not None:
             values = values * quant_scale.read().float()
         codes, row_scale = quantize_rows(values)
+        if values.shape[-1] > ONE_TILE_COLUMNS and faults.planted("corrupt_wide_swiglu"):
+            row_scale = row_scale / 2  # as of a maximum that is read before it is complete
+            codes = torch.round(values / row_scale.unsqueeze(-1)).clamp_(-128, 127)
         y.write(codes)
         scale.write(row_scale)
 

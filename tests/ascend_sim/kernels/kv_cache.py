@@ -50,6 +50,10 @@ def check_slots(operator: str, slots: torch.Tensor, places: int, lowest: int = 0
         raise Refused(
             f"{operator}: slots must lie in [{lowest}, {places - 1}], got {slots.tolist()}"
         )
+    if slots.unique().numel() != slots.numel():
+        raise Refused(
+            f"{operator}: two rows have one slot, and which of them stays is open: {slots.tolist()}"
+        )
 
 
 # --------------------------------------------------------------------- npu_scatter_pa_kv_cache

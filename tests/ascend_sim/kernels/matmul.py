@@ -109,6 +109,7 @@ def check_quant_operands(x: Layout, weight: Layout, out: Layout) -> None:
     rule = "x2 must be contiguous or a transposed view"
     require(weight.contiguous or weight.transposed, QUANT, rule)
     if weight.nz:
+        require(min(weight.size) > 1, QUANT, "an NZ weight must not have a dim of 1")
         require_storage(QUANT, weight)
         upright = weight.transposed or not is_310p()
         require(upright, QUANT, "310P wants NZ of [N, K], used as a transposed view")

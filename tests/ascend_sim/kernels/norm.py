@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 
+from .. import cann
 from ..doors.aclnn import aclnn
 from ..limits import is_310p, require, require_a2_or_a3, require_dtype, require_nd, require_shape
 from ..tensors import DeviceTensor, Layout
@@ -75,6 +76,14 @@ def check_add_quant(
             require(
                 vector.dtype is x1.dtype, operator, "smooth_scale and beta share the dtype of x1"
             )
+
+
+def check_masked_output(y2: Layout, total: Layout) -> None:
+    """A masked y2 is computed as [1] and copied to what was allocated for it, [] or [1].  The
+    wheels for CANN 8.3 allocate the shape of x, and the copy refuses that."""
+    size = total.size if cann.current().whole_masked_output else y2.size
+    rule = f"EZ1001: Input tensor's shape[[1]] should be same with output's shape[{list(size)}]"
+    require(size in ((), (1,), (0,)), "npu_add_rms_norm_dynamic_quant", rule)
 
 
 def residual_sum(x1: DeviceTensor, x2: DeviceTensor) -> torch.Tensor:
@@ -148,6 +157,8 @@ def add_rms_norm_dynamic_quant(
     if mask:
         for name, smooth, asked in (("1", smooth1, mask[0]), ("2", smooth2, mask[1])):
             require(smooth is None or asked, operator, f"smooth_scale{name} needs its output_mask")
+        if not mask[1]:
+            check_masked_output(y2.layout, total.layout)
     outputs = [(smooth1, y1, scale1), (smooth2, y2, scale2)]
 
     def run() -> None:

@@ -21,7 +21,7 @@ from ..limits import (
     require_shape,
 )
 from ..tensors import DeviceTensor, Layout
-from .softmax_attention import attend, gather_pages
+from .softmax_attention import attend, gather_pages, gather_values
 
 OPERATOR = "_npu_paged_attention"
 WORKSPACE_BYTES = 4096
@@ -116,7 +116,7 @@ def paged_attention(
             if length == 0:
                 continue  # a padding row: its output is not written
             k = gather_pages(OPERATOR, keys, pages[row], length)
-            v = gather_pages(OPERATOR, values, pages[row], length)
+            v = gather_values(OPERATOR, values, pages[row], length)
             results[row] = attend(queries[row : row + 1], k, v, scale, None)[0]
 
     return run

@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+from .. import cann
 from ..doors.aclnn import aclnn
 from ..limits import is_310p, is_a2_or_a3, require, require_dtype, require_nd, require_shape
 from ..tensors import DeviceTensor, Layout
@@ -74,6 +75,32 @@ def plan_rotary_mul(
     return run
 
 
+MAX_HEADS = 255
+UNIFIED_BUFFER = 196608
+BYTES_PER_ELEMENT = 20
+"""Of the unified buffer, for a 16-bit element of a token's query and key heads: the tiling keeps
+them, their float32 copies and the products at once, so that 76 heads of 128 fit, and 77 do not."""
+
+
+def check_generation(query: Layout, layout: int) -> None:
+    """What the releases of CANN take; not cached, because the release can change."""
+    operator, release = "npu_apply_rotary_pos_emb", cann.current()
+    taken = layout == 1 or release.rotary_tnd
+    rule = f"CANN {release.name}: q shape dims is not four, layout is not one (BSND)"
+    require(taken, operator, rule)
+    width, sizes = query.size[-1], release.rotary_head_sizes
+    require(width in sizes, operator, f"the head size must be one of {sizes}, not {width}")
+
+
+def check_heads(operator: str, query: Layout, key: Layout) -> None:
+    """All heads of one token have to fit the unified buffer."""
+    heads, width = query.size[-2] + key.size[-2], query.size[-1]
+    rule = f"query and key have {heads} heads of {width}, more than"
+    require(heads <= MAX_HEADS, operator, f"{rule} {MAX_HEADS}")
+    fits = heads * width * BYTES_PER_ELEMENT <= UNIFIED_BUFFER
+    require(fits, operator, f"{rule} fit the unified buffer")
+
+
 @cache
 def check_apply(
     query: Layout, key: Layout, cos: Layout, sin: Layout, layout: int, mode: str
@@ -91,8 +118,6 @@ def check_apply(
         require(tensor.dtype is query.dtype, operator, "all four tensors must have one dtype")
         require(tensor.dims == dims, operator, f"{tensor_name} must have {dims} dims for {name}")
         require(tensor.elements, operator, f"{tensor_name} must not be empty")
-        width = tensor.size[-1]
-        require(width in (64, 128), operator, f"the head size must be 64 or 128, not {width}")
     require_nd(operator, query=query, key=key, cos=cos, sin=sin)
     bfloat = query.dtype is torch.bfloat16
     require(not (is_310p() and bfloat), operator, "has no bfloat16 on 310P")
@@ -101,6 +126,7 @@ def check_apply(
     require(key.size[-1] == width, operator, "query and key must have one head size")
     for tensor_name, tensor in (("cos", cos), ("sin", sin)):
         require_shape(operator, tensor_name, tensor, (*leading, 1, width))
+    check_heads(operator, query, key)
 
 
 @aclnn("aclnnApplyRotaryPosEmbV2", "query:T key:T cos:T sin:T layout:i mode:s")
@@ -113,6 +139,7 @@ def apply_rotary_pos_emb(
     mode: str,
 ) -> Callable[[], None]:
     check_apply(query.layout, key.layout, cos.layout, sin.layout, layout, mode)
+    check_generation(query.layout, layout)
 
     def run() -> None:
         cosine, sine = cos.read().float(), sin.read().float()

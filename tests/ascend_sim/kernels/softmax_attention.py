@@ -11,10 +11,26 @@ def gather_pages(
     operator: str, cache: torch.Tensor, pages: torch.Tensor, length: int
 ) -> torch.Tensor:
     """The first `length` rows [length, heads, head_size] of a cache [blocks, block_size, ...]."""
+    return _whole_pages(operator, cache, pages, length)[:length]
+
+
+def gather_values(
+    operator: str, cache: torch.Tensor, pages: torch.Tensor, length: int
+) -> torch.Tensor:
+    """So, of values.  That a kernel stops at `length` and not at the end of the block is nowhere
+    documented: it may multiply what follows by probabilities of 0, and 0 * NaN is NaN."""
+    rows = _whole_pages(operator, cache, pages, length)
+    clean = bool(rows[length:].isfinite().all())
+    return rows[:length] if clean else torch.full_like(rows[:length], float("nan"))
+
+
+def _whole_pages(
+    operator: str, cache: torch.Tensor, pages: torch.Tensor, length: int
+) -> torch.Tensor:
     used = pages[: -(-length // cache.shape[1])].long()
     if int(used.min()) < 0 or int(used.max()) >= cache.shape[0]:
         raise Refused(f"{operator}: block table {used.tolist()} names blocks outside the cache")
-    return cache[used].flatten(0, 1)[:length]
+    return cache[used].flatten(0, 1)
 
 
 def attend(
