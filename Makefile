@@ -38,11 +38,15 @@ SIM_RUN := OMP_NUM_THREADS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(SIM_BIN)/python $
 MODES := eager-0 eager-1 lazy-0 lazy-1
 SIMULATED := simulated-once $(MODES:%=simulated-%)
 
+# Releases of CANN before the newest, with what their wheels lack: every fallback of the runtime is
+# taken somewhere. A run of its own, because it takes as long as all the modes.
+RELEASES := 8.3 8.5 9.0
+
 .PHONY: help demo test environments lint format unit contract simulated $(SIMULATED) \
-	simulated-2.10 clean
+	simulated-2.10 simulated-releases $(RELEASES:%=simulated-cann-%) clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z][a-z0-9.-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z][a-z0-9.-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -96,6 +100,12 @@ simulated-once: $(SIM)/.installed
 $(MODES:%=simulated-%): simulated-%: $(SIM)/.installed
 	ASCEND_SIM_STREAMS=$(word 1,$(subst -, ,$*)) TASK_QUEUE_ENABLE=$(word 2,$(subst -, ,$*)) \
 		$(SIM_RUN) -m every_mode
+
+simulated-releases: $(RELEASES:%=simulated-cann-%)  ## the NPU tests as if CANN were 8.3, 8.5, 9.0
+
+$(RELEASES:%=simulated-cann-%): simulated-cann-%: $(SIM)/.installed
+	ASCEND_SIM_CANN=$* OMP_NUM_THREADS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(SIM_BIN)/python \
+		$(PYTEST) tests/npu
 
 $(PAIRED)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(PAIRED)
