@@ -39,7 +39,8 @@ MODES := eager-0 eager-1 lazy-0 lazy-1
 SIMULATED := simulated-once $(MODES:%=simulated-%)
 
 # Releases of CANN before the newest, with what their wheels lack: every fallback of the runtime is
-# taken somewhere. A run of its own, because it takes as long as all the modes.
+# taken somewhere. A run of its own, because it takes as long as all the modes. Left out is the test
+# that plants one lack at a time, which is only one on the newest release.
 RELEASES := 8.3 8.5 9.0
 
 .PHONY: help demo test environments lint format unit contract simulated $(SIMULATED) \
@@ -105,7 +106,7 @@ simulated-releases: $(RELEASES:%=simulated-cann-%)  ## the NPU tests as if CANN 
 
 $(RELEASES:%=simulated-cann-%): simulated-cann-%: $(SIM)/.installed
 	ASCEND_SIM_CANN=$* OMP_NUM_THREADS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(SIM_BIN)/python \
-		$(PYTEST) tests/npu
+		$(PYTEST) tests/npu -k "not a_lack_is_named"
 
 $(PAIRED)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(PAIRED)
