@@ -129,17 +129,17 @@ class _Reader:
         self._check_kind()
         self._check_quantization()
         self._check_other_keys()
-        heads = self._count("num_attention_heads")
+        heads = self.count("num_attention_heads")
         config = Qwen3Config(
-            hidden_size=self._count("hidden_size"),
-            intermediate_size=self._count("intermediate_size"),
-            num_layers=self._count("num_hidden_layers"),
+            hidden_size=self.count("hidden_size"),
+            intermediate_size=self.count("intermediate_size"),
+            num_layers=self.count("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=self._count("num_key_value_heads", heads),
-            head_dim=self._count("head_dim", 128),
-            vocab_size=self._count("vocab_size"),
-            max_position=self._count("max_position_embeddings", DEFAULT_CONTEXT),
-            rms_norm_eps=self._number("rms_norm_eps", self.data.get("rms_norm_eps", 1e-6)),
+            num_kv_heads=self.count("num_key_value_heads", heads),
+            head_dim=self.count("head_dim", 128),
+            vocab_size=self.count("vocab_size"),
+            max_position=self.count("max_position_embeddings", DEFAULT_CONTEXT),
+            rms_norm_eps=self.number("rms_norm_eps", self.data.get("rms_norm_eps", 1e-6)),
             tie_word_embeddings=self._flag("tie_word_embeddings"),
             attention_bias=self._flag("attention_bias"),
             rope=_RopeReader(self).config(),
@@ -194,7 +194,7 @@ class _Reader:
             if key == "auto_map" and value:
                 self.note("auto_map names code of its own, which is not run, as in transformers")
             elif key in NEUTRAL:
-                self._require_neutral(key, value, NEUTRAL[key])
+                self.require_neutral(key, value, NEUTRAL[key])
             elif _is_one_of(value, OFF):
                 continue
             elif SUSPECT.search(key.lower()) and not HARMLESS.search(key.lower()):
@@ -207,7 +207,8 @@ class _Reader:
         if unread:
             self.note(f"keys that a Qwen3 does not have are ignored: {', '.join(unread)}")
 
-    def _require_neutral(self, key: str, value: Any, neutral: Sequence[Any]) -> None:
+    def require_neutral(self, key: str, value: Any, neutral: Sequence[Any]) -> None:
+        """Refuses a value that would change the model."""
         if not _is_one_of(value, neutral):
             raise self.fail(f"{key} is {_short(value)}, which is not supported")
 
@@ -252,14 +253,16 @@ class _Reader:
                 raise self.fail(f"layer_types has {kind!r}; only full_attention is supported")
         return kinds
 
-    def _count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive whole number."""
         value = self.data.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 63:
             raise self.fail(f"{key} must be a positive integer, not {value!r}")
         return value
 
-    def _number(self, key: str, value: Any) -> float:
+    def number(self, key: str, value: Any) -> float:
+        """A positive number that was found under a key."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 < value <= sys.float_info.max:
             raise self.fail(f"{key} must be a positive number, not {value!r}")
@@ -300,7 +303,7 @@ class _RopeReader:
     def config(self) -> RopeConfig:
         section = self._chosen()
         kind = section["rope_type"]
-        theta = self._reader._number("rope_theta", section["rope_theta"])
+        theta = self._reader.number("rope_theta", section["rope_theta"])
         if theta <= 1:
             raise self._reader.fail(f"rope_theta must be above 1, not {theta!r}")
         if kind not in ROPE_TYPES:
@@ -347,7 +350,7 @@ class _RopeReader:
         known = ROPE_KEYS | YARN_KEYS
         for key, value in section.items():
             if key in ROPE_NEUTRAL:
-                self._reader._require_neutral(key, value, ROPE_NEUTRAL[key])
+                self._reader.require_neutral(key, value, ROPE_NEUTRAL[key])
             elif key not in known and not _is_one_of(value, OFF):
                 raise self._reader.fail(
                     f"the rope parameters have the key {key!r} ({_short(value)}), which is not "
@@ -359,9 +362,9 @@ class _RopeReader:
 
     def _yarn(self, section: dict[str, Any], theta: float) -> RopeConfig:
         def number(key: str, default: float) -> float:
-            return self._reader._number(key, section.get(key, default))
+            return self._reader.number(key, section.get(key, default))
 
-        trained = self._reader._count("max_position_embeddings", DEFAULT_CONTEXT)
+        trained = self._reader.count("max_position_embeddings", DEFAULT_CONTEXT)
         original = number("original_max_position_embeddings", trained)
         factor = number("factor", trained / original)
         scales = [number(key, 1.0) for key in ("mscale", "mscale_all_dim") if section.get(key)]
@@ -382,7 +385,7 @@ class _RopeReader:
         DeepSeek-R1-0528-Qwen3-8B undoes the paper's factor by it. transformers ignores it."""
         if "attn_factor" not in section:
             return 1.0
-        factor = self._reader._number("attn_factor", section["attn_factor"])
+        factor = self._reader.number("attn_factor", section["attn_factor"])
         if "attention_factor" in section:
             raise self._reader.fail(
                 f"the rope parameters have attention_factor {section['attention_factor']!r} and "

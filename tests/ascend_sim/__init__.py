@@ -66,12 +66,13 @@ def install() -> None:
     planted = [name for name in os.environ.get("ASCEND_SIM_FAULTS", "").split(",") if name]
     runtime.load(libraries(), with_atb="no_atb" not in planted)
 
+    # Imported for their effect, in the order that the simulator needs.
     import torch  # noqa: F401  (loads torch_npu, its backend)
     import torch_npu  # noqa: F401
 
     runtime.after_torch_import()
     tensors.after_torch_import()
-    from . import kernels  # noqa: F401
+    from . import kernels  # noqa: F401  (registers the stand-ins)
     from .doors import aclnn, aclop, atb
 
     aclnn.install()

@@ -116,6 +116,7 @@ def current() -> Generation:
 @contextlib.contextmanager
 def altered(**changes: object) -> Iterator[None]:
     """The current release with some of its fields changed: a mixture that nobody published."""
+    # The fields are of several types, which keywords collected in one dictionary cannot say.
     _stack.append(replace(current(), **changes))  # type: ignore[arg-type]
     try:
         yield
