@@ -58,6 +58,9 @@ Forward = Callable[[StepInputs], Tensor]
 DeviceForward = Callable[[DeviceStep], Tensor]
 """A step on the device to logits float32 [R, vocab]."""
 
+Download = Callable[[], Tensor]
+"""Waits for a tensor that is on its way to the host, and gives it."""
+
 Progress = Callable[[str, int, int], None]
 """(what, done, total), for whoever shows it."""
 
@@ -99,11 +102,14 @@ class Backend(Protocol[Cache]):
         name: "cpu", "npu" or "reference".
         device: where tensors live.
         dtype: of activations and the cache.
+        runs_ahead: whether a step may be given to it before the tokens of the last one are read,
+            because it computes on its own.
     """
 
     name: str
     device: torch.device
     dtype: torch.dtype
+    runs_ahead: bool = False
 
     def upload(self, tensor: Tensor) -> Tensor:
         """A plain weight (norm, embedding) on the device, in the compute type."""
@@ -125,6 +131,10 @@ class Backend(Protocol[Cache]):
 
     def open_step(self, step: StepInputs) -> DeviceStep:
         """The step on the device, with what all layers read of it."""
+
+    def download(self, tensor: Tensor) -> Download:
+        """Begins to copy a tensor to the host, after all that the device was given before."""
+        return tensor.cpu
 
     def runner(self, forward: DeviceForward, bounds: StepBounds, progress: Progress) -> Forward:
         """The forward as it is to be called: with steps from the host, captured if that pays."""

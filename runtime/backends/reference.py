@@ -6,6 +6,7 @@ integer linear it is quantized from float32, as the fused kernels of a device do
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -134,6 +135,9 @@ class ReferenceBackend(Backend[LayerKV]):
         """Cosines and sines are rounded to the compute type, as a device's tables are, and
         computed with in float32."""
         cos, sin = self._tables
+        if step.carried is not None:
+            step = dataclasses.replace(step, tokens=step.tokens.clone())
+            step.fill_in(step.tokens)
         return DeviceStep(
             step, cos[step.positions].unsqueeze(1).float(), sin[step.positions].unsqueeze(1).float()
         )

@@ -21,6 +21,8 @@ class StepInputs:
         query_starts: B + 1 row numbers; rows query_starts[i] to query_starts[i + 1] are request
             i's.
         logit_rows: [R] int64, the rows whose logits are wanted; None for all T.
+        carried: [C] int64 on the device, the tokens of the first C rows, where the host does not
+            know them yet; None if it knows all.
     """
 
     tokens: Tensor
@@ -30,11 +32,17 @@ class StepInputs:
     context_lens: tuple[int, ...]
     query_starts: tuple[int, ...]
     logit_rows: Tensor | None
+    carried: Tensor | None = None
 
     @property
     def is_decode(self) -> bool:
         """Whether there is one token for each request."""
         return self.query_starts == tuple(range(len(self.context_lens) + 1))
+
+    def fill_in(self, tokens: Tensor) -> None:
+        """Writes the carried tokens into a copy of `tokens` on the device."""
+        if self.carried is not None:
+            tokens[: len(self.carried)].copy_(self.carried)
 
 
 @dataclass(frozen=True)

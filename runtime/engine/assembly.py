@@ -49,7 +49,10 @@ def assemble(
     with torch.inference_mode():
         runner = backend.runner(forward, bounds, progress)
     scheduler = Scheduler(pool, options.max_batch, options.step_tokens)
-    return Engine(config, watch(runner), scheduler, block_size)
+    return Engine(
+        config, watch(runner), scheduler, block_size, backend.download,
+        runs_ahead=backend.runs_ahead,
+    )  # fmt: skip
 
 
 def _affordable_tokens(config: Qwen3Config, backend: Backend[Cache], max_batch: int) -> int:

@@ -57,7 +57,7 @@ class BlockPool:
     def room(self, request: Request) -> int:
         """Tokens that a request could compute, its own blocks and all free ones filled."""
         blocks = len(request.block_table) + self.free_blocks
-        return blocks * self.block_size - request.computed
+        return blocks * self.block_size - request.begun
 
     def grow(self, request: Request, tokens: int) -> bool:
         """Gives a request the blocks for `tokens` in all; False, and nothing, if they are not
@@ -81,7 +81,7 @@ class BlockPool:
                 else:
                     self._empty.append(block)
         request.block_table.clear()
-        request.computed = 0
+        request.computed = request.in_flight = 0
 
     def adopt_prefix(self, request: Request) -> None:
         """Lets a request that holds nothing begin with the blocks that are known already.

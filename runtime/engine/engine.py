@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.errors import RequestError
-from qwen3_ascend.runtime.backends.base import Forward
+from qwen3_ascend.runtime.backends.base import Download, Forward
 from qwen3_ascend.runtime.engine.batch import Batch, step_inputs
 from qwen3_ascend.runtime.engine.request import FinishReason, Request, SamplingParams
-from qwen3_ascend.runtime.engine.sampler import Logprobs, Sampler
+from qwen3_ascend.runtime.engine.sampler import Choice, Logprobs, Sampler, is_plain_greedy
 from qwen3_ascend.runtime.engine.scheduler import Scheduler
 
 
@@ -46,17 +46,60 @@ class LogitsEvent:
 Event = TokenEvent | LogitsEvent
 
 
+@dataclass(frozen=True)
+class IssuedStep:
+    """A step that the device has been given.
+
+    Attributes:
+        batch: what it computes.
+        logits: what comes of it, float32 [R, vocab] on the device. The next step may overwrite
+            them.
+        chosen: [C] int64 on the device, the tokens of `batch.choosing`, if the device chooses them
+            itself; None if the host has to see the logits.
+        tokens: the same on their way to the host.
+    """
+
+    batch: Batch
+    logits: Tensor
+    chosen: Tensor | None
+    tokens: Download | None
+
+
 class Engine:
-    """Runs requests to their end, a step at a time."""
+    """Runs requests to their end, a step at a time.
+
+    A device that computes on its own is given a step before the tokens of the last one are read,
+    if it chooses all of those itself: it then goes on while the host sees to what came of the last
+    step. Where a token turns out to have been the last, a row of the new step was in vain.
+    """
 
     def __init__(
-        self, config: Qwen3Config, forward: Forward, scheduler: Scheduler, block_size: int
+        self,
+        config: Qwen3Config,
+        forward: Forward,
+        scheduler: Scheduler,
+        block_size: int,
+        download: Callable[[Tensor], Download] = lambda tensor: tensor.cpu,
+        *,
+        runs_ahead: bool = False,
     ) -> None:
+        """An engine without requests.
+
+        Args:
+            config: of the model.
+            forward: computes a step.
+            scheduler: without requests.
+            block_size: of the cache.
+            download: of the device; see Backend.
+            runs_ahead: whether to give the device a step before the last one is read.
+        """
         self.config, self.scheduler = config, scheduler
         self._forward, self._block_size = forward, block_size
+        self._download, self._runs_ahead = download, runs_ahead
         self._sampler = Sampler()
         self._numbers = itertools.count()
         self._undelivered: list[Event] = []
+        self._in_flight: IssuedStep | None = None
 
     @property
     def busy(self) -> bool:
@@ -159,46 +202,68 @@ class Engine:
 
     @torch.inference_mode()
     def _advance(self) -> list[Event]:
-        batch = self.scheduler.next()
-        logits = self._forward(step_inputs(batch, self._block_size))
-        events = self._events(batch, logits)
-        for chunk in batch.chunks:
-            if chunk.request.finish_reason:
+        step = self._in_flight or self._issue(self.scheduler.next(), None)
+        self._in_flight = None
+        if self._runs_ahead and step.chosen is not None:
+            batch = self.scheduler.ahead()
+            self._in_flight = batch and self._issue(batch, step)
+        events = self._read(step)
+        for chunk in step.batch.chunks:
+            if chunk.request.finish_reason and not chunk.request.retired:
                 self.abort(chunk.request)
+        if not self.scheduler.busy:
+            self._in_flight = None  # all of it is in vain: nobody waits for it
         return events
 
-    def _events(self, batch: Batch, logits: Tensor) -> list[Event]:
-        """What a computed batch and its logits [R, vocab] come to."""
-        rows: dict[int, Tensor] = {}
-        choosing: list[Request] = []
+    def _issue(self, batch: Batch, before: IssuedStep | None) -> IssuedStep:
+        """Gives the device a step; `before` is what came before it, if that is not read yet."""
+        carried = _carried(batch, before)
+        logits = self._forward(step_inputs(batch, self._block_size, carried))
+        wants_logits = any(chunk.request.wants_logits for chunk in batch.chunks)
+        requests = batch.choosing
+        if wants_logits or not all(is_plain_greedy(request.params) for request in requests):
+            chosen = tokens = None
+        else:
+            chosen = logits[: len(requests)].argmax(dim=-1)
+            tokens = self._download(chosen)
+        self.scheduler.issued(batch, chosen is not None)
+        return IssuedStep(batch, logits, chosen, tokens)
+
+    def _read(self, step: IssuedStep) -> list[Event]:
+        """Waits for a step, and tells what it comes to for the requests that still want it."""
+        self.scheduler.computed(step.batch)
+        if step.tokens is not None:
+            tokens: list[int] = step.tokens().tolist()
+            choices = [Choice(token, None) for token in tokens]
+            return self._tokens(step.batch.choosing, choices)
+        return self._of_logits(step.batch, step.logits)
+
+    def _of_logits(self, batch: Batch, logits: Tensor) -> list[Event]:
+        """What a computed batch and its logits [R, vocab] come to, where the host sees them."""
+        events: list[Event] = []
         chosen: list[int] = []
         row = 0
         for chunk in batch.chunks:
-            count = chunk.logit_rows
+            rows = range(row, row + chunk.logit_rows)
             if chunk.request.wants_logits:
-                rows[chunk.request.number] = logits[row : row + count].cpu()
-            elif count:
-                choosing.append(chunk.request)
+                events.append(LogitsEvent(chunk.request, logits[rows.start : rows.stop].cpu()))
+                if not chunk.request.pending:
+                    chunk.request.finish_reason = "length"
+            elif chunk.chooses:
                 chosen.append(row)
-            row += count
-        self.scheduler.computed(batch)
-        for chunk in batch.chunks:
-            if chunk.request.wants_logits and not chunk.request.pending:
-                chunk.request.finish_reason = "length"
-        events: list[Event] = [
-            LogitsEvent(chunk.request, rows[chunk.request.number])
-            for chunk in batch.chunks
-            if chunk.request.number in rows
-        ]
-        if choosing:
+            row = rows.stop
+        if chosen:
             if len(chosen) < len(logits):
                 logits = logits.index_select(0, torch.tensor(chosen, device=logits.device))
-            events += self._tokens(choosing, logits)
+            requests = batch.choosing
+            events += self._tokens(requests, self._sampler(logits, requests))
         return events
 
-    def _tokens(self, requests: Sequence[Request], logits: Tensor) -> list[TokenEvent]:
-        events = []
-        for request, choice in zip(requests, self._sampler(logits, requests), strict=True):
+    def _tokens(self, requests: Sequence[Request], choices: Sequence[Choice]) -> list[Event]:
+        events: list[Event] = []
+        for request, choice in zip(requests, choices, strict=True):
+            if request.retired:
+                continue
             request.append(choice.token)
             reason = request.finish_reason
             events.append(TokenEvent(request, choice.token, choice.logprobs, reason))
@@ -219,3 +284,16 @@ class Engine:
                 f"the request needs room for {length} tokens, but the key/value cache holds "
                 f"{capacity}; load with a larger kv_cache_tokens, or ask for fewer new tokens"
             )
+
+
+def _carried(batch: Batch, before: IssuedStep | None) -> Tensor | None:
+    """[C] int64 on the device, the tokens of the carried chunks, which the step before chose."""
+    wanted = [chunk.request for chunk in batch.chunks if chunk.is_carried]
+    if not wanted:
+        return None
+    assert before is not None and before.chosen is not None, "nothing is unread"
+    places = {request.number: place for place, request in enumerate(before.batch.choosing)}
+    rows = [places[request.number] for request in wanted]
+    if rows == [*range(len(before.chosen))]:
+        return before.chosen
+    return before.chosen.index_select(0, torch.tensor(rows, device=before.chosen.device))

@@ -98,6 +98,9 @@ class Request:
         sample: which of the `n` answers to its prompt this is, counted from 0.
         wants_logits: of every row; such a request chooses no token.
         computed: how many tokens have their keys and values in the cache.
+        in_flight: how many more the device has been given to compute.
+        promised: tokens that only the device knows so far: it has chosen them, or is about to.
+        retired: whether it is finished or given up, so that nothing more is told of it.
         block_table: the blocks that hold them.
         prefix_keys: a name for the content of each full block; see BlockPool.
     """
@@ -111,6 +114,9 @@ class Request:
     sample: int = 0
     wants_logits: bool = False
     computed: int = 0
+    in_flight: int = 0
+    promised: int = 0
+    retired: bool = False
     finish_reason: FinishReason | None = None
     block_table: list[int] = field(default_factory=list)
     prefix_keys: list[bytes] = field(default_factory=list)
@@ -121,9 +127,22 @@ class Request:
         return self.tokens[self.prompt_length :]
 
     @property
+    def begun(self) -> int:
+        """How many tokens are computed or in flight."""
+        return self.computed + self.in_flight
+
+    @property
+    def length(self) -> int:
+        """How many tokens there are, the promised ones among them."""
+        return len(self.tokens) + self.promised
+
+    @property
     def pending(self) -> int:
-        """How many tokens are known and not computed yet."""
-        return len(self.tokens) - self.computed
+        """How many tokens are still to be given to the device. The last token of an answer is
+        chosen, but never computed."""
+        if self.promised and self.length >= self.max_length:
+            return 0
+        return self.length - self.begun
 
     def append(self, token: int) -> None:
         """Adds a generated token and notes whether it is the last."""

@@ -41,7 +41,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor, requests: Sequence[Request]) -> list[Choice]:
         """The next token of each request, from float32 logits [B, vocab]."""
-        if all(_is_plain_greedy(request.params) for request in requests):
+        if all(is_plain_greedy(request.params) for request in requests):
             tokens: list[int] = logits.argmax(dim=-1).tolist()
             return [Choice(token, None) for token in tokens]
         host = logits.cpu()
@@ -91,7 +91,8 @@ def logprobs_of(logits: Tensor, token: int, count: int) -> Logprobs:
     return Logprobs(float(logarithms[token]), tuple(top))
 
 
-def _is_plain_greedy(params: SamplingParams) -> bool:
+def is_plain_greedy(params: SamplingParams) -> bool:
+    """Whether the next token is the one with the largest logit, and nothing else is asked."""
     penalties = (params.repetition_penalty, params.presence_penalty)
     return params.temperature == 0 and penalties == (1.0, 0.0) and params.logprobs is None
 

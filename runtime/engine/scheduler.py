@@ -48,38 +48,60 @@ class Scheduler:
         self._waiting.append(request)
 
     def next(self) -> Batch:
-        """The chunks to compute now, at least one; only while `busy`."""
+        """The chunks to compute now, at least one; only while `busy`, with nothing in flight."""
         while True:
             self._admit()
-            answers = self._answers()
-            prompts = self._prompts(max(self.step_tokens - len(answers), 1))
-            if answers or prompts:
-                return Batch((*answers, *prompts))
+            while not self._answers_have_room():
+                self._preempt(self._running[-1])
+            batch = self._batch()
+            if batch.chunks:
+                return batch
             # All that run wait for blocks that the others hold: the last one makes room.
             self._preempt(self._running[-1])
 
+    def ahead(self) -> Batch | None:
+        """What can be computed after the step in flight, whatever tokens that one chooses; None
+        if that cannot be said, or somebody would have to make room."""
+        self._admit()
+        if not self._answers_have_room():
+            return None
+        batch = self._batch()
+        return batch if batch.chunks else None
+
+    def issued(self, batch: Batch, chooses_tokens: bool) -> None:
+        """Notes that the device has been given a batch, and whether it chooses the tokens too."""
+        for chunk in batch.chunks:
+            chunk.request.in_flight += chunk.count
+            chunk.request.promised += chooses_tokens and chunk.chooses
+
     def computed(self, batch: Batch) -> None:
-        """Notes that a batch has been computed."""
+        """Notes that a batch has been computed. What a request has given up meanwhile is nobody's
+        any more."""
         for chunk in batch.chunks:
             request, before = chunk.request, chunk.request.computed
-            request.computed += chunk.count
-            self.pool.publish(request, before)
+            if not request.retired:
+                request.in_flight -= chunk.count
+                request.computed += chunk.count
+                self.pool.publish(request, before)
 
     def retire(self, request: Request) -> None:
         """Forgets a finished or abandoned request and frees its blocks."""
+        request.retired = True
         self._running = [other for other in self._running if other is not request]
         self._waiting = [other for other in self._waiting if other is not request]
         self.pool.release(request)
 
-    def _answers(self) -> list[Chunk]:
-        """The next token of each request that has but one to compute, the oldest first."""
-        chunks = []
-        for request in [one for one in self._running if one.pending == 1]:
-            while request in self._running and not self.pool.grow(request, request.computed + 1):
-                self._preempt(self._running[-1])
-            if request in self._running:
-                chunks.append(Chunk(request, 1))
-        return chunks
+    def _batch(self) -> Batch:
+        """The next token of each request that has but one to compute, and chunks of prompts."""
+        answers = [Chunk.next_of(request, 1) for request in self._running if request.pending == 1]
+        answers.sort(key=_is_known)  # what is carried comes first; else the oldest
+        return Batch((*answers, *self._prompts(max(self.step_tokens - len(answers), 1))))
+
+    def _answers_have_room(self) -> bool:
+        """Gives each request that has but one token to compute the block for it, the oldest first;
+        False if one does not get it."""
+        answers = [request for request in self._running if request.pending == 1]
+        return all(self.pool.grow(request, request.begun + 1) for request in answers)
 
     def _prompts(self, budget: int) -> list[Chunk]:
         """Chunks of the running prompts, of `budget` tokens at most."""
@@ -92,8 +114,8 @@ class Scheduler:
             wanted = min(budget if is_oldest else budget - reserved, request.pending, most)
             count = min(wanted, self.pool.room(request))
             if count > 0:
-                self.pool.grow(request, request.computed + count)
-                chunks.append(Chunk(request, count))
+                self.pool.grow(request, request.begun + count)
+                chunks.append(Chunk.next_of(request, count))
             if count < wanted:
                 break  # no block is left for the others either
             budget -= count
@@ -147,3 +169,7 @@ def _arrival(request: Request) -> int:
 
 def _pending(request: Request) -> int:
     return request.pending
+
+
+def _is_known(chunk: Chunk) -> bool:
+    return not chunk.is_carried

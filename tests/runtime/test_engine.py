@@ -82,16 +82,17 @@ ARRIVALS = st.lists(
     max_batch=st.integers(1, 6),
     step_tokens=st.integers(1, 40),
     prefix_cache=st.booleans(),
+    runs_ahead=st.booleans(),
 )
 def test_what_is_said_depends_on_the_prompt_alone(
     arrivals: list[Arrival], block_size: int, spare: int, max_batch: int, step_tokens: int,
-    prefix_cache: bool,
+    prefix_cache: bool, runs_ahead: bool,
 ) -> None:  # fmt: skip
     """Any order, any batch, any chunk; a cache that just holds the largest request, or more."""
     largest = max(len(one.prompt) + one.count for one in arrivals)
     engine, _ = counting_engine(
         -(-largest // block_size) + spare, block_size, max_batch=max_batch,
-        step_tokens=step_tokens, prefix_cache=prefix_cache,
+        step_tokens=step_tokens, prefix_cache=prefix_cache, runs_ahead=runs_ahead,
     )  # fmt: skip
     said: dict[int, list[int]] = {}
     open_requests: dict[int, Request] = {}

@@ -63,6 +63,7 @@ class CountingModel:
     def __call__(self, step: StepInputs) -> Tensor:
         """Logits [R, vocab]: 1 at the next token, 0 elsewhere."""
         self.rows += len(step.tokens)
+        step.fill_in(step.tokens)
         for slot, token, position in zip(
             step.slots.tolist(), step.tokens.tolist(), step.positions.tolist(), strict=True
         ):
@@ -94,8 +95,10 @@ def counting_engine(
     max_batch: int = 16,
     step_tokens: int = 64,
     prefix_cache: bool = True,
+    runs_ahead: bool = False,
 ) -> tuple[Engine, CountingModel]:
     """An engine over `blocks` usable blocks, and its model."""
     model = CountingModel(block_size)
     pool = BlockPool(blocks + 1, block_size, prefix_cache)
-    return Engine(CONFIG, model, Scheduler(pool, max_batch, step_tokens), block_size), model
+    scheduler = Scheduler(pool, max_batch, step_tokens)
+    return Engine(CONFIG, model, scheduler, block_size, runs_ahead=runs_ahead), model
