@@ -125,6 +125,7 @@ def _header_folders(wheel: Path) -> tuple[Path, ...]:
 
 def _compile(sources: Iterable[Path], library: Path, headers: Path, *links: str) -> None:
     command = ["gcc", "-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden"]
+    command += ["-Dconstexpr=static const"]  # headers of 2.8 and 2.9 are C++ in this one word
     command += [f"-I{headers}", f"-Wl,-soname,{library.name}", "-o", str(library)]
     command += [str(source) for source in sources]
     command += [f"-L{library.parent}", "-Wl,--no-as-needed", *links, "-lpthread"]

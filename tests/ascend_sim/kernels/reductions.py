@@ -99,6 +99,19 @@ def topk(
     return _two_outputs(lambda: torch.topk(x.read(), k, dim, largest, ordered), values, indices)
 
 
+@aclnn("aclnnTopk", "x:T k:i dim:i largest:b ordered:b values:T indices:T")
+def topk_of_older_wheels(
+    x: DeviceTensor,
+    k: int,
+    dim: int,
+    largest: bool,
+    ordered: bool,
+    values: DeviceTensor,
+    indices: DeviceTensor,
+) -> Run:
+    return topk(x, k, dim, largest, ordered, False, values, indices)
+
+
 # Outputs whose size depends on the data.  The wheel allocates the largest, waits for the device and
 # asks the runtime for the true shape, which is the second field and the view of its structure.
 def _shrink(address: int, size: tuple[int, ...]) -> None:
