@@ -1,4 +1,4 @@
-"""What goes unseen on a card until the answers are wrong: stale memory, workspaces, hidden copies."""
+"""What a card shows late or never: stale memory, workspaces, hidden copies, a lost device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch_npu
 
 import ascend_sim
-from ascend_sim import runtime, trace
+from ascend_sim import trace
 from ascend_sim.kernels.workspaces import SYSTEM_BYTES, attention_bytes
 from ascend_sim.test_graphs import BLOCK, Decode, capture
 from ascend_sim.test_refusals import dev
@@ -41,12 +41,14 @@ def test_memory_that_a_late_stream_still_reads_keeps_its_values() -> None:
 
 # -------------------------------------------------------------------------------- workspaces
 def test_sizes_of_workspaces_vary_and_not_steadily() -> None:
-    size = lambda rows, length: attention_bytes(rows, 2, rows * 512, [length] * rows, 4096, False)  # noqa: E731
+    def size(rows: int, length: int) -> int:
+        return attention_bytes(rows, 2, rows * 512, [length] * rows, 4096, largest=False)
+
     by_length = [size(1, length) for length in (100, 1280, 1400, 2560)]
     assert by_length[0] == SYSTEM_BYTES < by_length[2] < by_length[1] == by_length[3]
     by_rows = [size(rows, 1280) for rows in (1, 2, 3, 20)]
     assert len(set(by_rows)) > 2 and by_rows[-1] == SYSTEM_BYTES < by_rows[0]
-    largest = attention_bytes(1, 2, 512, [1], 4096, True)
+    largest = attention_bytes(1, 2, 512, [1], 4096, largest=True)
     assert largest == max(size(1, length) for length in range(1, 4097))
 
 
@@ -63,14 +65,14 @@ def out_form(decode: Decode, workspace: torch.Tensor) -> None:
 @pytest.mark.every_mode
 @pytest.mark.no_task_queue
 def test_a_workspace_that_is_too_small_is_refused() -> None:
-    """One that the wheel made for shorter contexts, say: 512 bytes of output for each of two parts."""
+    """One that was made for shorter contexts, say."""
     decode = Decode("fused out")
     needed = attention_bytes(2, 2, decode.query.numel(), [5, 200], 256, largest=False)
     assert needed > SYSTEM_BYTES
     memory = torch.empty(needed, dtype=torch.uint8, device="npu")
     out_form(decode, memory)
     torch.npu.synchronize()
-    with pytest.raises(RuntimeError, match=f"needs a workspace of {needed} bytes, not {needed - 1}"):
+    with pytest.raises(RuntimeError, match=f"a workspace of {needed} bytes, not {needed - 1}"):
         out_form(decode, memory[:-1])
 
 
@@ -89,12 +91,10 @@ def test_a_workspace_that_is_given_to_others_while_a_graph_uses_it(kind: str) ->
     assert (decode.workspace[: SYSTEM_BYTES // 2].cpu() != 1).any()
 
 
-
-
 # ----------------------------------------------------------------------------- hidden copies
 @pytest.mark.every_mode
 def test_replays_repeat_their_hidden_copies() -> None:
-    """Three key heads of q|k|v in a graph: each replay copies them first, and nobody launches it."""
+    """Key heads of q|k|v in a graph: each replay copies them first, and nobody launches it."""
     strided, gamma = dev(3, 8, 128)[:, 4:6], dev(128)
     torch.npu.synchronize()
     ascend_sim.reset_trace()

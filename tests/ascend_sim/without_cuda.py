@@ -3,10 +3,10 @@
     python tests/ascend_sim/without_cuda.py requirements    # what pip has to add, one a line
     python tests/ascend_sim/without_cuda.py libraries       # writes stand-ins into torch/lib
 
-The registry has torch 2.8 to 2.10 for Linux only as CUDA builds. They import without a card, but not
-without the libraries that they are linked to. Each stand-in has the names that torch's own libraries
-ask of it; every call answers "no device", as the driver does on a machine without a card. Torch itself
-stays as it is. Neither command imports torch.
+The registry has torch 2.8 to 2.10 for Linux only as CUDA builds. They import without a card, but
+not without the libraries that they are linked to. Each stand-in has the names that torch's own
+libraries ask of it; every call answers "no device", as the driver does on a machine without a card.
+Torch itself stays as it is. Neither command imports torch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write_libraries(torch: Path) -> None:
     asked = _asked(binaries)
     loose = asked.pop("")
     for name in missing:
-        # Names without a version may come from any library: those of the runtime's are always there.
+        # Names without a version may come from any library; that of the runtime is always there.
         names = asked.get(_version_of(name), set()) | (loose if "cudart" in name else set())
         _compile(folder / name, _version_of(name), sorted(names))
 

@@ -88,9 +88,7 @@ _pending: dict[str, StandIn] = {}
 _stand_ins: dict[int, StandIn] = {}
 
 
-def aclnn(
-    name: str, signature: str, workspace: Workspace | None = None
-) -> Callable[[Plan], Plan]:
+def aclnn(name: str, signature: str, workspace: Workspace | None = None) -> Callable[[Plan], Plan]:
     """Registers a stand-in; `workspace` tells what the operator asks for, None for nothing."""
     kinds = [part.split(":")[1] for part in signature.split()]
     decoders = tuple((kind in FLOAT_KINDS, DECODERS[kind]) for kind in kinds)

@@ -1,9 +1,9 @@
 """How much scratch memory attention asks for: it varies with the rows and with their lengths.
 
-No page tells the sizes. As on a card, a few rows with long contexts are split over the cores, and
-each part keeps its output in float32; many rows are not split and need less. A split that would leave
-cores idle is not made, so a longer context may need less than a shorter one: nobody may take the size
-of one call for that of another.
+No page tells the sizes. As on a card, a few rows with long contexts are split over the cores,
+and each part keeps its output in float32; many rows are not split and need less. A split that
+would leave cores idle is not made, so a longer context may need less than a shorter one: nobody
+may take the size of one call for that of another.
 """
 
 from __future__ import annotations
