@@ -47,7 +47,7 @@ def write_libraries(torch: Path) -> None:
     linked = {name for binary in binaries for name in LINKED.findall(_readelf(binary))}
     missing = sorted(name for name in linked if not (folder / name).exists())
     asked = _asked(binaries)
-    loose = asked.pop("")
+    loose = asked.pop("", set())
     for name in missing:
         # Names without a version may come from any library; that of the runtime is always there.
         names = asked.get(_version_of(name), set()) | (loose if "cudart" in name else set())
