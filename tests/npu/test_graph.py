@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,19 @@ from qwen3_ascend.runtime.backends.npu.attention import (
     PagedAttention,
 )
 from qwen3_ascend.runtime.backends.npu.graph import decode_buckets
-from qwen3_ascend.runtime.backends.npu.graph_updates import update_support
+from qwen3_ascend.runtime.backends.npu.graph_calls import (
+    BoundCalls,
+    CapturedCalls,
+    CapturedGraph,
+    DispatchedCalls,
+)
+from qwen3_ascend.runtime.backends.npu.graph_lengths import hidden_places, masked_lengths
+from qwen3_ascend.runtime.backends.npu.graph_updates import (
+    FUSED_LENGTHS,
+    PAGED_LENGTHS,
+    UpdatedArgument,
+    update_support,
+)
 from qwen3_ascend.runtime.backends.npu.operators import scatter
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.step import StepInputs
@@ -41,15 +55,27 @@ def open_npu(path: Path, **options: Any) -> LLM:
     return load(path, device="npu", kv_cache_tokens=2048, max_batch=4, **options)
 
 
-Strategy = Callable[[], AttentionStrategy]
+Strategy = Callable[[CapturedCalls], AttentionStrategy]
 
 
-def fused() -> FusedAttention:
-    return FusedAttention(COUNTS, scatter)
+def fused(calls: CapturedCalls) -> FusedAttention:
+    return FusedAttention(COUNTS, scatter, calls)
 
 
-def paged() -> PagedAttention:
-    return PagedAttention(COUNTS)
+def paged(calls: CapturedCalls) -> PagedAttention:
+    return PagedAttention(COUNTS, calls)
+
+
+def bound(lengths: UpdatedArgument) -> CapturedCalls:
+    return BoundCalls(lengths)
+
+
+def dispatched(lengths: UpdatedArgument) -> CapturedCalls:
+    return DispatchedCalls()
+
+
+WAYS = [bound, dispatched]
+Way = Callable[[UpdatedArgument], CapturedCalls]
 
 
 def cache() -> LayerKV:
@@ -64,40 +90,107 @@ def decode_step(lengths: tuple[int, ...]) -> StepInputs:
     return StepInputs(zeros, zeros, zeros, table, lengths, tuple(range(rows + 1)), logit_rows=None)
 
 
-def capture_attention(strategy: AttentionStrategy, lengths: tuple[int, ...]) -> Any:
-    """A graph of one attention call over the lengths, and what it computes them from."""
+@dataclass(frozen=True)
+class CapturedAttention:
+    """A graph of one attention call, and what it computes."""
+
+    strategy: AttentionStrategy
+    graph: CapturedGraph
+    output: torch.Tensor
+    query: torch.Tensor
+    layer: LayerKV
+    step: StepInputs
+
+
+def capture_attention(
+    strategy: Strategy, way: Way, lengths: tuple[int, ...], argument: UpdatedArgument
+) -> CapturedAttention:
+    calls = way(argument)
+    chosen = strategy(calls)
     query = torch.randn(len(lengths), 4, 128, generator=torch.Generator().manual_seed(1))
     query = query.bfloat16().to("npu")
     layer, step = cache(), decode_step(lengths)
-    strategy.decode(query, layer, step)
+    chosen.decode(query, layer, step)
     torch_npu.npu.synchronize()
-    captured = torch_npu.npu.NPUGraph()
-    with torch_npu.npu.graph(captured, auto_dispatch_capture=True):
-        output = strategy.decode(query, layer, step)
-    return captured, output, query, layer
+    with calls.capture(torch_npu.npu.graph_pool_handle()) as graph:
+        output = chosen.decode(query, layer, step)
+    return CapturedAttention(chosen, graph, output, query, layer, step)
 
 
-@pytest.mark.parametrize("strategy", [fused, paged])
-def test_an_updated_replay_attends_over_the_new_lengths(strategy: Strategy) -> None:
-    chosen = strategy()
-    captured, output, query, layer = capture_attention(chosen, (1, 1))
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("strategy", "argument"), [(fused, FUSED_LENGTHS), (paged, PAGED_LENGTHS)])
+def test_an_updated_replay_attends_over_the_new_lengths(
+    strategy: Strategy, argument: UpdatedArgument, way: Way
+) -> None:
+    captured = capture_attention(strategy, way, (1, 1), argument)
     for lengths in ((5, 90), (6, 91), (128, 2)):
-        expected = chosen.decode(query, layer, decode_step(lengths)).cpu()
-        stream = captured.graph_dispatch_mode.update_stream
-        stream.wait_stream(torch_npu.npu.current_stream())
-        captured.replay()
-        captured.update(cpu_update_input=[chosen.update(lengths)])
+        step = decode_step(lengths)
+        expected = captured.strategy.decode(captured.query, captured.layer, step).cpu()
+        captured.graph.launch()
+        captured.graph.update(captured.strategy.update(lengths))
         torch_npu.npu.synchronize()
         # A wheel that does not record the operator attends over the lengths of the capture.
-        usable = update_support(chosen.lengths).usable
-        assert torch.equal(output.cpu(), expected) == usable
+        usable = way is bound or update_support(argument).usable
+        assert torch.equal(captured.output.cpu(), expected) == usable
 
 
-def test_a_forgotten_update_is_detected_instead_of_hanging(checkpoints: dict[str, Path]) -> None:
-    captured, *_ = capture_attention(fused(), (1,))
-    captured.replay()
+@pytest.mark.parametrize("way", WAYS)
+def test_replays_in_flight_keep_their_lengths(way: Way) -> None:
+    """Two steps with nothing of the host waiting in between, as the engine issues them."""
+    captured = capture_attention(fused, way, (1, 1), FUSED_LENGTHS)
+    results = []
+    for lengths in ((5, 90), (128, 2)):
+        captured.graph.launch()
+        captured.graph.update(captured.strategy.update(lengths))
+        results.append(captured.output.clone())
+    torch_npu.npu.synchronize()
+    for lengths, result in zip(((5, 90), (128, 2)), results, strict=True):
+        step = decode_step(lengths)
+        expected = captured.strategy.decode(captured.query, captured.layer, step)
+        assert torch.equal(result.cpu(), expected.cpu())
+
+
+def test_what_is_bound_keeps_no_memory() -> None:
+    """Queries and outputs of as many layers as there are lie at one address each."""
+    calls = BoundCalls(FUSED_LENGTHS)
+    strategy, layer, step = fused(calls), cache(), decode_step((1, 1))
+    query = torch.randn(2, 4, 128).bfloat16().to("npu")
+    torch_npu.npu.synchronize()
+    addresses = []
+    with calls.capture(torch_npu.npu.graph_pool_handle()):
+        strategy.decode(query + 1, layer, step)
+        for _ in range(4):
+            made = query + 1
+            attended = strategy.decode(made, layer, step)
+            addresses.append((made.data_ptr(), attended.data_ptr()))
+            del made, attended
+    assert len(set(addresses)) < len(addresses)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_forgotten_update_is_detected_instead_of_hanging(way: Way) -> None:
+    captured = capture_attention(fused, way, (1,), FUSED_LENGTHS)
+    captured.graph.launch()
     with pytest.raises(RuntimeError, match="ascend_sim|wait"):
         torch_npu.npu.synchronize()
+
+
+def test_a_mask_made_of_positions_attends_as_lengths_do() -> None:
+    """Over the places of a captured length; the ends lie on, before and behind a block border."""
+    strategy, layer = fused(DispatchedCalls()), cache()
+    query = torch.randn(3, 4, 128, generator=torch.Generator().manual_seed(1)).bfloat16().to("npu")
+    lengths = (128, 129, 127)
+    table = torch.tensor([[1, 2], [3, 1], [2, 0]], dtype=torch.int32).to("npu")
+    step = dataclasses.replace(decode_step(lengths), block_table=table)
+    expected = strategy.decode(query, layer, step).cpu()
+    positions = torch.tensor(lengths, dtype=torch.int32).to("npu") - 1
+    places = torch.arange(256, dtype=torch.int32).to("npu")
+    hidden = hidden_places(places, positions)
+    assert hidden.shape == (3, 1, 256)
+    assert hidden.cpu().logical_not().sum(-1).flatten().tolist() == [*lengths]
+    blocks = LayerKV(*(torch.cat((each, each)) for each in (layer.keys, layer.values)))
+    actual = strategy.decode_masked(query, blocks, step, hidden).cpu()
+    torch.testing.assert_close(actual, expected, atol=0.01, rtol=0.01)
 
 
 def test_a_synchronization_inside_a_capture_is_refused() -> None:
@@ -168,11 +261,11 @@ def test_the_default_cache_mode_would_be_refused_for_a_plain_cache() -> None:
     slots = torch.tensor([130], dtype=torch.int32).to("npu")
     layer = cache()
     if ascend_sim.cann.current().cache_mode:
-        fused().write(key, key, layer, slots)
+        fused(DispatchedCalls()).write(key, key, layer, slots)
         assert torch.equal(layer.keys.cpu().flatten(0, 1)[130], key.cpu()[0])
     else:
         with pytest.raises(RuntimeError, match="cache_mode"):
-            fused().write(key, key, layer, slots)
+            fused(DispatchedCalls()).write(key, key, layer, slots)
     with pytest.raises(RuntimeError, match="(?i)pa_nz"):
         torch_npu.npu_scatter_pa_kv_cache(key, key, layer.keys, layer.values, slots)
 
@@ -219,6 +312,14 @@ def test_buckets() -> None:
     assert decode_buckets(16) == (1, 2, 4, 8, 16)
     assert decode_buckets(20) == (1, 2, 4, 8, 16, 20)
     assert decode_buckets(20, [4, 1, 4]) == (1, 4)
+
+
+def test_lengths_of_masked_steps() -> None:
+    assert masked_lengths(320, 128) == (512, 1024, 2048, 4096, 8192, 16384, 32768, 40960)
+    assert masked_lengths(3, 128) == (384,)
+    assert masked_lengths(4, 128) == (512,)
+    assert masked_lengths(5, 128) == (512, 640)
+    assert masked_lengths(3, 1024) == (1024, 2048, 3072)
 
 
 def test_the_model_path_needs_no_operator_without_a_stand_in(checkpoints: dict[str, Path]) -> None:

@@ -20,10 +20,12 @@ import torch_npu
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu import trials
-from qwen3_ascend.runtime.backends.npu.device import in_one_line, require_atb
+from qwen3_ascend.runtime.backends.npu.device import in_one_line, require_atb, running_cann
 from qwen3_ascend.runtime.backends.npu.graph_updates import (
+    FUSED_LENGTHS,
+    PAGED_LENGTHS,
     Support,
-    UpdatedArgument,
+    bound_support,
     update_support,
 )
 from qwen3_ascend.runtime.backends.npu.operators import (
@@ -35,15 +37,11 @@ from qwen3_ascend.runtime.backends.npu.operators import (
     Call,
     Form,
     GatedQuant,
+    MaskedAttention,
     NormQuant,
     Rotate,
+    masked_attention,
 )
-
-FUSED_LENGTHS = UpdatedArgument(
-    "npu_fused_infer_attention_score.out", "actual_seq_lengths_kv", by_keyword=True
-)
-PAGED_LENGTHS = UpdatedArgument("_npu_paged_attention.default", "context_lens", by_keyword=False)
-"""Context lengths of a captured decode step, of the two kernels of attention."""
 
 UNTRIED = "with TASK_QUEUE_ENABLE=2 a refusal would end the process, so it was not tried"
 
@@ -77,7 +75,10 @@ class Capabilities:
         norm_quant: norms a sum and quantizes it.
         gated_quant: gates and quantizes, at the width of the model's MLP.
         rotate: applies the rotary embedding.
-        fused_update, paged_update: whether graphs can contain the two kernels of attention.
+        bound_update: whether we can update the lengths of any captured attention ourselves.
+        fused_update, paged_update: whether `NPUGraph.update` does, of the two kernels.
+        masked: whether attention of fixed lengths takes a mask.
+        fused_splits: whether fused attention spreads one long context over many cores.
         paged: whether paged attention is there.
     """
 
@@ -85,8 +86,11 @@ class Capabilities:
     norm_quant: Choice[NormQuant]
     gated_quant: Choice[GatedQuant]
     rotate: Choice[Rotate]
+    bound_update: Support
     fused_update: Support
     paged_update: Support
+    masked: Support
+    fused_splits: Support
     paged: Support
 
     @property
@@ -99,9 +103,9 @@ class Capabilities:
         """What is there or not, by field."""
         return {name: value for name, value in self._values().items() if isinstance(value, Support)}
 
-    def update_of(self, argument: UpdatedArgument) -> Support:
-        """Whether graphs can contain the kernel of attention that an argument belongs to."""
-        return {FUSED_LENGTHS: self.fused_update, PAGED_LENGTHS: self.paged_update}[argument]
+    def update_of(self, attention: str) -> Support:
+        """Whether `NPUGraph.update` gives a captured "fused" or "paged" attention its lengths."""
+        return {"fused": self.fused_update, "paged": self.paged_update}[attention]
 
     def using(self, field: str, form: Form[Any]) -> Capabilities:
         """The same machine, but with another form of one operation."""
@@ -148,10 +152,14 @@ def probe(config: Qwen3Config) -> Capabilities:
             field: choose(operation.name, operation.forms, operation.trial(config))
             for field, operation in OPERATIONS.items()
         }
+        masked = masked_support(config)
     return Capabilities(
         **chosen,
+        bound_update=bound_support(),
         fused_update=update_support(FUSED_LENGTHS),
         paged_update=update_support(PAGED_LENGTHS),
+        masked=masked,
+        fused_splits=splits_support(running_cann()),
         paged=paged_support(),
     )
 
@@ -197,6 +205,36 @@ def objection(form: Form[Call], trial: Callable[[Call], None]) -> str | None:
     except Exception as error:  # whatever a wheel or a driver raises, another form may work
         return f"{type(error).__name__}: {in_one_line(error)}"
     return None
+
+
+MASKED: Form[MaskedAttention] = Form("a mask with one query token", masked_attention)
+
+
+def masked_support(config: Qwen3Config) -> Support:
+    """Whether attention over contexts of one fixed length takes a mask for each."""
+    what = "attention with a mask on the device"
+    if refusals_are_fatal():
+        return Support(what, False, UNTRIED)
+    objected = objection(MASKED, trials.masked_attention(config))
+    if objected is not None:
+        return Support(what, False, objected)
+    return Support(what, True, "it hides what lies behind the end of each context")
+
+
+WITHOUT_SPLIT = "8"
+"""The CANN whose decode in the layout TND goes to the kernel for prompts, which gives a request to
+one core each (fused_infer_attention_score_tiling.cpp, usingIFA). Speed is not to be tried when a
+model is loaded, so this one thing is told by a version; `doctor` measures it."""
+
+
+def splits_support(cann: str | None) -> Support:
+    """Whether fused attention spreads a long context over cores, by the version of CANN."""
+    what = "fused attention spreads a long context over cores"
+    if cann is None:
+        return Support(what, True, "the version of CANN is not known; newer ones do")
+    splits = cann.split(".")[0] != WITHOUT_SPLIT
+    detail = f"CANN {cann} does" if splits else f"CANN {cann} decodes with the kernel for prompts"
+    return Support(what, splits, detail)
 
 
 def paged_support() -> Support:
