@@ -125,8 +125,9 @@ def test_without_atb_and_updates_their_modes_are_left_out(
     def lacking(argument: object) -> Support:
         return Support("graph update", False, "no table knows it")
 
+    no_atb = Support("paged", False, "no ATB")
     monkeypatch.setattr(capabilities, "update_support", lacking)
-    monkeypatch.setattr(capabilities, "paged_support", lambda: Support("paged", False, "no ATB"))
+    monkeypatch.setattr(capabilities, "paged_support", lambda config: no_atb)
     report = examine(checkpoints["w8a8"])
     assert report.ok
     skipped = {check.detail for check in report.checks if check.area == "generation"}

@@ -20,14 +20,14 @@ from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.errors import DeviceError, DeviceStuckError, OptionError
 from qwen3_ascend.runtime import LLM
 from qwen3_ascend.runtime.backends.cache import LayerKV
-from qwen3_ascend.runtime.backends.npu import graph
+from qwen3_ascend.runtime.backends.npu import capabilities, graph
 from qwen3_ascend.runtime.backends.npu.attention import (
     AttentionStrategy,
     FusedAttention,
     HeadCounts,
     PagedAttention,
 )
-from qwen3_ascend.runtime.backends.npu.graph import decode_buckets
+from qwen3_ascend.runtime.backends.npu.graph import GraphRunner, decode_buckets
 from qwen3_ascend.runtime.backends.npu.graph_calls import (
     BoundCalls,
     CapturedCalls,
@@ -38,6 +38,7 @@ from qwen3_ascend.runtime.backends.npu.graph_lengths import hidden_places, maske
 from qwen3_ascend.runtime.backends.npu.graph_updates import (
     FUSED_LENGTHS,
     PAGED_LENGTHS,
+    Support,
     UpdatedArgument,
     update_support,
 )
@@ -329,10 +330,13 @@ def test_the_model_path_needs_no_operator_without_a_stand_in(checkpoints: dict[s
     assert ascend_sim.trace.fallbacks() == []
 
 
+@pytest.mark.parametrize("binds", [True, False])
 def test_a_failing_update_ends_the_request_and_every_later_one(
-    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    binds: bool, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The device waits for ever then: nothing may wait for the device."""
+    support = Support("bound updates", binds, "")
+    monkeypatch.setattr(capabilities, "bound_support", lambda: support)
     leaving: list[bool] = []
     monkeypatch.setattr(graph, "leave_without_waiting", lambda: leaving.append(True))
     llm = open_npu(checkpoints["w8a8"], buckets=(1,))
@@ -344,6 +348,52 @@ def test_a_failing_update_ends_the_request_and_every_later_one(
     assert len(ascend_sim.trace.replays()) <= 1  # nothing was launched after it
     assert leaving == [True]
     ascend_sim.abandon_pending()
+
+
+def long_prompt(llm: LLM, tokens: int) -> list[int]:
+    text = (Path(__file__).parent.parent / "data/tiny-qwen3/heldout.txt").read_text()
+    return llm.tokenizer.encode(text[:4000])[:tokens]
+
+
+def open_masked(path: Path) -> LLM:
+    return load(
+        path, device="npu", kv_cache_tokens=4096, max_batch=1, buckets=(1,), graph_lengths="masked"
+    )
+
+
+def test_masked_graphs_are_captured_when_a_context_first_needs_them(
+    checkpoints: dict[str, Path],
+) -> None:
+    llm = open_masked(checkpoints["w8a8"])
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    ascend_sim.reset_trace()
+    for _ in range(2):
+        llm.generate([long_prompt(llm, 508)], params)
+    replays = ascend_sim.trace.replays()
+    assert len(replays) == 14 and len({each.graph for each in replays}) == 2  # 512 and 1024
+    captured = [each for each in ascend_sim.trace.launches() if each.captured]
+    assert len(captured) == replays[-1].launches  # one of them, and once
+
+
+def test_a_masked_graph_that_finds_no_room_is_one_warning_and_eager_steps(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = open_masked(checkpoints["w8a8"])
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    expected = [answer.token_ids for answer in llm.generate([long_prompt(llm, 508)], params)]
+    llm = open_masked(checkpoints["w8a8"])
+
+    def refusing(self: object, size: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(GraphRunner, "_capture", refusing)
+    with pytest.warns(
+        UserWarning, match="up to 1024 tokens are not captured .out of memory"
+    ) as seen:
+        for _ in range(2):
+            (answer,) = llm.generate([long_prompt(llm, 508)], params)
+            assert answer.token_ids == expected[0]
+    assert sum("not captured" in str(each.message) for each in seen) == 1
 
 
 FAIL_AN_UPDATE = """

@@ -41,6 +41,7 @@ from qwen3_ascend.runtime.backends.npu.operators import (
     NormQuant,
     Rotate,
     masked_attention,
+    reshape_and_cache,
 )
 
 UNTRIED = "with TASK_QUEUE_ENABLE=2 a refusal would end the process, so it was not tried"
@@ -152,7 +153,7 @@ def probe(config: Qwen3Config) -> Capabilities:
             field: choose(operation.name, operation.forms, operation.trial(config))
             for field, operation in OPERATIONS.items()
         }
-        masked = masked_support(config)
+        masked, paged = masked_support(config), paged_support(config)
     return Capabilities(
         **chosen,
         bound_update=bound_support(),
@@ -160,7 +161,7 @@ def probe(config: Qwen3Config) -> Capabilities:
         paged_update=update_support(PAGED_LENGTHS),
         masked=masked,
         fused_splits=splits_support(running_cann()),
-        paged=paged_support(),
+        paged=paged,
     )
 
 
@@ -207,6 +208,7 @@ def objection(form: Form[Call], trial: Callable[[Call], None]) -> str | None:
     return None
 
 
+ATB_WRITE: Form[CacheWrite] = Form("_npu_reshape_and_cache", reshape_and_cache)
 MASKED: Form[MaskedAttention] = Form("a mask with one query token", masked_attention)
 
 
@@ -237,8 +239,8 @@ def splits_support(cann: str | None) -> Support:
     return Support(what, splits, detail)
 
 
-def paged_support() -> Support:
-    """Whether decoding with ATB's paged attention is possible."""
+def paged_support(config: Qwen3Config) -> Support:
+    """Whether decoding with ATB's paged attention is possible: ATB is there, and writes a cache."""
     what = "paged attention"
     try:
         require_atb()
@@ -247,4 +249,5 @@ def paged_support() -> Support:
     for name in ("_npu_paged_attention", "_npu_paged_attention_get_workspace"):
         if not hasattr(torch_npu, name):
             return Support(what, False, f"torch_npu {torch_npu.__version__} has no {name}")
-    return Support(what, True, "ATB is there")
+    objected = None if refusals_are_fatal() else objection(ATB_WRITE, trials.cache_write(config))
+    return Support(what, objected is None, objected or "ATB is there")
