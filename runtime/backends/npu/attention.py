@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -220,7 +220,7 @@ class PagedAttention:
             return output
         self._captured.setdefault(query.shape[0], [*call])
         workspace = self._workspace_for(call)
-        self._calls.issue(torch_npu._npu_paged_attention, call, {"workspace": workspace})
+        self._calls.issue(_paged_overload(), call, {"workspace": workspace})
         return output
 
     def decode_masked(
@@ -257,6 +257,14 @@ class PagedAttention:
             query, cache.keys, cache.values, self.counts.kv_heads, self.counts.heads,
             self.counts.scale, step.block_table, lengths, output,
         )  # fmt: skip
+
+
+def _paged_overload() -> Callable[..., Any]:
+    """The operator itself, if it is where newer wheels have it: torch_npu's function looks for ATB
+    and chooses an overload at each call."""
+    operator = getattr(torch.ops.atb, "_npu_paged_attention", torch_npu._npu_paged_attention)
+    overload: Callable[..., Any] = getattr(operator, "default", operator)
+    return overload
 
 
 @dataclass(frozen=True)
