@@ -79,6 +79,8 @@ WAYS = [
     *(way(attention, lengths) for attention in ("fused", "paged") for lengths in (None, *UPDATES)),
     way("fused", "masked"),
 ]
+if ascend_sim.cann.current().handlers == "hard_coded_without_paged":  # CANN 8.3, if pretended
+    WAYS.remove(way("paged", "dispatched"))
 by_way = pytest.mark.parametrize("chosen", WAYS, ids=[each.name for each in WAYS])
 by_recipe = pytest.mark.parametrize("recipe", ["w8a8", "bf16"])
 

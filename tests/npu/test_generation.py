@@ -11,11 +11,7 @@ import torch
 from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.runtime import LLM
 
-pytestmark = [
-    pytest.mark.every_mode,
-    # Paged attention of the wheels for CANN 8.3, if the simulator pretends to have one.
-    pytest.mark.filterwarnings("default:steps are not captured as graphs:UserWarning"),
-]
+pytestmark = pytest.mark.every_mode
 
 # Where a float32 sum is rounded to bf16 at another place, a logit of about 20 may move by a few
 # units in the last of bf16's 8 bits (2^-4 at that size).
