@@ -140,11 +140,10 @@ def masked_attention(config: Qwen3Config) -> Callable[[MaskedAttention], None]:
     def trial(form: MaskedAttention) -> None:
         cache = LayerKV(keys.to("npu"), values.to("npu"))
         actual = form(query.to("npu"), cache, table.to("npu"), hidden.unsqueeze(1).to("npu"))
-        expected = [
-            _attention(query[row], *(held[table[row].long()].flatten(0, 1)[:length].float()
-            for held in (keys, values)))
-            for row, length in enumerate(CONTEXTS)
-        ]  # fmt: skip
+        expected = []
+        for row, length in enumerate(CONTEXTS):
+            places = (held[table[row].long()].flatten(0, 1)[:length] for held in (keys, values))
+            expected.append(_attention(query[row], *places))
         _compare("attention", actual, torch.stack(expected), ATTENDED_BOUND)
 
     return trial
@@ -153,7 +152,7 @@ def masked_attention(config: Qwen3Config) -> Callable[[MaskedAttention], None]:
 def _attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Of one token [heads, head_dim] over [places, kv_heads, head_dim]."""
     group = query.shape[0] // keys.shape[1]
-    keys, values = (each.repeat_interleave(group, 1) for each in (keys, values))
+    keys, values = (each.float().repeat_interleave(group, 1) for each in (keys, values))
     scores = torch.einsum("hd,khd->hk", query.float(), keys) * query.shape[-1] ** -0.5
     return torch.einsum("hk,khd->hd", scores.softmax(-1), values)
 
