@@ -29,16 +29,30 @@ from qwen3_ascend.runtime.backends.base import (
 )
 from qwen3_ascend.runtime.backends.cache import LayerKV, bytes_per_token, cache_shape
 from qwen3_ascend.runtime.backends.npu import formats
-from qwen3_ascend.runtime.backends.npu.attention import choose_attention
+from qwen3_ascend.runtime.backends.npu.attention import open_attention
 from qwen3_ascend.runtime.backends.npu.capabilities import Capabilities, probe
+from qwen3_ascend.runtime.backends.npu.decoding import Decoding, choose_decoding
 from qwen3_ascend.runtime.backends.npu.device import free_bytes, open_device, require_capture
 from qwen3_ascend.runtime.backends.npu.graph import (
     MAX_STREAMS,
-    GraphBounds,
     GraphRunner,
     decode_buckets,
     largest_padding,
 )
+from qwen3_ascend.runtime.backends.npu.graph_calls import (
+    BoundCalls,
+    CapturedCalls,
+    DispatchedCalls,
+)
+from qwen3_ascend.runtime.backends.npu.graph_lengths import (
+    MAX_MASKED_GRAPHS,
+    GraphBounds,
+    GraphLengths,
+    MaskedLengths,
+    UpdatedLengths,
+    masked_lengths,
+)
+from qwen3_ascend.runtime.backends.npu.graph_updates import FUSED_LENGTHS, PAGED_LENGTHS
 from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, NpuLinear, Upload, load_linear
 from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
@@ -86,7 +100,9 @@ class NpuBackend(Backend[LayerKV]):
         self.config, self.options = config, options
         self._prefetcher = Prefetcher(prefetch_budget(options.prefetch, self.info.l2_bytes))
         self.capabilities = capabilities or probe(config)
-        self._attention = choose_attention(options.attention, config, self.capabilities)
+        self.decoding = choose_decoding(options, self.capabilities)
+        self._calls = _captured_calls(self.decoding)
+        self._attention = open_attention(self.decoding, config, self.capabilities, self._calls)
         self._captures = options.graph and self._can_capture()
         self._transfers = Transfers()
         self._upload: Upload = functools.partial(formats.upload_packed, copy=self._transfers.copy)
@@ -94,14 +110,14 @@ class NpuBackend(Backend[LayerKV]):
 
     def _can_capture(self) -> bool:
         """Whether graphs can contain the attention that was chosen; warns if they cannot."""
-        support = self.capabilities.update_of(self._attention.lengths)
-        if not support.usable:
+        if self.decoding.lengths is None:
             warnings.warn(
-                f"steps are not captured as graphs, which is slower: {support.what}: "
-                f"{support.detail}; graph=off, or another attention, avoids this warning",
+                f"steps are not captured as graphs, which is slower: "
+                f"{self.decoding.lengths_reason}; graph=off, or another attention, avoids this "
+                f"warning",
                 stacklevel=2,
             )
-        return support.usable
+        return self.decoding.lengths is not None
 
     @override
     def upload(self, tensor: Tensor) -> Tensor:
@@ -164,7 +180,7 @@ class NpuBackend(Backend[LayerKV]):
         """Blocks of the cache: the kernel of attention counts one for each row that pads a batch,
         whichever it is. With the default buckets these are seven, which the reserve covers."""
         buckets = self._buckets(bounds)
-        if not buckets:
+        if not buckets or self.decoding.lengths == "masked":
             return bounds.num_blocks
         return max(bounds.num_blocks + largest_padding(buckets), buckets[-1] + 1)
 
@@ -172,8 +188,20 @@ class NpuBackend(Backend[LayerKV]):
         """Batch sizes to capture, none if nothing is."""
         if not self._captures:
             return ()
-        streams = self.config.num_layers * (2 if self._prefetcher.budget else 1) + 1
-        return decode_buckets(bounds.max_batch, self.options.buckets, MAX_STREAMS // streams)
+        layers, options = self.config.num_layers, self.options
+        side_streams = layers if self._prefetcher.budget else 0
+        if self.decoding.lengths != "masked":
+            most = MAX_STREAMS // (layers + side_streams + 1)
+            return decode_buckets(bounds.max_batch, options.buckets, most)
+        lengths = len(masked_lengths(self._table_width(bounds), bounds.block_size))
+        most = MAX_STREAMS // (side_streams + 1) // lengths
+        if options.buckets is None:
+            most = min(most, MAX_MASKED_GRAPHS // lengths)
+        return decode_buckets(bounds.max_batch, options.buckets, most)
+
+    def _table_width(self, bounds: StepBounds) -> int:
+        """Blocks of a request at most."""
+        return -(-self.config.context_length // bounds.block_size)
 
     @override
     def cache_bytes_per_token(self) -> int:
@@ -209,18 +237,30 @@ class NpuBackend(Backend[LayerKV]):
                 f"a graph bucket of {buckets[-1]} has more padding rows than the scratch block "
                 f"has slots ({bounds.block_size})"
             )
-        width = -(-self.config.context_length // bounds.block_size)
-        graphs = GraphBounds(buckets, width, self._cache_blocks(bounds), bounds.block_size)
-        runner = GraphRunner(run, self._attention, graphs)
+        graphs = GraphBounds(
+            buckets, self._table_width(bounds), self._cache_blocks(bounds), bounds.block_size
+        )
+        lengths = self._graph_lengths(graphs)
+
+        def captured(step: StepInputs) -> Tensor:
+            return forward(lengths.open(self.open_step(step)))
+
+        runner = GraphRunner(run, captured, lengths, graphs)
         done = 0
 
         def advance(graphs: int) -> None:
             nonlocal done
             done += graphs
-            progress("capturing graphs", done, len(buckets))
+            progress("capturing graphs", done, len(lengths.first_sizes))
 
         runner.capture(advance)
         return runner
+
+    def _graph_lengths(self, bounds: GraphBounds) -> GraphLengths:
+        if self.decoding.lengths == "masked":
+            counts = self._attention.counts
+            return MaskedLengths(bounds, counts.kv_heads * counts.head_dim)
+        return UpdatedLengths(self._attention, self._calls, bounds)
 
     @functools.cached_property
     def _tables(self) -> tuple[Tensor, Tensor]:
@@ -279,8 +319,13 @@ class NpuBackend(Backend[LayerKV]):
     ) -> Activation:
         """One launch, and one more for the quantization if the consumer wants it."""
         inputs = step.inputs
-        attend = self._attention.decode if inputs.is_decode else self._attention.prefill
-        attended = attend(query, cache, inputs).flatten(1)
+        if step.hidden is not None:
+            heads = self._attention.decode_masked(query, cache, inputs, step.hidden)
+        elif inputs.is_decode:
+            heads = self._attention.decode(query, cache, inputs)
+        else:
+            heads = self._attention.prefill(query, cache, inputs)
+        attended = heads.flatten(1)
         if consumer.input is Input.INT8_PER_TOKEN:
             return dynamic_quant(attended)
         return attended
@@ -305,3 +350,9 @@ class NpuBackend(Backend[LayerKV]):
     def memory_for_cache(self) -> int:
         free = free_bytes()
         return free - free // RESERVED_SHARE
+
+
+def _captured_calls(decoding: Decoding) -> CapturedCalls:
+    if decoding.lengths != "bound":
+        return DispatchedCalls()
+    return BoundCalls(FUSED_LENGTHS if decoding.attention == "fused" else PAGED_LENGTHS)

@@ -193,6 +193,8 @@ def mask_of(call: SimpleNamespace, sequence: Sequence, rows: int) -> torch.Tenso
     if call.mask is None or call.sparse_mode in (2, 3):
         return None
     mask = call.mask.read().bool()
+    if one_token:  # [B, KV_S], [B, 1, KV_S] or [B, 1, 1, KV_S]: always one row for each sequence
+        return mask.flatten(0, -2)[sequence.index : sequence.index + 1, : sequence.kv_length]
     mask = mask.reshape(-1, *mask.shape[-2:])
     own = mask[sequence.index if mask.shape[0] > 1 else 0]
     require(own.shape[0] >= rows, OPERATOR, "the mask has fewer rows than the query")
