@@ -1,0 +1,78 @@
+"""Penalties on tokens that a request has seen, applied where the logits are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend.runtime.engine.request import Request, SamplingParams
+
+
+def has_penalties(params: SamplingParams) -> bool:
+    """Whether logits are changed at all before a token is chosen."""
+    return (params.repetition_penalty, params.presence_penalty) != (1.0, 0.0)
+
+
+class Penalties:
+    """Penalizes a batch; remembers what each request has seen, so that a step reads new tokens
+    only."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, _Seen] = {}
+
+    def __call__(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        """Logits float32 [B, vocab] with the requests' penalties, on the same device.
+
+        One gather and one scatter for the batch. The logits that are given stay as they are; they
+        are given back where nothing is to be changed.
+        """
+        changes = [
+            self._changes(request, row * logits.shape[1])
+            for row, request in enumerate(requests)
+            if has_penalties(request.params)
+        ]
+        if not sum(len(places) for places, _ in changes):
+            return logits
+        places = torch.cat([places for places, _ in changes]).to(logits.device)
+        penalties = torch.cat([values for _, values in changes], dim=1).to(logits.device)
+        repetition, presence = penalties.unbind()
+        flat = logits.flatten()
+        seen = flat.index_select(0, places)
+        seen = torch.where(seen > 0, seen / repetition, seen * repetition) - presence
+        return flat.index_put((places,), seen).view_as(logits)
+
+    def forget(self, number: int) -> None:
+        """Drops what is remembered of a finished request."""
+        self._seen.pop(number, None)
+
+    def _changes(self, request: Request, offset: int) -> tuple[Tensor, Tensor]:
+        """Where a request's row changes, int64 [N], and its repetition and presence penalties
+        there, float32 [2, N]. No place occurs twice."""
+        params = request.params
+        seen = self._seen.setdefault(request.number, _Seen(request))
+        seen.read(request)
+        presence = torch.tensor(list(seen.in_output.values())) * params.presence_penalty
+        repetition = torch.full_like(presence, params.repetition_penalty)
+        places = torch.tensor(list(seen.in_output), dtype=torch.int64) + offset
+        return places, torch.stack((repetition, presence)).float()
+
+
+class _Seen:
+    """The distinct tokens of a request, and whether each occurs in its output.
+
+    The prompt counts for the repetition penalty only, and is left out without one.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.in_output: dict[int, bool] = {}
+        whole = request.params.repetition_penalty != 1.0
+        self._next = 0 if whole else request.prompt_length
+
+    def read(self, request: Request) -> None:
+        for place in range(self._next, len(request.tokens)):
+            token = request.tokens[place]
+            in_output = place >= request.prompt_length
+            self.in_output[token] = in_output or self.in_output.get(token, False)
+        self._next = len(request.tokens)
