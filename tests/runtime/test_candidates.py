@@ -265,6 +265,15 @@ def test_equal_logits_across_the_border_leave_a_token_open() -> None:
     assert choose(greatest(row[None], [params], 120), [params], [0.5]) != [None]
 
 
+def test_on_a_border_nothing_is_said() -> None:
+    """Sums of many weights and of few round differently; this near a border only one of them counts."""
+    row, params = logits(0, 700), SamplingParams(temperature=1.0, top_k=7)
+    found, border = greatest(row[None], [params], 38), border_numbers(row, params)[5]
+    assert choose(whole_row(row), [params], [border]) != [None]
+    assert choose(found, [params], [border]) == [None]
+    assert choose(found, [params], [border + 1e-6]) != [None]
+
+
 def test_masked_logits() -> None:
     """Tokens of probability 0, as of a padded vocabulary, are never drawn and need no whole row."""
     row = torch.full((2000,), -torch.inf)
