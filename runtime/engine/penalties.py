@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -53,26 +54,37 @@ class Penalties:
         params = request.params
         seen = self._seen.setdefault(request.number, _Seen(request))
         seen.read(request)
-        presence = torch.tensor(list(seen.in_output.values())) * params.presence_penalty
+        presence = seen.in_output * params.presence_penalty
         repetition = torch.full_like(presence, params.repetition_penalty)
-        places = torch.tensor(list(seen.in_output), dtype=torch.int64) + offset
-        return places, torch.stack((repetition, presence)).float()
+        return seen.tokens + offset, torch.stack((repetition, presence))
 
 
 class _Seen:
     """The distinct tokens of a request, and whether each occurs in its output.
 
     The prompt counts for the repetition penalty only, and is left out without one.
+
+    Attributes:
+        tokens: int64 [N].
+        in_output: float32 [N], 1 or 0.
     """
 
     def __init__(self, request: Request) -> None:
-        self.in_output: dict[int, bool] = {}
+        self.tokens, self.in_output = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        self._places: dict[int, int] = {}
         whole = request.params.repetition_penalty != 1.0
         self._next = 0 if whole else request.prompt_length
 
     def read(self, request: Request) -> None:
-        for place in range(self._next, len(request.tokens)):
-            token = request.tokens[place]
-            in_output = place >= request.prompt_length
-            self.in_output[token] = in_output or self.in_output.get(token, False)
+        """Takes in the tokens that have come since the last time."""
+        new = request.tokens[self._next :]
+        prompt = max(0, request.prompt_length - self._next)
         self._next = len(request.tokens)
+        self._add(new)
+        self.in_output[[self._places[token] for token in new[prompt:]]] = 1.0
+
+    def _add(self, tokens: Sequence[int]) -> None:
+        unseen = [token for token in dict.fromkeys(tokens) if token not in self._places]
+        self._places |= zip(unseen, itertools.count(len(self._places)), strict=False)
+        self.tokens = torch.cat((self.tokens, torch.tensor(unseen, dtype=torch.int64)))
+        self.in_output = torch.cat((self.in_output, torch.zeros(len(unseen))))

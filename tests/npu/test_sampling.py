@@ -11,6 +11,7 @@ from pathlib import Path
 import ascend_sim
 import pytest
 import torch
+import torch_npu
 from torch import Tensor
 
 from qwen3_ascend import SamplingParams, load
@@ -79,9 +80,9 @@ def test_whole_rows_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def copied(params: Sequence[SamplingParams]) -> list[int]:
     """Bytes of each copy to the host when a batch of Qwen3's vocabulary gets its tokens."""
-    rows, batch = logits(0, len(params), VOCABULARY).npu(), requests(params)
+    rows, batch = logits(0, len(params), VOCABULARY).to("npu"), requests(params)
     rows[:, :30] += 20 - torch.arange(30, device="npu")  # some that stand out, as in a real row
-    torch.npu.synchronize()
+    torch_npu.npu.synchronize()
     ascend_sim.reset_trace()
     Sampler()(rows, batch)
     return [copy.bytes for copy in ascend_sim.trace.copies("device_to_host")]

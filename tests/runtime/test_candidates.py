@@ -266,7 +266,7 @@ def test_equal_logits_across_the_border_leave_a_token_open() -> None:
 
 
 def test_on_a_border_nothing_is_said() -> None:
-    """Sums of many weights and of few round differently; this near a border only one of them counts."""
+    """Sums of many weights and of few round differently; so near to a border one of them counts."""
     row, params = logits(0, 700), SamplingParams(temperature=1.0, top_k=7)
     found, border = greatest(row[None], [params], 38), border_numbers(row, params)[5]
     assert choose(whole_row(row), [params], [border]) != [None]
