@@ -16,6 +16,8 @@ from torch import Tensor
 
 from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.runtime.backends.npu.device import open_device
+from qwen3_ascend.runtime.doctor import sampling
+from qwen3_ascend.runtime.doctor.recorder import Recorder
 from qwen3_ascend.runtime.engine import candidates
 from qwen3_ascend.runtime.engine.request import Request
 from qwen3_ascend.runtime.engine.sampler import Choice, Sampler
@@ -104,6 +106,31 @@ def test_a_copy_for_all_candidates_and_one_for_the_greedy_rows() -> None:
 def test_whole_rows_only_for_those_who_want_logarithms() -> None:
     report = SamplingParams(logprobs=2)
     assert copied([report, QWEN3, QWEN3]) == [8, 2 * 64 * 8, 4 * VOCABULARY]
+
+
+def examined() -> dict[str, str]:
+    recorder = Recorder(lambda check: None)
+    sampling.examine(recorder, 2000)
+    return {check.name: check.status for check in recorder.checks}
+
+
+def test_the_doctor_finds_nothing_wrong() -> None:
+    assert set(examined().values()) == {"ok"}
+
+
+def test_the_doctor_finds_a_wrong_sum_and_a_wrong_topk(monkeypatch: pytest.MonkeyPatch) -> None:
+    topk, rest = Tensor.topk, candidates._rest
+
+    def without_the_greatest(rows: Tensor, count: int) -> tuple[Tensor, ...]:
+        skipped = int(rows.device.type == "npu")
+        return tuple(part[:, skipped:].contiguous() for part in topk(rows, count + skipped))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(candidates, "_rest", lambda *given: rest(*given) * 1.001)
+        assert examined()["sum over the vocabulary"] == "failed"
+    monkeypatch.setattr(Tensor, "topk", without_the_greatest)
+    wrong = {name for name, status in examined().items() if status == "failed"}
+    assert {"temperature, top_k and top_p", "top_p", "temperature"} <= wrong
 
 
 class Watched(Sampler):

@@ -66,6 +66,19 @@ def topk(
     return two_outputs(greatest, values, indices)
 
 
+@aclnn("aclnnTopk", "x:T k:i dim:i largest:b ordered:b values:T indices:T")
+def topk_of_older_wheels(
+    x: DeviceTensor,
+    k: int,
+    dim: int,
+    largest: bool,
+    ordered: bool,
+    values: DeviceTensor,
+    indices: DeviceTensor,
+) -> Run:
+    return topk(x, k, dim, largest, ordered, False, values, indices)
+
+
 def check_indices(operator: str, x: Layout, indices: list[DeviceTensor | None]) -> None:
     given = [each.layout for each in indices if each is not None and each.layout.elements]
     require(bool(given), operator, "there must be an index")
