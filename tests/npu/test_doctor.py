@@ -33,6 +33,7 @@ from qwen3_ascend.runtime.doctor import machine
 from qwen3_ascend.runtime.doctor.agreement import Answer, agreement
 from qwen3_ascend.runtime.doctor.generation import VARIANTS
 from qwen3_ascend.runtime.doctor.recorder import Recorder
+from qwen3_ascend.runtime.engine import candidates
 from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
 
@@ -62,7 +63,9 @@ def test_a_wrong_operator_does_not_conform(monkeypatch: pytest.MonkeyPatch) -> N
     assert wrong and all(name.startswith("gated (bf16") for name in wrong)
 
 
-AREAS = {"environment", "capabilities", "forms", "layout", "load", "operators", "generation"}
+AREAS = {
+    "environment", "capabilities", "forms", "layout", "load", "operators", "sampling", "generation"
+}  # fmt: skip
 
 
 SKIPPED_VARIANT = ("generation", "skipped")
@@ -158,6 +161,7 @@ def test_a_crash_of_any_check_is_a_finding_and_the_others_go_on(
         (diagnose, "copy_speed"),
         (torch_npu, "npu_swiglu"),
         (torch_npu, "npu_prefetch"),
+        (candidates, "_rest"),
         (graph.GraphRunner, "_capture"),
     ):
         monkeypatch.setattr(owner, name, crashing)
