@@ -39,6 +39,7 @@ from qwen3_ascend.runtime.backends.npu.graph import (
     decode_buckets,
     largest_padding,
 )
+from qwen3_ascend.runtime.backends.npu.heads import HeadDivider
 from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, NpuLinear, Upload, load_linear
 from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
@@ -87,6 +88,7 @@ class NpuBackend(Backend[LayerKV]):
         self._prefetcher = Prefetcher(prefetch_budget(options.prefetch, self.info.l2_bytes))
         self.capabilities = capabilities or probe(config)
         self._attention = choose_attention(options.attention, config, self.capabilities)
+        self._divide = HeadDivider(self._attention.counts)
         self._captures = options.graph and self._can_capture()
         self._transfers = Transfers()
         self._upload: Upload = functools.partial(formats.upload_packed, copy=self._transfers.copy)
@@ -258,19 +260,12 @@ class NpuBackend(Backend[LayerKV]):
         step: DeviceStep,
         cache: LayerKV,
     ) -> Tensor:
-        """Two norms, one rotation of both, one write.
-
-        The write wants contiguous tensors: values are copied out of q|k|v unless there is but one
-        token.
-        """
-        counts = self._attention.counts
-        heads = qkv.view(qkv.shape[0], -1, counts.head_dim)
-        sizes = [counts.heads, counts.kv_heads, counts.kv_heads]
-        query, key, value = torch.split(heads, sizes, dim=1)
+        """Two norms, one rotation of both, one write."""
+        query, key, value = self._divide(qkv)
         query = torch_npu.npu_rms_norm(query, query_norm, epsilon)[0]
         key = torch_npu.npu_rms_norm(key, key_norm, epsilon)[0]
         query, key = self.capabilities.rotate.call(query, key, step.cos, step.sin)
-        self._attention.write(key, value.contiguous(), cache, step.inputs.slots)
+        self._attention.write(key, value, cache, step.inputs.slots)
         return query
 
     @override
