@@ -22,6 +22,7 @@ from qwen3_ascend.runtime.synthetic import SMALL_CONFIG, SyntheticWeights
 pytestmark = pytest.mark.every_mode
 
 BLOCK = 128
+QKV = "model.layers.0.self_attn.qkv_proj"
 
 
 def batch(lengths: tuple[int, ...], counts: tuple[int, ...]) -> Batch:
@@ -90,3 +91,20 @@ def test_any_counts_of_heads(heads: int, kv_heads: int) -> None:
     expected = torch.split(qkv.view(5, -1, 128), [heads, kv_heads, kv_heads], dim=1)
     for part, whole in zip(found, expected, strict=True):
         assert torch.equal(part.cpu(), whole)
+
+
+@pytest.mark.parametrize(("rows", "made"), [(1, 0), (256, 0), (257, 1)])
+def test_the_zeros_of_the_first_norm_are_kept(rows: int, made: int) -> None:
+    """And do not change, whatever is added to them."""
+    backend = NpuBackend(SMALL_CONFIG, DeviceOptions("npu"))
+    linear = backend.linear(SyntheticWeights(SMALL_CONFIG, "w8a8").linear(QKV))
+    weight = torch.ones(1024, dtype=torch.bfloat16, device="npu")
+    for seed in range(2):
+        random = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(rows, 1024, generator=random).bfloat16()
+        ascend_sim.reset_trace()
+        _, total = backend.add_norm(hidden.to("npu"), None, weight, 1e-6, linear)
+        torch_npu.npu.synchronize()
+        assert torch.equal(total.cpu(), hidden)
+    names = [entry.name for entry in ascend_sim.trace.launches()]
+    assert names.count("aclnnInplaceZero") == made and len(names) <= 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 
@@ -39,12 +38,13 @@ from qwen3_ascend.runtime.backends.npu.graph import (
     decode_buckets,
     largest_padding,
 )
-from qwen3_ascend.runtime.backends.npu.heads import HeadDivider
+from qwen3_ascend.runtime.backends.npu.heads import FEW_ROWS, HeadDivider
 from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, NpuLinear, Upload, load_linear
 from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
 from qwen3_ascend.runtime.backends.npu.transfers import BUFFER_BYTES, Transfers
+from qwen3_ascend.runtime.backends.npu.uploads import StepUploads
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 from qwen3_ascend.runtime.options import DeviceOptions
@@ -88,6 +88,7 @@ class NpuBackend(Backend[LayerKV]):
         self._prefetcher = Prefetcher(prefetch_budget(options.prefetch, self.info.l2_bytes))
         self.capabilities = capabilities or probe(config)
         self._attention = choose_attention(options.attention, config, self.capabilities)
+        self._bring = StepUploads()
         self._divide = HeadDivider(self._attention.counts)
         self._captures = options.graph and self._can_capture()
         self._transfers = Transfers()
@@ -184,15 +185,7 @@ class NpuBackend(Backend[LayerKV]):
     @override
     def open_step(self, step: StepInputs) -> DeviceStep:
         """The rows of the tables are picked on the device, so that a capture can contain it."""
-        rows = None if step.logit_rows is None else step.logit_rows.to(self.device)
-        inputs = dataclasses.replace(
-            step,
-            tokens=step.tokens.to(self.device),
-            positions=step.positions.to(self.device),
-            slots=step.slots.to(self.device),
-            block_table=step.block_table.to(self.device),
-            logit_rows=rows,
-        )
+        inputs = self._bring(step)
         cos, sin = (torch.index_select(each, 0, inputs.positions) for each in self._tables)
         return DeviceStep(inputs, cos, sin)
 
@@ -244,11 +237,23 @@ class NpuBackend(Backend[LayerKV]):
     ) -> tuple[Activation, Tensor]:
         """One launch where one kernel does both, with the quantization if it is wanted."""
         if consumer.input is Input.INT8_PER_TOKEN:
-            return self.capabilities.norm_quant.call(hidden, delta, weight, epsilon)
+            added = self._zeros(hidden) if delta is None else delta
+            return self.capabilities.norm_quant.call(hidden, added, weight, epsilon)
         if delta is None:
             return torch_npu.npu_rms_norm(hidden, weight, epsilon)[0], hidden
         normed, _, total = torch_npu.npu_add_rms_norm(hidden, delta, weight, epsilon)
         return normed, total
+
+    def _zeros(self, like: Tensor) -> Tensor | None:
+        """What the first norm of a step adds: kept, where making it costs a launch that counts."""
+        rows, width = like.shape
+        few = rows <= FEW_ROWS and width == self.config.hidden_size
+        return self._no_delta[:rows] if few else None
+
+    @functools.cached_property
+    def _no_delta(self) -> Tensor:
+        shape = (FEW_ROWS, self.config.hidden_size)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @override
     def norm_rope_write(

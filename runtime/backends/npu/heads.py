@@ -8,7 +8,7 @@ host shows, and the cache write takes no strided view at all. Whatever divides t
     one gather of heads    one
     three products         two more products, which read the codes of the activation three times;
                            and a bf16 weight in FRACTAL_NZ of [N, K] has no contiguous parts
-    split_with_sizes_copy  three: torch_npu has one kernel for it, and uses it for more than 32 parts
+    split_with_sizes_copy  three: torch_npu uses its one kernel for that for more than 32 parts only
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from qwen3_ascend.runtime.backends.npu.attention import HeadCounts
 
-GATHERED_ROWS = 256
-"""Steps of so many tokens at most are bound by launches; the order of the heads of each is kept on
-the device. Longer ones are bound by arithmetic, and come in any length."""
+FEW_ROWS = 256
+"""Steps of so many tokens at most are bound by launches, and what saves one is kept on the device
+for them. Longer ones are bound by arithmetic, and come in any length."""
 
 
 class HeadDivider:
@@ -33,11 +33,11 @@ class HeadDivider:
     def __call__(self, qkv: Tensor) -> list[Tensor]:
         """Queries, keys and values [T, heads, head_dim] of [T, N]; each is contiguous.
 
-        One token is divided by views, up to GATHERED_ROWS by one launch, more by three.
+        One token is divided by views, up to FEW_ROWS by one launch, more by three.
         """
         counts, rows = self._counts, qkv.shape[0]
         sizes = [counts.heads, counts.kv_heads, counts.kv_heads]
-        if not 1 < rows <= GATHERED_ROWS:
+        if not 1 < rows <= FEW_ROWS:
             heads = qkv.view(rows, -1, counts.head_dim)
             return [part.contiguous() for part in torch.split(heads, sizes, dim=1)]
         flat = torch.index_select(qkv.view(-1, counts.head_dim), 0, self._order(rows))
