@@ -61,22 +61,6 @@ def verify(
     return Verdict(len(manifest.stored()), files, total_bytes(manifest), tuple(problems))
 
 
-def check_reader(
-    reader: CheckpointReader,
-    progress: Callable[[int], None] = lambda nbytes: None,
-    threads: int | None = None,
-) -> None:
-    """Re-hashes every tensor of an open checkpoint.
-
-    Opening it has checked everything else; together they notice any changed byte.
-
-    Raises:
-        CheckpointError: naming the first tensor whose bytes differ from the manifest.
-    """
-    for problem in changed_tensors(reader, progress, threads):
-        raise CheckpointError(f"{reader.folder}: {problem}")
-
-
 def changed_tensors(
     reader: CheckpointReader, progress: Callable[[int], None], threads: int | None
 ) -> list[str]:
