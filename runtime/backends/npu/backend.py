@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 
@@ -53,11 +52,13 @@ from qwen3_ascend.runtime.backends.npu.graph_lengths import (
     masked_lengths,
 )
 from qwen3_ascend.runtime.backends.npu.graph_updates import FUSED_LENGTHS, PAGED_LENGTHS
+from qwen3_ascend.runtime.backends.npu.heads import FEW_ROWS, HeadDivider
 from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, NpuLinear, Upload, load_linear
 from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
 from qwen3_ascend.runtime.backends.npu.transfers import BUFFER_BYTES, Transfers
+from qwen3_ascend.runtime.backends.npu.uploads import StepUploads
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 from qwen3_ascend.runtime.options import DeviceOptions
@@ -103,6 +104,8 @@ class NpuBackend(Backend[LayerKV]):
         self.decoding = choose_decoding(options, self.capabilities)
         self._calls = _captured_calls(self.decoding)
         self._attention = open_attention(self.decoding, config, self.capabilities, self._calls)
+        self._bring = StepUploads()
+        self._divide = HeadDivider(self._attention.counts)
         self._captures = options.graph and self._can_capture()
         self._transfers = Transfers()
         self._upload: Upload = functools.partial(formats.upload_packed, copy=self._transfers.copy)
@@ -210,15 +213,7 @@ class NpuBackend(Backend[LayerKV]):
     @override
     def open_step(self, step: StepInputs) -> DeviceStep:
         """The rows of the tables are picked on the device, so that a capture can contain it."""
-        rows = None if step.logit_rows is None else step.logit_rows.to(self.device)
-        inputs = dataclasses.replace(
-            step,
-            tokens=step.tokens.to(self.device),
-            positions=step.positions.to(self.device),
-            slots=step.slots.to(self.device),
-            block_table=step.block_table.to(self.device),
-            logit_rows=rows,
-        )
+        inputs = self._bring(step)
         cos, sin = (torch.index_select(each, 0, inputs.positions) for each in self._tables)
         return DeviceStep(inputs, cos, sin)
 
@@ -282,11 +277,23 @@ class NpuBackend(Backend[LayerKV]):
     ) -> tuple[Activation, Tensor]:
         """One launch where one kernel does both, with the quantization if it is wanted."""
         if consumer.input is Input.INT8_PER_TOKEN:
-            return self.capabilities.norm_quant.call(hidden, delta, weight, epsilon)
+            added = self._zeros(hidden) if delta is None else delta
+            return self.capabilities.norm_quant.call(hidden, added, weight, epsilon)
         if delta is None:
             return torch_npu.npu_rms_norm(hidden, weight, epsilon)[0], hidden
         normed, _, total = torch_npu.npu_add_rms_norm(hidden, delta, weight, epsilon)
         return normed, total
+
+    def _zeros(self, like: Tensor) -> Tensor | None:
+        """What the first norm of a step adds: kept, where making it costs a launch that counts."""
+        rows, width = like.shape
+        few = rows <= FEW_ROWS and width == self.config.hidden_size
+        return self._no_delta[:rows] if few else None
+
+    @functools.cached_property
+    def _no_delta(self) -> Tensor:
+        shape = (FEW_ROWS, self.config.hidden_size)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @override
     def norm_rope_write(
@@ -298,19 +305,12 @@ class NpuBackend(Backend[LayerKV]):
         step: DeviceStep,
         cache: LayerKV,
     ) -> Tensor:
-        """Two norms, one rotation of both, one write.
-
-        The write wants contiguous tensors: values are copied out of q|k|v unless there is but one
-        token.
-        """
-        counts = self._attention.counts
-        heads = qkv.view(qkv.shape[0], -1, counts.head_dim)
-        sizes = [counts.heads, counts.kv_heads, counts.kv_heads]
-        query, key, value = torch.split(heads, sizes, dim=1)
+        """Two norms, one rotation of both, one write."""
+        query, key, value = self._divide(qkv)
         query = torch_npu.npu_rms_norm(query, query_norm, epsilon)[0]
         key = torch_npu.npu_rms_norm(key, key_norm, epsilon)[0]
         query, key = self.capabilities.rotate.call(query, key, step.cos, step.sin)
-        self._attention.write(key, value.contiguous(), cache, step.inputs.slots)
+        self._attention.write(key, value, cache, step.inputs.slots)
         return query
 
     @override
