@@ -16,11 +16,14 @@ BIN_PIP := bin/$(PIP_INSTALL)
 # already there, and in an environment of its own, because torch would import it by itself.
 TORCH_NPU := 2.13.0
 
-# The newest wheel that Ascend pairs with a CANN (9.1) for many users; a run of its own, outside
-# `test`, because torch 2.10 may come as a CUDA build: some minutes and 7 GB.
-PAIRED_TORCH := 2.10.0
-PAIRED_TORCH_NPU := 2.10.0.post4
-PAIRED := .venv-sim-$(PAIRED_TORCH_NPU)
+# Wheels that Ascend pairs with a CANN and that people have; runs of their own, outside `test`. Their
+# torch is a CUDA build of 2 GB; without_cuda.py stands in for NVIDIA's libraries, 5 GB more.
+WHEELS := 2.8.0.post2 2.9.0.post2 2.10.0.post4
+PAIRED := 2.8 2.9 2.10
+CANN_2.8 := 8.5
+CANN_2.9 := 9.0
+CANN_2.10 := 9.1
+WITHOUT_CUDA := tests/ascend_sim/without_cuda.py
 
 # How many processes run tests. nproc would obey OMP_NUM_THREADS, which speaks of threads.
 WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc)
@@ -44,7 +47,7 @@ SIMULATED := simulated-once $(MODES:%=simulated-%)
 RELEASES := 8.3 8.5 9.0
 
 .PHONY: help demo test environments lint format unit contract simulated $(SIMULATED) \
-	simulated-2.10 simulated-releases $(RELEASES:%=simulated-cann-%) clean
+	$(PAIRED:%=simulated-%) simulated-wheels simulated-releases $(RELEASES:%=simulated-cann-%) clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z][a-z0-9.-]*\):[^#]*## */\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -108,22 +111,34 @@ $(RELEASES:%=simulated-cann-%): simulated-cann-%: $(SIM)/.installed
 	ASCEND_SIM_CANN=$* OMP_NUM_THREADS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(SIM_BIN)/python \
 		$(PYTEST) tests/npu -k "not a_lack_is_named"
 
-$(PAIRED)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(PAIRED)
-	$(PAIRED)/$(BIN_PIP) torch==$(PAIRED_TORCH)
-	$(PAIRED)/$(BIN_PIP) --no-deps torch_npu==$(PAIRED_TORCH_NPU)
-	$(PAIRED)/$(BIN_PIP) -e . torch==$(PAIRED_TORCH) "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100"
+$(WHEELS:%=$(SIM)-%/.installed): $(SIM)-%/.installed: pyproject.toml $(WITHOUT_CUDA)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/$(BIN_PIP) --no-deps torch==$(basename $*) torch_npu==$* -e .
+	$(@D)/bin/python $(WITHOUT_CUDA) libraries
+	$(@D)/bin/python $(WITHOUT_CUDA) requirements > $(@D)/requirements.txt
+	$(@D)/$(BIN_PIP) -r $(@D)/requirements.txt "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100" \
+		2>$(@D)/pip.log || (cat $(@D)/pip.log; exit 1)    # it misses NVIDIA's libraries, at length
 	touch $@
 
-# Loading, generation and graphs. A capture that fails leaves this wheel's allocator in the capture
-# (captures_underway), so the tests that break one on purpose have a process of their own.
-PAIRED_RUN := OMP_NUM_THREADS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(PAIRED)/bin/python $(PYTEST)
+# Loading, generation and graphs. A capture that fails leaves the allocator of these wheels in the
+# capture (captures_underway), so the tests that break one on purpose have a process of their own.
+# At one of its steps torch 2.8 gives a prefill and a decode on the CPU another of two tokens, a unit
+# in the last place apart, so the test of 200 steps has no answer there.
+PAIRED_TESTS := tests/npu/test_loading.py tests/npu/test_generation.py tests/npu/test_graph.py
 BROKEN_CAPTURES := refused or breaks_the_capture
+TIES_2.8 := or hundreds_of_captured_steps
 
-simulated-2.10: $(PAIRED)/.installed  ## the same with torch_npu 2.10.0.post4: load, generate, graphs
-	$(PAIRED_RUN) tests/npu/test_loading.py tests/npu/test_generation.py tests/npu/test_graph.py \
-		-k "not ($(BROKEN_CAPTURES))"
-	$(PAIRED_RUN) tests/npu/test_graph.py -k "$(BROKEN_CAPTURES)"
+.SECONDEXPANSION:
+$(PAIRED:%=simulated-%): simulated-%: $(SIM)-$$(filter $$*.$$(percent),$$(WHEELS))/.installed
+	$(call paired_run,$*) $(PAIRED_TESTS) -k "not ($(BROKEN_CAPTURES) $(TIES_$*))"
+	$(call paired_run,$*) tests/npu/test_graph.py -k "$(BROKEN_CAPTURES)"
+	$(call paired_run,$*) tests/ascend_sim/test_hidden_faults.py tests/npu/test_inference_mode.py
+
+percent := %
+paired_run = ASCEND_SIM_CANN=$(CANN_$(1)) OMP_NUM_THREADS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+	$(SIM)-$(filter $(1).%,$(WHEELS))/bin/python $(PYTEST)
+
+simulated-wheels: $(PAIRED:%=simulated-%)  ## the same with torch_npu 2.8, 2.9, 2.10, of the CANN each is for
 
 clean:  ## remove the environments and what they built
-	rm -rf $(VENV) $(SIM) $(PAIRED) out build src/*.egg-info
+	rm -rf $(VENV) $(SIM) $(WHEELS:%=$(SIM)-%) out build src/*.egg-info

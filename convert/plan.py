@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 
 from qwen3_ascend.checkpoint.architecture import (
+    EMBEDDING,
     LM_HEAD,
     LinearSpec,
+    ModelSpec,
     Spec,
     TensorSpec,
     lm_head_spec,
@@ -120,6 +122,7 @@ class Plan:
     """A whole conversion.
 
     Attributes:
+        config: of the model as it is stored: untied if the head gets a scheme of its own.
         target: the chip family that it is for.
         items: in the order of the model.
         ignored: source tensors that are left out, each with the reason.
@@ -148,7 +151,8 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Weights of the model (a tied output projection counts once)."""
-        return sum(math.prod(item.spec.shape) for item in self.items)
+        distinct = {item.reads: item.spec.shape for item in self.items}
+        return sum(math.prod(shape) for shape in distinct.values())
 
     @property
     def bits_per_weight(self) -> float:
@@ -172,7 +176,7 @@ def make_plan(
     """Plans a conversion.
 
     Args:
-        config: of the model.
+        config: of the model, as its source ties or unties it.
         slots: type and shape of every source tensor.
         recipe: the rules.
         max_file_bytes: size at which a new output file begins.
@@ -185,15 +189,26 @@ def make_plan(
     """
     _check_rules(config, recipe)
     _refuse_strangers(config, slots)
+    spec = _stored_spec(config, recipe)
     items = tuple(
-        _plan_linear(spec, slots, recipe, target)
-        if isinstance(spec, LinearSpec)
-        else _plan_tensor(spec, slots)
-        for spec in model_spec(config)
+        _plan_linear(part, slots, recipe, target)
+        if isinstance(part, LinearSpec)
+        else _plan_tensor(part, slots)
+        for part in spec
     )
     ignored = _unread(config, items, slots)
     weight_files = _fill_files(items, parse_size(max_file_bytes))
-    return Plan(config, recipe, target, items, weight_files, ignored, alike)
+    stored = replace(config, tie_word_embeddings=spec.lm_head is None)
+    return Plan(stored, recipe, target, items, weight_files, ignored, alike)
+
+
+def _stored_spec(config: Qwen3Config, recipe: Recipe) -> ModelSpec:
+    """The weights that are stored: a tied head that is quantized becomes one of its own, made of
+    the embedding, which stays as it is."""
+    spec = model_spec(config)
+    if spec.lm_head or recipe.rule_for(LM_HEAD).scheme == BF16():
+        return spec
+    return replace(spec, lm_head=lm_head_spec(config, EMBEDDING))
 
 
 def _source_bytes(name: str, shape: tuple[int, ...], slots: Mapping[str, TensorSlot]) -> int:
@@ -257,11 +272,6 @@ def _check_rules(config: Qwen3Config, recipe: Recipe) -> None:
                 f"recipe {recipe.name}: rule {number} ({rule.match!r}) decides nothing: no linear "
                 f"matches it, or earlier rules match them all"
             )
-    if config.tie_word_embeddings and recipe.rule_for(LM_HEAD).scheme != BF16():
-        raise RecipeError(
-            f"recipe {recipe.name}: lm_head is tied to the embedding, which stays bf16; "
-            f"put a rule before the others: match: lm_head, scheme: bf16"
-        )
 
 
 def _plan_tensor(spec: TensorSpec, slots: Mapping[str, TensorSlot]) -> Item:
@@ -272,7 +282,8 @@ def _plan_tensor(spec: TensorSpec, slots: Mapping[str, TensorSlot]) -> Item:
 def _plan_linear(
     spec: LinearSpec, slots: Mapping[str, TensorSlot], recipe: Recipe, target: Target
 ) -> Item:
-    scheme = recipe.rule_for(spec.sources[0]).scheme
+    tied = spec.sources == (EMBEDDING,)
+    scheme = recipe.rule_for(spec.name if tied else spec.sources[0]).scheme
     source_bytes = 0
     for source, rows in zip(spec.sources, spec.parts, strict=True):
         source_bytes += _source_bytes(f"{source}.weight", (rows, spec.inputs), slots)

@@ -16,7 +16,7 @@ from torch import Tensor
 from qwen3_ascend.checkpoint.architecture import model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import quantize
-from qwen3_ascend.checkpoint.schemes import SCHEMES
+from qwen3_ascend.checkpoint.schemes import SCHEMES, Input
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime.backends.base import (
     Activation,
@@ -49,6 +49,10 @@ EPSILON = 1e-6
 
 CONSUMER_OUTPUTS = 64
 """Of a linear that is there to be fed, and never multiplies."""
+
+DIVIDED = (ASCEND_A2_A3.largest_dimension + 33, 128)
+"""(outputs, inputs) of a linear that integer kernels take in parts only, as a quantized output
+projection; its second part ends within a strip of FRACTAL_NZ."""
 
 Operation = Callable[[Backend[LayerKV], DeviceLinear], Activation]
 
@@ -94,8 +98,9 @@ def cases(
 ) -> Iterator[Case]:
     """Every operation of two backends in the shapes of a model; nothing is computed yet."""
     pair = _Pair(definition, device, config)
-    for scheme in SCHEMES:
-        for outputs, inputs in linear_shapes(config):
+    for scheme, kind in SCHEMES.items():
+        divided = () if kind.input is Input.FLOAT else (DIVIDED,)
+        for outputs, inputs in (*linear_shapes(config), *divided):
             name = f"linear ({scheme}, [{outputs}, {inputs}])"
             yield Case(name, functools.partial(pair.linear, scheme, outputs, inputs))
         yield Case(f"what a linear is fed ({scheme})", functools.partial(pair.fed, scheme))

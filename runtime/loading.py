@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from typing_extensions import Unpack
 
+from qwen3_ascend.checkpoint.checked import CheckedWeights
 from qwen3_ascend.checkpoint.companions import CONFIG_NAME
 from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.checkpoint.verify import check_reader
 from qwen3_ascend.errors import CheckpointError, os_errors
 from qwen3_ascend.files.hashing import file_blake3
 from qwen3_ascend.files.paths import user_path
@@ -40,10 +39,10 @@ def load(
         path: a folder that `qwen3-ascend convert` wrote.
         device: "npu", "cpu", or "auto": an NPU if there is one, else the CPU.
         dtype: type of activations: "auto" (bfloat16), "bfloat16" or "float32" (CPU only).
-        verify: re-hash every tensor and small file first, on all cores; False takes small files
-            that were edited or added as they are, and believes the tensors.
-        progress: called with (what, done, total) while tensors are checked, layers load and graphs
-            are captured.
+        verify: hash every small file first, and every tensor just before it is copied, on all
+            cores; False takes small files that were edited or added as they are, and believes the
+            tensors.
+        progress: called with (what, done, total) while layers load and graphs are captured.
         options: the fields of EngineOptions and DeviceOptions (runtime/options.py), which say what
             each is for: block_size, kv_cache_tokens, max_batch, step_tokens, prefix_cache;
             attention, graph, buckets, prefetch.
@@ -67,10 +66,17 @@ def load(
         params, stops = default_params(folder), eos_ids(folder, tokenizer)
     if not verify:
         _warn_of_config(reader)
-    else:
-        check_reader(reader, _counted("checking tensors", len(reader.manifest.stored()), progress))
     backend = backends.get(reader.manifest.model, device_options)
-    return LLM(make_engine(reader, backend, engine_options, progress), tokenizer, stops, params)
+    with os_errors(CheckpointError), _weights(reader, verify) as weights:
+        engine = make_engine(weights, backend, engine_options, progress)
+    return LLM(engine, tokenizer, stops, params)
+
+
+def _weights(
+    reader: CheckpointReader, verify: bool
+) -> AbstractContextManager[CheckedWeights] | AbstractContextManager[CheckpointReader]:
+    """What the weights are taken from: checked ones, or the files as they are."""
+    return CheckedWeights(reader) if verify else nullcontext(reader)
 
 
 def _warn_of_config(reader: CheckpointReader) -> None:
@@ -79,9 +85,3 @@ def _warn_of_config(reader: CheckpointReader) -> None:
     if entry is not None and path.is_file() and file_blake3(path) != entry.blake3:
         line = f"{path} was edited, which has no effect on the model; {reader.way_out}"
         warnings.warn(line, stacklevel=3)  # who called load
-
-
-def _counted(what: str, total: int, progress: Progress) -> Callable[[int], None]:
-    """A callback for bytes that reports how many calls there were."""
-    calls = itertools.count(1)
-    return lambda nbytes: progress(what, next(calls), total)

@@ -94,10 +94,19 @@ class DeviceOptions:
     )
     attention: str = option(
         "auto",
-        "NPU: kernel of attention; paged needs ATB, auto is fused.",
+        "NPU: kernel of attention; paged needs ATB, auto is fused, but paged with CANN 8, whose "
+        "fused kernel reads a long context on one core.",
         choices=("auto", "fused", "paged"),
     )
     graph: bool = option(True, "NPU: capture steps of answers once and replay them.")
+    graph_lengths: str = option(
+        "auto",
+        "NPU: how captured steps learn the lengths of contexts. update tells each layer anew in "
+        "every step, which costs the host some time; masked captures steps for contexts of up to "
+        "512, 1024, 2048 and so on tokens and hides on the device what lies behind the end of "
+        "each, which reads up to twice the keys; auto is update wherever torch_npu offers it.",
+        choices=("auto", "update", "masked"),
+    )
     buckets: Sequence[int] | None = option(
         None,
         "NPU: batch sizes to capture.",
@@ -128,5 +137,6 @@ class LoadOptions(TypedDict, total=False):
     prefix_cache: bool
     attention: str
     graph: bool
+    graph_lengths: str
     buckets: Sequence[int] | None
     prefetch: int | str

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from qwen3_ascend.checkpoint import architecture
 from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.errors import SourceError
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING = f"{architecture.EMBEDDING}.weight"
 HEAD = f"{LM_HEAD}.weight"
 
 WRAPPERS = {

@@ -53,8 +53,11 @@ class DeviceStep:
         inputs: with their tensors there.
         cos, sin: of the rotary embedding at the step's positions, [T, 1, head_dim], the values of
             both halves filled in.
+        hidden: [B, 1, longest] bool, the places of its blocks that a request must not see; None
+            where `context_lens` of the inputs says that.
     """
 
     inputs: StepInputs
     cos: Tensor
     sin: Tensor
+    hidden: Tensor | None = None

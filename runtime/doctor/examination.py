@@ -8,7 +8,7 @@ from pathlib import Path
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.runtime.backends.npu import diagnose
-from qwen3_ascend.runtime.doctor import generation, machine
+from qwen3_ascend.runtime.doctor import generation, machine, sampling
 from qwen3_ascend.runtime.doctor.recorder import Recorder
 from qwen3_ascend.runtime.doctor.report import Check, Report, Speed
 from qwen3_ascend.runtime.model.loader import WeightSource
@@ -54,6 +54,7 @@ def _examine_machine(recorder: Recorder, models: list[tuple[str, WeightSource]])
     recorder.run("load", "copying into FRACTAL_NZ", machine.copying)
     for name, each in sizes.items():
         machine.operators(recorder, name, each)
+    sampling.examine(recorder, config.vocab_size)
 
 
 def _models(checkpoint: Path | None) -> list[tuple[str, WeightSource]]:

@@ -33,17 +33,24 @@ AREA = "generation"
 LIMITS = EngineOptions(kv_cache_tokens=2048, max_batch=3)
 BATCHES = (1, len(PROMPTS))
 PADDED = (2, 4)
-"""Batch sizes to capture that the three prompts do not fill."""
+"""Batch sizes to capture that the prompts do not fill."""
 
 LOGIT_BOUND = 0.25
 """In standard deviations of the logits: the last bits of bf16, carried through the layers."""
 
 EAGER = DeviceOptions("npu", graph=False)
-VARIANTS = tuple(
-    DeviceOptions("npu", attention=attention, graph=graph, prefetch=prefetch)
-    for attention in ("fused", "paged")
-    for graph in (False, True)
-    for prefetch in ("off", "auto")
+UPDATED, MASKED = (
+    DeviceOptions("npu", attention="fused", graph_lengths=lengths)
+    for lengths in ("update", "masked")
+)
+VARIANTS = (
+    *(
+        dataclasses.replace(UPDATED, attention=attention, graph=graph, prefetch=prefetch)
+        for attention in ("fused", "paged")
+        for graph in (False, True)
+        for prefetch in ("off", "auto")
+    ),
+    MASKED,
 )
 
 
@@ -95,25 +102,37 @@ class _Runs:
         self._expected: list[Answer] | None = None
 
     def all_variants(self) -> None:
-        """Every attention, with and without graphs and prefetch; graphs of padded batches; and
-        the slowest forms of all operations."""
+        """Every attention, with and without graphs and prefetch; graphs of padded batches, and
+        those that `NPUGraph.update` updates; and the slowest forms of all operations."""
+        subject = self._subject
         for options in VARIANTS:
             label, same_kernels = _settings(options), options.attention == "fused"
-            self._run(label, options, exact=same_kernels, timed=True)
-        padded = dataclasses.replace(EAGER, graph=True, buckets=PADDED)
-        self._run("graph replay of a padded batch", padded, exact=False)
-        oldest = self._last_forms
-        self._recorder.run(AREA, f"{self._subject.name}: the last form of each", oldest)
+            exact = same_kernels and options.graph_lengths != "masked"
+            self._run(label, options, subject.capabilities, exact, timed=True)
+        for what, options in (("updated", UPDATED), ("masked", MASKED)):
+            padded = dataclasses.replace(options, buckets=PADDED)
+            label = f"{what} graph replay of a padded batch"
+            self._run(label, padded, subject.capabilities, exact=False)
+        dispatched = diagnose.without_bound_updates(subject.capabilities)
+        self._run("graphs updated by NPUGraph.update", UPDATED, dispatched, exact=True)
+        self._recorder.run(AREA, f"{subject.name}: the last form of each", self._last_forms)
 
-    def _run(self, label: str, options: DeviceOptions, exact: bool, timed: bool = False) -> None:
+    def _run(
+        self,
+        label: str,
+        options: DeviceOptions,
+        capabilities: Capabilities,
+        exact: bool,
+        timed: bool = False,
+    ) -> None:
         name, config = f"{self._subject.name}: {label}", self._subject.source.config
 
         def look() -> Iterator[Check]:
-            lacking = diagnose.missing(options, self._subject.capabilities)
+            lacking = diagnose.missing(options, capabilities)
             if lacking:
                 yield Check(AREA, name, "skipped", lacking)
                 return
-            backend = diagnose.open_backend(config, options, self._subject.capabilities)
+            backend = diagnose.open_backend(config, options, capabilities)
             check, stopwatch = self._generate(label, backend, exact)
             yield check
             if timed and check.status == "ok":
@@ -145,7 +164,8 @@ class _Runs:
 
 
 def _settings(options: DeviceOptions) -> str:
-    graph = "--graph" if options.graph else "--no-graph"
+    lengths = f"--graph --graph-lengths {options.graph_lengths}"
+    graph = lengths if options.graph else "--no-graph"
     return f"--attention {options.attention} {graph} --prefetch {options.prefetch}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.runtime import backends
@@ -13,6 +14,9 @@ from qwen3_ascend.runtime.conformance import Case, cases
 from qwen3_ascend.runtime.doctor.recorder import Recorder
 from qwen3_ascend.runtime.doctor.report import Check, Status
 from qwen3_ascend.runtime.options import DeviceOptions
+
+if TYPE_CHECKING:  # it imports torch_npu, which may not be there
+    from qwen3_ascend.runtime.backends.npu.capabilities import Capabilities
 
 
 def pairing(facts: dict[str, str]) -> Iterator[Check]:
@@ -45,6 +49,20 @@ def capabilities(config: Qwen3Config) -> Iterator[Check]:
     for support in found.supports.values():
         status = "ok" if support.usable else "noted"
         yield Check("capabilities", support.what, status, support.detail)
+    yield from _decoding(found)
+
+
+def _decoding(found: Capabilities) -> Iterator[Check]:
+    """What the defaults come to."""
+    from qwen3_ascend.runtime.backends.npu.decoding import choose_decoding
+
+    chosen = choose_decoding(DeviceOptions("npu"), found)
+    detail = f"{chosen.attention}, because {chosen.attention_reason}"
+    yield Check("capabilities", "attention=auto", "ok", detail)
+    because = f", because {chosen.lengths_reason}" if chosen.lengths_reason else ""
+    status: Status = "noted" if chosen.lengths_reason else "ok"
+    detail = f"{chosen.lengths or 'steps are not captured'}{because}"
+    yield Check("capabilities", "graph_lengths=auto", status, detail)
 
 
 def forms(config: Qwen3Config) -> Iterator[Check]:

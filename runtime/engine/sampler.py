@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from blake3 import blake3
 from torch import Tensor
 
+from qwen3_ascend.runtime.engine.candidates import choose, enough, greatest, whole_row
+from qwen3_ascend.runtime.engine.penalties import Penalties, has_penalties
 from qwen3_ascend.runtime.engine.request import Request, SamplingParams
 
 
@@ -34,35 +36,54 @@ class Choice:
 
 
 class Sampler:
-    """Chooses tokens; keeps one random generator for each request that wants one."""
+    """Chooses tokens; keeps one random generator for each request that wants one.
+
+    Logits stay where they were computed. What comes to the host is a token for each greedy row,
+    some candidates for each sampled one, and whole rows only of requests that want logarithms of
+    probabilities and where the candidates leave a token open.
+    """
 
     def __init__(self) -> None:
         self._generators: dict[int, torch.Generator] = {}
+        self._penalties = Penalties()
 
     def __call__(self, logits: Tensor, requests: Sequence[Request]) -> list[Choice]:
-        """The next token of each request, from float32 logits [B, vocab]."""
-        if all(is_plain_greedy(request.params) for request in requests):
-            tokens: list[int] = logits.argmax(dim=-1).tolist()
-            return [Choice(token, None) for token in tokens]
-        host = logits.cpu()
-        return [self._choose(row, request) for row, request in zip(host, requests, strict=True)]
+        """The next token of each request, from float32 logits [B, vocab] on any device.
+
+        A request's token does not depend on the others of the batch.
+        """
+        params = [request.params for request in requests]
+        penalized = self._penalties(logits, requests)
+        greedy = [row for row, one in enumerate(params) if one.temperature == 0]
+        drawn = [row for row, one in enumerate(params) if one.temperature > 0]
+        tokens = dict(zip(greedy, _most_probable(penalized, greedy), strict=True))
+        tokens |= zip(drawn, self._draw(penalized, drawn, requests), strict=True)
+        reports = _logprobs(logits, requests, tokens)
+        return [Choice(tokens[row], reports.get(row)) for row in range(len(requests))]
 
     def forget(self, number: int) -> None:
-        """Drops the generator of a finished request."""
+        """Drops what is kept for a finished request."""
         self._generators.pop(number, None)
+        self._penalties.forget(number)
 
-    def _choose(self, logits: Tensor, request: Request) -> Choice:
-        params = request.params
-        token = self._token(penalize(logits, request), request)
-        if params.logprobs is None:
-            return Choice(token, None)
-        return Choice(token, logprobs_of(logits, token, params.logprobs))
+    def _draw(self, logits: Tensor, rows: list[int], requests: Sequence[Request]) -> list[int]:
+        """A token of each of these rows, with one random number for each."""
+        if not rows:
+            return []
+        logits = _select(logits, rows)
+        params = [requests[row].params for row in rows]
+        numbers = [self._number(requests[row]) for row in rows]
+        count = min(max(enough(one) for one in params), logits.shape[1])
+        tokens = choose(greatest(logits, params, count), params, numbers)
+        return [
+            draw_from_row(logits[at], params[at], numbers[at]) if token is None else token
+            for at, token in enumerate(tokens)
+        ]
 
-    def _token(self, logits: Tensor, request: Request) -> int:
-        if request.params.temperature == 0:
-            return int(logits.argmax())
-        probabilities = candidate_probabilities(logits, request.params)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator(request)))
+    def _number(self, request: Request) -> float:
+        """The next of the request's random numbers, from [0, 1)."""
+        generator = self._generator(request)
+        return float(torch.rand((), dtype=torch.float64, generator=generator))
 
     def _generator(self, request: Request) -> torch.Generator:
         if request.number not in self._generators:
@@ -92,42 +113,45 @@ def logprobs_of(logits: Tensor, token: int, count: int) -> Logprobs:
 
 
 def is_plain_greedy(params: SamplingParams) -> bool:
-    """Whether the next token is the one with the largest logit, and nothing else is asked."""
-    penalties = (params.repetition_penalty, params.presence_penalty)
-    return params.temperature == 0 and penalties == (1.0, 0.0) and params.logprobs is None
+    """Whether the token is the argmax of the row, and nothing else is wanted of it."""
+    return params.temperature == 0 and params.logprobs is None and not has_penalties(params)
 
 
-def penalize(logits: Tensor, sequence: Request) -> Tensor:
-    """Logits [vocab] with the sequence's repetition and presence penalties applied."""
-    params = sequence.params
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.tokens)))
-        values, penalty = logits[seen], params.repetition_penalty
-        punished = torch.where(values > 0, values / penalty, values * penalty)
-        logits = logits.index_copy(0, seen, punished)
-    if params.presence_penalty != 0.0 and sequence.output:
-        seen = torch.tensor(sorted(set(sequence.output)))
-        logits = logits.index_copy(0, seen, logits[seen] - params.presence_penalty)
-    return logits
+def draw_from_row(logits: Tensor, params: SamplingParams, number: float) -> int:
+    """The token that a number from [0, 1) means, from a whole row of float32 logits [vocab] with
+    penalties applied; see candidates.py."""
+    (token,) = choose(whole_row(logits.cpu()), [params], [number])
+    assert token is not None, "a whole row leaves nothing open"
+    return token
 
 
-def candidate_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities [vocab] after temperature, then top_k, top_p and min_p, in this order.
+def _select(logits: Tensor, rows: list[int]) -> Tensor:
+    """These rows, in ascending order; the tensor itself if they are all."""
+    if len(rows) == len(logits):
+        return logits
+    return logits.index_select(0, torch.tensor(rows, device=logits.device))
 
-    A later filter sees what the earlier ones left, renormalised; at least the most probable token
-    always stays.
-    """
-    logits = logits / params.temperature
-    if 0 < params.top_k < logits.numel():
-        threshold = logits.topk(params.top_k).values[-1]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if params.top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        share = ordered.softmax(dim=-1)
-        beyond = share.cumsum(dim=-1) - share >= params.top_p
-        logits = logits.index_fill(0, order[beyond], -torch.inf)
-    probabilities = logits.softmax(dim=-1)
-    if params.min_p > 0.0:
-        floor = params.min_p * probabilities.max()
-        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
-    return probabilities / probabilities.sum()
+
+def _most_probable(logits: Tensor, rows: list[int]) -> list[int]:
+    if not rows:
+        return []
+    tokens: list[int] = _select(logits, rows).argmax(dim=-1).tolist()
+    return tokens
+
+
+def _logprobs(
+    logits: Tensor, requests: Sequence[Request], tokens: Mapping[int, int]
+) -> dict[int, Logprobs]:
+    """What the requests want to know of their rows of logits, before any penalty, by row."""
+    counts = {
+        row: request.params.logprobs
+        for row, request in enumerate(requests)
+        if request.params.logprobs is not None
+    }
+    if not counts:
+        return {}
+    host = _select(logits, list(counts)).cpu()
+    return {
+        row: logprobs_of(values, tokens[row], count)
+        for (row, count), values in zip(counts.items(), host, strict=True)
+    }

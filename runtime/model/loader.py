@@ -32,7 +32,7 @@ def load_model(
     backend: Backend[Cache],
     progress: Progress = lambda what, done, total: None,
 ) -> Qwen3[Cache]:
-    """Puts every weight on the backend's device, layer by layer.
+    """Puts every weight on the backend's device, in the order in which they lie in the files.
 
     Raises:
         CheckpointError: if a tensor of the model is missing, or the backend has no kernel for a
@@ -40,17 +40,17 @@ def load_model(
     """
     config = source.config
     spec = model_spec(config)
+    embedding = backend.upload(source.tensor(spec.embedding.name))
     layers = []
     for layer in spec.layers:
         layers.append(load_layer(source, backend, layer))
         progress("loading layers", len(layers), len(spec.layers))
-    embedding = backend.upload(source.tensor(spec.embedding.name))
+    final_norm = backend.upload(source.tensor(spec.final_norm.name))
     lm_head = (
         backend.linear(source.linear(spec.lm_head.name))
         if spec.lm_head
         else backend.tied_head(embedding)
     )
-    final_norm = backend.upload(source.tensor(spec.final_norm.name))
     backend.finish_loading()
     return Qwen3(config, backend, embedding, tuple(layers), final_norm, lm_head)
 

@@ -125,6 +125,7 @@ def _header_folders(wheel: Path) -> tuple[Path, ...]:
 
 def _compile(sources: Iterable[Path], library: Path, headers: Path, *links: str) -> None:
     command = ["gcc", "-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden"]
+    command += ["-Dconstexpr=static const"]  # headers of 2.8 and 2.9 are C++ in this one word
     command += [f"-I{headers}", f"-Wl,-soname,{library.name}", "-o", str(library)]
     command += [str(source) for source in sources]
     command += [f"-L{library.parent}", "-Wl,--no-as-needed", *links, "-lpthread"]
@@ -185,12 +186,12 @@ def _operator_source(binary: bytes) -> str:
         "#include <stdint.h>",
         '#define API __attribute__((visibility("default")))',
         "extern int sim_plan(int, const char *, int, const int64_t *, const double *);",
-        "extern int sim_launch(void *, const char *, int64_t);",
+        "extern int sim_launch_planned(void *, const char *, void *, void *, uint64_t);",
         "#define PLAN(number, name, phase, only_workspace) \\",
         f"    API int name##phase({integers}, {doubles}) \\",
         f"    {{ {body} return sim_plan(number, #name, only_workspace, i, d); }}",
         "#define LAUNCH(name) API int name(void *w, uint64_t n, void *executor, void *stream) \\",
-        "    { (void)w; (void)n; return sim_launch(stream, #name, (int64_t)(intptr_t)executor); }",
+        "    { return sim_launch_planned(stream, #name, executor, w, n); }",
     ]
     for number, name in enumerate(operators):
         lines += [f"PLAN({number}, {name}, GetWorkspaceSize, 0)", f"LAUNCH({name})"]

@@ -7,6 +7,7 @@ They differ in how positional ones are found, and in where somebody who wants to
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import linecache
 import sys
@@ -110,6 +111,9 @@ def _unregistered(operator: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_modules(prefix: str) -> Iterator[None]:
     """Importing a package or anything in it raises ModuleNotFoundError."""
+    if importlib.util.find_spec(prefix) is None:
+        yield
+        return
     parent, _, last = prefix.rpartition(".")
     hidden = {name: module for name, module in sys.modules.items() if name.startswith(prefix)}
     with changed_attribute(sys.modules[parent], last, None):

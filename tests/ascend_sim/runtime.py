@@ -47,7 +47,9 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.sim_free_counter.restype = ctypes.POINTER(ctypes.c_uint64)
     lib.sim_is_device.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     lib.sim_launch.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64)
-    lib.sim_register_operator.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
+    lib.sim_register_operator.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int)
+    lib.sim_plan_needs.argtypes = (ctypes.c_int64, ctypes.c_int64)
+    lib.sim_poison_reused.argtypes = (ctypes.c_void_p,)
     lib.sim_take_missing.restype = ctypes.c_char_p
     lib.sim_log_size.restype = ctypes.c_int64
     lib.sim_log_entries.restype = ctypes.c_void_p
@@ -112,6 +114,16 @@ def flush_queue() -> None:
 
     if os.environ["TASK_QUEUE_ENABLE"] != "0" and torch.npu.is_initialized():
         _ = torch.npu.current_stream().npu_stream  # reading the raw handle empties the queue
+
+
+def poison_reused_memory() -> None:
+    """Memory that torch_npu's allocator hands out again is NaN, as fresh memory is."""
+    import torch_npu
+
+    folder = Path(torch_npu.__file__).parent
+    wheel = ctypes.CDLL(str(folder / "lib" / "libtorch_npu.so"))
+    allocator = ctypes.c_void_p.in_dll(wheel, "_ZN7c10_npu19NPUCachingAllocator9allocatorE")
+    library.sim_poison_reused(allocator)
 
 
 def launch(name: str, run: Callable[[], None]) -> int:

@@ -166,7 +166,7 @@ class Decode:
         self.query = torch.randn(2, HEADS, WIDTH).to(HALF).npu()
         self.table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32).npu()
         self.out = torch.zeros(2, HEADS, WIDTH, dtype=HALF, device="npu")
-        self.workspace = torch.empty(1 << 16, dtype=torch.uint8, device="npu")
+        self.workspace = torch.empty(1 << 18, dtype=torch.uint8, device="npu")
         self.lse = torch.empty(1, device="npu")
         torch.npu.synchronize()
 

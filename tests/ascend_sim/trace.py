@@ -96,13 +96,13 @@ def _entry(
         captured=bool(captured),
         is_update=bool(update),
         summary="" if arguments is None else _summary(arguments),
-        bytes=count,
+        bytes=0 if kind == Kind.REPLAY else count,
         source=source,
         destination=destination,
         asynchronous=kind == Kind.COPY and bool(flag),
         graph=graph,
         launches=flag if kind == Kind.REPLAY else 0,
-        hidden_copies=hidden_copies,
+        hidden_copies=count if kind == Kind.REPLAY else hidden_copies,
     )
 
 
@@ -117,9 +117,10 @@ def launches(entries: Iterable[TraceEntry] | None = None) -> list[TraceEntry]:
 
 
 def hidden_copies(entries: Iterable[TraceEntry] | None = None) -> int:
-    """How many kernels more than launches() a card runs: it copies strided arguments by itself.
-    Not contained in the `launches` of a replay."""
-    return sum(entry.hidden_copies for entry in launches(entries))
+    """How many kernels more than launches() and the `launches` of replays() a card runs: it copies
+    strided arguments by itself. What is only captured does not run yet."""
+    running = (e for e in _or_all(entries) if not e.captured)
+    return sum(entry.hidden_copies for entry in running)
 
 
 def copies(direction: str, entries: Iterable[TraceEntry] | None = None) -> list[TraceEntry]:

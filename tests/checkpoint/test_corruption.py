@@ -17,6 +17,7 @@ from support import tiny_models
 from support.command_line import run
 
 from qwen3_ascend import ConvertOptions, convert_checkpoint
+from qwen3_ascend.checkpoint.checked import CheckedWeights
 from qwen3_ascend.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -24,7 +25,7 @@ from qwen3_ascend.checkpoint.manifest import (
     manifest_text,
 )
 from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.checkpoint.verify import check_reader, verify
+from qwen3_ascend.checkpoint.verify import verify
 from qwen3_ascend.errors import CheckpointError, UserError
 from qwen3_ascend.files.safetensors import read_header
 
@@ -77,7 +78,13 @@ def told(folder: Path, *mentions: str) -> None:
 def refused(folder: Path) -> None:
     """Opening it fails, or at the latest hashing its tensors."""
     with pytest.raises(CheckpointError):
-        check_reader(CheckpointReader(folder))
+        check(CheckpointReader(folder))
+
+
+def check(reader: CheckpointReader) -> None:
+    """Hashes every tensor, though nobody asks for one."""
+    with CheckedWeights(reader):
+        pass
 
 
 @FUZZ
@@ -104,7 +111,7 @@ def test_the_tensor_is_named(folder: Path, data: st.DataObject) -> None:
         (folder / shard).write_bytes(content)
         told(folder, f"tensor {tensor} in {shard}: ")
         with pytest.raises(CheckpointError, match=re.escape(f"tensor {tensor} in {shard}")):
-            check_reader(CheckpointReader(folder))
+            check(CheckpointReader(folder))
 
 
 @FUZZ
@@ -214,7 +221,7 @@ def test_any_forged_manifest(folder: Path, data: st.DataObject, junk: Any) -> No
         write(folder, document)
         try:
             reader = CheckpointReader(folder)
-            check_reader(reader)
+            check(reader)
             verdict = verify(folder)
         except UserError:
             return

@@ -118,3 +118,27 @@ def test_bias_of_a_cut_of_inputs_is_added_once() -> None:
     pieces = [shard(whole, "inputs", (64,), rank, 2) for rank in range(2)]
     assert pieces[0].bias is not None and whole.bias is not None and pieces[1].bias is None
     assert torch.equal(pieces[0].bias, whole.bias)
+
+
+@pytest.mark.parametrize(("scheme", "layout"), CASES, ids=str)
+@pytest.mark.parametrize(("outputs", "most"), [(512, 512), (512, 200), (330, 128), (1000, 999)])
+def test_parts_of_the_outputs(scheme: Scheme, layout: Layout, outputs: int, most: int) -> None:
+    whole = quantize(scheme, random(outputs, INPUTS), random(outputs), layout)
+    parts = whole.divide_outputs(most)
+    sizes = [part.shape[-2] for part in parts]
+    assert sum(sizes) == outputs and max(sizes) <= most
+    unit = layout.place("outputs").unit  # what the last one may lack, and one more
+    assert max(sizes) - min(sizes) < 2 * unit
+    assert torch.equal(torch.cat([part.dequantize() for part in parts]), whole.dequantize())
+    assert parts[0].weight.data_ptr() == whole.weight.data_ptr()  # nothing is copied
+
+
+@pytest.mark.parametrize(("world", "sizes"), [(1, [50624, 50656, 50656]), (2, [37984, 37984])])
+def test_the_head_of_qwen3_in_parts(world: int, sizes: list[int]) -> None:
+    """Also of a rank's share: parts are no property of the file."""
+    weight = torch.zeros(151936, 1, dtype=torch.int8)
+    head = quantize(W8A8(), weight.float(), None, W8A8_NZ)
+    share = shard(head, "outputs", (151936,), world - 1, world)
+    parts = share.divide_outputs(ASCEND_A2_A3.largest_dimension)
+    assert [part.shape[-2] for part in parts] == sizes
+    assert all(part.weight.is_contiguous() for part in parts)

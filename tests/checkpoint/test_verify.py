@@ -7,19 +7,12 @@ from pathlib import Path
 
 import pytest
 from support.command_line import run
+from support.folders import flip
 
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.verify import changed_tensors, total_bytes, verify
 from qwen3_ascend.files.safetensors import read_header
-
-
-def flip(path: Path, offset: int, bit: int = 0) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ (1 << bit)]))
 
 
 def test_a_sound_checkpoint(tiny_w8a8: Path) -> None:

@@ -127,8 +127,7 @@ def test_what_may_be_left_out_is_said() -> None:
         (rules(("*", "bf16"), ("*.mlp.*", "w8a8")), {}, "rule 2 .* decides nothing"),
         (rules(("*", "bf16"), ("*", "bf16")), {}, "rule 2 .* decides nothing"),
         (rules(("*.mlp.*", "w8a8"),), {}, "no rule matches"),
-        (rules(("*", "w8a8")), {"tie_word_embeddings": True}, "lm_head is tied"),
-        (rules(("*", "w8a8")), {"vocab_size": 65536}, r"lm_head: it is \[65536, 64\].*65535"),
+        (rules(("*", "w8a8")), {"intermediate_size": 65536}, r"it is \[64, 65536\].*than 65535"),
     ],
 )  # fmt: skip
 def test_recipes_that_do_not_fit(recipe: Recipe, changes: dict[str, Any], message: str) -> None:
@@ -136,9 +135,20 @@ def test_recipes_that_do_not_fit(recipe: Recipe, changes: dict[str, Any], messag
         plan(tiny_models.config(**changes), recipe)
 
 
-def test_a_small_output_projection_may_be_quantized() -> None:
-    made = plan(tiny_models.config(vocab_size=65535), rules(("*", "w8a8")))
-    assert made.items[-1].scheme == W8A8()
+@pytest.mark.parametrize("vocabulary", [65535, 65536, 151936])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_output_projection_of_any_size_may_be_quantized(vocabulary: int, tied: bool) -> None:
+    data = tiny_models.config(vocab_size=vocabulary, tie_word_embeddings=tied)
+    made, plain = plan(data, "w8a8-head"), plan(data, "w8a8")
+    head = made.items[-1]
+    assert (head.name, head.scheme) == ("lm_head", W8A8())
+    assert head.reads == ("model.embed_tokens.weight" if tied else "lm_head.weight",)
+    assert not made.config.tie_word_embeddings and plain.config.tie_word_embeddings == tied
+    assert made.parameters == plain.parameters
+    padded = -(-vocabulary // 32) * 32
+    assert made.output_bytes - plain.output_bytes == padded * 64 + vocabulary * (
+        4 - (0 if tied else 128)
+    )
 
 
 def test_dry_run_writes_nothing_and_tells_the_truth(tmp_path: Path) -> None:

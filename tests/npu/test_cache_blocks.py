@@ -47,11 +47,12 @@ def test_prompts_that_share_more_blocks_than_there_are(
 ) -> None:
     """Six times three blocks, two of them shared, in a cache of ten: computed in parts."""
     prompts = shared_prompts(checkpoints["w8a8"], 6)
-    sizes = {"kv_cache_tokens": 9 * BLOCK, "max_batch": 6}
+    sizes: dict[str, Any] = {"kv_cache_tokens": 9 * BLOCK, "max_batch": 6}
     expected = chat(checkpoints["w8a8"], "cpu", prompts, **sizes)
     assert len({tuple(tokens) for tokens in expected}) > 1
     ascend_sim.reset_trace()
-    assert chat(checkpoints["w8a8"], "npu", prompts, graph=graph, buckets=[6], **sizes) == expected
+    sizes |= {"attention": "fused", "graph": graph, "buckets": [6]}
+    assert chat(checkpoints["w8a8"], "npu", prompts, **sizes) == expected
     assert ascend_sim.trace.replays() == []  # six rows of three blocks never fit into one call
 
 

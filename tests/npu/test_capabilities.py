@@ -19,17 +19,25 @@ from ascend_sim.cann import pretending
 from npu.lacks import LACKS
 
 from qwen3_ascend import SamplingParams, load
-from qwen3_ascend.errors import DeviceError
-from qwen3_ascend.runtime.backends.npu import graph_updates
+from qwen3_ascend.errors import DeviceError, OptionError
+from qwen3_ascend.runtime.backends.npu import capabilities, graph_updates
 from qwen3_ascend.runtime.backends.npu.capabilities import (
-    FUSED_LENGTHS,
     OPERATIONS,
-    PAGED_LENGTHS,
     Capabilities,
     probe,
+    splits_support,
 )
+from qwen3_ascend.runtime.backends.npu.decoding import choose_decoding
 from qwen3_ascend.runtime.backends.npu.device import in_one_line, open_device
-from qwen3_ascend.runtime.backends.npu.graph_updates import UpdatedArgument, update_support
+from qwen3_ascend.runtime.backends.npu.graph_updates import (
+    FUSED_LENGTHS,
+    PAGED_LENGTHS,
+    Support,
+    UpdatedArgument,
+    bound_support,
+    update_support,
+)
+from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
 
 Patch = pytest.MonkeyPatch
@@ -41,7 +49,7 @@ PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True)
 def tokens_of(path: Path, device: str = "npu", **options: Any) -> list[tuple[int, ...]]:
     if device == "npu":
         options = {"buckets": (1, 2, 4), **options}
-    llm = load(path, device=device, kv_cache_tokens=1024, max_batch=4, **options)
+    llm = load(path, device=device, max_batch=4, **{"kv_cache_tokens": 1024, **options})
     return [answer.token_ids for answer in llm.generate(PROMPTS, PARAMS)]
 
 
@@ -77,6 +85,7 @@ def test_each_cann_has_its_forms_and_the_tokens_of_the_cpu(
         assert choice.form is OPERATIONS[name].forms[form], name
         assert bool(choice.reason) == bool(form)
     unusable = {name for name, each in capabilities.supports.items() if not each.usable}
+    unusable.discard("fused_splits")  # by the version, which a process reads once
     assert unusable == ({"paged_update"} if cann == "8.3" else set())
 
 
@@ -213,11 +222,108 @@ def test_updates_of_wheels_whose_handlers_have_tables(monkeypatch: Patch) -> Non
 def test_an_argument_that_does_not_exist_is_not_updated() -> None:
     """torch_npu itself ignores an unknown key in silence."""
     for argument in ARGUMENTS:
-        wrong = UpdatedArgument(argument.operator, "context_length", argument.by_keyword)
+        wrong = UpdatedArgument(argument.operator, "context_length", argument.place)
         assert "does not update it" in update_support(wrong).detail
         assert not update_support(wrong).usable
-    unknown = UpdatedArgument("npu_no_such_operator.out", "lengths", by_keyword=True)
+    unknown = UpdatedArgument("npu_no_such_operator.out", "lengths", place=None)
     assert not update_support(unknown).usable
+
+
+# -------------------------------------------------------------------- how decode steps are run
+def lacking(what: str) -> Support:
+    return Support(what, False, f"it has no {what}")
+
+
+def there(what: str) -> Support:
+    return Support(what, True, "")
+
+
+def machine(**lacks: bool) -> Capabilities:
+    """A machine that lacks what is named."""
+    names = ("bound_update", "fused_update", "paged_update", "masked", "fused_splits", "paged")
+    found = {name: lacking(name) if lacks.get(name) else there(name) for name in names}
+    form: Any = None
+    return Capabilities(form, form, form, form, **found)
+
+
+def decoding(attention: str = "auto", graph: bool = True, way: str = "auto", **lacks: bool) -> Any:
+    options = DeviceOptions("npu", attention=attention, graph=graph, graph_lengths=way)
+    return choose_decoding(options, machine(**lacks))
+
+
+def test_updates_are_bound_then_dispatched_then_masked() -> None:
+    assert decoding().lengths == "bound" and decoding().lengths_reason == ""
+    dispatched = decoding(bound_update=True)
+    assert dispatched.lengths == "dispatched" and "no bound_update" in dispatched.lengths_reason
+    masked = decoding(bound_update=True, fused_update=True)
+    assert masked.lengths == "masked" and "no fused_update" in masked.lengths_reason
+    nothing = decoding(bound_update=True, fused_update=True, masked=True)
+    assert nothing.lengths is None and "no masked" in nothing.lengths_reason
+    assert decoding(way="update", bound_update=True, fused_update=True).lengths is None
+    assert decoding(way="masked").lengths == "masked"
+    assert decoding(way="masked", masked=True).lengths is None
+    assert decoding(graph=False).lengths is None
+    paged = decoding("paged", bound_update=True, paged_update=True)
+    assert paged.lengths is None  # who asks for this kernel does not get another
+    with pytest.raises(OptionError, match="attention=paged takes no mask"):
+        decoding("paged", way="masked")
+    assert decoding("paged", graph=False, way="masked").attention == "paged"
+
+
+def test_attention_is_paged_where_the_fused_kernel_does_not_split_and_graphs_are_kept() -> None:
+    assert decoding().attention == "fused"
+    chosen = decoding(fused_splits=True)
+    assert (chosen.attention, chosen.lengths) == ("paged", "bound")
+    assert chosen.attention_reason == "it has no fused_splits"
+    assert decoding(fused_splits=True, paged=True).attention == "fused"
+    assert decoding(fused_splits=True, bound_update=True).attention == "paged"
+    kept = decoding(fused_splits=True, bound_update=True, paged_update=True)
+    assert (kept.attention, kept.lengths) == ("fused", "dispatched")
+    assert "graphs cannot contain paged attention" in kept.attention_reason
+    lacks: Any = {"fused_splits": True, "bound_update": True, "paged_update": True}
+    assert decoding(graph=False, **lacks).attention == "paged"
+    assert decoding(way="masked", fused_splits=True).attention == "fused"
+    for kernel in ("fused", "paged"):
+        assert decoding(kernel, fused_splits=True).attention == kernel
+
+
+@pytest.mark.parametrize(
+    ("version", "splits"),
+    [("8.3.RC1", False), ("8.5.0", False), ("9.0.0", True), ("9.1.0", True), (None, True)],
+)
+def test_which_cann_spreads_a_context(version: str | None, splits: bool) -> None:
+    assert splits_support(version).usable == splits
+
+
+def test_the_attention_of_this_cann() -> None:
+    """Another one in a process that pretends CANN 8 (make simulated-releases)."""
+    capabilities, splits = probed(), cann.current().decode_splits_keys
+    assert capabilities.fused_splits.usable == splits
+    chosen = choose_decoding(DeviceOptions("npu"), capabilities)
+    assert chosen.attention == ("fused" if splits else "paged") and chosen.lengths == "bound"
+
+
+@pytest.mark.parametrize("name", ["graph_task_group_begin", "ExternalEvent", "_weak_ref_tensor"])
+def test_functions_that_a_wheel_lacks_for_bound_updates(name: str, monkeypatch: Patch) -> None:
+    assert bound_support().usable
+    monkeypatch.delattr(torch_npu._C if name == "_weak_ref_tensor" else torch_npu.npu, name)
+    assert not bound_support().usable and name in bound_support().detail
+
+
+def test_a_mask_that_hides_nothing_is_not_used(monkeypatch: Patch) -> None:
+    right = torch_npu.npu_fused_infer_attention_score
+
+    def unmasked(*arguments: Any, atten_mask: Any = None, **named: Any) -> Any:
+        return right(*arguments, **named)
+
+    monkeypatch.setattr(torch_npu, "npu_fused_infer_attention_score", unmasked)
+    assert not probed().masked.usable and "attention is" in probed().masked.detail
+
+
+def without_any_update(patch: Patch, folder: Path) -> None:
+    """A wheel that records only the fused operator, and has no functions for us to do it."""
+    with_code(OF_CANN_8_3, patch, folder)
+    patch.setattr(capabilities, "bound_support", lambda: lacking("bound_update"))
 
 
 @pytest.mark.every_mode
@@ -225,12 +331,24 @@ def test_without_updates_steps_run_eagerly_with_a_warning(
     checkpoints: dict[str, Path], monkeypatch: Patch, tmp_path: Path
 ) -> None:
     expected = tokens_of(checkpoints["w8a8"], "cpu")
-    with_code(OF_CANN_8_3, monkeypatch, tmp_path)
+    without_any_update(monkeypatch, tmp_path)
     ascend_sim.reset_trace()
     with pytest.warns(UserWarning, match="not captured as graphs.*context_lens.*graph=off"):
         assert tokens_of(checkpoints["w8a8"], attention="paged") == expected
     assert ascend_sim.trace.replays() == []
     assert tokens_of(checkpoints["w8a8"], attention="paged", graph=False) == expected
+
+
+@pytest.mark.every_mode
+def test_without_updates_graphs_are_masked(
+    checkpoints: dict[str, Path], monkeypatch: Patch
+) -> None:
+    expected = tokens_of(checkpoints["w8a8"], "cpu")
+    monkeypatch.setattr(capabilities, "bound_support", lambda: lacking("bound_update"))
+    monkeypatch.setattr(capabilities, "update_support", lambda argument: lacking(argument.key))
+    ascend_sim.reset_trace()
+    assert tokens_of(checkpoints["w8a8"], kv_cache_tokens=4096) == expected
+    assert ascend_sim.trace.replays() and not ascend_sim.trace.host_updates()
 
 
 # ----------------------------------------------------------- where a refusal ends the process

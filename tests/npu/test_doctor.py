@@ -33,6 +33,7 @@ from qwen3_ascend.runtime.doctor import machine
 from qwen3_ascend.runtime.doctor.agreement import Answer, agreement
 from qwen3_ascend.runtime.doctor.generation import VARIANTS
 from qwen3_ascend.runtime.doctor.recorder import Recorder
+from qwen3_ascend.runtime.engine import candidates
 from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
 
@@ -62,7 +63,9 @@ def test_a_wrong_operator_does_not_conform(monkeypatch: pytest.MonkeyPatch) -> N
     assert wrong and all(name.startswith("gated (bf16") for name in wrong)
 
 
-AREAS = {"environment", "capabilities", "forms", "layout", "load", "operators", "generation"}
+AREAS = {
+    "environment", "capabilities", "forms", "layout", "load", "operators", "sampling", "generation"
+}  # fmt: skip
 
 
 SKIPPED_VARIANT = ("generation", "skipped")
@@ -89,7 +92,7 @@ def test_the_whole_examination(checkpoints: dict[str, Path], tmp_path: Path) -> 
         one["name"] for one in report["checks"] if (one["area"], one["status"]) == SKIPPED_VARIANT
     ]
     assert len(report["speeds"]) == 2 * (len(VARIANTS) - len(left_out))
-    assert all("paged --graph" in name for name in left_out)
+    assert all("NPUGraph.update" in name for name in left_out)
     assert all(0 < speed["host_us"] <= 1000 * speed["step_ms"] for speed in report["speeds"])
     _, paste = result.output.split("Paste this into an issue:")
     fastest = min((s for s in report["speeds"] if s["batch"] == 1), key=lambda s: s["step_ms"])
@@ -112,6 +115,8 @@ def test_a_lack_is_named_and_nothing_fails(lack: str) -> None:
         found = [*machine.capabilities(SMALL_CONFIG)]
         tried = {check.name: check.status for check in machine.forms(SMALL_CONFIG)}
     noted = {check.name: check.detail for check in found if check.status == "noted"}
+    if "ATB" in lack:
+        assert "OSError" in noted.pop("paged attention")
     assert [*noted] == [operation.name]
     assert noted[operation.name].startswith(operation.forms[form].name)
     assert reason in noted[operation.name]
@@ -125,16 +130,21 @@ def test_without_atb_and_updates_their_modes_are_left_out(
     def lacking(argument: object) -> Support:
         return Support("graph update", False, "no table knows it")
 
+    no_atb = Support("paged", False, "no ATB")
     monkeypatch.setattr(capabilities, "update_support", lacking)
-    monkeypatch.setattr(capabilities, "paged_support", lambda: Support("paged", False, "no ATB"))
+    monkeypatch.setattr(capabilities, "bound_support", lambda: lacking(None))
+    monkeypatch.setattr(capabilities, "paged_support", lambda config: no_atb)
     report = examine(checkpoints["w8a8"])
     assert report.ok
     skipped = {check.detail for check in report.checks if check.area == "generation"}
-    assert {"no table knows it", "no ATB", "no ATB; no table knows it"} <= skipped
+    assert {"graph update: no table knows it; graph update: no table knows it", "no ATB"} <= skipped
     assert {speed.settings for speed in report.speeds} == {
         "--attention fused --no-graph --prefetch off",
         "--attention fused --no-graph --prefetch auto",
+        "--attention fused --graph --graph-lengths masked --prefetch off",
     }
+    (chosen,) = (check for check in report.checks if check.name == "graph_lengths=auto")
+    assert chosen.status == "noted" and chosen.detail.startswith("masked, because graph update")
 
 
 def crashing(*arguments: object, **named: object) -> Any:
@@ -151,6 +161,7 @@ def test_a_crash_of_any_check_is_a_finding_and_the_others_go_on(
         (diagnose, "copy_speed"),
         (torch_npu, "npu_swiglu"),
         (torch_npu, "npu_prefetch"),
+        (candidates, "_rest"),
         (graph.GraphRunner, "_capture"),
     ):
         monkeypatch.setattr(owner, name, crashing)
@@ -184,9 +195,9 @@ def test_wrong_tokens_have_no_speed(
     monkeypatch.setattr(FusedAttention, "update", stale)
     report = examine(checkpoints["w8a8"])
     failed = [check.name for check in report.checks if check.status == "failed"]
-    assert len(failed) == 3 and all("graph" in name for name in failed)
+    assert len(failed) == 4 and all("graph" in name for name in failed)
     fused = {speed.settings for speed in report.speeds if "fused --graph" in speed.settings}
-    assert fused == set()
+    assert fused == {"--attention fused --graph --graph-lengths masked --prefetch off"}
 
 
 def answer(*tokens: int) -> Answer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,7 @@ import torch
 from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.runtime import LLM
 
-pytestmark = [
-    pytest.mark.every_mode,
-    # Paged attention of the wheels for CANN 8.3, if the simulator pretends to have one.
-    pytest.mark.filterwarnings("default:steps are not captured as graphs:UserWarning"),
-]
+pytestmark = pytest.mark.every_mode
 
 # Where a float32 sum is rounded to bf16 at another place, a logit of about 20 may move by a few
 # units in the last of bf16's 8 bits (2^-4 at that size).
@@ -25,8 +20,6 @@ LOGIT_BOUND = 0.5
 WORDS = ("river", "bicycle", "house", "oxygen", "create", "water", "mountain", "teacher", "music")
 PROMPTS = [f"What does {word} mean?" for word in WORDS]
 BUCKETS = (1, 2, 4, 8)
-
-VARIANTS = list(itertools.product(("fused", "paged"), (False, True), ("off", "auto")))
 
 
 def open_npu(path: Path, **options: Any) -> LLM:
@@ -44,25 +37,14 @@ def tokens_of(llm: LLM, prompts: list[str], params: SamplingParams) -> list[tupl
     return [answer.token_ids for answer in llm.generate(prompts, params)]
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "bf16"])
-@pytest.mark.parametrize(("attention", "graph", "prefetch"), VARIANTS)
-def test_greedy_tokens_equal_the_cpu_backend(
-    checkpoints: dict[str, Path], recipe: str, attention: str, graph: bool, prefetch: str
-) -> None:
+@pytest.mark.parametrize("graph", [False, True])
+def test_prefetching_changes_no_token(checkpoints: dict[str, Path], graph: bool) -> None:
     """Nine prompts: the batch shrinks from 9 (beyond the buckets) over every bucket border."""
-    llm = open_npu(checkpoints[recipe], attention=attention, graph=graph, prefetch=prefetch)
+    llm = open_npu(checkpoints["w8a8"], graph=graph, prefetch="auto")
     params = SamplingParams(max_new_tokens=40)
-    expected = tokens_of(open_cpu(checkpoints[recipe]), PROMPTS, params)
+    expected = tokens_of(open_cpu(checkpoints["w8a8"]), PROMPTS, params)
     assert len({len(tokens) for tokens in expected}) > 2  # the batch does shrink
     assert tokens_of(llm, PROMPTS, params) == expected
-
-
-@pytest.mark.parametrize("batch", range(1, 10))
-def test_every_batch_size_over_the_bucket_borders(checkpoints: dict[str, Path], batch: int) -> None:
-    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
-    llm = open_npu(checkpoints["w8a8"])
-    expected = tokens_of(open_cpu(checkpoints["w8a8"]), PROMPTS[:batch], params)
-    assert tokens_of(llm, PROMPTS[:batch], params) == expected
 
 
 @pytest.mark.parametrize("attention", ["fused", "paged"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from qwen3_ascend import load
+from qwen3_ascend import convert_checkpoint, load
 from qwen3_ascend.checkpoint.layout import ND
 from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.schemes import W8A8
@@ -159,6 +159,7 @@ def test_perplexity_of_a_trained_model(
     tiny_source: Path,
     tiny_bf16: Path,
     tiny_w8a8: Path,
+    tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
     plain, quantized = load(tiny_bf16), load(tiny_w8a8)
@@ -169,10 +170,15 @@ def test_perplexity_of_a_trained_model(
     expected = perplexity(reference, held_out)
     bf16 = perplexity([plain.logits(window) for window in held_out], held_out)
     w8a8 = perplexity([quantized.logits(window) for window in held_out], held_out)
-    for name, figure in (("transformers", expected), ("bf16", bf16), ("w8a8", w8a8)):
+    convert_checkpoint(tiny_source, tmp_path / "out", "w8a8-head")
+    whole = load(tmp_path / "out")
+    head = perplexity([whole.logits(window) for window in held_out], held_out)
+    figures = {"transformers": expected, "bf16": bf16, "w8a8": w8a8, "w8a8-head": head}
+    for name, figure in figures.items():
         record_property(name, figure)
-    print(f"perplexity: transformers {expected:.4f}, bf16 {bf16:.4f}, w8a8 {w8a8:.4f}")
+    print("perplexity:", ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items()))
     assert 4 < expected < 20, "this is not a trained model"
     assert abs(bf16 / expected - 1) < 0.003
     assert abs(w8a8 / bf16 - 1) < 0.01
-    assert w8a8 != bf16
+    assert abs(head / w8a8 - 1) < 0.003
+    assert len({bf16, w8a8, head}) == 3

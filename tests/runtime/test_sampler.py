@@ -1,4 +1,4 @@
-"""How a token is chosen, held against transformers' own filters."""
+"""The tokens of a batch: greedy, drawn, penalized, with logarithms of probabilities."""
 
 from __future__ import annotations
 
@@ -7,22 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from qwen3_ascend import SamplingParams
 from qwen3_ascend.errors import RequestError
+from qwen3_ascend.runtime.engine import candidates
 from qwen3_ascend.runtime.engine.request import Request
-from qwen3_ascend.runtime.engine.sampler import Choice, Sampler, candidate_probabilities, penalize
+from qwen3_ascend.runtime.engine.sampler import Choice, Sampler, draw_from_row, is_plain_greedy
 
 VOCABULARY = 50
 
@@ -43,70 +34,6 @@ def sequence(
 
 def tokens(choices: list[Choice]) -> list[int]:
     return [choice.token for choice in choices]
-
-
-PARAMS = st.builds(
-    SamplingParams,
-    temperature=st.floats(0.1, 3),
-    top_k=st.sampled_from([0, 1, 2, 7, 49, 50, 51, 1000]),
-    top_p=st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0]),
-    min_p=st.sampled_from([0.0, 1e-3, 0.1, 0.7, 1.0]),
-    repetition_penalty=st.sampled_from([1.0, 0.5, 1.3, 5.0]),
-)
-
-
-@settings(max_examples=300)
-@given(
-    params=PARAMS,
-    seed=st.integers(0, 1000),
-    prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=8).map(tuple),
-    output=st.lists(st.integers(0, VOCABULARY - 1), max_size=8).map(tuple),
-)
-def test_filters_are_those_of_transformers(
-    params: SamplingParams, seed: int, prompt: tuple[int, ...], output: tuple[int, ...]
-) -> None:
-    row = logits(seed)[0]
-    theirs = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
-    if params.repetition_penalty != 1.0:
-        theirs.insert(0, RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    if params.top_k:
-        theirs.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1.0:
-        theirs.append(TopPLogitsWarper(params.top_p))
-    if params.min_p > 0.0:
-        theirs.append(MinPLogitsWarper(params.min_p))
-    expected = theirs(torch.LongTensor([[*prompt, *output]]), row[None]).softmax(dim=-1)[0]
-    request = sequence(params, prompt=prompt, output=output)
-    actual = candidate_probabilities(penalize(row, request), params)
-    assert torch.equal(actual > 0, expected > 0), "another set of candidates"
-    assert torch.allclose(actual, expected, atol=1e-6, rtol=1e-5)
-    assert float(actual.sum()) == pytest.approx(1.0, abs=1e-5)
-
-
-def test_penalties_do_not_change_the_logits_they_are_given() -> None:
-    row = logits(0)[0]
-    before = row.clone()
-    params = SamplingParams(repetition_penalty=2.0, presence_penalty=1.0)
-    penalize(row, sequence(params, output=(5, 5, 7)))
-    assert torch.equal(row, before)
-
-
-def test_presence_penalty_counts_each_output_token_once() -> None:
-    row = logits(1)[0]
-    params = SamplingParams(presence_penalty=1.5)
-    done = penalize(row, sequence(params, prompt=(3, 4), output=(5, 5, 5, 7)))
-    expected = row.clone()
-    expected[[5, 7]] -= 1.5
-    assert torch.equal(done, expected)
-    assert torch.equal(penalize(row, sequence(params, prompt=(3, 4))), row)
-
-
-def test_the_most_probable_token_always_stays() -> None:
-    for seed in range(50):
-        row = logits(seed)[0]
-        params = SamplingParams(temperature=1.0, top_k=1, top_p=1e-9, min_p=1.0)
-        chosen = candidate_probabilities(row, params)
-        assert chosen.nonzero().flatten().tolist() == [int(row.argmax())]
 
 
 def test_greedy() -> None:
@@ -166,16 +93,92 @@ def test_a_batch_draws_what_each_draws_alone() -> None:
         assert [step[number] for step in drawn] == expected
 
 
+def numbers(params: SamplingParams, count: int) -> list[float]:
+    """The first random numbers of a request with a seed."""
+    generator = torch.Generator().manual_seed(params.seed or 0)
+    return [float(torch.rand((), dtype=torch.float64, generator=generator)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 1024])
+def test_how_many_candidates_are_asked_for_changes_no_token(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """With few of them, nearly every token needs its whole row."""
+    monkeypatch.setattr(candidates, "WITHOUT_TOP_K", count)
+    monkeypatch.setattr(candidates, "MOST", count)
+    rows = logits(8, rows=3, scale=2.0).mul(2).round().div(2)  # many equal ones
+    params = [
+        SamplingParams(temperature=0.8, seed=1, top_k=5, top_p=0.9),
+        SamplingParams(temperature=1.3, seed=2),
+        SamplingParams(temperature=1.0, seed=3, top_p=0.8, min_p=0.01),
+    ]
+    sampler, batch = Sampler(), [sequence(one, number) for number, one in enumerate(params)]
+    steps = [tokens(sampler(rows, batch)) for _ in range(60)]
+    for row, one in enumerate(params):
+        expected = [draw_from_row(rows[row], one, number) for number in numbers(one, 60)]
+        assert [step[row] for step in steps] == expected
+        assert len(set(expected)) > 3
+
+
+def test_one_random_number_a_token() -> None:
+    """Whatever the filters leave, so that they do not shift the numbers of later tokens."""
+    row, one = logits(9), SamplingParams(temperature=1.0, seed=4)
+    sampler, request = Sampler(), sequence(one)
+    sampler(row, [replace_params(request, top_k=1)])
+    sampler(row, [replace_params(request, top_p=1e-6)])
+    assert sampler(row, [request])[0].token == draw_from_row(row[0], one, numbers(one, 3)[-1])
+
+
+def replace_params(request: Request, **changes: Any) -> Request:
+    return replace(request, params=replace(request.params, **changes))
+
+
 def test_frequencies_follow_the_probabilities() -> None:
     row = logits(7, scale=1.0)
     params = SamplingParams(temperature=1.0, seed=5, top_k=5)
-    probabilities = candidate_probabilities(row[0], params)
+    kept = row[0].masked_fill(row[0] < row[0].topk(5).values[-1], -torch.inf)
+    probabilities = kept.softmax(dim=-1)
     count = 4000
     counts = torch.bincount(torch.tensor(draws(params, count, row)), minlength=VOCABULARY)
     assert bool((counts[probabilities == 0] == 0).all())
     # The seed is fixed, so this cannot flicker; five standard deviations say it is no accident.
     deviation = (count * probabilities * (1 - probabilities)).sqrt()
     assert bool(((counts - count * probabilities).abs() <= 5 * deviation).all())
+
+
+def test_logarithms_are_those_before_penalties_and_filters() -> None:
+    rows = logits(10, rows=4)
+    params = [
+        SamplingParams(),
+        SamplingParams(presence_penalty=100.0, logprobs=3),
+        SamplingParams(temperature=1.0, seed=1, top_k=2),
+        SamplingParams(temperature=1.0, seed=1, top_k=2, logprobs=0),
+    ]
+    output = tuple(int(row.argmax()) for row in rows)
+    batch = [sequence(one, at, output=(output[at],)) for at, one in enumerate(params)]
+    choices = Sampler()(rows, batch)
+    assert [choice.logprobs is not None for choice in choices] == [False, True, False, True]
+    for row, choice, one in zip(rows, choices, params, strict=True):
+        if choice.logprobs is not None:
+            logarithms = row.log_softmax(dim=-1)
+            assert choice.logprobs.chosen == float(logarithms[choice.token])
+            assert [t for t, _ in choice.logprobs.top] == row.topk(one.logprobs or 0)[1].tolist()
+
+
+def test_logits_that_are_no_numbers_are_an_error() -> None:
+    row = logits(0)
+    row[0, 7] = torch.nan
+    with pytest.raises(FloatingPointError, match="no finite numbers"):
+        Sampler()(row, [sequence(SamplingParams(temperature=1.0))])
+
+
+def test_what_is_plain_greedy() -> None:
+    assert is_plain_greedy(SamplingParams(top_k=3, top_p=0.5, seed=1))
+    others: list[dict[str, Any]] = [
+        {"temperature": 0.1}, {"repetition_penalty": 1.1}, {"presence_penalty": 0.5},
+        {"logprobs": 0},
+    ]  # fmt: skip
+    assert not any(is_plain_greedy(SamplingParams(**other)) for other in others)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
     cd tests; python -m support.crash_driver SOURCE WORKDIR --steps 25 --instants 10 [--seed 0]
 
-One process imports torch and forks the others, so that a trial takes milliseconds. A step is a call
+One process imports torch and transformers and forks the others, so that a trial takes milliseconds
+and kills meet the conversion instead of imports. A step is a call
 that changes the disk (write, rename, unlink, sync): a kill after each of them leaves every state
 that a crash can leave; a kill at a random instant leaves whatever it meets. Prints one JSON line.
 """
@@ -26,6 +27,7 @@ from typing import Any
 
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME
 from qwen3_ascend.convert import ConvertOptions, convert_checkpoint
+from qwen3_ascend.runtime.tokenizer import load_tokenizer
 from support.folders import contents
 
 JOURNAL = ".partial/journal.jsonl"
@@ -171,6 +173,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     rng = random.Random(options.seed)
+    load_tokenizer(options.source)  # for its imports, which every child inherits
     driver = Driver(options.source, options.workdir, options.threads)
     total = driver.steps(options.steps, rng)
     driver.instants(options.instants, rng)

@@ -22,3 +22,12 @@ def finished_weights(out: Path) -> dict[str, bytes]:
     assert (out / "qwen3_ascend.json").is_file(), "there is no manifest"
     assert not (out / ".partial").exists(), "the conversion is not finished"
     return {name: data for name, data in contents(out).items() if name.endswith(".safetensors")}
+
+
+def flip(path: Path, offset: int, bit: int = 0) -> None:
+    """Changes one bit of a byte of a file; twice, and it is as it was."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ (1 << bit)]))

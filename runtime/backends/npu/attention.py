@@ -5,8 +5,8 @@ qkv + norm + rotary + cache kernel (npu_qkv_rms_norm_rope_cache) is not used: it
 only, and on A2/A3 neither attention kernel reads bf16 grouped-query keys from one.
 
 A captured decode step bakes in one host argument, the context lengths. Each strategy says which
-argument that is for torch_npu's graph update, and how it is packed: that is all that the graph
-runner needs to know of it.
+argument that is, and how it is packed: that is all that the graph runner needs to know of it. Or
+the lengths stay as they are, and what lies behind the end of each context is masked on the device.
 
 The fused kernel refuses a batch whose requests have more blocks together than the cache has, a
 block that they share counted for each of them (prompt_flash_attention_tiling.cpp: "the first dim of
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,12 +30,21 @@ from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import DeviceError, OptionError
 from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.npu.capabilities import (
-    FUSED_LENGTHS,
-    PAGED_LENGTHS,
     Capabilities,
 )
-from qwen3_ascend.runtime.backends.npu.graph_updates import UpdatedArgument
-from qwen3_ascend.runtime.backends.npu.operators import CacheWrite, reshape_and_cache
+from qwen3_ascend.runtime.backends.npu.decoding import Decoding
+from qwen3_ascend.runtime.backends.npu.graph_calls import CapturedCalls
+from qwen3_ascend.runtime.backends.npu.graph_updates import (
+    CONTEXT_LENS_PLACE,
+    FUSED_LENGTHS,
+    PAGED_LENGTHS,
+    UpdatedArgument,
+)
+from qwen3_ascend.runtime.backends.npu.operators import (
+    CacheWrite,
+    masked_attention,
+    reshape_and_cache,
+)
 from qwen3_ascend.runtime.backends.step import StepInputs
 
 CAUSAL_MASK_SIZE = 2048
@@ -43,9 +52,6 @@ CAUSAL_MASK_SIZE = 2048
 
 SPARSE_NONE = 0
 SPARSE_CAUSAL_BOTTOM_RIGHT = 3
-
-CONTEXT_LENS_SLOT = 7
-"""Position of context_lens among the arguments of _npu_paged_attention."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,14 @@ class AttentionStrategy(Protocol):
         """One query token for each request: [T, heads, head_dim].
 
         Inside a capture the workspace is explicit, because the implicit one may be freed or moved
-        between replays; all layers share it, since they run one after the other.
+        between replays; all layers and all graphs share it, since they run one after the other.
         """
+
+    def decode_masked(
+        self, query: Tensor, cache: LayerKV, step: StepInputs, hidden: Tensor
+    ) -> Tensor:
+        """The same, but of all the blocks in the step's table, without the places that are hidden
+        [B, 1, places]."""
 
     def takes(self, context_lens: tuple[int, ...], num_blocks: int, block_size: int) -> bool:
         """Whether one call takes such contexts in a cache of so many blocks."""
@@ -100,11 +112,12 @@ class FusedAttention:
     name = "fused"
     lengths = FUSED_LENGTHS
 
-    def __init__(self, counts: HeadCounts, write: CacheWrite) -> None:
-        self.counts, self.write = counts, write
+    def __init__(self, counts: HeadCounts, write: CacheWrite, calls: CapturedCalls) -> None:
+        """`calls` is how a captured decode step is given other lengths."""
+        self.counts, self.write, self._calls = counts, write, calls
         ones = torch.ones(CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE, dtype=torch.bool)
         self._mask = ones.triu(1).to("npu")
-        self._workspaces: dict[int, Tensor] = {}
+        self._workspace: Tensor | None = None
 
     def prefill(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
         """Causal attention of chunks whose keys are already in the cache: [T, heads, head_dim]."""
@@ -118,25 +131,39 @@ class FusedAttention:
             return self._in_parts(query, cache, step, sparse_mode=SPARSE_NONE)
         inputs = (query, *self._flat(cache))
         arguments = self._arguments(cache, step) | {"sparse_mode": SPARSE_NONE}
-        rows = query.shape[0]
-        if rows not in self._workspaces:
-            self._workspaces[rows] = torch_npu._npu_fused_infer_attention_score_get_max_workspace(
-                *inputs, **arguments
-            )
         output = torch.empty_like(query)
         logsumexp = torch.empty(1, dtype=query.dtype, device=query.device)
-        torch_npu.npu_fused_infer_attention_score.out(
-            *inputs, **arguments, workspace=self._workspaces[rows], out=[output, logsumexp]
+        self._calls.issue(
+            torch_npu.npu_fused_infer_attention_score.out,
+            inputs,
+            arguments
+            | {"workspace": self._workspace_for(inputs, arguments), "out": [output, logsumexp]},
         )
         return output
+
+    def decode_masked(
+        self, query: Tensor, cache: LayerKV, step: StepInputs, hidden: Tensor
+    ) -> Tensor:
+        """See AttentionStrategy: the kernel for one query token, which takes full masks."""
+        return masked_attention(query, cache, step.block_table, hidden)
 
     def takes(self, context_lens: tuple[int, ...], num_blocks: int, block_size: int) -> bool:
         """See AttentionStrategy: as many blocks as all contexts have, one by one."""
         return sum(-(-length // block_size) for length in context_lens) <= num_blocks
 
     def update(self, context_lens: tuple[int, ...]) -> dict[str, Any]:
-        """See AttentionStrategy: a host list."""
-        return {self.lengths.key: list(context_lens)}
+        """See AttentionStrategy: a host list, and the workspace of the moment."""
+        return {self.lengths.key: list(context_lens), "workspace": self._workspace}
+
+    def _workspace_for(self, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
+        """One that is enough for every length, and for every batch size so far: the largest is
+        captured first."""
+        needed: Tensor = torch_npu._npu_fused_infer_attention_score_get_max_workspace(
+            *inputs, **arguments
+        )
+        if self._workspace is None or needed.nbytes > self._workspace.nbytes:
+            self._workspace = needed
+        return self._workspace
 
     def _in_parts(self, query: Tensor, cache: LayerKV, step: StepInputs, **mask: Any) -> Tensor:
         """Nearly always one call; see the top of this file."""
@@ -172,12 +199,13 @@ class PagedAttention:
     name = "paged"
     lengths = PAGED_LENGTHS
 
-    def __init__(self, counts: HeadCounts) -> None:
-        self.counts = counts
+    def __init__(self, counts: HeadCounts, calls: CapturedCalls) -> None:
+        """`calls` is how a captured decode step is given other lengths."""
+        self.counts, self._calls = counts, calls
         self.write: CacheWrite = reshape_and_cache
-        self._fused = FusedAttention(counts, self.write)
+        self._fused = FusedAttention(counts, self.write, calls)
         self._workspace: Tensor | None = None
-        self._captured: dict[int, tuple[Any, ...]] = {}
+        self._captured: dict[int, list[Any]] = {}
 
     def prefill(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
         """See AttentionStrategy: the other kernel's."""
@@ -190,10 +218,16 @@ class PagedAttention:
         if not torch_npu.npu.is_current_stream_capturing():
             torch_npu._npu_paged_attention(*call)
             return output
-        self._captured.setdefault(query.shape[0], call)
+        self._captured.setdefault(query.shape[0], [*call])
         workspace = self._workspace_for(call)
-        torch_npu._npu_paged_attention(*call, workspace=workspace)
+        self._calls.issue(_paged_overload(), call, {"workspace": workspace})
         return output
+
+    def decode_masked(
+        self, query: Tensor, cache: LayerKV, step: StepInputs, hidden: Tensor
+    ) -> Tensor:
+        """See AttentionStrategy: the other kernel's, ATB's takes no such mask."""
+        return self._fused.decode_masked(query, cache, step, hidden)
 
     def takes(self, context_lens: tuple[int, ...], num_blocks: int, block_size: int) -> bool:
         """See AttentionStrategy: ATB is not known to count blocks."""
@@ -203,11 +237,11 @@ class PagedAttention:
         """See AttentionStrategy: an int32 tensor on the host, and the workspace, whose size
         depends on the lengths and does not grow steadily with them."""
         lengths = torch.tensor(context_lens, dtype=torch.int32)
-        call = list(self._captured[len(context_lens)])
-        call[CONTEXT_LENS_SLOT] = lengths
-        return {self.lengths.key: lengths, "workspace": self._workspace_for(tuple(call))}
+        call = self._captured[len(context_lens)]
+        call[CONTEXT_LENS_PLACE] = lengths
+        return {self.lengths.key: lengths, "workspace": self._workspace_for(call)}
 
-    def _workspace_for(self, call: tuple[Any, ...]) -> Tensor:
+    def _workspace_for(self, call: Sequence[Any]) -> Tensor:
         """The shared workspace, replaced by a larger one if this call needs it."""
         needed: Tensor = torch_npu._npu_paged_attention_get_workspace(*call)
         if self._workspace is None or needed.numel() > self._workspace.numel():
@@ -217,12 +251,20 @@ class PagedAttention:
     def _call(
         self, query: Tensor, cache: LayerKV, step: StepInputs, output: Tensor
     ) -> tuple[Any, ...]:
-        """Positional: torch_npu's graph update finds context_lens by its place, the eighth."""
+        """Positional: torch_npu's graph update finds context_lens by its place."""
         lengths = torch.tensor(step.context_lens, dtype=torch.int32)
         return (
             query, cache.keys, cache.values, self.counts.kv_heads, self.counts.heads,
             self.counts.scale, step.block_table, lengths, output,
         )  # fmt: skip
+
+
+def _paged_overload() -> Callable[..., Any]:
+    """The operator itself, if it is where newer wheels have it: torch_npu's function looks for ATB
+    and chooses an overload at each call."""
+    operator = getattr(torch.ops.atb, "_npu_paged_attention", torch_npu._npu_paged_attention)
+    overload: Callable[..., Any] = getattr(operator, "default", operator)
+    return overload
 
 
 @dataclass(frozen=True)
@@ -260,13 +302,10 @@ def _part(step: StepInputs, first: int, last: int) -> StepPart:
     )
 
 
-def choose_attention(
-    name: str, config: Qwen3Config, capabilities: Capabilities
+def open_attention(
+    decoding: Decoding, config: Qwen3Config, capabilities: Capabilities, calls: CapturedCalls
 ) -> AttentionStrategy:
-    """The strategy of a name.
-
-    "auto" is "fused": it needs no ATB, serves prefill and decode alike, and states a workspace
-    that is enough for every length. "paged" has the smaller kernel at medium batch sizes.
+    """The strategy that was chosen.
 
     Raises:
         OptionError: for a head size that the kernels do not take.
@@ -279,8 +318,8 @@ def choose_attention(
             f"{', '.join(map(str, sizes))} in the TND layout; run this model with device=cpu"
         )
     counts = HeadCounts(config.num_heads, config.num_kv_heads, config.head_dim)
-    if name != "paged":
-        return FusedAttention(counts, capabilities.cache_write.call)
+    if decoding.attention == "fused":
+        return FusedAttention(counts, capabilities.cache_write.call, calls)
     if not capabilities.paged.usable:
         raise DeviceError(capabilities.paged.detail)
-    return PagedAttention(counts)
+    return PagedAttention(counts, calls)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 
@@ -29,21 +28,37 @@ from qwen3_ascend.runtime.backends.base import (
 )
 from qwen3_ascend.runtime.backends.cache import LayerKV, bytes_per_token, cache_shape
 from qwen3_ascend.runtime.backends.npu import formats
-from qwen3_ascend.runtime.backends.npu.attention import choose_attention
+from qwen3_ascend.runtime.backends.npu.attention import open_attention
 from qwen3_ascend.runtime.backends.npu.capabilities import Capabilities, probe
+from qwen3_ascend.runtime.backends.npu.decoding import Decoding, choose_decoding
 from qwen3_ascend.runtime.backends.npu.device import free_bytes, open_device, require_capture
 from qwen3_ascend.runtime.backends.npu.graph import (
     MAX_STREAMS,
-    GraphBounds,
     GraphRunner,
     decode_buckets,
     largest_padding,
 )
+from qwen3_ascend.runtime.backends.npu.graph_calls import (
+    BoundCalls,
+    CapturedCalls,
+    DispatchedCalls,
+)
+from qwen3_ascend.runtime.backends.npu.graph_lengths import (
+    MAX_MASKED_GRAPHS,
+    GraphBounds,
+    GraphLengths,
+    MaskedLengths,
+    UpdatedLengths,
+    masked_lengths,
+)
+from qwen3_ascend.runtime.backends.npu.graph_updates import FUSED_LENGTHS, PAGED_LENGTHS
+from qwen3_ascend.runtime.backends.npu.heads import FEW_ROWS, HeadDivider
 from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, NpuLinear, Upload, load_linear
 from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
 from qwen3_ascend.runtime.backends.npu.transfers import BUFFER_BYTES, Transfers
+from qwen3_ascend.runtime.backends.npu.uploads import StepUploads
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 from qwen3_ascend.runtime.options import DeviceOptions
@@ -86,7 +101,11 @@ class NpuBackend(Backend[LayerKV]):
         self.config, self.options = config, options
         self._prefetcher = Prefetcher(prefetch_budget(options.prefetch, self.info.l2_bytes))
         self.capabilities = capabilities or probe(config)
-        self._attention = choose_attention(options.attention, config, self.capabilities)
+        self.decoding = choose_decoding(options, self.capabilities)
+        self._calls = _captured_calls(self.decoding)
+        self._attention = open_attention(self.decoding, config, self.capabilities, self._calls)
+        self._bring = StepUploads()
+        self._divide = HeadDivider(self._attention.counts)
         self._captures = options.graph and self._can_capture()
         self._transfers = Transfers()
         self._upload: Upload = functools.partial(formats.upload_packed, copy=self._transfers.copy)
@@ -94,14 +113,14 @@ class NpuBackend(Backend[LayerKV]):
 
     def _can_capture(self) -> bool:
         """Whether graphs can contain the attention that was chosen; warns if they cannot."""
-        support = self.capabilities.update_of(self._attention.lengths)
-        if not support.usable:
+        if self.decoding.lengths is None:
             warnings.warn(
-                f"steps are not captured as graphs, which is slower: {support.what}: "
-                f"{support.detail}; graph=off, or another attention, avoids this warning",
+                f"steps are not captured as graphs, which is slower: "
+                f"{self.decoding.lengths_reason}; graph=off, or another attention, avoids this "
+                f"warning",
                 stacklevel=2,
             )
-        return support.usable
+        return self.decoding.lengths is not None
 
     @override
     def upload(self, tensor: Tensor) -> Tensor:
@@ -164,7 +183,7 @@ class NpuBackend(Backend[LayerKV]):
         """Blocks of the cache: the kernel of attention counts one for each row that pads a batch,
         whichever it is. With the default buckets these are seven, which the reserve covers."""
         buckets = self._buckets(bounds)
-        if not buckets:
+        if not buckets or self.decoding.lengths == "masked":
             return bounds.num_blocks
         return max(bounds.num_blocks + largest_padding(buckets), buckets[-1] + 1)
 
@@ -172,8 +191,20 @@ class NpuBackend(Backend[LayerKV]):
         """Batch sizes to capture, none if nothing is."""
         if not self._captures:
             return ()
-        streams = self.config.num_layers * (2 if self._prefetcher.budget else 1) + 1
-        return decode_buckets(bounds.max_batch, self.options.buckets, MAX_STREAMS // streams)
+        layers, options = self.config.num_layers, self.options
+        side_streams = layers if self._prefetcher.budget else 0
+        if self.decoding.lengths != "masked":
+            most = MAX_STREAMS // (layers + side_streams + 1)
+            return decode_buckets(bounds.max_batch, options.buckets, most)
+        lengths = len(masked_lengths(self._table_width(bounds), bounds.block_size))
+        most = MAX_STREAMS // (side_streams + 1) // lengths
+        if options.buckets is None:
+            most = min(most, MAX_MASKED_GRAPHS // lengths)
+        return decode_buckets(bounds.max_batch, options.buckets, most)
+
+    def _table_width(self, bounds: StepBounds) -> int:
+        """Blocks of a request at most."""
+        return -(-self.config.context_length // bounds.block_size)
 
     @override
     def cache_bytes_per_token(self) -> int:
@@ -182,15 +213,7 @@ class NpuBackend(Backend[LayerKV]):
     @override
     def open_step(self, step: StepInputs) -> DeviceStep:
         """The rows of the tables are picked on the device, so that a capture can contain it."""
-        rows = None if step.logit_rows is None else step.logit_rows.to(self.device)
-        inputs = dataclasses.replace(
-            step,
-            tokens=step.tokens.to(self.device),
-            positions=step.positions.to(self.device),
-            slots=step.slots.to(self.device),
-            block_table=step.block_table.to(self.device),
-            logit_rows=rows,
-        )
+        inputs = self._bring(step)
         cos, sin = (torch.index_select(each, 0, inputs.positions) for each in self._tables)
         return DeviceStep(inputs, cos, sin)
 
@@ -209,18 +232,30 @@ class NpuBackend(Backend[LayerKV]):
                 f"a graph bucket of {buckets[-1]} has more padding rows than the scratch block "
                 f"has slots ({bounds.block_size})"
             )
-        width = -(-self.config.context_length // bounds.block_size)
-        graphs = GraphBounds(buckets, width, self._cache_blocks(bounds), bounds.block_size)
-        runner = GraphRunner(run, self._attention, graphs)
+        graphs = GraphBounds(
+            buckets, self._table_width(bounds), self._cache_blocks(bounds), bounds.block_size
+        )
+        lengths = self._graph_lengths(graphs)
+
+        def captured(step: StepInputs) -> Tensor:
+            return forward(lengths.open(self.open_step(step)))
+
+        runner = GraphRunner(run, captured, lengths, graphs)
         done = 0
 
         def advance(graphs: int) -> None:
             nonlocal done
             done += graphs
-            progress("capturing graphs", done, len(buckets))
+            progress("capturing graphs", done, len(lengths.first_sizes))
 
         runner.capture(advance)
         return runner
+
+    def _graph_lengths(self, bounds: GraphBounds) -> GraphLengths:
+        if self.decoding.lengths == "masked":
+            counts = self._attention.counts
+            return MaskedLengths(bounds, counts.kv_heads * counts.head_dim)
+        return UpdatedLengths(self._attention, self._calls, bounds)
 
     @functools.cached_property
     def _tables(self) -> tuple[Tensor, Tensor]:
@@ -242,11 +277,23 @@ class NpuBackend(Backend[LayerKV]):
     ) -> tuple[Activation, Tensor]:
         """One launch where one kernel does both, with the quantization if it is wanted."""
         if consumer.input is Input.INT8_PER_TOKEN:
-            return self.capabilities.norm_quant.call(hidden, delta, weight, epsilon)
+            added = self._zeros(hidden) if delta is None else delta
+            return self.capabilities.norm_quant.call(hidden, added, weight, epsilon)
         if delta is None:
             return torch_npu.npu_rms_norm(hidden, weight, epsilon)[0], hidden
         normed, _, total = torch_npu.npu_add_rms_norm(hidden, delta, weight, epsilon)
         return normed, total
+
+    def _zeros(self, like: Tensor) -> Tensor | None:
+        """What the first norm of a step adds: kept, where making it costs a launch that counts."""
+        rows, width = like.shape
+        few = rows <= FEW_ROWS and width == self.config.hidden_size
+        return self._no_delta[:rows] if few else None
+
+    @functools.cached_property
+    def _no_delta(self) -> Tensor:
+        shape = (FEW_ROWS, self.config.hidden_size)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @override
     def norm_rope_write(
@@ -258,19 +305,12 @@ class NpuBackend(Backend[LayerKV]):
         step: DeviceStep,
         cache: LayerKV,
     ) -> Tensor:
-        """Two norms, one rotation of both, one write.
-
-        The write wants contiguous tensors: values are copied out of q|k|v unless there is but one
-        token.
-        """
-        counts = self._attention.counts
-        heads = qkv.view(qkv.shape[0], -1, counts.head_dim)
-        sizes = [counts.heads, counts.kv_heads, counts.kv_heads]
-        query, key, value = torch.split(heads, sizes, dim=1)
+        """Two norms, one rotation of both, one write."""
+        query, key, value = self._divide(qkv)
         query = torch_npu.npu_rms_norm(query, query_norm, epsilon)[0]
         key = torch_npu.npu_rms_norm(key, key_norm, epsilon)[0]
         query, key = self.capabilities.rotate.call(query, key, step.cos, step.sin)
-        self._attention.write(key, value.contiguous(), cache, step.inputs.slots)
+        self._attention.write(key, value, cache, step.inputs.slots)
         return query
 
     @override
@@ -279,8 +319,13 @@ class NpuBackend(Backend[LayerKV]):
     ) -> Activation:
         """One launch, and one more for the quantization if the consumer wants it."""
         inputs = step.inputs
-        attend = self._attention.decode if inputs.is_decode else self._attention.prefill
-        attended = attend(query, cache, inputs).flatten(1)
+        if step.hidden is not None:
+            heads = self._attention.decode_masked(query, cache, inputs, step.hidden)
+        elif inputs.is_decode:
+            heads = self._attention.decode(query, cache, inputs)
+        else:
+            heads = self._attention.prefill(query, cache, inputs)
+        attended = heads.flatten(1)
         if consumer.input is Input.INT8_PER_TOKEN:
             return dynamic_quant(attended)
         return attended
@@ -305,3 +350,9 @@ class NpuBackend(Backend[LayerKV]):
     def memory_for_cache(self) -> int:
         free = free_bytes()
         return free - free // RESERVED_SHARE
+
+
+def _captured_calls(decoding: Decoding) -> CapturedCalls:
+    if decoding.lengths != "bound":
+        return DispatchedCalls()
+    return BoundCalls(FUSED_LENGTHS if decoding.attention == "fused" else PAGED_LENGTHS)

@@ -20,10 +20,12 @@ import torch_npu
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu import trials
-from qwen3_ascend.runtime.backends.npu.device import in_one_line, require_atb
+from qwen3_ascend.runtime.backends.npu.device import in_one_line, require_atb, running_cann
 from qwen3_ascend.runtime.backends.npu.graph_updates import (
+    FUSED_LENGTHS,
+    PAGED_LENGTHS,
     Support,
-    UpdatedArgument,
+    bound_support,
     update_support,
 )
 from qwen3_ascend.runtime.backends.npu.operators import (
@@ -35,15 +37,12 @@ from qwen3_ascend.runtime.backends.npu.operators import (
     Call,
     Form,
     GatedQuant,
+    MaskedAttention,
     NormQuant,
     Rotate,
+    masked_attention,
+    reshape_and_cache,
 )
-
-FUSED_LENGTHS = UpdatedArgument(
-    "npu_fused_infer_attention_score.out", "actual_seq_lengths_kv", by_keyword=True
-)
-PAGED_LENGTHS = UpdatedArgument("_npu_paged_attention.default", "context_lens", by_keyword=False)
-"""Context lengths of a captured decode step, of the two kernels of attention."""
 
 UNTRIED = "with TASK_QUEUE_ENABLE=2 a refusal would end the process, so it was not tried"
 
@@ -77,7 +76,10 @@ class Capabilities:
         norm_quant: norms a sum and quantizes it.
         gated_quant: gates and quantizes, at the width of the model's MLP.
         rotate: applies the rotary embedding.
-        fused_update, paged_update: whether graphs can contain the two kernels of attention.
+        bound_update: whether we can update the lengths of any captured attention ourselves.
+        fused_update, paged_update: whether `NPUGraph.update` does, of the two kernels.
+        masked: whether attention of fixed lengths takes a mask.
+        fused_splits: whether fused attention spreads one long context over many cores.
         paged: whether paged attention is there.
     """
 
@@ -85,8 +87,11 @@ class Capabilities:
     norm_quant: Choice[NormQuant]
     gated_quant: Choice[GatedQuant]
     rotate: Choice[Rotate]
+    bound_update: Support
     fused_update: Support
     paged_update: Support
+    masked: Support
+    fused_splits: Support
     paged: Support
 
     @property
@@ -99,9 +104,9 @@ class Capabilities:
         """What is there or not, by field."""
         return {name: value for name, value in self._values().items() if isinstance(value, Support)}
 
-    def update_of(self, argument: UpdatedArgument) -> Support:
-        """Whether graphs can contain the kernel of attention that an argument belongs to."""
-        return {FUSED_LENGTHS: self.fused_update, PAGED_LENGTHS: self.paged_update}[argument]
+    def update_of(self, attention: str) -> Support:
+        """Whether `NPUGraph.update` gives a captured "fused" or "paged" attention its lengths."""
+        return {"fused": self.fused_update, "paged": self.paged_update}[attention]
 
     def using(self, field: str, form: Form[Any]) -> Capabilities:
         """The same machine, but with another form of one operation."""
@@ -148,11 +153,15 @@ def probe(config: Qwen3Config) -> Capabilities:
             field: choose(operation.name, operation.forms, operation.trial(config))
             for field, operation in OPERATIONS.items()
         }
+        masked, paged = masked_support(config), paged_support(config)
     return Capabilities(
         **chosen,
+        bound_update=bound_support(),
         fused_update=update_support(FUSED_LENGTHS),
         paged_update=update_support(PAGED_LENGTHS),
-        paged=paged_support(),
+        masked=masked,
+        fused_splits=splits_support(running_cann()),
+        paged=paged,
     )
 
 
@@ -199,8 +208,39 @@ def objection(form: Form[Call], trial: Callable[[Call], None]) -> str | None:
     return None
 
 
-def paged_support() -> Support:
-    """Whether decoding with ATB's paged attention is possible."""
+ATB_WRITE: Form[CacheWrite] = Form("_npu_reshape_and_cache", reshape_and_cache)
+MASKED: Form[MaskedAttention] = Form("a mask with one query token", masked_attention)
+
+
+def masked_support(config: Qwen3Config) -> Support:
+    """Whether attention over contexts of one fixed length takes a mask for each."""
+    what = "attention with a mask on the device"
+    if refusals_are_fatal():
+        return Support(what, False, UNTRIED)
+    objected = objection(MASKED, trials.masked_attention(config))
+    if objected is not None:
+        return Support(what, False, objected)
+    return Support(what, True, "it hides what lies behind the end of each context")
+
+
+WITHOUT_SPLIT = "8"
+"""The CANN whose decode in the layout TND goes to the kernel for prompts, which gives a request to
+one core each (fused_infer_attention_score_tiling.cpp, usingIFA). Speed is not to be tried when a
+model is loaded, so this one thing is told by a version; `doctor` measures it."""
+
+
+def splits_support(cann: str | None) -> Support:
+    """Whether fused attention spreads a long context over cores, by the version of CANN."""
+    what = "fused attention spreads a long context over cores"
+    if cann is None:
+        return Support(what, True, "the version of CANN is not known; newer ones do")
+    splits = cann.split(".")[0] != WITHOUT_SPLIT
+    detail = f"CANN {cann} does" if splits else f"CANN {cann} decodes with the kernel for prompts"
+    return Support(what, splits, detail)
+
+
+def paged_support(config: Qwen3Config) -> Support:
+    """Whether decoding with ATB's paged attention is possible: ATB is there, and writes a cache."""
     what = "paged attention"
     try:
         require_atb()
@@ -209,4 +249,5 @@ def paged_support() -> Support:
     for name in ("_npu_paged_attention", "_npu_paged_attention_get_workspace"):
         if not hasattr(torch_npu, name):
             return Support(what, False, f"torch_npu {torch_npu.__version__} has no {name}")
-    return Support(what, True, "ATB is there")
+    objected = None if refusals_are_fatal() else objection(ATB_WRITE, trials.cache_write(config))
+    return Support(what, objected is None, objected or "ATB is there")

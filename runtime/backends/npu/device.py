@@ -151,6 +151,15 @@ def require_atb() -> None:
         ) from error
 
 
+def running_cann() -> str | None:
+    """The version of CANN by what torch_npu goes by, else by its files; None if neither tells."""
+    try:
+        told = str(import_torch_npu().npu.utils.get_cann_version())
+    except Exception:  # wheels differ in where it is and what it raises; files tell as well
+        told = ""
+    return told or installed_cann()
+
+
 def free_bytes() -> int:
     """Device memory that is not allocated."""
     free: int = import_torch_npu().npu.mem_get_info()[0]

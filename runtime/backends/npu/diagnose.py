@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib.metadata
 import os
 import platform
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +18,12 @@ from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import DeviceError
-from qwen3_ascend.runtime.backends.npu.device import ATB_LIBRARY, import_torch_npu, open_device
+from qwen3_ascend.runtime.backends.npu.device import (
+    ATB_LIBRARY,
+    import_torch_npu,
+    open_device,
+    running_cann,
+)
 from qwen3_ascend.runtime.backends.npu.versions import installed_cann
 from qwen3_ascend.runtime.options import DeviceOptions
 
@@ -47,9 +53,8 @@ def environment() -> dict[str, str]:
 
 def card() -> dict[str, str]:
     """The card; DeviceError, saying what is missing, if there is none."""
-    torch_npu = import_torch_npu()
     info = open_device()
-    told = _cann_as_told(torch_npu)
+    told = running_cann()
     return {
         **({"CANN": told} if told else {}),
         "card": info.name,
@@ -89,14 +94,6 @@ def layout_checks() -> Iterator[tuple[str, bool | None]]:
             )
 
 
-def _cann_as_told(torch_npu: Any) -> str:
-    """The version of CANN that torch_npu itself goes by; empty where it cannot be asked."""
-    try:
-        return str(torch_npu.npu.utils.get_cann_version())
-    except Exception:  # wheels differ in where it is and what it raises; files tell as well
-        return ""
-
-
 def wait_for_device() -> None:
     """Returns when everything that was issued is done."""
     import_torch_npu().npu.synchronize()
@@ -113,13 +110,22 @@ def open_backend(
 
 def missing(options: DeviceOptions, capabilities: Capabilities) -> str:
     """What a machine lacks to run with some options; empty if nothing."""
-    from qwen3_ascend.runtime.backends.npu.capabilities import FUSED_LENGTHS, PAGED_LENGTHS
+    from qwen3_ascend.runtime.backends.npu.decoding import choose_decoding
 
-    paged = options.attention == "paged"
-    needed = [capabilities.paged] if paged else []
-    if options.graph:
-        needed.append(capabilities.update_of(PAGED_LENGTHS if paged else FUSED_LENGTHS))
-    return "; ".join(each.detail for each in needed if not each.usable)
+    chosen = choose_decoding(options, capabilities)
+    unusable = chosen.attention == "paged" and not capabilities.paged.usable
+    details = [capabilities.paged.detail] if unusable else []
+    if options.graph and chosen.lengths is None:
+        details.append(chosen.lengths_reason)
+    return "; ".join(details)
+
+
+def without_bound_updates(capabilities: Capabilities) -> Capabilities:
+    """The same machine, as if graphs could be updated by `NPUGraph.update` alone."""
+    support = dataclasses.replace(
+        capabilities.bound_update, usable=False, detail="it was not asked for"
+    )
+    return dataclasses.replace(capabilities, bound_update=support)
 
 
 def of_oldest_forms(capabilities: Capabilities) -> Capabilities:

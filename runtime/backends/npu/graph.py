@@ -1,10 +1,11 @@
 """Decode steps captured once for each batch size, and replayed.
 
 A capture fixes every address and every host argument. Addresses stay right because a step is
-copied into static buffers; the one host argument, the context lengths, is updated at each replay.
-The order of a replay matters: the captured attention waits for an event, resets it, and only then
-may the event be recorded for this step. So the update stream first waits for the compute stream
-(where the last replay's reset is), then the graph is launched, then the update is issued.
+copied into static buffers; the one host argument, the context lengths, is updated at each replay,
+or is the same for all (graph_lengths.py).
+The order of an updated replay matters: the captured attention waits for an event, resets it, and
+only then may the event be recorded for this step. So the update stream first waits for the compute
+stream (where the last replay's reset is), then the graph is launched, then the update is issued.
 
 From the launch on, the device waits for the update. So whatever can be refused is looked at before:
 a step that the captured kernel would not take runs eagerly.
@@ -13,9 +14,9 @@ a step that the captured kernel would not take runs eagerly.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch_npu
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from qwen3_ascend.errors import DeviceError, DeviceStuckError, OptionError
 from qwen3_ascend.runtime.backends.base import Forward
-from qwen3_ascend.runtime.backends.npu.attention import AttentionStrategy
 from qwen3_ascend.runtime.backends.npu.device import in_one_line, leave_without_waiting
+from qwen3_ascend.runtime.backends.npu.graph_calls import CapturedGraph, Values
+from qwen3_ascend.runtime.backends.npu.graph_lengths import GraphBounds, GraphLengths, GraphSize
 from qwen3_ascend.runtime.backends.step import StepInputs
 
 WARM_UPS = 2
@@ -109,16 +111,16 @@ class StepBuffers:
         table[:count, : step.block_table.shape[1]] = step.block_table
         self._device.copy_(self._host, non_blocking=True)
 
-    def step(self, bucket: int) -> StepInputs:
-        """A decode step over `bucket` rows that reads the device buffer."""
-        tokens, positions, slots, table = self._sections(self._device, bucket)
+    def step(self, size: GraphSize) -> StepInputs:
+        """A decode step of that size, which reads the device buffer."""
+        tokens, positions, slots, table = self._sections(self._device, size.rows)
         return StepInputs(
             tokens=tokens,
             positions=positions,
             slots=slots,
             block_table=table,
-            context_lens=(1,) * bucket,
-            query_starts=tuple(range(bucket + 1)),
+            context_lens=(size.length,) * size.rows,
+            query_starts=tuple(range(size.rows + 1)),
             logit_rows=None,
         )
 
@@ -134,52 +136,45 @@ class StepBuffers:
 
 @dataclass(frozen=True)
 class CapturedStep:
-    """One bucket: its graph and where it leaves the logits."""
+    """A graph and where it leaves the logits."""
 
-    graph: Any
+    graph: CapturedGraph
     logits: Tensor
 
 
-@dataclass(frozen=True)
-class GraphBounds:
-    """What captured steps keep to.
-
-    Attributes:
-        buckets: batch sizes to capture, ascending.
-        table_width: blocks of a request at most.
-        num_blocks: blocks of the cache.
-        block_size: tokens of a block.
-    """
-
-    buckets: tuple[int, ...]
-    table_width: int
-    num_blocks: int
-    block_size: int
-
-
 class GraphRunner:
-    """Runs steps: decode from captured graphs where a bucket fits, everything else eagerly."""
+    """Runs steps: decode from captured graphs where one fits, everything else eagerly."""
 
-    def __init__(self, forward: Forward, strategy: AttentionStrategy, bounds: GraphBounds) -> None:
-        """Captures nothing yet."""
-        self._forward, self._strategy, self._bounds = forward, strategy, bounds
+    def __init__(
+        self, eager: Forward, captured: Forward, lengths: GraphLengths, bounds: GraphBounds
+    ) -> None:
+        """Captures nothing yet.
+
+        Args:
+            eager: computes a step.
+            captured: computes a step that is to be captured.
+            lengths: how replays know how long contexts are.
+            bounds: of the steps.
+        """
+        self._eager, self._forward, self._lengths = eager, captured, lengths
         self._buffers = StepBuffers(bounds.buckets[-1], bounds.table_width)
-        self._captured: dict[int, CapturedStep] = {}
+        self._captured: dict[GraphSize, CapturedStep] = {}
         self._pool = torch_npu.npu.graph_pool_handle()
         self._stuck: str | None = None
+        self._refused = False
 
     def capture(self, progress: Callable[[int], None] = lambda graphs: None) -> None:
-        """Captures every bucket, the largest first, so that the others fit into its memory.
+        """Captures what is wanted from the beginning.
 
         Raises:
             DeviceError: if the machine does not capture, as with a driver that is too old.
         """
-        for bucket in reversed(self._bounds.buckets):
+        for size in self._lengths.first_sizes:
             try:
-                self._captured[bucket] = self._capture(bucket)
+                self._captured[size] = self._capture(size)
             except RuntimeError as error:
                 raise DeviceError(
-                    f"a step of {bucket} rows cannot be captured ({in_one_line(error)}); "
+                    f"a step of {size.rows} rows cannot be captured ({in_one_line(error)}); "
                     f"use graph=off"
                 ) from error
             progress(1)
@@ -192,25 +187,21 @@ class GraphRunner:
         """
         if self._stuck:
             raise DeviceStuckError(self._stuck)
-        count, bounds = len(step.context_lens), self._bounds
-        bucket = next((size for size in bounds.buckets if size >= count), None)
-        if bucket is None or not step.is_decode:
-            return self._forward(step)
-        lengths = (*step.context_lens, *(1,) * (bucket - count))
-        if not self._strategy.takes(lengths, bounds.num_blocks, bounds.block_size):
-            return self._forward(step)
-        captured = self._captured[bucket]
-        self._buffers.fill(step, bucket)
-        self._replay(captured.graph, self._strategy.update(lengths))
-        logits = captured.logits[:count]
+        size = self._lengths.size(step.context_lens) if step.is_decode else None
+        if size is None:
+            return self._eager(step)
+        self._buffers.fill(step, size.rows)
+        captured = self._captured.get(size) or self._capture_late(size)
+        if captured is None:
+            return self._eager(step)
+        self._replay(captured.graph, self._lengths.values(step.context_lens, size))
+        logits = captured.logits[: len(step.context_lens)]
         return logits if step.logit_rows is None else logits[step.logit_rows]
 
-    def _replay(self, graph: Any, lengths: dict[str, Any]) -> None:
-        update_stream = graph.graph_dispatch_mode.update_stream
-        update_stream.wait_stream(torch_npu.npu.current_stream())
-        graph.replay()
+    def _replay(self, graph: CapturedGraph, values: Values) -> None:
+        graph.launch()
         try:
-            graph.update(cpu_update_input=[lengths])
+            graph.update(values)
         except Exception as error:  # whatever it is, the device waits for what did not come
             self._stuck = (
                 f"a captured step did not get its context lengths ({in_one_line(error)}), and the "
@@ -219,8 +210,26 @@ class GraphRunner:
             leave_without_waiting()
             raise DeviceStuckError(self._stuck) from error
 
-    def _capture(self, bucket: int) -> CapturedStep:
-        step = self._buffers.step(bucket)
+    def _capture_late(self, size: GraphSize) -> CapturedStep | None:
+        """A graph when it is first needed; None, after a warning, if there is no room for it.
+
+        The warm-ups compute what is in the buffers: this very step, to the same slots.
+        """
+        if self._refused:
+            return None
+        try:
+            self._captured[size] = self._capture(size)
+        except RuntimeError as error:
+            self._refused = True
+            warnings.warn(
+                f"steps of {size.rows} rows and contexts of up to {size.length} tokens are not "
+                f"captured ({in_one_line(error)}): they run eagerly, which is slower",
+                stacklevel=2,
+            )
+        return self._captured.get(size)
+
+    def _capture(self, size: GraphSize) -> CapturedStep:
+        step = self._buffers.step(size)
         side = torch_npu.npu.Stream()
         side.wait_stream(torch_npu.npu.current_stream())
         with torch_npu.npu.stream(side):
@@ -228,7 +237,6 @@ class GraphRunner:
                 self._forward(step)
         torch_npu.npu.current_stream().wait_stream(side)
         torch_npu.npu.synchronize()
-        graph = torch_npu.npu.NPUGraph()
-        with torch_npu.npu.graph(graph, pool=self._pool, auto_dispatch_capture=True):
+        with self._lengths.capture(self._pool) as graph:
             logits = self._forward(step)
         return CapturedStep(graph, logits)

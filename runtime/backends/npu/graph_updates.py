@@ -47,13 +47,29 @@ class UpdatedArgument:
 
     Attributes:
         operator: as torch_npu records it, such as "_npu_paged_attention.default".
-        key: under which `NPUGraph.update` is given it.
-        by_keyword: whether the operator is called with it as a keyword.
+        key: its name, under which `NPUGraph.update` is given it.
+        place: among the positional arguments; None where it is passed as a keyword.
     """
 
     operator: str
     key: str
-    by_keyword: bool
+    place: int | None
+
+    @property
+    def by_keyword(self) -> bool:
+        """Whether the operator is called with it as a keyword."""
+        return self.place is None
+
+
+CONTEXT_LENS_PLACE = 7
+
+FUSED_LENGTHS = UpdatedArgument(
+    "npu_fused_infer_attention_score.out", "actual_seq_lengths_kv", place=None
+)
+PAGED_LENGTHS = UpdatedArgument(
+    "_npu_paged_attention.default", "context_lens", place=CONTEXT_LENS_PLACE
+)
+"""Context lengths of a captured decode step, of the two kernels of attention."""
 
 
 def update_support(argument: UpdatedArgument) -> Support:
@@ -69,6 +85,24 @@ def update_support(argument: UpdatedArgument) -> Support:
     keys = ", ".join(dict.fromkeys(known)) or "none"
     detail = f"torch_npu {torch_npu.__version__} does not update it ({source} knows: {keys})"
     return Support(what, False, detail)
+
+
+def bound_support() -> Support:
+    """Whether a capture can be told itself which calls replays are to change (graph_calls.py).
+
+    The same functions are below `NPUGraph.update` in every wheel that has it.
+    """
+    what = "graph updates by calls that were bound at capture"
+    names = (
+        "graph_task_group_begin", "graph_task_group_end", "graph_task_update_begin",
+        "graph_task_update_end", "ExternalEvent",
+    )  # fmt: skip
+    missing = [f"npu.{name}" for name in names if not hasattr(torch_npu.npu, name)]
+    missing += [name for name in ("_weak_ref_tensor",) if not hasattr(torch_npu._C, name)]
+    if missing:
+        detail = f"torch_npu {torch_npu.__version__} has no {', '.join(missing)}"
+        return Support(what, False, detail)
+    return Support(what, True, "task groups and external events are there")
 
 
 def _known_keys(argument: UpdatedArgument) -> tuple[str, tuple[str, ...]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Input, Scheme
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_codes, as_float
 
@@ -97,9 +98,39 @@ class Int8Linear:
         return y.cpu().to(torch.int8)
 
 
+class DividedLinear:
+    """A linear with more outputs than a kernel takes: parts of them, one after the other. Each is
+    a range of the stored bytes, and a weight of its own on the device.
+
+    Attributes:
+        parts: in the order of their outputs.
+        weight: of the first part, with which the product begins.
+    """
+
+    def __init__(self, parts: tuple[NpuLinear, ...]) -> None:
+        self.parts, self.input, self.weight = parts, parts[0].input, parts[0].weight
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, bfloat16 [T, N]: a launch for each part, and one that joins them."""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    def probe(self, rows: Tensor) -> Tensor:
+        """See NpuLinear."""
+        return torch.cat([part.probe(rows) for part in self.parts], dim=-1)
+
+
+def load_int8(linear: Linear, upload: Upload) -> NpuLinear:
+    """Puts a w8a8 linear on the device, in parts if npu_quant_matmul does not take it as one."""
+    most = ASCEND_A2_A3.largest_dimension
+    if linear.shape[-2] <= most:
+        return Int8Linear.load(linear, upload)
+    parts = linear.divide_outputs(most)
+    return DividedLinear(tuple(Int8Linear.load(part, upload) for part in parts))
+
+
 LINEARS: dict[type[Scheme], Callable[[Linear, Upload], NpuLinear]] = {
     BF16: DenseLinear.load,
-    W8A8: Int8Linear.load,
+    W8A8: load_int8,
 }
 
 

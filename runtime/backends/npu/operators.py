@@ -30,6 +30,10 @@ Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(query, key, cos, sin) -> both rotated; [T, heads, head_dim], and [T, 1, head_dim] of the tables.
 Query and key may be overwritten."""
 
+MaskedAttention = Callable[[Tensor, LayerKV, Tensor, Tensor], Tensor]
+"""(query, cache, block table, hidden) -> attention [B, heads, head_dim] of one query token of each
+request over the blocks of its row, without the places that `hidden` [B, 1, places] says."""
+
 Call = TypeVar("Call")
 
 
@@ -157,3 +161,27 @@ ROTATIONS: tuple[Form[Rotate], ...] = (
     Form("npu_apply_rotary_pos_emb", rotate_both),
     Form("npu_rotary_mul", rotate_each),
 )
+
+
+def masked_attention(query: Tensor, cache: LayerKV, table: Tensor, hidden: Tensor) -> Tensor:
+    """npu_fused_infer_attention_score for one query token of each request. Of the shapes that it
+    takes for masks, (B, 1, KV_S) has batch and rows where every release looks for them.
+
+    The mask has to cover all places of the block table (incre_flash_attention_tiling.cpp), and the
+    blocks behind a context only have to be some of the cache's, with finite values.
+    """
+    _, block_size, kv_heads, head_dim = cache.keys.shape
+    attended = torch_npu.npu_fused_infer_attention_score(
+        query.flatten(1).unsqueeze(1),
+        cache.keys.flatten(2),
+        cache.values.flatten(2),
+        input_layout="BSH",
+        num_heads=query.shape[1],
+        num_key_value_heads=kv_heads,
+        scale=head_dim**-0.5,
+        atten_mask=hidden,
+        block_table=table,
+        block_size=block_size,
+        actual_seq_lengths_kv=[hidden.shape[-1]] * query.shape[0],
+    )
+    return attended[0].view(query.shape)

@@ -41,7 +41,8 @@ class _Buffer:
 
     def fill(self, source: Tensor) -> None:
         """Takes bytes of the host."""
-        self.memory[: source.numel()].copy_(source)
+        with torch.inference_mode():  # of this thread: the memory may have been made inside it
+            self.memory[: source.numel()].copy_(source)
 
 
 def copy_now(target: Tensor, source: Tensor) -> None:

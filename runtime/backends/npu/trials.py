@@ -16,7 +16,13 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.runtime.backends.base import QuantizedActivation
 from qwen3_ascend.runtime.backends.cache import LayerKV
-from qwen3_ascend.runtime.backends.npu.operators import CacheWrite, GatedQuant, NormQuant, Rotate
+from qwen3_ascend.runtime.backends.npu.operators import (
+    CacheWrite,
+    GatedQuant,
+    MaskedAttention,
+    NormQuant,
+    Rotate,
+)
 from qwen3_ascend.runtime.backends.reference import rms_norm, rotate_half
 
 ROWS = (1, 3, 17)
@@ -30,6 +36,12 @@ SCALE_BOUND = 2.0**-7
 
 ROTATED_BOUND = 2.0**-5
 """Of values up to four: a unit of bfloat16 in either product."""
+
+CONTEXTS = (5, 200)
+"""Tokens of two requests."""
+
+ATTENDED_BOUND = 2.0**-5
+"""Of means of values up to four, whose probabilities may have been rounded to bfloat16."""
 
 PEAK = 4.5
 """Gate and up of the largest value of a row: beyond what random values reach, and not so far that
@@ -115,6 +127,34 @@ def rotate(config: Qwen3Config) -> Callable[[Rotate], None]:
             _compare(f"the {name}", actual, expected, ROTATED_BOUND)
 
     return trial
+
+
+def masked_attention(config: Qwen3Config) -> Callable[[MaskedAttention], None]:
+    """Two requests whose contexts end in the first and in the second of two blocks, one shared."""
+    shape = (BLOCKS + 1, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+    query = _normal(len(CONTEXTS), config.num_heads, config.head_dim, seed=9)
+    keys, values = (_normal(*shape, seed=seed) for seed in (10, 11))
+    table = torch.tensor([[1, 0], [2, 1]], dtype=torch.int32)
+    hidden = torch.arange(table.shape[1] * BLOCK_SIZE) >= torch.tensor(CONTEXTS).unsqueeze(1)
+
+    def trial(form: MaskedAttention) -> None:
+        cache = LayerKV(keys.to("npu"), values.to("npu"))
+        actual = form(query.to("npu"), cache, table.to("npu"), hidden.unsqueeze(1).to("npu"))
+        expected = []
+        for row, length in enumerate(CONTEXTS):
+            places = (held[table[row].long()].flatten(0, 1)[:length] for held in (keys, values))
+            expected.append(_attention(query[row], *places))
+        _compare("attention", actual, torch.stack(expected), ATTENDED_BOUND)
+
+    return trial
+
+
+def _attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Of one token [heads, head_dim] over [places, kv_heads, head_dim]."""
+    group = query.shape[0] // keys.shape[1]
+    keys, values = (each.float().repeat_interleave(group, 1) for each in (keys, values))
+    scores = torch.einsum("hd,khd->hk", query.float(), keys) * query.shape[-1] ** -0.5
+    return torch.einsum("hk,khd->hd", scores.softmax(-1), values)
 
 
 def _compare_codes(actual: QuantizedActivation, expected: Tensor) -> None:

@@ -13,6 +13,7 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import Cut
 
 LM_HEAD = "lm_head"
+EMBEDDING = "model.embed_tokens"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def model_spec(config: Qwen3Config) -> ModelSpec:
     """The weights of the model that a configuration describes."""
     layers = tuple(layer_spec(config, layer) for layer in range(config.num_layers))
     return ModelSpec(
-        embedding=TensorSpec("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)),
+        embedding=TensorSpec(f"{EMBEDDING}.weight", (config.vocab_size, config.hidden_size)),
         layers=layers,
         final_norm=TensorSpec("model.norm.weight", (config.hidden_size,)),
         lm_head=None if config.tie_word_embeddings else lm_head_spec(config),
@@ -155,10 +156,16 @@ def layer_spec(config: Qwen3Config, layer: int) -> LayerSpec:
     )
 
 
-def lm_head_spec(config: Qwen3Config) -> LinearSpec:
-    """The output projection; with tied embeddings it has no tensor of its own."""
+def lm_head_spec(config: Qwen3Config, source: str = LM_HEAD) -> LinearSpec:
+    """The output projection; with tied embeddings it has no tensor of its own.
+
+    Args:
+        config: of the model.
+        source: what it is made of: EMBEDDING if it is quantized while the embedding that the
+            source ties it to is not.
+    """
     shape = (config.vocab_size, config.hidden_size)
-    return LinearSpec(LM_HEAD, (LM_HEAD,), (shape[0],), shape[1], "outputs", False)
+    return LinearSpec(LM_HEAD, (source,), (shape[0],), shape[1], "outputs", False)
 
 
 def _mlp(config: Qwen3Config, prefix: str) -> MlpSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,19 @@ class Linear:
             for suffix, tensor in self.tensors.items()
         }
         return Linear(self.scheme, tuple(shape), self.layout, tensors)
+
+    def divide_outputs(self, most: int) -> tuple[Linear, ...]:
+        """The linear in as few parts of at most `most` outputs each as there can be, of about the
+        same size, none of which begins within a block of the layout; their tensors are views."""
+        outputs, places = self.shape[-2], self.places()
+        unit = math.lcm(*(places[suffix]["outputs"].unit for suffix in self.tensors))
+        units = -(-outputs // unit)
+        count = -(-units // (most // unit))
+        borders = [min(unit * (units * part // count), outputs) for part in range(count + 1)]
+        return tuple(
+            self.narrow("outputs", [(start, stop - start)])
+            for start, stop in itertools.pairwise(borders)
+        )
 
     def piece(self, piece: Piece) -> Linear:
         """One piece as a linear [N, K] of its own; its tensors are views of these."""

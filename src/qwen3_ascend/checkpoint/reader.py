@@ -19,7 +19,7 @@ class CheckpointReader:
     """A finished checkpoint: its manifest, and its tensors as views of the mapped files.
 
     Opening it finds every structural damage (a file that is missing, cut, swapped or replaced, a
-    header or manifest that was edited) but does not read the tensors; `verify.check_reader` does.
+    header or manifest that was edited) but does not read the tensors; checked.CheckedWeights does.
     """
 
     def __init__(self, folder: Path, check_files: bool = True) -> None:

@@ -20,9 +20,10 @@ class Target:
     Attributes:
         name: as the manifest states it.
         chips: for people.
-        layouts: of the weights of decoder linears, for each scheme that exists there. The output
-            projection is always plain: it is read once a step, by a kernel that takes any size.
-        largest_dimension: of a quantized weight.
+        layouts: of the weights of linears, for each scheme that exists there. An output projection
+            of floats is plain instead: it is read once a step, by a kernel that takes any size.
+        largest_dimension: of a quantized weight that one kernel takes. More outputs are divided by
+            the runtime; more inputs are refused.
         head_sizes: that attention over the paged cache takes.
         block_size: tokens of a key/value block.
     """
@@ -36,16 +37,17 @@ class Target:
 
     def layout(self, scheme: Scheme, linear: str) -> Layout:
         """The layout of a linear's weight; `refusal` has been asked."""
-        return ND if linear == LM_HEAD else self.layouts[scheme.name]
+        is_plain = linear == LM_HEAD and scheme.input is Input.FLOAT
+        return ND if is_plain else self.layouts[scheme.name]
 
     def refusal(self, scheme: Scheme, shape: Sequence[int]) -> str | None:
         """Why a weight [*batch, N, K] cannot have a scheme here; None if it can."""
         if scheme.name not in self.layouts:
             known = ", ".join(self.layouts)
             return f"{self.name} has no kernel for the scheme {scheme.name}, only for {known}"
-        if scheme.input is not Input.FLOAT and max(shape[-2:]) > self.largest_dimension:
+        if scheme.input is not Input.FLOAT and shape[-1] > self.largest_dimension:
             return (
-                f"it is {list(shape)}, but npu_quant_matmul refuses dimensions above "
+                f"it is {list(shape)}, but npu_quant_matmul refuses more inputs than "
                 f"{self.largest_dimension}; give it the scheme bf16"
             )
         return None

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 @click.option(
     "--verify/--no-verify",
     default=True,
-    help="Re-hash every tensor while loading (default), or not.",
+    help="Hash every tensor before it is copied (default), or believe the files.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Only the answer: no speed, no progress bar.")
 def generate(

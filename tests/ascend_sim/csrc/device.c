@@ -111,13 +111,15 @@ API aclError aclGetDeviceCapability(uint32_t device, aclDeviceInfo what, int64_t
                                                        : CUBE_CORES;
     return 0;
 }
+enum { TOTAL_GLOBAL_MEMORY = 301, L2_CACHE = 302 }; /* of aclrtDevAttr; 2.8 has no names for them */
+
 API aclError aclrtGetDeviceInfo(uint32_t device, aclrtDevAttr what, int64_t *value) {
     (void)device;
-    *value = what == ACL_DEV_ATTR_TOTAL_GLOBAL_MEM_SIZE ? hbm_bytes()
-             : what == ACL_DEV_ATTR_L2_CACHE_SIZE       ? l2_bytes()
-             : what == ACL_DEV_ATTR_VECTOR_CORE_NUM     ? VECTOR_CORES
-             : what < 300                               ? CUBE_CORES
-                                                        : 0;
+    *value = (int)what == TOTAL_GLOBAL_MEMORY         ? hbm_bytes()
+             : (int)what == L2_CACHE                 ? l2_bytes()
+             : what == ACL_DEV_ATTR_VECTOR_CORE_NUM ? VECTOR_CORES
+             : what < 300                           ? CUBE_CORES
+                                                    : 0;
     return 0;
 }
 API aclError aclrtGetDeviceResLimit(int32_t device, aclrtDevResLimitType type, uint32_t *value) {

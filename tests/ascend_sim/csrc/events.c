@@ -134,7 +134,7 @@ API aclError aclrtValueWrite(void *at, uint64_t value, uint32_t flag, aclrtStrea
     return submit_value(TASK_VALUE_WRITE, at, value, flag, stream);
 }
 
-API aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void *argument) {
+API aclError aclrtLaunchHostFunc(aclrtStream stream, void (*function)(void *), void *argument) {
     Task *task = sim_task(TASK_HOST_FUNCTION, "host_function");
     task->host_function = function;
     task->argument = argument;

@@ -18,6 +18,7 @@ int sim_forbidden_in_capture(const char *what) {
 
 static void count_task(Model *model, Task *task) {
     model->kernels += task->kind == TASK_KERNEL;
+    model->hidden_copies += task->hidden_copies;
     model->copies += task->kind == TASK_COPY;
     model->prefetches += task->kind == TASK_NOTHING;
     model->groups += task->kind == TASK_GROUP;
@@ -138,7 +139,8 @@ API aclError aclmdlRIExecuteAsync(aclmdlRI handle, aclrtStream on) {
     *task->replay = (Replay){.model = model, .position = model->tasks.head};
     sim_log(
         (LogEntry){
-            .kind = LOG_REPLAY, .stream = stream->id, .graph = model->id, .flag = model->kernels},
+            .kind = LOG_REPLAY, .stream = stream->id, .graph = model->id, .flag = model->kernels,
+            .bytes = model->hidden_copies},
         task->name);
     return sim_submit(stream, task);
 }

@@ -40,7 +40,7 @@ API int sim_is_device(const void *pointer, size_t bytes) {
 
 enum { POISON = 0x7FFD };
 
-static void poison(void *start, size_t bytes) {
+void sim_poison(void *start, size_t bytes) {
     uint16_t *words = start;
     for (size_t i = 0; i < bytes / 2; i++) words[i] = POISON;
 }
@@ -53,7 +53,7 @@ static int allocate(void **out, size_t bytes, int on_device) {
     void *start;
     if (posix_memalign(&start, on_device ? 2 << 20 : 4096, bytes ? bytes : 1))
         return sim_fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "the host has no memory left");
-    if (on_device) poison(start, bytes);
+    if (on_device) sim_poison(start, bytes);
     Block *block = malloc(sizeof *block);
     pthread_mutex_lock(&sim_lock);
     *block = (Block){blocks, start, bytes, on_device};
@@ -109,6 +109,34 @@ API aclError aclrtPointerGetAttributes(const void *pointer, aclrtPtrAttributes *
     return 0;
 }
 
+/* torch_npu's allocator keeps freed memory and hands it out again, with the old values in it. Its
+ * object has one virtual function for that, c10::Allocator::allocate, which is called through ours.
+ * Only while nothing is queued: a stream that runs late may still read the old values, rightly. */
+typedef struct { /* c10::DataPtr, returned in memory by the C++ convention and by C's */
+    void *data, *context, *deleter;
+    int64_t device;
+} DataPtr;
+
+enum { SLOT_OF_ALLOCATE = 2, VIRTUAL_FUNCTIONS = 96 }; /* behind the two destructors */
+static DataPtr (*allocate_of_torch)(void *self, size_t bytes);
+
+static DataPtr allocate_poisoned(void *self, size_t bytes) {
+    DataPtr memory = allocate_of_torch(self, bytes);
+    if (memory.data && sim_nothing_is_queued() && sim_is_device(memory.data, bytes))
+        sim_poison(memory.data, bytes);
+    return memory;
+}
+
+API void sim_poison_reused(void *allocator) {
+    static void *table[2 + VIRTUAL_FUNCTIONS]; /* with what stands before it: offset, type */
+    void ***virtual = allocator;
+    memcpy(table, *virtual - 2, sizeof table);
+    memcpy(&allocate_of_torch, &table[2 + SLOT_OF_ALLOCATE], sizeof allocate_of_torch);
+    void *ours = allocate_poisoned;
+    table[2 + SLOT_OF_ALLOCATE] = ours;
+    *virtual = table + 2;
+}
+
 /* ---------------------------------------------------------------- copies */
 static const char *copy_name(aclrtMemcpyKind kind) {
     return kind == ACL_MEMCPY_HOST_TO_DEVICE     ? "copy_host_to_device"
@@ -119,6 +147,7 @@ static const char *copy_name(aclrtMemcpyKind kind) {
 
 static int check_copy(void *destination, size_t room, const void *source, size_t bytes,
                       aclrtMemcpyKind kind) {
+    if (sim_lost()) return sim_lost();
     if (copies_to_fail > 0) {
         copies_to_fail--;
         return sim_fail(ACL_ERROR_RT_INTERNAL_ERROR, "planted fault: this copy fails");

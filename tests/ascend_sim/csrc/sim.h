@@ -55,6 +55,9 @@ typedef struct Task {
     int captured; /* owned by a model: survives its execution */
     const char *name;
     int64_t kernel; /* TASK_KERNEL: the number Python knows the kernel by */
+    int64_t hidden_copies; /* kernels that a card launches besides, to copy strided arguments */
+    char *workspace;       /* scratch memory of the kernel, which it overwrites */
+    size_t workspace_bytes;
     void (*host_function)(void *);
     void *argument;
     void *destination;
@@ -109,7 +112,7 @@ struct Group {
 struct Model {
     uint32_t id;
     TaskList tasks;
-    int64_t kernels, copies, prefetches, groups;
+    int64_t kernels, hidden_copies, copies, prefetches, groups;
     int streams; /* of the device, taken until the model is destroyed */
     Stream *origin;
     int capturing;
@@ -162,11 +165,21 @@ int sim_submit(Stream *stream, Task *task);
 int sim_drain(Stream *stream, uint64_t until);
 int sim_synchronize(Stream *stream);
 void sim_run_everything(void);
+int sim_nothing_is_queued(void);
+int sim_lost(void); /* the error of a device that hung, for every call after it; 0 = it works */
+void sim_poison(void *start, size_t bytes);
+API int sim_is_device(const void *pointer, size_t bytes);
 int sim_take_stream(Model *model);
 void sim_give_streams(int count);
 int sim_forbidden_in_capture(const char *what);
 int sim_advance_replay(Task *task, int (*run)(Stream *, Task *), Stream *stream);
 int sim_capture_task(Stream *stream, Task *task); /* 1 = the task went into a capture */
 API int sim_launch(void *stream, const char *name, int64_t kernel);
+
+/* What Python says of a kernel besides its number, before it is launched. */
+typedef struct {
+    int64_t kernel, hidden_copies, workspace;
+} Plan;
+int sim_launch_plan(void *stream, const char *name, Plan plan, void *workspace);
 
 #endif

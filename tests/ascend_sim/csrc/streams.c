@@ -10,13 +10,16 @@ int sim_lazy;
 int (*sim_run_kernel)(int64_t kernel, int keep);
 void (*sim_drop_kernel)(int64_t kernel);
 static int streams_made = 1;
-static int report_at_launch;
+static int report_at_launch, torch_queues;
+
+enum { KERNEL_FAILED = 507015 }; /* what a card answers when a core reports an exception */
 
 __attribute__((constructor)) static void choose_schedule(void) {
     sim_lazy = !strcmp(sim_setting("ASCEND_SIM_STREAMS", "eager"), "lazy");
     /* An error on torch_npu's queue thread would end that thread; there it waits for the next
      * synchronisation, as on a card.  Without the queue it can point at the failing line. */
-    report_at_launch = !sim_lazy && !strcmp(sim_setting("TASK_QUEUE_ENABLE", "0"), "0");
+    torch_queues = strcmp(sim_setting("TASK_QUEUE_ENABLE", "0"), "0") != 0;
+    report_at_launch = !sim_lazy && !torch_queues;
 }
 
 API void sim_set_callbacks(int (*run)(int64_t, int), void (*drop)(int64_t)) {
@@ -69,10 +72,26 @@ static void apply_update(Task *task) {
     sim_free_tasks(old);
 }
 
+/* A kernel uses its workspace as scratch: what else lies there is lost. */
+static int scratch(Task *task) {
+    if (!task->workspace_bytes) return 0;
+    if (!sim_is_device(task->workspace, task->workspace_bytes))
+        return sim_fail(KERNEL_FAILED, "the workspace of a kernel, %zu bytes at %p, is no device memory",
+                        task->workspace_bytes, (void *)task->workspace);
+    sim_poison(task->workspace, task->workspace_bytes);
+    return 0;
+}
+
+static int run_kernel(Task *task) {
+    int error = scratch(task);
+    if (!error && sim_run_kernel) error = sim_run_kernel(task->kernel, task->captured);
+    return error ? error : scratch(task);
+}
+
 /* 0 = done, BLOCKED = try again later, > 0 = an error code */
 static int run(Stream *stream, Task *task) {
     switch (task->kind) {
-    case TASK_KERNEL: return sim_run_kernel ? sim_run_kernel(task->kernel, task->captured) : 0;
+    case TASK_KERNEL: return run_kernel(task);
     case TASK_HOST_FUNCTION: task->host_function(task->argument); return 0;
     case TASK_COPY: memmove(task->destination, task->source, task->bytes); return 0;
     case TASK_SET: memset(task->destination, (int)task->value, task->bytes); return 0;
@@ -138,30 +157,46 @@ void sim_run_everything(void) {
     }
 }
 
+int sim_nothing_is_queued(void) {
+    for (Stream *stream = sim_streams; stream; stream = stream->next)
+        if (stream->pending.head || stream->running) return 0;
+    return !torch_queues;
+}
+
+/* A card does not come back from a hang: the process has to end. */
+static int lost;
+int sim_lost(void) {
+    return lost ? sim_fail(lost, "the device is lost since a stream hung; the process must end") : 0;
+}
+
 static int busy_elsewhere(Stream *stream) {
     return stream->running && !pthread_equal(stream->runner, pthread_self());
 }
 
 int sim_synchronize(Stream *stream) {
+    if (sim_lost()) return sim_lost();
     sim_drain(stream, stream->issued);
     if (stream->done < stream->issued) sim_run_everything();
     for (int i = 0; stream->done < stream->issued && busy_elsewhere(stream) && i < 200000; i++) {
         usleep(50);
         sim_drain(stream, stream->issued);
     }
-    if (stream->done < stream->issued)
-        return sim_fail(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT,
+    if (stream->done < stream->issued) {
+        lost = ACL_ERROR_RT_STREAM_SYNC_TIMEOUT;
+        return sim_fail(lost,
                         "stream %d would hang: a task waits for an event that nobody will record "
                         "(a graph was replayed without update(), or updated too early); %llu of "
                         "%llu tasks done",
                         stream->id, (unsigned long long)stream->done,
                         (unsigned long long)stream->issued);
+    }
     int error = stream->error;
     stream->error = 0;
     return error; /* the failing kernel has left its message with sim_set_error */
 }
 
 int sim_submit(Stream *stream, Task *task) {
+    if (sim_lost()) return sim_free_tasks(task), sim_lost();
     if (sim_capture_task(stream, task)) return 0;
     pthread_mutex_lock(&sim_lock);
     stream->issued++;
@@ -174,15 +209,22 @@ int sim_submit(Stream *stream, Task *task) {
 }
 
 API int sim_launch(void *handle, const char *name, int64_t kernel) {
+    return sim_launch_plan(handle, name, (Plan){.kernel = kernel}, NULL);
+}
+
+int sim_launch_plan(void *handle, const char *name, Plan plan, void *workspace) {
     Stream *stream = sim_stream(handle);
     sim_log((LogEntry){.kind = LOG_LAUNCH,
-                       .kernel = kernel,
+                       .kernel = plan.kernel,
                        .stream = stream->id,
                        .captured = stream->capture != NULL,
                        .update = stream->update != NULL},
             name);
     Task *task = sim_task(TASK_KERNEL, "kernel");
-    task->kernel = kernel;
+    task->kernel = plan.kernel;
+    task->hidden_copies = plan.hidden_copies;
+    task->workspace = workspace;
+    task->workspace_bytes = plan.workspace;
     int error = sim_submit(stream, task);
     if (!error && report_at_launch && stream->error) {
         error = stream->error;
@@ -284,6 +326,7 @@ API aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus *status) {
 
 /* Forgets work that can never finish, so that one failed test does not fail all that follow. */
 API void sim_abandon_pending(void) {
+    lost = 0;
     for (Stream *stream = sim_streams; stream; stream = stream->next) {
         pthread_mutex_lock(&sim_lock);
         /* A task that torch_npu's queue thread is just running is that thread's to free. */

@@ -2,7 +2,7 @@
  *
  * aclnnXxxGetWorkspaceSize(arguments..., &workspace, &executor) plans a call, aclnnXxx(workspace,
  * size, executor, stream) launches it.  build.py generates both for every operator the wheel can
- * ask for; they end in sim_plan and sim_launch.  The executor is the number Python gave the plan.
+ * ask for; they end in sim_plan and sim_launch_planned.  The executor is a Plan.
  */
 #include "sim.h"
 
@@ -114,18 +114,24 @@ enum { NO_STAND_IN = 561003, MAX_OPERATORS = 4096 };
 
 typedef struct {
     int integers; /* how many integer and pointer arguments come before (&workspace, &executor) */
-    uint64_t workspace; /* bytes of workspace to ask for */
+    int has_workspace;
 } Operator;
 
 static Operator operators[MAX_OPERATORS];
-static int64_t (*plan_call)(int index, const int64_t *integers, const double *floats);
+static int64_t (*plan_call)(int index, int only_workspace, const int64_t *integers,
+                            const double *floats);
+static __thread Plan plan; /* of the call that Python plans at this moment */
 static __thread const char *missing;
 
-API void sim_set_plan_callback(int64_t (*callback)(int, const int64_t *, const double *)) {
+API void sim_set_plan_callback(int64_t (*callback)(int, int, const int64_t *, const double *)) {
     plan_call = callback;
 }
-API void sim_register_operator(int index, int integers, uint64_t workspace) {
-    operators[index] = (Operator){integers, workspace};
+API void sim_register_operator(int index, int integers, int has_workspace) {
+    operators[index] = (Operator){integers, has_workspace};
+}
+API void sim_plan_needs(int64_t workspace, int64_t hidden_copies) {
+    plan.workspace = workspace;
+    plan.hidden_copies = hidden_copies;
 }
 /* The last operator this thread asked for that has no stand-in; asking clears it. */
 API const char *sim_take_missing(void) {
@@ -144,12 +150,26 @@ API int sim_plan(int index, const char *name, int only_workspace, const int64_t 
     }
     uint64_t *workspace = (uint64_t *)integers[planned->integers];
     int64_t *executor = (int64_t *)integers[planned->integers + 1];
-    *workspace = planned->workspace;
-    *executor = 1;
-    if (only_workspace) return 0;
-    int64_t kernel = plan_call ? plan_call(index, integers, floats) : 0;
-    if (kernel <= 0)
+    *workspace = 0;
+    *executor = 0;
+    if (only_workspace && !planned->has_workspace) return 0;
+    plan = (Plan){0};
+    plan.kernel = plan_call ? plan_call(index, only_workspace, integers, floats) : 0;
+    if (plan.kernel <= 0)
         return ACL_ERROR_INVALID_PARAM; /* Python has left the reason with sim_set_error */
-    *executor = kernel;
+    *workspace = plan.workspace;
+    if (only_workspace) return 0;
+    Plan *kept = malloc(sizeof *kept);
+    *kept = plan;
+    *executor = (intptr_t)kept;
     return 0;
+}
+API int sim_launch_planned(void *stream, const char *name, Plan *kept, void *workspace,
+                           uint64_t bytes) {
+    Plan launched = *kept;
+    free(kept);
+    if (bytes < (uint64_t)launched.workspace)
+        return sim_fail(ACL_ERROR_INVALID_PARAM, "%s needs a workspace of %lld bytes, not %llu",
+                        name, (long long)launched.workspace, (unsigned long long)bytes);
+    return sim_launch_plan(stream, name, launched, workspace);
 }

@@ -68,6 +68,11 @@ DECODERS: dict[str, Decoder] = {
 }
 
 
+Workspace = Callable[..., int]
+"""Bytes of scratch memory for a call, from its arguments; with `largest=True` for the lengths that
+need most, which is what GetMaxWorkspaceSize answers."""
+
+
 @dataclass(frozen=True)
 class StandIn:
     name: str
@@ -76,15 +81,15 @@ class StandIn:
         tuple[bool, Callable[[Any], object]], ...
     ]  # (comes from the float registers, decoder)
     integers: int
-    workspace: int
+    workspace: Workspace | None
 
 
 _pending: dict[str, StandIn] = {}
 _stand_ins: dict[int, StandIn] = {}
 
 
-def aclnn(name: str, signature: str, workspace: int = 0) -> Callable[[Plan], Plan]:
-    """Registers a stand-in; `workspace` is the size in bytes the operator asks for."""
+def aclnn(name: str, signature: str, workspace: Workspace | None = None) -> Callable[[Plan], Plan]:
+    """Registers a stand-in; `workspace` tells what the operator asks for, None for nothing."""
     kinds = [part.split(":")[1] for part in signature.split()]
     decoders = tuple((kind in FLOAT_KINDS, DECODERS[kind]) for kind in kinds)
     integers = sum(kind not in FLOAT_KINDS for kind in kinds)
@@ -119,14 +124,24 @@ def _hidden_copies(name: str, arguments: list[object]) -> int:
     return sum(not (each.contiguous or each.transposed or each.nz) for each in layouts)
 
 
-def _plan_call(index: int, integers: Sequence[int], floats: Sequence[float]) -> int:
+def _plan_call(
+    index: int, only_workspace: int, integers: Sequence[int], floats: Sequence[float]
+) -> int:
+    """The number of the planned kernel, 0 for a refusal."""
     stand_in = _stand_ins[index]
     try:
         arguments = _decode(stand_in, integers, floats)
+        if only_workspace:
+            assert stand_in.workspace is not None  # C asks for nothing else
+            runtime.library.sim_plan_needs(stand_in.workspace(*arguments, largest=True), 0)
+            return 1
         faults.refuse(stand_in.name, arguments)
         number = runtime.add_kernel(stand_in.plan(*arguments))
         copies = _hidden_copies(stand_in.name, arguments)
         trace.note(number, "aclnn", stand_in.name, arguments, copies)
+        if copies or stand_in.workspace:
+            needed = stand_in.workspace(*arguments) if stand_in.workspace else 0
+            runtime.library.sim_plan_needs(needed, copies)
         return number
     except Exception as error:
         runtime.set_error(f"{stand_in.name}: {error}")
@@ -134,7 +149,11 @@ def _plan_call(index: int, integers: Sequence[int], floats: Sequence[float]) -> 
 
 
 PlanCallback = ctypes.CFUNCTYPE(
-    ctypes.c_int64, ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_double)
+    ctypes.c_int64,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.POINTER(ctypes.c_int64),
+    ctypes.POINTER(ctypes.c_double),
 )
 
 
@@ -144,7 +163,7 @@ def install() -> None:
         if name in numbers:
             _stand_ins[numbers[name]] = stand_in
             runtime.library.sim_register_operator(
-                numbers[name], stand_in.integers, stand_in.workspace
+                numbers[name], stand_in.integers, stand_in.workspace is not None
             )
     callback = PlanCallback(_plan_call)
     runtime.keep_alive(callback)

@@ -1,4 +1,6 @@
-"""The aclop door: one call by name, which the wheel still uses for format casts on 910B."""
+"""The aclop door: one call by name, which the wheel still uses for format casts on 910B.
+
+2.8 and 2.9 also fill and compare with it."""
 
 from __future__ import annotations
 
@@ -23,7 +25,20 @@ def change_format(inputs: list[DeviceTensor], outputs: list[DeviceTensor]) -> No
         target.blocks().copy_(source.blocks().reshape(target.layout.storage_size))
 
 
-OPERATORS: dict[str, Compute] = {"TransData": change_format, "Identity": change_format}
+def ones_like(inputs: list[DeviceTensor], outputs: list[DeviceTensor]) -> None:
+    outputs[0].view().fill_(1)
+
+
+def not_equal(inputs: list[DeviceTensor], outputs: list[DeviceTensor]) -> None:
+    outputs[0].write(inputs[0].read() != inputs[1].read())
+
+
+OPERATORS: dict[str, Compute] = {
+    "TransData": change_format,
+    "Identity": change_format,
+    "OnesLike": ones_like,
+    "NotEqual": not_equal,
+}
 
 
 def _lacking(name: str) -> Compute:

@@ -19,6 +19,7 @@ from ..tensors import DeviceTensor
 from . import fused_attention_limits as limits
 from .fused_attention_limits import OPERATOR
 from .softmax_attention import attend, gather_pages, gather_values, log_sum_exp
+from .workspaces import attention_bytes
 
 SIGNATURE = (
     "query:T keys:L values:L pse_shift:T mask:T query_lengths:I kv_lengths:I "
@@ -31,7 +32,6 @@ SIGNATURE = (
     "key_antiquant_mode:i value_antiquant_mode:i out:T lse:T"
 )
 NAMES = tuple(part.split(":")[0] for part in SIGNATURE.split())
-WORKSPACE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,24 @@ def given_lengths(lengths: list[int] | None, batch: int, length: int) -> list[in
     return lengths * batch if len(lengths) == 1 else lengths
 
 
-@aclnn("aclnnFusedInferAttentionScoreV3", SIGNATURE, workspace=WORKSPACE_BYTES)
+def workspace_bytes(*arguments: object, largest: bool = False) -> int:
+    """See workspaces.attention_bytes."""
+    call = SimpleNamespace(**dict(zip(NAMES, arguments, strict=True)))
+    key = call.keys[0].layout
+    paged = call.table is not None
+    rows = call.table.layout.size[0] if paged else max(1, len(call.kv_lengths or ()))
+    capacity = call.table.layout.size[1] * call.block_size if paged else key.elements
+    return attention_bytes(
+        rows,
+        call.kv_heads or call.heads,
+        call.query.layout.elements,
+        call.kv_lengths or (),
+        capacity,
+        largest,
+    )
+
+
+@aclnn("aclnnFusedInferAttentionScoreV3", SIGNATURE, workspace=workspace_bytes)
 def fused_infer_attention_score(*arguments: object) -> Callable[[], None]:
     call = SimpleNamespace(**dict(zip(NAMES, arguments, strict=True)))
     call.kv_heads = call.kv_heads or call.heads
@@ -176,6 +193,8 @@ def mask_of(call: SimpleNamespace, sequence: Sequence, rows: int) -> torch.Tenso
     if call.mask is None or call.sparse_mode in (2, 3):
         return None
     mask = call.mask.read().bool()
+    if one_token:  # [B, KV_S], [B, 1, KV_S] or [B, 1, 1, KV_S]: always one row for each sequence
+        return mask.flatten(0, -2)[sequence.index : sequence.index + 1, : sequence.kv_length]
     mask = mask.reshape(-1, *mask.shape[-2:])
     own = mask[sequence.index if mask.shape[0] > 1 else 0]
     require(own.shape[0] >= rows, OPERATOR, "the mask has fewer rows than the query")

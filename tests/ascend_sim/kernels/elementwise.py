@@ -1,4 +1,4 @@
-"""Copies, fills, casts, pointwise arithmetic and indexing: plain torch semantics, no limits of
+"""Copies, fills, casts, pointwise arithmetic and gathering: plain torch semantics, no limits of
 their own.  Most are rows of a table: the operator's name and the torch function it means."""
 
 from __future__ import annotations
@@ -169,7 +169,14 @@ table(
         "aclnnTanh": torch.tanh,
     },
 )
-in_place("x:T", {"aclnnInplaceLog": torch.log, "aclnnInplaceNeg": torch.neg})
+in_place(
+    "x:T",
+    {
+        "aclnnInplaceExp": torch.exp,
+        "aclnnInplaceLog": torch.log,
+        "aclnnInplaceNeg": torch.neg,
+    },
+)
 
 # --------------------------------------------------------------------------------- indexing
 table("condition:T a:T b:T out:T", {"aclnnSWhere": torch.where})
@@ -198,26 +205,3 @@ def embedding(weight: DeviceTensor, index: DeviceTensor, out: DeviceTensor) -> R
         out.write(torch.nn.functional.embedding(rows, weight.read()))
 
     return run
-
-
-@aclnn("aclnnIndex", "x:T indices:L out:T")
-def index(x: DeviceTensor, indices: list[DeviceTensor | None], out: DeviceTensor) -> Run:
-    return lambda: out.write(torch.ops.aten.index(x.read(), _index_tensors(indices)))
-
-
-@aclnn("aclnnIndexPutImpl", "x:T indices:L values:T accumulate:b unsafe:b")
-def index_put(
-    x: DeviceTensor,
-    indices: list[DeviceTensor | None],
-    values: DeviceTensor,
-    accumulate: bool,
-    unsafe: bool,
-) -> Run:
-    return lambda: torch.ops.aten.index_put_(
-        x.view(), _index_tensors(indices), values.read(), accumulate
-    )
-
-
-def _index_tensors(indices: list[DeviceTensor | None]) -> list[torch.Tensor | None]:
-    """An index that was left out arrives as an empty tensor."""
-    return [i.read() if i is not None and i.layout.elements else None for i in indices]

@@ -15,6 +15,8 @@ from ..tensors import DeviceTensor, Layout
 OPERATOR = "npu_fused_infer_attention_score"
 LAYOUTS = ("BSH", "BSND", "BNSD", "TND")
 COMPRESSED_MASK = 2048
+MOST_ELEMENTS = 2**31 - 1
+MASK_TYPES = (torch.bool, torch.int8, torch.uint8)
 NOT_SIMULATED = (
     "pse_shift",
     "dequant_scale1",
@@ -84,7 +86,10 @@ def check_shapes(
         kv_length = table.size[1] * block_size
     else:
         kv_length = key.size[2] if layout == "BNSD" else key.size[1]
-    _check_mask(mask, sparse_mode, layout, length, table is not None, kv_length)
+    if layout != "TND" and length == 1:
+        _check_mask_of_one_token(mask, sparse_mode, batch, kv_length)
+    else:
+        _check_mask(mask, sparse_mode, layout, table is not None, kv_length)
     return Shape(batch, length, kv_length, head_size)
 
 
@@ -162,28 +167,55 @@ def _check_pages(
     else:
         fits = block_size % 16 == 0 and 0 < block_size <= 512
         rule = f"decode: block_size must be a multiple of 16, at most 512, not {block_size}"
+        counted = key.elements <= MOST_ELEMENTS
+        require(counted, OPERATOR, f"decode: a cache {key.size} of more elements than int32 counts")
     require(fits, OPERATOR, rule)
 
 
 def _check_mask(
-    mask: Layout | None, sparse_mode: int, layout: str, length: int, paged: bool, kv_length: int
+    mask: Layout | None, sparse_mode: int, layout: str, paged: bool, kv_length: int
 ) -> None:
-    ignored = layout != "TND" and length == 1  # sparse_mode is without effect then
-    if sparse_mode in (2, 3) and not ignored:
+    if sparse_mode in (2, 3):
         require(mask is not None, OPERATOR, f"sparse_mode {sparse_mode} needs the 2048 x 2048 mask")
     if mask is None:
         require(sparse_mode != 1, OPERATOR, "sparse_mode 1 needs a mask")
         return
-    require_dtype(OPERATOR, "atten_mask", mask, (torch.bool, torch.int8, torch.uint8))
+    require_dtype(OPERATOR, "atten_mask", mask, MASK_TYPES)
     if sparse_mode in (2, 3):
-        square = mask.size[-2:] == (COMPRESSED_MASK, COMPRESSED_MASK)
-        leading = all(n == 1 for n in mask.size[:-2])
-        require(square and leading, OPERATOR, f"the mask must be 2048 x 2048, not {mask.size}")
+        _check_compressed_shape(mask)
         return
     require(layout != "TND", OPERATOR, "a full mask with TND is not simulated")
     if paged:
         rule = f"the mask's last dim must cover the block table's {kv_length} places"
         require(mask.size[-1] >= kv_length, OPERATOR, rule)
+
+
+def _check_mask_of_one_token(
+    mask: Layout | None, sparse_mode: int, batch: int, kv_length: int
+) -> None:
+    """With one query token for each sequence, sparse_mode is without effect (op-plugin's page of
+    the operator), and the mask is [B, KV_S], [B, 1, KV_S] or [B, 1, 1, KV_S]: the tiling compares
+    its first dim with the batch and its last with all places of the block table
+    (incre_flash_attention_tiling.cpp, ProcessAttenMask)."""
+    if mask is None:
+        return
+    require_dtype(OPERATOR, "atten_mask", mask, MASK_TYPES)
+    if sparse_mode in (2, 3):
+        _check_compressed_shape(mask)
+        return
+    rule = f"batchSize[{mask.size[0]}] of atten_mask must be equal to batchSize[{batch}] of query"
+    require(mask.size[0] == batch, OPERATOR, rule)
+    ones = 2 <= mask.dims <= 4 and all(n == 1 for n in mask.size[1:-1])
+    rule = f"atten_mask {mask.size} must be (B, KV_S), (B, 1, KV_S) or (B, 1, 1, KV_S)"
+    require(ones, OPERATOR, rule)
+    rule = f"s Size[{mask.size[-1]}] of atten_mask must be greater than or equal to sMax"
+    require(mask.size[-1] >= kv_length, OPERATOR, f"{rule}[{kv_length}]")
+
+
+def _check_compressed_shape(mask: Layout) -> None:
+    square = mask.size[-2:] == (COMPRESSED_MASK, COMPRESSED_MASK)
+    leading = all(n == 1 for n in mask.size[:-2])
+    require(square and leading, OPERATOR, f"the mask must be 2048 x 2048, not {mask.size}")
 
 
 def check_lengths(call: SimpleNamespace, shape: Shape) -> None:

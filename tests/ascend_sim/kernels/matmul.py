@@ -192,8 +192,8 @@ def quant_matmul(
         bias and bias.layout,
         out.layout,
     )
-    unused = y_scale is None and weight_offset is None and group == 0
-    require(unused, QUANT, "y_scale, offset and group_sizes are not simulated")
+    given = [each for each in (y_scale, weight_offset) if each is not None and each.layout.elements]
+    require(not given and group == 0, QUANT, "y_scale, offset and group_sizes are not simulated")
 
     def run() -> None:
         total = integer_product(x.read(), weight.read())
@@ -211,3 +211,24 @@ def quant_matmul(
         out.write(result)
 
     return run
+
+
+@aclnn(
+    "aclnnQuantMatmulV4",
+    "x:T weight:T channel:T offset:T token:T bias:T transpose_x:b transpose_weight:b out:T",
+)
+def quant_matmul_v4(
+    x: DeviceTensor,
+    weight: DeviceTensor,
+    channel: DeviceTensor,
+    offset: DeviceTensor | None,
+    token: DeviceTensor | None,
+    bias: DeviceTensor | None,
+    transpose_x: bool,
+    transpose_weight: bool,
+    out: DeviceTensor,
+) -> Callable[[], None]:
+    """What wheels for CANN 8 ask for, where newer ones ask for V5."""
+    nothing = (None, None, offset, None)
+    transposed = (transpose_x, transpose_weight)
+    return quant_matmul(x, weight, token, channel, *nothing, bias, *transposed, 0, out)

@@ -22,9 +22,9 @@ from ..limits import (
 )
 from ..tensors import DeviceTensor, Layout
 from .softmax_attention import attend, gather_pages, gather_values
+from .workspaces import attention_bytes, scribble
 
 OPERATOR = "_npu_paged_attention"
-WORKSPACE_BYTES = 4096
 
 
 @cache
@@ -105,11 +105,19 @@ def paged_attention(
     block_size = key_cache.layout.size[1]
     capacity = table.layout.size[1] * block_size
     lengths = check_lengths(context_lens, query.layout.size[0], capacity)
+    needed = bytes_for(query, kv_heads, table, key_cache, lengths)
     if workspace is not None:
-        enough = workspace.layout.elements * workspace.layout.dtype.itemsize >= WORKSPACE_BYTES
+        enough = workspace.layout.elements * workspace.layout.dtype.itemsize >= needed
         require(enough, OPERATOR, "the workspace is smaller than get_workspace asked for")
 
     def run() -> None:
+        if workspace is not None:
+            scribble(workspace, needed)
+        compute()
+        if workspace is not None:
+            scribble(workspace, needed)
+
+    def compute() -> None:
         pages, keys, values = table.read(), key_cache.view(), value_cache.view()
         queries, results = query.read().float(), out.view()
         for row, length in enumerate(lengths):
@@ -123,5 +131,30 @@ def paged_attention(
 
 
 @atb("_npu_paged_attention_get_workspace")
-def workspace_of(query: DeviceTensor, *_arguments: object) -> torch.Tensor:
-    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="npu")
+def workspace_of(
+    query: DeviceTensor,
+    key_cache: DeviceTensor,
+    _value_cache: DeviceTensor,
+    kv_heads: int,
+    _heads: int,
+    _scale: float,
+    table: DeviceTensor,
+    context_lens: torch.Tensor,
+    *_arguments: object,
+) -> torch.Tensor:
+    needed = bytes_for(query, kv_heads, table, key_cache, context_lens.tolist())
+    return torch.empty(needed, dtype=torch.uint8, device="npu")
+
+
+def bytes_for(
+    query: DeviceTensor,
+    kv_heads: int,
+    table: DeviceTensor,
+    key_cache: DeviceTensor,
+    lengths: list[int],
+) -> int:
+    """Of the workspace of one call, for these lengths."""
+    capacity = table.layout.size[1] * key_cache.layout.size[1]
+    return attention_bytes(
+        len(lengths), kv_heads, query.layout.elements, lengths, capacity, largest=False
+    )

@@ -50,7 +50,7 @@ def _wide(x: DeviceTensor) -> torch.Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-def _two_outputs(
+def two_outputs(
     function: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     values: DeviceTensor,
     indices: DeviceTensor,
@@ -67,7 +67,7 @@ def _two_outputs(
 def max_dim(
     x: DeviceTensor, dim: int, keep: bool, values: DeviceTensor, indices: DeviceTensor
 ) -> Run:
-    return _two_outputs(lambda: torch.max(x.read(), dim, keep), values, indices)
+    return two_outputs(lambda: torch.max(x.read(), dim, keep), values, indices)
 
 
 @aclnn("aclnnSort", "x:T stable:b dim:i descending:b values:T indices:T")
@@ -82,21 +82,7 @@ def sort(
     def ordered() -> tuple[torch.Tensor, torch.Tensor]:
         return torch.sort(x.read(), dim=dim, descending=descending, stable=True)
 
-    return _two_outputs(ordered, values, indices)
-
-
-@aclnn("aclnnTopkV2", "x:T k:i dim:i largest:b ordered:b stable:b values:T indices:T")
-def topk(
-    x: DeviceTensor,
-    k: int,
-    dim: int,
-    largest: bool,
-    ordered: bool,
-    stable: bool,
-    values: DeviceTensor,
-    indices: DeviceTensor,
-) -> Run:
-    return _two_outputs(lambda: torch.topk(x.read(), k, dim, largest, ordered), values, indices)
+    return two_outputs(ordered, values, indices)
 
 
 # Outputs whose size depends on the data.  The wheel allocates the largest, waits for the device and
