@@ -216,7 +216,7 @@ class _AttentionSide:
             self.computed[index] = length = done + count
             request = Request(index, SamplingParams(), [0] * length, length, length, frozenset())
             request.computed, request.block_table = done, list(self.tables[index])
-            chunks.append(Chunk(request, count))
+            chunks.append(Chunk.next_of(request, count))
         return self._run(qkv, Batch(tuple(chunks)))
 
     def _run(self, qkv: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,12 @@ class DeviceOptions:
         rule=check_buckets,
         parse=parse_buckets,
     )
+    run_ahead: bool = option(
+        True,
+        "NPU: give the device the next step before the tokens of the last one are read, where "
+        "tokens are simply the most probable ones. The host's work is hidden behind the device's; "
+        "an answer that ends costs one row in vain.",
+    )
     prefetch: int | str = option(
         "off",
         "NPU: weights of an MLP to fetch ahead into L2; auto is half of the L2. Off until somebody "
@@ -139,4 +145,5 @@ class LoadOptions(TypedDict, total=False):
     graph: bool
     graph_lengths: str
     buckets: Sequence[int] | None
+    run_ahead: bool
     prefetch: int | str

@@ -206,7 +206,7 @@ class Engine:
         self._in_flight = None
         if self._runs_ahead and step.chosen is not None:
             batch = self.scheduler.ahead()
-            self._in_flight = batch and self._issue(batch, step)
+            self._in_flight = None if batch is None else self._issue(batch, step)
         events = self._read(step)
         for chunk in step.batch.chunks:
             if chunk.request.finish_reason and not chunk.request.retired:
@@ -242,20 +242,21 @@ class Engine:
         """What a computed batch and its logits [R, vocab] come to, where the host sees them."""
         events: list[Event] = []
         chosen: list[int] = []
+        requests: list[Request] = []
         row = 0
         for chunk in batch.chunks:
             rows = range(row, row + chunk.logit_rows)
-            if chunk.request.wants_logits:
+            if chunk.request.wants_logits and not chunk.request.retired:
                 events.append(LogitsEvent(chunk.request, logits[rows.start : rows.stop].cpu()))
                 if not chunk.request.pending:
                     chunk.request.finish_reason = "length"
-            elif chunk.chooses:
+            elif chunk.chooses and not chunk.request.retired:
                 chosen.append(row)
+                requests.append(chunk.request)
             row = rows.stop
         if chosen:
             if len(chosen) < len(logits):
                 logits = logits.index_select(0, torch.tensor(chosen, device=logits.device))
-            requests = batch.choosing
             events += self._tokens(requests, self._sampler(logits, requests))
         return events
 

@@ -145,7 +145,8 @@ class Request:
         return self.length - self.begun
 
     def append(self, token: int) -> None:
-        """Adds a generated token and notes whether it is the last."""
+        """Adds a generated token, promised or not, and notes whether it is the last."""
+        self.promised = max(self.promised - 1, 0)
         self.tokens.append(token)
         if token in self.eos_ids and not self.params.ignore_eos:
             self.finish_reason = "stop"

@@ -33,7 +33,7 @@ def batch(lengths: tuple[int, ...], counts: tuple[int, ...]) -> Batch:
         request = Request(index, SamplingParams(), tokens, length, length + 1, frozenset())
         request.block_table, request.computed = [1 + index], length - count
         request.wants_logits = False
-        chunks.append(Chunk(request, count))
+        chunks.append(Chunk.next_of(request, count))
     return Batch(tuple(chunks))
 
 

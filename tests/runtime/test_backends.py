@@ -63,7 +63,7 @@ def test_layers_one_by_one_are_the_whole(tiny_w8a8: Path) -> None:
     request = Request(0, SamplingParams(), [*range(5, 45)], 40, 41, frozenset())
     request.block_table = [1, 2, 3]
     request.wants_logits = True
-    step = backend.open_step(step_inputs(Batch((Chunk(request, 40),)), BLOCK))
+    step = backend.open_step(step_inputs(Batch((Chunk.next_of(request, 40),)), BLOCK))
     with torch.inference_mode():
         whole = model.forward(step, backend.allocate_cache(StepBounds(1, BLOCK, 4)))
         hidden, delta = backend.embed(step.inputs.tokens, model.embedding), None

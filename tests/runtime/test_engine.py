@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.counting_model import VOCABULARY, answer, counting_engine, next_token
+from support.counting_model import VOCABULARY, CountingModel, answer, counting_engine, next_token
+from torch import Tensor
 
 from qwen3_ascend import SamplingParams
 from qwen3_ascend.errors import RequestError
+from qwen3_ascend.runtime.backends.base import Download
+from qwen3_ascend.runtime.backends.step import StepInputs
 from qwen3_ascend.runtime.engine.blocks import BlockPool
 from qwen3_ascend.runtime.engine.engine import Engine, Event, LogitsEvent, TokenEvent
 from qwen3_ascend.runtime.engine.request import Request
@@ -45,12 +49,13 @@ def run(engine: Engine) -> None:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request of a trace, and when it comes and (perhaps) is given up."""
+    """A request of a trace, when it comes and (perhaps) is given up, and who chooses its tokens."""
 
     prompt: tuple[int, ...]
     count: int
     at: int
     abort: int | None
+    drawn: bool
 
 
 PROMPTS = st.one_of(
@@ -68,6 +73,7 @@ ARRIVALS = st.lists(
         count=st.integers(1, 12),
         at=st.integers(0, 25),
         abort=st.none() | st.integers(0, 40),
+        drawn=st.booleans(),
     ),
     min_size=1,
     max_size=12,
@@ -100,7 +106,11 @@ def test_what_is_said_depends_on_the_prompt_alone(
     for now in range(5000):
         for index, one in enumerate(arrivals):
             if one.at == now:
-                open_requests[index] = asked(engine, one.prompt, one.count)
+                # Drawn by the host, from logits that leave no choice.
+                params = SamplingParams(
+                    max_new_tokens=one.count, temperature=1e-3 if one.drawn else 0
+                )
+                open_requests[index] = engine.add(one.prompt, params, NOTHING)
                 said[open_requests[index].number] = []
             if one.abort == now and index in open_requests:
                 engine.abort(open_requests[index])
@@ -334,3 +344,56 @@ def test_a_lost_block_is_noticed() -> None:
     request.block_table.pop()
     with pytest.raises(AssertionError):
         pool.check_integrity([request])
+
+
+def watched(engine_blocks: int, **options: Any) -> tuple[Engine, CountingModel, list[str]]:
+    """An engine that runs ahead, and what it does in which order."""
+    engine, model = counting_engine(engine_blocks, 4, runs_ahead=True, **options)
+    order: list[str] = []
+    forward, issue = engine._forward, engine._download
+
+    def computed(inputs: StepInputs) -> Tensor:
+        order.append("issue")
+        return forward(inputs)
+
+    def downloaded(tensor: Tensor) -> Download:
+        wait = issue(tensor)
+
+        def read() -> Tensor:
+            order.append("read")
+            return wait()
+
+        return read
+
+    engine._forward, engine._download = computed, downloaded
+    return engine, model, order
+
+
+def test_a_step_is_issued_before_the_last_one_is_read() -> None:
+    engine, model, order = watched(16)
+    request = asked(engine, [1, 2, 3], 4)
+    run(engine)
+    assert list(request.output) == answer([1, 2, 3], 4)
+    assert order == ["issue", "issue", "read", "issue", "read", "issue", "read", "read"]
+    assert model.rows == 3 + 3  # that the fourth token is the last was known
+
+
+def test_an_answer_that_ends_costs_one_row_in_vain() -> None:
+    said = answer([1, 2, 3], 6)
+    end = said[3]
+    assert end not in said[:3]
+    engine, model, _ = watched(16)
+    request = asked(engine, [1, 2, 3], 6, frozenset({end}))
+    run(engine)
+    assert list(request.output) == said[:4] and request.finish_reason == "stop"
+    assert model.rows == 3 + 3 + 1
+
+
+def test_what_the_host_chooses_is_read_first() -> None:
+    """A batch with one sampled request waits for it: all go on together."""
+    engine, _, order = watched(16)
+    asked(engine, [1, 2, 3], 3)
+    sampled = engine.add([4, 5], SamplingParams(max_new_tokens=3, temperature=1, seed=1), NOTHING)
+    run(engine)
+    assert len(sampled.output) == 3
+    assert order == ["issue"] * 3  # of two requests each, and no tokens chosen by the device

@@ -22,6 +22,7 @@ from qwen3_ascend.runtime.backends.base import (
     Backend,
     DeviceForward,
     DeviceLinear,
+    Download,
     Forward,
     Progress,
     StepBounds,
@@ -32,6 +33,7 @@ from qwen3_ascend.runtime.backends.npu.attention import open_attention
 from qwen3_ascend.runtime.backends.npu.capabilities import Capabilities, probe
 from qwen3_ascend.runtime.backends.npu.decoding import Decoding, choose_decoding
 from qwen3_ascend.runtime.backends.npu.device import free_bytes, open_device, require_capture
+from qwen3_ascend.runtime.backends.npu.downloads import download
 from qwen3_ascend.runtime.backends.npu.graph import (
     MAX_STREAMS,
     GraphRunner,
@@ -99,6 +101,7 @@ class NpuBackend(Backend[LayerKV]):
             )
         self.device, self.dtype = torch.device("npu"), torch.bfloat16
         self.config, self.options = config, options
+        self.runs_ahead = options.run_ahead
         self._prefetcher = Prefetcher(prefetch_budget(options.prefetch, self.info.l2_bytes))
         self.capabilities = capabilities or probe(config)
         self.decoding = choose_decoding(options, self.capabilities)
@@ -216,6 +219,10 @@ class NpuBackend(Backend[LayerKV]):
         inputs = self._bring(step)
         cos, sin = (torch.index_select(each, 0, inputs.positions) for each in self._tables)
         return DeviceStep(inputs, cos, sin)
+
+    @override
+    def download(self, tensor: Tensor) -> Download:
+        return download(tensor)
 
     @override
     def runner(self, forward: DeviceForward, bounds: StepBounds, progress: Progress) -> Forward:

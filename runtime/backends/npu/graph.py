@@ -27,6 +27,7 @@ from qwen3_ascend.runtime.backends.base import Forward
 from qwen3_ascend.runtime.backends.npu.device import in_one_line, leave_without_waiting
 from qwen3_ascend.runtime.backends.npu.graph_calls import CapturedGraph, Values
 from qwen3_ascend.runtime.backends.npu.graph_lengths import GraphBounds, GraphLengths, GraphSize
+from qwen3_ascend.runtime.backends.npu.uploads import PinnedBuffers
 from qwen3_ascend.runtime.backends.step import StepInputs
 
 WARM_UPS = 2
@@ -80,7 +81,7 @@ def largest_padding(buckets: tuple[int, ...]) -> int:
 
 
 class StepBuffers:
-    """The static inputs of decode steps: one host and one device buffer, one copy a step.
+    """The static inputs of decode steps: one device buffer, one copy a step.
 
     Sections of int32: tokens, positions and slots [rows], block table [rows, width].
     """
@@ -90,26 +91,31 @@ class StepBuffers:
         section = -(-rows // ALIGNMENT) * ALIGNMENT
         self._starts = (0, section, 2 * section, 3 * section)
         length = 3 * section + rows * width
-        self._host = torch.zeros(length, dtype=torch.int32).pin_memory()
-        self._sections(self._host, rows)[2].copy_(torch.arange(rows))  # a slot for each row
-        self._device = self._host.to("npu")
+        host = torch.zeros(length, dtype=torch.int32)
+        self._sections(host, rows)[2].copy_(torch.arange(rows))  # a slot for each row
+        self._device, self._pinned = host.to("npu"), PinnedBuffers()
 
     @property
     def nbytes(self) -> int:
         """Bytes copied to the device for each step."""
-        return self._host.nbytes
+        return self._device.nbytes
 
     def fill(self, step: StepInputs, bucket: int) -> None:
         """Copies a step in. Rows beyond it are padding: token 0 at position 0, each in its own
         slot of the scratch block."""
-        count = len(step.context_lens)
-        tokens, positions, slots, table = self._sections(self._host, bucket)
-        for section in (tokens, positions, table):
-            section.zero_()
-        slots.copy_(torch.arange(bucket))
-        tokens[:count], positions[:count], slots[:count] = step.tokens, step.positions, step.slots
-        table[:count, : step.block_table.shape[1]] = step.block_table
-        self._device.copy_(self._host, non_blocking=True)
+
+        def write(memory: Tensor) -> None:
+            tokens, positions, slots, table = self._sections(memory.view(torch.int32), bucket)
+            for section in (tokens, positions, table):
+                section.zero_()
+            slots.copy_(torch.arange(bucket))
+            count = len(step.context_lens)
+            tokens[:count], positions[:count] = step.tokens, step.positions
+            slots[:count] = step.slots
+            table[:count, : step.block_table.shape[1]] = step.block_table
+
+        self._pinned.send(self.nbytes, write, self._device)
+        step.fill_in(self._device)  # tokens come first in it
 
     def step(self, size: GraphSize) -> StepInputs:
         """A decode step of that size, which reads the device buffer."""

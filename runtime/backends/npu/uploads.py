@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,43 @@ class _Buffer:
     event: Any
 
 
+class PinnedBuffers:
+    """Pinned memory for copies that the host does not wait for, used in turn."""
+
+    def __init__(self) -> None:
+        self._buffers: deque[_Buffer] = deque()
+
+    def send(self, nbytes: int, fill: Callable[[Tensor], None], device: Tensor) -> None:
+        """Copies bytes to the device.
+
+        Args:
+            nbytes: how many.
+            fill: writes them into pinned memory, uint8 [nbytes], whose content is undefined.
+            device: contiguous, of as many bytes.
+        """
+        buffer = self._buffer(nbytes)
+        memory = buffer.memory[:nbytes]
+        fill(memory)
+        device.view(torch.uint8).copy_(memory, non_blocking=True)
+        buffer.event.record()
+        self._buffers.append(buffer)
+
+    def _buffer(self, nbytes: int) -> _Buffer:
+        """A buffer that no copy reads any more, as large as is needed."""
+        if len(self._buffers) < BUFFERS:
+            return _Buffer(_pinned(nbytes), torch_npu.npu.Event())
+        buffer = self._buffers.popleft()
+        buffer.event.synchronize()
+        if buffer.memory.numel() < nbytes:
+            buffer.memory = _pinned(nbytes)
+        return buffer
+
+
 class StepUploads:
     """Brings steps to the device. The host's tensors may change once a step has been taken."""
 
     def __init__(self) -> None:
-        self._buffers: deque[_Buffer] = deque()
+        self._pinned = PinnedBuffers()
 
     def __call__(self, step: StepInputs) -> StepInputs:
         """A step whose tensors are on the device; one that is there already is returned as it is.
@@ -53,6 +85,7 @@ class StepUploads:
         tokens, positions, slots, table, *rows = self._move(
             [step.tokens, step.positions, step.slots, step.block_table, *wanted]
         )
+        step.fill_in(tokens)
         return dataclasses.replace(
             step,
             tokens=tokens,
@@ -66,26 +99,16 @@ class StepUploads:
         starts = [0]
         for tensor in tensors:
             starts.append(-(-(starts[-1] + tensor.nbytes) // ALIGNMENT) * ALIGNMENT)
-        buffer = self._buffer(starts[-1])
-        for tensor, start in zip(tensors, starts, strict=False):
-            _section(buffer.memory, start, tensor).copy_(tensor)
+
+        def fill(memory: Tensor) -> None:
+            for tensor, start in zip(tensors, starts, strict=False):
+                _section(memory, start, tensor).copy_(tensor)
+
         device = torch.empty(starts[-1], dtype=torch.uint8, device="npu")
-        device.copy_(buffer.memory[: starts[-1]], non_blocking=True)
-        buffer.event.record()
-        self._buffers.append(buffer)
+        self._pinned.send(starts[-1], fill, device)
         return [
             _section(device, start, tensor) for tensor, start in zip(tensors, starts, strict=False)
         ]
-
-    def _buffer(self, nbytes: int) -> _Buffer:
-        """A buffer that no copy reads any more, as large as is needed."""
-        if len(self._buffers) < BUFFERS:
-            return _Buffer(_pinned(nbytes), torch_npu.npu.Event())
-        buffer = self._buffers.popleft()
-        buffer.event.synchronize()
-        if buffer.memory.numel() < nbytes:
-            buffer.memory = _pinned(nbytes)
-        return buffer
 
 
 def _pinned(nbytes: int) -> Tensor:
