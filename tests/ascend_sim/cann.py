@@ -13,6 +13,7 @@ work with CANN 9.0"), the simulator refuses.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -158,6 +159,7 @@ def paired_wheel(generation: Generation) -> Iterator[None]:
 def plant_paired_wheel() -> None:
     """For the whole process, after torch_npu was imported."""
     _for_the_process.enter_context(paired_wheel(current()))
+    atexit.register(_for_the_process.close)  # before the modules that it repairs go away
 
 
 _for_the_process = contextlib.ExitStack()

@@ -8,6 +8,7 @@ memory.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -200,6 +201,7 @@ def plant_for_the_process(names: list[str]) -> None:
         if name not in PLANTS:
             raise ValueError(f"ASCEND_SIM_FAULTS: {name} is none of no_atb, {', '.join(PLANTS)}")
         _for_the_process.enter_context(PLANTS[name]())
+    atexit.register(_for_the_process.close)
 
 
 _for_the_process = contextlib.ExitStack()
