@@ -61,7 +61,12 @@ class Scheduler:
 
     def ahead(self) -> Batch | None:
         """What can be computed after the step in flight, whatever tokens that one chooses; None
-        if that cannot be said, or somebody would have to make room."""
+        if nothing can, somebody would have to make room, or somebody waits for a beginning that is
+        in flight, and can join once that is computed."""
+        if len(self._running) < self.max_batch and any(
+            self._is_being_computed(request) for request in self._waiting
+        ):
+            return None
         self._admit()
         if not self._answers_have_room():
             return None
