@@ -162,6 +162,18 @@ def test_replays_in_flight_keep_their_lengths(way: Way) -> None:
 
 
 @pytest.mark.usefixtures("inference_mode")
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_may_be_issued_on_any_stream(way: Way) -> None:
+    """torch_npu gives out 32 streams in turn: one of these is that of the updates."""
+    captured = capture_attention(fused, way, (1,), FUSED_LENGTHS)
+    for _ in range(33):
+        with torch_npu.npu.stream(torch_npu.npu.Stream()):
+            captured.graph.launch()
+            captured.graph.update(captured.strategy.update((5,)))
+            torch_npu.npu.synchronize()
+
+
+@pytest.mark.usefixtures("inference_mode")
 def test_what_is_bound_keeps_no_memory() -> None:
     """Queries and outputs of as many layers as there are lie at one address each."""
     calls = BoundCalls(FUSED_LENGTHS)

@@ -84,7 +84,10 @@ class DispatchedGraph:
     def launch(self) -> None:
         """See CapturedGraph. An event must not be recorded before the last replay has reset it, so
         the stream of the updates waits for what was issued before."""
-        self.graph.graph_dispatch_mode.update_stream.wait_stream(torch_npu.npu.current_stream())
+        mode, current = self.graph.graph_dispatch_mode, torch_npu.npu.current_stream()
+        if mode.update_stream == current:  # see BoundGraph
+            mode.update_stream = torch_npu.npu.Stream()
+        mode.update_stream.wait_stream(current)
         self.graph.replay()
 
     def update(self, values: Values) -> None:
@@ -132,40 +135,45 @@ class BoundGraph:
     """A graph and the calls of its layers, in their order.
 
     Attributes:
-        stream: that updates are issued on.
+        streams: two, of which updates are issued on the one that steps are not.
         updated: the argument that each update replaces.
         graph: torch_npu's.
         calls: one for each layer.
     """
 
-    stream: Any
+    streams: tuple[Any, Any]
     updated: UpdatedArgument
     graph: Any = field(default_factory=lambda: torch_npu.npu.NPUGraph())
     calls: list[BoundCall] = field(default_factory=list)
 
     def launch(self) -> None:
         """See CapturedGraph, and DispatchedGraph for the wait."""
-        self.stream.wait_stream(torch_npu.npu.current_stream())
+        self._stream().wait_stream(torch_npu.npu.current_stream())
         self.graph.replay()
 
     def update(self, values: Values) -> None:
         """See CapturedGraph."""
-        place = self.updated.place
+        place, stream = self.updated.place, self._stream()
         begin, end = torch_npu.npu.graph_task_update_begin, torch_npu.npu.graph_task_update_end
         named = {key: value for key, value in values.items() if place is None or key != self._key}
-        with torch_npu.npu.stream(self.stream):
+        with torch_npu.npu.stream(stream):
             for call in self.calls:
                 if place is not None:
                     call.arguments[place] = values[self._key]
                 call.keywords.update(named)
-                begin(self.stream, call.handle)
+                begin(stream, call.handle)
                 call.operator(*call.arguments, **call.keywords)
-                end(self.stream)
-                call.event.record(self.stream)
+                end(stream)
+                call.event.record(stream)
 
     @property
     def _key(self) -> str:
         return self.updated.key
+
+    def _stream(self) -> Any:
+        """Not the current one: on it, an update would stand behind the replay that waits for it."""
+        first, second = self.streams
+        return second if first == torch_npu.npu.current_stream() else first
 
 
 class BoundCalls:
@@ -173,7 +181,9 @@ class BoundCalls:
 
     def __init__(self, updated: UpdatedArgument) -> None:
         """`updated` is the argument of these calls that replays replace."""
-        self._updated, self._stream = updated, torch_npu.npu.Stream()
+        self._updated = updated
+        # torch_npu gives out 32 streams in turn: the caller's own may come up again, but not twice.
+        self._streams = torch_npu.npu.Stream(), torch_npu.npu.Stream()
         self._calls: list[BoundCall] = []
 
     def issue(
@@ -192,7 +202,7 @@ class BoundCalls:
     @contextmanager
     def capture(self, pool: Any) -> Iterator[CapturedGraph]:
         """See CapturedCalls."""
-        captured = BoundGraph(self._stream, self._updated)
+        captured = BoundGraph(self._streams, self._updated)
         self._calls = captured.calls
         with torch_npu.npu.graph(captured.graph, pool=pool):
             yield captured
