@@ -26,6 +26,7 @@ import torch
 import torch_npu
 
 from qwen3_ascend.runtime.backends.npu.graph_updates import UpdatedArgument
+from qwen3_ascend.runtime.backends.npu.side_stream import SideStream
 
 Values = dict[str, Any]
 """Arguments of a captured call by name, as one replay wants them; all layers share them."""
@@ -135,25 +136,26 @@ class BoundGraph:
     """A graph and the calls of its layers, in their order.
 
     Attributes:
-        streams: two, of which updates are issued on the one that steps are not.
+        side: has the stream of the updates. On that of the steps, an update would stand behind
+            the replay that waits for it.
         updated: the argument that each update replaces.
         graph: torch_npu's.
         calls: one for each layer.
     """
 
-    streams: tuple[Any, Any]
+    side: SideStream
     updated: UpdatedArgument
     graph: Any = field(default_factory=lambda: torch_npu.npu.NPUGraph())
     calls: list[BoundCall] = field(default_factory=list)
 
     def launch(self) -> None:
         """See CapturedGraph, and DispatchedGraph for the wait."""
-        self._stream().wait_stream(torch_npu.npu.current_stream())
+        self.side.beside_current().wait_stream(torch_npu.npu.current_stream())
         self.graph.replay()
 
     def update(self, values: Values) -> None:
         """See CapturedGraph."""
-        place, stream = self.updated.place, self._stream()
+        place, stream = self.updated.place, self.side.beside_current()
         begin, end = torch_npu.npu.graph_task_update_begin, torch_npu.npu.graph_task_update_end
         named = {key: value for key, value in values.items() if place is None or key != self._key}
         with torch_npu.npu.stream(stream):
@@ -170,20 +172,13 @@ class BoundGraph:
     def _key(self) -> str:
         return self.updated.key
 
-    def _stream(self) -> Any:
-        """Not the current one: on it, an update would stand behind the replay that waits for it."""
-        first, second = self.streams
-        return second if first == torch_npu.npu.current_stream() else first
-
 
 class BoundCalls:
     """Calls that are bound at capture."""
 
     def __init__(self, updated: UpdatedArgument) -> None:
         """`updated` is the argument of these calls that replays replace."""
-        self._updated = updated
-        # torch_npu gives out 32 streams in turn: the caller's own may come up again, but not twice.
-        self._streams = torch_npu.npu.Stream(), torch_npu.npu.Stream()
+        self._updated, self._side = updated, SideStream()
         self._calls: list[BoundCall] = []
 
     def issue(
@@ -202,7 +197,7 @@ class BoundCalls:
     @contextmanager
     def capture(self, pool: Any) -> Iterator[CapturedGraph]:
         """See CapturedCalls."""
-        captured = BoundGraph(self._streams, self._updated)
+        captured = BoundGraph(self._side, self._updated)
         self._calls = captured.calls
         with torch_npu.npu.graph(captured.graph, pool=pool):
             yield captured

@@ -9,10 +9,13 @@ just fetched.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch_npu
 from torch import Tensor
 
 from qwen3_ascend.files.text import parse_size
+from qwen3_ascend.runtime.backends.npu.side_stream import SideStream
 
 DEFAULT_L2_BYTES = 192 << 20
 """L2 of an Ascend 910B, for drivers that do not state it (sgl-kernel-npu, hardware.h)."""
@@ -45,25 +48,25 @@ class Prefetcher:
     def __init__(self, budget: int) -> None:
         """`budget` bytes for each fork; 0 turns everything into a no-op."""
         self.budget = budget
-        self._stream = torch_npu.npu.Stream() if budget else None
-        self._forked = False
+        self._side = SideStream() if budget else None
+        self._forked: Any = None
 
     def fork(self, weights: tuple[Tensor, ...], after: Tensor) -> None:
         """Fetches the weights in order, as far as the budget goes, once `after` is computed."""
-        if self._stream is None or after.shape[0] > MAX_TOKENS:
+        if self._side is None or after.shape[0] > MAX_TOKENS:
             return
-        left = self.budget
-        self._stream.wait_stream(torch_npu.npu.current_stream())
-        with torch_npu.npu.stream(self._stream):
+        left, stream = self.budget, self._side.beside_current()
+        stream.wait_stream(torch_npu.npu.current_stream())
+        with torch_npu.npu.stream(stream):
             for weight in weights:
                 size = min(left, weight.untyped_storage().nbytes())
                 if size:
                     torch_npu.npu_prefetch(weight, after, size)
                 left -= size
-        self._forked = True
+        self._forked = stream
 
     def join(self) -> None:
         """Lets the compute stream wait for the side stream."""
-        if self._forked:
-            torch_npu.npu.current_stream().wait_stream(self._stream)
-            self._forked = False
+        if self._forked is not None:
+            torch_npu.npu.current_stream().wait_stream(self._forked)
+            self._forked = None
