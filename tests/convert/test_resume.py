@@ -26,6 +26,7 @@ from support.folders import contents
 from qwen3_ascend import ConvertOptions, Events, convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.verify import verify
+from qwen3_ascend.convert.identity import CONVERTER_VERSION
 from qwen3_ascend.convert.output.journal import JOURNAL, read_journal
 from qwen3_ascend.convert.plan import Plan
 from qwen3_ascend.convert.work import Task
@@ -266,7 +267,9 @@ def test_a_journal_of_another_version(source: Path, interrupted: Path) -> None:
         text = json.dumps({kind: value}).encode()
         lines.append(bytes_blake3(text)[:16].encode() + b" " + text + b"\n")
     path.write_bytes(b"".join(lines))
-    run("convert", source, interrupted).one_line_error("converter version: 1 then, 4 now")
+    run("convert", source, interrupted).one_line_error(
+        f"converter version: 1 then, {CONVERTER_VERSION} now"
+    )
 
 
 @pytest.mark.parametrize("tokenizer", [False, True])
