@@ -117,7 +117,7 @@ def test_each_tensor_is_hashed_once_and_not_far_ahead(
     largest = max(tensor.nbytes for tensor in stored.values())
     # The window, one tensor that exceeds it, and what a layer asks for out of the files' order.
     layer = sum(tensor.nbytes for name, tensor in stored.items() if ".layers.0." in name)
-    assert reader.most_ahead <= limit + largest + layer
+    assert reader.most_ahead <= limit + 2 * largest + layer < sum(t.nbytes for t in stored.values())
 
 
 def test_hashing_and_copying_go_on_at_the_same_time(folder: Path) -> None:

@@ -21,8 +21,8 @@ from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.threads import available_threads
 
 AHEAD_BYTES = 256 << 20
-"""Hashed and not asked for yet, at most (a larger tensor aside): pages that are still in memory
-when they are copied, also on a small machine."""
+"""Hashed and not asked for yet, at most, beside the largest tensor, which one thread hashes while
+others go on: pages that are still in memory when they are copied, also on a small machine."""
 
 
 class CheckedWeights:
@@ -39,6 +39,7 @@ class CheckedWeights:
         self._hashes: dict[str, Future[str]] = {}
         self._sound: set[str] = set()
         self._ahead = 0
+        self._most = AHEAD_BYTES + max(tensor.nbytes for tensor in self._stored.values())
 
     def __enter__(self) -> CheckedWeights:
         self._look_ahead()
@@ -90,7 +91,7 @@ class CheckedWeights:
         self._look_ahead()
 
     def _look_ahead(self) -> None:
-        while self._next and self._ahead < AHEAD_BYTES:
+        while self._next and self._ahead < self._most:
             self._begin()
 
     def _begin(self) -> None:
