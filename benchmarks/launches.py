@@ -49,6 +49,7 @@ from ascend_sim.doors import aclnn
 from qwen3_ascend.runtime import backends
 from qwen3_ascend.runtime.backends.base import Forward
 from qwen3_ascend.runtime.backends.npu import diagnose
+from qwen3_ascend.runtime.backends.npu.backend import NpuBackend
 from qwen3_ascend.runtime.backends.step import StepInputs
 from qwen3_ascend.runtime.engine.assembly import assemble, make_engine
 from qwen3_ascend.runtime.engine.engine import Engine
@@ -186,7 +187,8 @@ def callback_microseconds() -> float:
 
 def forward_of(model: Qwen3[Any], name: str, options: DeviceOptions) -> Forward:
     """The forward of one way; captured with real kernels."""
-    capabilities = model.backend.capabilities  # type: ignore[attr-defined]
+    assert isinstance(model.backend, NpuBackend)
+    capabilities = model.backend.capabilities
     if "NPUGraph.update" in name:
         capabilities = diagnose.without_bound_updates(capabilities)
     backend = diagnose.open_backend(model.config, options, capabilities)

@@ -219,15 +219,25 @@ class Engine:
         """Gives the device a step; `before` is what came before it, if that is not read yet."""
         carried = _carried(batch, before)
         logits = self._forward(step_inputs(batch, self._block_size, carried))
-        wants_logits = any(chunk.request.wants_logits for chunk in batch.chunks)
-        requests = batch.choosing
-        if wants_logits or not all(is_plain_greedy(request.params) for request in requests):
-            chosen = tokens = None
-        else:
-            chosen = logits[: len(requests)].argmax(dim=-1)
-            tokens = self._download(chosen)
+        chosen, tokens = self._chosen_by_device(batch, logits)
         self.scheduler.issued(batch, chosen is not None)
         return IssuedStep(batch, logits, chosen, tokens)
+
+    def _chosen_by_device(
+        self, batch: Batch, logits: Tensor
+    ) -> tuple[Tensor, Download] | tuple[None, None]:
+        """The tokens of `batch.choosing`, where they are and on their way to the host; nothing if
+        the host has to see the logits."""
+        requests = batch.choosing
+        if any(chunk.request.wants_logits for chunk in batch.chunks):
+            return None, None
+        if not all(is_plain_greedy(request.params) for request in requests):
+            return None, None
+        if not requests:  # chunks of prompts alone, and no kernel takes an empty tensor
+            nothing = torch.empty(0, dtype=torch.int64)
+            return nothing, nothing.cpu
+        chosen = logits.argmax(dim=-1)
+        return chosen, self._download(chosen)
 
     def _read(self, step: IssuedStep) -> list[Event]:
         """Waits for a step, and tells what it comes to for the requests that still want it."""

@@ -68,7 +68,7 @@ def install() -> None:
 
     # Imported for their effect, in the order that the simulator needs.
     import torch  # noqa: F401  (loads torch_npu, its backend)
-    import torch_npu  # noqa: F401
+    import torch_npu  # noqa: F401  (by name too, where torch does not load it)
 
     runtime.after_torch_import()
     tensors.after_torch_import()

@@ -4,6 +4,7 @@ device."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import ascend_sim
 import pytest
@@ -41,6 +42,16 @@ def test_greedy_and_drawn_answers_equal_the_cpu(
     cpu = load(checkpoints["w8a8"], device="cpu", kv_cache_tokens=2048, max_batch=4)
     npu = open_npu(checkpoints["w8a8"], run_ahead=run_ahead, graph=graph)
     assert tokens_of(npu.generate(PROMPTS, params)) == tokens_of(cpu.generate(PROMPTS, params))
+
+
+def test_chunks_of_a_prompt_choose_nothing(checkpoints: dict[str, Path]) -> None:
+    """Beside an answer that goes on: steps with and without a token, and no empty tensor."""
+    prompts, params = ["river " * 60, PROMPTS[1]], SamplingParams(max_new_tokens=12)
+    sizes: dict[str, Any] = {"kv_cache_tokens": 2048, "max_batch": 2, "step_tokens": 16}
+    npu, cpu = (load(checkpoints["w8a8"], device=device, **sizes) for device in ("npu", "cpu"))
+    for asked in (prompts, prompts[:1]):
+        expected = tokens_of(cpu.generate(asked, params))
+        assert tokens_of(npu.generate(asked, params)) == expected
 
 
 def test_a_stream_that_is_closed_leaves_the_next_answer_right(
