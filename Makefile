@@ -124,7 +124,7 @@ $(WHEELS:%=$(SIM)-%/.installed): $(SIM)-%/.installed: pyproject.toml $(WITHOUT_C
 # capture (captures_underway), so the tests that break one on purpose have a process of their own.
 # At one of its steps torch 2.8 gives a prefill and a decode on the CPU another of two tokens, a unit
 # in the last place apart, so the test of 200 steps has no answer there.
-PAIRED_TESTS := tests/npu/test_loading.py tests/npu/test_generation.py tests/npu/test_graph.py
+PAIRED_TESTS := $(addprefix tests/npu/test_,loading.py generation.py graph.py decoding.py run_ahead.py sampling.py)
 BROKEN_CAPTURES := refused or breaks_the_capture
 TIES_2.8 := or hundreds_of_captured_steps
 

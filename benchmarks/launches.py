@@ -30,6 +30,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import os
 import re
 import time
 from collections import Counter
@@ -39,6 +40,7 @@ from typing import Any
 
 import ascend_sim
 
+os.environ.setdefault("ASCEND_SIM_POISON", "0")  # its time is no part of ours
 ascend_sim.install()
 
 import torch
@@ -107,7 +109,8 @@ def decode(running: Engine, batch: int) -> None:
 
 def launches(scheme: str, layers: int, batch: int, attention: str) -> Counter[str]:
     """Launches of STEPS eager decode steps, by operator."""
-    options = DeviceOptions("npu", attention=attention, graph=False, prefetch="off")
+    # Steps that run ahead would not be counted with those that they follow.
+    options = DeviceOptions("npu", attention=attention, graph=False, run_ahead=False)
     decode(engine(scheme, layers, options), batch)
     return Counter(re.sub(r"^aclnn", "", entry.name) for entry in ascend_sim.trace.launches())
 
@@ -129,7 +132,7 @@ def report_layer(scheme: str, batch: int, attention: str) -> None:
 @contextlib.contextmanager
 def hollow_kernels() -> Iterator[None]:
     """Stand-ins that neither plan nor compute; see the top of this file."""
-    answer = aclnn.PlanCallback(lambda index, integers, floats: 1)
+    answer = aclnn.PlanCallback(lambda index, only_workspace, integers, floats: 1)
     plan = runtime.library.sim_set_plan_callback
     torch_npu.npu.synchronize()
     plan(answer)
@@ -175,13 +178,13 @@ def hollow_atb() -> Iterator[None]:
 
 def callback_microseconds() -> float:
     """What one hollow answer costs, called from C."""
-    answer = aclnn.PlanCallback(lambda index, integers, floats: 1)
+    answer = aclnn.PlanCallback(lambda index, only_workspace, integers, floats: 1)
     address = ctypes.cast(answer, ctypes.c_void_p).value
     assert address is not None
     called = aclnn.PlanCallback(address)
     started = time.thread_time()
     for _ in range(10_000):
-        called(1, None, None)
+        called(1, 0, None, None)
     return (time.thread_time() - started) * 100
 
 

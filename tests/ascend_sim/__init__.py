@@ -82,7 +82,8 @@ def install() -> None:
     atexit.register(_stop)
     if os.environ.get("ASCEND_SIM_DEVICES") != "0":
         _let_the_queue_give_up_the_lock()
-        runtime.poison_reused_memory()
+        if os.environ.get("ASCEND_SIM_POISON", "1") != "0":
+            runtime.poison_reused_memory()
     set_strict(os.environ.get("ASCEND_SIM_STRICT", "1") != "0")
     cann.plant_paired_wheel()
     faults.plant_for_the_process([name for name in planted if name != "no_atb"])
