@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import ascend_sim
 import pytest
 import torch
 import torch_npu
+from support.folders import flip_a_byte
 
+from qwen3_ascend import load
 from qwen3_ascend.checkpoint.layout import ND
 from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
-from qwen3_ascend.errors import DeviceError
+from qwen3_ascend.errors import CheckpointError, DeviceError
 from qwen3_ascend.runtime.backends.npu import formats, self_check
 from qwen3_ascend.runtime.backends.npu.backend import NpuBackend
 from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, Int8Linear
@@ -186,3 +189,17 @@ def test_plain_layouts_and_biases_load_too(checkpoints: dict[str, Path]) -> None
                 scheme,
                 layout,
             )
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.2.mlp.down_proj.weight"]
+)
+def test_a_changed_byte_is_refused_before_anything_is_computed(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """Of a plain tensor and of a packed one, which are hashed just ahead of their copies."""
+    folder = Path(shutil.copytree(checkpoints["w8a8"], tmp_path / "damaged"))
+    flip_a_byte(folder, name)
+    with pytest.raises(CheckpointError, match=f"tensor {name} in ascend-00001.*differ"):
+        load(folder, device="npu", kv_cache_tokens=1024, max_batch=1)
+    assert not ascend_sim.trace.replays()

@@ -6,21 +6,12 @@ from pathlib import Path
 
 import pytest
 from support.command_line import run
-from support.folders import flip
+from support.folders import flip_a_byte
 
 from qwen3_ascend import SamplingParams, load
-from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.errors import CheckpointError
 
 NAME = "model.layers.2.mlp.down_proj.weight"
-
-
-def flip_a_byte(folder: Path, name: str) -> None:
-    """Changes one byte in the middle of a stored tensor."""
-    reader = CheckpointReader(folder)
-    file = folder / reader.manifest.stored()[name].file
-    slot = reader._files[file.name].header.slots[name]
-    flip(file, (slot.start + slot.stop) // 2)
 
 
 def test_a_flipped_byte_is_named(w8a8_copy: Path) -> None:

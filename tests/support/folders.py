@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qwen3_ascend.checkpoint.reader import CheckpointReader
+
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The bytes of every file below a folder, by its path there.
@@ -31,3 +33,11 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ (1 << bit)]))
+
+
+def flip_a_byte(folder: Path, name: str) -> None:
+    """Changes one byte in the middle of a stored tensor of a checkpoint."""
+    reader = CheckpointReader(folder)
+    file = folder / reader.manifest.stored()[name].file
+    slot = reader._files[file.name].header.slots[name]
+    flip(file, (slot.start + slot.stop) // 2)
