@@ -58,13 +58,28 @@ def upload_packed(
         plain = torch.empty(stored.shape, dtype=stored.dtype, device="npu")
         copy(plain, stored.contiguous())
         return plain
+    tensor = empty_packed(stored.dtype, layout, outputs, inputs)
+    fill_packed(tensor, stored, copy)
+    return tensor
+
+
+def empty_packed(dtype: torch.dtype, layout: Layout, outputs: int, inputs: int) -> Tensor:
+    """An unfilled device tensor [K, N] (nz of KN) or [N, K] whose storage is FRACTAL_NZ."""
     shape = (inputs, outputs) if layout.nz_of == "KN" else (outputs, inputs)
-    tensor = torch_npu.empty_with_format(
-        shape, dtype=stored.dtype, device="npu", acl_format=ACL_FORMAT_FRACTAL_NZ
+    return torch_npu.empty_with_format(
+        shape, dtype=dtype, device="npu", acl_format=ACL_FORMAT_FRACTAL_NZ
     )
+
+
+def fill_packed(tensor: Tensor, stored: Tensor, copy: Callable[[Tensor, Tensor], None]) -> None:
+    """Copies a stored weight into the storage of a tensor of `empty_packed`, as it is.
+
+    Raises:
+        FormatError: self-check S0: the storage is not FRACTAL_NZ of exactly these bytes.
+        DeviceError: if the copy fails.
+    """
     _check_storage(tensor, stored)
     copy(tensor, stored.contiguous())
-    return tensor
 
 
 def upload_by_cast(stored: Tensor, layout: Layout, outputs: int, inputs: int) -> Tensor:

@@ -8,6 +8,7 @@ for a tensor waits until it is known to be sound, so no damaged byte is computed
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -31,13 +32,27 @@ class CheckedWeights:
     Opening the reader has checked everything else; together they notice any changed byte.
     """
 
-    def __init__(self, reader: CheckpointReader, threads: int | None = None) -> None:
-        """`threads` hash at a time; default one for each processor."""
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        threads: int | None = None,
+        checked: Collection[str] | None = None,
+    ) -> None:
+        """Checks nothing yet.
+
+        Args:
+            reader: of an open checkpoint.
+            threads: that hash at a time; default one for each processor.
+            checked: names of the stored tensors that are checked, default all. The others are
+                believed: whoever leaves them out has them checked by somebody else.
+        """
         self._reader, self._stored = reader, reader.manifest.stored()
         self._pool = ThreadPoolExecutor(threads or available_threads(), "hashing of weights")
-        self._next = deque(_in_order_of_use(reader))
+        names = in_order_of_use(reader)
+        self._checked = names if checked is None else [n for n in names if n in checked]
+        self._next = deque(self._checked)
         self._hashes: dict[str, Future[str]] = {}
-        self._sound: set[str] = set()
+        self._sound = {*self._stored} - {*self._checked}
         self._ahead = 0
         self._most = AHEAD_BYTES + max(tensor.nbytes for tensor in self._stored.values())
 
@@ -53,7 +68,7 @@ class CheckedWeights:
     ) -> None:
         """Checks what nobody has asked for, unless something else has failed."""
         try:
-            for name in self._stored if error is None else ():
+            for name in self._checked if error is None else ():
                 self._require(name)
         finally:
             self._pool.shutdown(cancel_futures=True)
@@ -101,7 +116,7 @@ class CheckedWeights:
         self._hashes[name] = self._pool.submit(self._reader.blake3, name, stored.file)
 
 
-def _in_order_of_use(reader: CheckpointReader) -> list[str]:
+def in_order_of_use(reader: CheckpointReader) -> list[str]:
     """Every stored tensor: first the model's, as they lie in the files and are loaded."""
     names: list[str] = []
     manifest = reader.manifest

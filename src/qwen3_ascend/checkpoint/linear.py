@@ -104,6 +104,18 @@ class Linear:
             for start, stop in itertools.pairwise(borders)
         )
 
+    def pad_outputs(self, outputs: int) -> Linear:
+        """The linear with outputs of zero behind its own, up to so many; itself if it has them."""
+        if outputs == self.shape[-2]:
+            return self
+        places = self.places()
+        tensors = {
+            suffix: _pad(tensor, places[suffix].get("outputs"), outputs)
+            for suffix, tensor in self.tensors.items()
+        }
+        shape = (*self.shape[:-2], outputs, self.shape[-1])
+        return Linear(self.scheme, shape, self.layout, tensors)
+
     def piece(self, piece: Piece) -> Linear:
         """One piece as a linear [N, K] of its own; its tensors are views of these."""
         return self.matrix(piece.matrix).narrow(
@@ -170,6 +182,16 @@ def byte_offset(form: Form, place: Place, piece: Piece, batch: int = 0) -> int |
     step = math.prod(form.shape[axis + 1 :])
     elements = piece.matrix * matrix + piece.start // place.unit * step
     return elements * form.dtype.itemsize
+
+
+def _pad(tensor: Tensor, place: Place | None, length: int) -> Tensor:
+    if place is None:
+        return tensor
+    shape = list(tensor.shape)
+    shape[place.axis] = -(-length // place.unit)
+    padded = tensor.new_zeros(shape)
+    padded.narrow(place.axis, 0, tensor.shape[place.axis]).copy_(tensor)
+    return padded
 
 
 def _narrow(

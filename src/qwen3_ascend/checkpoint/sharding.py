@@ -13,7 +13,14 @@ from qwen3_ascend.checkpoint.linear import BIAS, Linear, Span
 from qwen3_ascend.errors import CheckpointError
 
 
-def shard(linear: Linear, cut: Cut, parts: Sequence[int], rank: int, world: int) -> Linear:
+def shard(
+    linear: Linear,
+    cut: Cut,
+    parts: Sequence[int],
+    rank: int,
+    world: int,
+    shares: Sequence[int] | None = None,
+) -> Linear:
     """The part of a linear that belongs to one rank.
 
     Args:
@@ -22,6 +29,9 @@ def shard(linear: Linear, cut: Cut, parts: Sequence[int], rank: int, world: int)
         parts: outputs of each fused source (q, k, v or gate, up), which are divided one by one.
         rank: 0 <= rank < world.
         world: number of ranks.
+        shares: into how many each part is divided along the outputs; default `world`. Where there
+            are fewer, that many times fewer ranks in a row hold the same one: so do keys and
+            values, if there are more ranks than key/value heads.
 
     Returns:
         A linear of the same scheme. After a cut of the inputs only rank 0 keeps the bias,
@@ -34,7 +44,10 @@ def shard(linear: Linear, cut: Cut, parts: Sequence[int], rank: int, world: int)
         return linear
     if cut == "outputs":
         starts = [sum(parts[:index]) for index in range(len(parts))]
-        spans = [_span(start, part, rank, world) for start, part in zip(starts, parts, strict=True)]
+        spans = [
+            _span(start, part, rank * share // world, share)
+            for start, part, share in zip(starts, parts, shares or [world] * len(parts), strict=True)
+        ]
         return linear.narrow(cut, spans)
     share = linear.narrow(cut, [_span(0, linear.shape[-1], rank, world)])
     if rank == 0:

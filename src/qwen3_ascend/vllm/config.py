@@ -1,0 +1,70 @@
+"""The quantization of a checkpoint of ours, as vLLM asks for it: the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from typing_extensions import override
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
+
+from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest
+from qwen3_ascend.vllm.linears import head_method, linear_method, plain_method
+from qwen3_ascend.vllm.names import PLUGIN
+
+
+class StoredConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not there when types are checked
+    """Gives each linear the method that computes with its stored form.
+
+    vLLM's names of modules are the manifest's, since both fuse q, k, v and gate, up.
+    """
+
+    quant_description: Mapping[str, str] = {}
+    """Types of tensors, as vllm-ascend looks for norms with biases among them; ours have none."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__()
+        self.manifest = manifest
+
+    @override
+    def get_name(self) -> str:
+        return PLUGIN
+
+    @override
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """float32 on a CPU only: npu_quant_matmul answers in half precision."""
+        on_cpu = current_platform.device_type == "cpu"
+        return [torch.bfloat16, torch.float32] if on_cpu else [torch.bfloat16]
+
+    @classmethod
+    @override
+    def get_min_capability(cls) -> int:
+        """Of a GPU; neither an NPU nor a CPU has one."""
+        return 0
+
+    @staticmethod
+    @override
+    def get_config_filenames() -> list[str]:
+        return [MANIFEST_NAME]
+
+    @classmethod
+    @override
+    def from_config(cls, config: dict[str, Any]) -> StoredConfig:
+        """Of the manifest as JSON; CheckpointError if it was changed."""
+        return cls(Manifest.from_json(config))
+
+    @override
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """The method of a linear or an output projection; None leaves the engine's own."""
+        entry, platform = self.manifest.linears.get(prefix), current_platform.device_type
+        if isinstance(layer, ParallelLMHead):
+            return None if entry is None else head_method(entry, prefix, platform)
+        if isinstance(layer, LinearBase):
+            return (
+                plain_method(platform) if entry is None else linear_method(entry, prefix, platform)
+            )
+        return None

@@ -1,0 +1,183 @@
+"""Stored linears on vllm-ascend: its own schemes, whose weights are the checkpoint's bytes.
+
+Everything that vllm-ascend does with a linear of its own, such as fusing a norm with the
+quantization that follows, capturing and replaying graphs or dividing it among groups of its own, it
+does with these as well: only where the weight comes from, and that nothing is cast, is different.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
+from vllm_ascend.quantization.method_adapters import AscendLinearMethod
+from vllm_ascend.quantization.methods import AscendW8A8DynamicLinearMethod
+from vllm_ascend.utils import AscendDeviceType, get_ascend_device_type
+
+from qwen3_ascend.checkpoint.linear import Linear
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
+from qwen3_ascend.errors import DeviceError
+from qwen3_ascend.runtime.backends.npu.formats import empty_packed, fill_packed, upload_packed
+from qwen3_ascend.runtime.backends.npu.linears import load_linear
+from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant
+from qwen3_ascend.runtime.backends.npu.transfers import Transfers
+from qwen3_ascend.vllm.linears import check_shape, refuse_weights
+
+Copy = Callable[[Tensor, Tensor], None]
+"""Takes a device tensor and the bytes for its storage; see transfers.Transfers."""
+
+
+class StoredInt8Scheme(AscendW8A8DynamicLinearMethod):  # type: ignore[misc]
+    """vllm-ascend's dynamic w8a8, with the weight in FRACTAL_NZ from the beginning."""
+
+    @override
+    def get_weight(
+        self, input_size: int, output_size: int, params_dtype: torch.dtype
+    ) -> dict[str, Any]:
+        layout = ASCEND_A2_A3.layouts[W8A8.name]
+        return {"weight": empty_packed(torch.int8, layout, output_size, input_size)}
+
+    @override
+    def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Any]:
+        """In the form that vllm-ascend gives them after loading."""
+        names = ("weight_scale", "weight_offset")
+        return {name: torch.zeros(output_size, dtype=params_dtype) for name in names}
+
+    @override
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Nothing is transposed and nothing cast; fused operators want the scale in float32."""
+        layer.weight_scale_fp32 = layer.weight_scale.data.float()
+
+
+class Int8Method(AscendLinearMethod):  # type: ignore[misc]
+    """A w8a8 linear of a layer."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(StoredInt8Scheme())
+        self.name = name
+
+    @override
+    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
+        super().create_weights(layer, *sizes, **{**attributes, "weight_loader": refuse_weights})
+        layer.stored_is_there = False
+
+    def take(self, layer: Any, linear: Linear, copy: Copy) -> None:
+        """See StoredMethod. Scales are bf16 on vllm-ascend, whatever made a checkpoint; those that
+        the converter chooses are exact in it."""
+        inputs, outputs = layer.weight.shape
+        check_shape(self.name, linear, (outputs, inputs))
+        _fill(layer, linear, copy)
+        layer.weight_scale.data.copy_(linear.tensors["scale"].to(layer.weight_scale.dtype))
+
+
+class FloatMethod(AscendUnquantizedLinearMethod):  # type: ignore[misc]
+    """A bf16 linear of a layer, in FRACTAL_NZ as vllm-ascend has it with VLLM_ASCEND_ENABLE_NZ=2."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @override
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        layout, outputs = ASCEND_A2_A3.layouts[BF16.name], sum(output_partition_sizes)
+        weight = empty_packed(torch.bfloat16, layout, outputs, input_size_per_partition)
+        layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+        layer.weight.weight_loader = refuse_weights
+        layer.stored_is_there = False
+
+    def take(self, layer: Any, linear: Linear, copy: Copy) -> None:
+        """See StoredMethod."""
+        check_shape(self.name, linear, tuple(layer.weight.shape))
+        _fill(layer, linear, copy)
+
+    @override
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Nothing is cast."""
+
+
+class Int8HeadMethod(LinearMethodBase):  # type: ignore[misc]
+    """A w8a8 output projection: in parts, since one kernel does not take a whole vocabulary."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @override
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Notes the shape only: the parts are made as they are loaded."""
+        layer.stored_shape = (sum(output_partition_sizes), input_size_per_partition)
+        layer.stored_is_there = False
+
+    def take(self, layer: Any, linear: Linear, copy: Copy) -> None:
+        """See StoredMethod."""
+        check_shape(self.name, linear, layer.stored_shape)
+        if layer.stored_is_there:
+            refuse_weights()
+        layer.stored_product = load_linear(linear, functools.partial(upload_packed, copy=copy))
+        layer.stored_is_there = True
+
+    @override
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits bfloat16 [T, N]."""
+        logits: Tensor = layer.stored_product(dynamic_quant(x))
+        return logits
+
+
+def _fill(layer: Any, linear: Linear, copy: Copy) -> None:
+    """Weight and bias of a layer, once."""
+    if layer.stored_is_there:
+        refuse_weights()
+    fill_packed(layer.weight.data, linear.weight, copy)
+    if linear.bias is not None:
+        layer.bias.data.copy_(linear.bias)
+    layer.stored_is_there = True
+
+
+PLAIN = AscendUnquantizedLinearMethod
+
+LINEARS: dict[type[Scheme], Any] = {BF16: FloatMethod, W8A8: Int8Method}
+HEADS: dict[type[Scheme], Any] = {W8A8: Int8HeadMethod}
+
+
+def check_device() -> None:
+    """DeviceError if vllm-ascend was built for another chip than checkpoints are laid out for."""
+    device = get_ascend_device_type()
+    if device not in (AscendDeviceType.A2, AscendDeviceType.A3):
+        raise DeviceError(
+            f"this vllm-ascend is for {device.name.strip('_')}, and the checkpoint is laid out for "
+            f"{ASCEND_A2_A3.chips}"
+        )
+
+
+@contextmanager
+def copying() -> Iterator[Copy]:
+    """Copies through pinned memory, and waits for them at the end."""
+    transfers = Transfers()
+    try:
+        yield transfers.copy
+    finally:
+        transfers.finish()

@@ -1,0 +1,114 @@
+"""Stored linears on vLLM's CPU backend: exact integer products, and the engine's own for floats."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
+
+from qwen3_ascend.checkpoint.linear import Linear
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme
+from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
+from qwen3_ascend.runtime.backends.base import QuantizedActivation
+from qwen3_ascend.runtime.backends.cpu.linears import LINEARS as PRODUCTS
+from qwen3_ascend.vllm.linears import check_shape, refuse_weights
+
+
+class ExactMethod(LinearMethodBase):  # type: ignore[misc]
+    """An integer linear, by this project's own exact product.
+
+    vLLM's int8 kernel saturates on processors without VNNI: it is off by 20 % for extreme codes.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @override
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Notes shape and type only: the product keeps the codes in a form of its own."""
+        layer.stored_shape = (sum(output_partition_sizes), input_size_per_partition)
+        layer.stored_dtype, layer.stored_product = params_dtype, None
+        # As attention layers do: so the operator below finds its layer within a compiled graph.
+        get_current_vllm_config().compilation_config.static_forward_context[self.name] = layer
+
+    def take(self, layer: Any, linear: Linear, copy: None) -> None:
+        """See StoredMethod."""
+        check_shape(self.name, linear, layer.stored_shape)
+        if layer.stored_product is not None:
+            refuse_weights()
+        layer.stored_product = PRODUCTS[type(linear.scheme)](linear, layer.stored_dtype)
+
+    @override
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product [*, N] of x [*, K]; the stored linear has its bias, if this rank adds it."""
+        if torch.compiler.is_compiling():
+            return stored_linear(x, self.name, layer.stored_shape[0])
+        return product_of(layer, x)
+
+
+def product_of(layer: Any, x: Tensor) -> Tensor:
+    """The product of a filled layer."""
+    codes, scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
+    y: Tensor = layer.stored_product(QuantizedActivation(codes, scale))
+    return y.view(*x.shape[:-1], -1)
+
+
+@torch.library.custom_op("qwen3_ascend::stored_linear", mutates_args=())
+def stored_linear(x: Tensor, name: str, outputs: int) -> Tensor:
+    """What a compiled graph calls, as its compiler cannot see into the exact product."""
+    return product_of(get_forward_context().no_compile_layers[name], x)
+
+
+@stored_linear.register_fake
+def _(x: Tensor, name: str, outputs: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+class FloatMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+    """A linear of floats, decoded into the engine's plain weight, which it packs as it likes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @override
+    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
+        super().create_weights(layer, *sizes, **{**attributes, "weight_loader": refuse_weights})
+        layer.stored_is_there = False
+
+    def take(self, layer: Any, linear: Linear, copy: None) -> None:
+        """See StoredMethod."""
+        check_shape(self.name, linear, tuple(layer.weight.shape))
+        if layer.stored_is_there:
+            refuse_weights()
+        layer.weight.data.copy_(linear.dequantize())
+        layer.stored_is_there = True
+
+
+PLAIN = UnquantizedLinearMethod
+
+LINEARS: dict[type[Scheme], Any] = {BF16: FloatMethod, W8A8: ExactMethod}
+HEADS: dict[type[Scheme], Any] = {W8A8: ExactMethod}
+
+
+def check_device() -> None:
+    """Every processor will do."""
+
+
+def copying() -> AbstractContextManager[None]:
+    """Nothing: memory is where it is."""
+    return nullcontext()

@@ -1,0 +1,123 @@
+"""Whether a model that vLLM was given is a checkpoint of ours, and what vLLM does with it then.
+
+Everything that headers and options tell is checked here, in the process that the user has started,
+before any engine runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from vllm import envs
+from vllm.platforms import current_platform
+
+from qwen3_ascend.checkpoint.companions import CONFIG_NAME
+from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME
+from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.errors import CheckpointError, OptionError, UserError
+from qwen3_ascend.vllm.linears import check_platform
+from qwen3_ascend.vllm.names import PLUGIN
+from qwen3_ascend.vllm.one_line import say_in_one_line
+from qwen3_ascend.vllm.shares import check_shares
+
+TIED = "tie_word_embeddings"
+
+
+def settle(arguments: Any) -> None:
+    """Sets what vLLM needs to know of a checkpoint of ours; leaves any other model alone.
+
+    Args:
+        arguments: vLLM's EngineArgs, which are changed.
+
+    Raises:
+        UserError: if the checkpoint is not whole, or an option asks for what it cannot do.
+    """
+    folder = _checkpoint_of(arguments)
+    if folder is None:
+        return
+    with say_in_one_line():
+        _settle(arguments, folder)
+
+
+def _settle(arguments: Any, folder: Path) -> None:
+    check_platform(current_platform.device_type)
+    _check_options(arguments)
+    reader = CheckpointReader(folder)
+    check_shares(reader.manifest, arguments.tensor_parallel_size)
+    if str(folder) != arguments.model:
+        arguments.served_model_name = arguments.served_model_name or arguments.model
+        arguments.model, arguments.revision = str(folder), None
+    arguments.quantization = arguments.load_format = PLUGIN
+    stated = json.loads((folder / CONFIG_NAME).read_text()).get(TIED, True)
+    if stated != reader.config.tie_word_embeddings:
+        # A head that differs from the embedding is stored although config.json ties the two.
+        arguments.hf_overrides = {**_overrides(arguments), TIED: reader.config.tie_word_embeddings}
+
+
+def _checkpoint_of(arguments: Any) -> Path | None:
+    """The folder of a checkpoint of ours, downloaded if it is on a hub; None for other models."""
+    folder = Path(arguments.model)
+    if folder.is_dir():
+        return folder if (folder / MANIFEST_NAME).is_file() else None
+    try:
+        return _from_hub(arguments)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a hub may answer about somebody else's model
+        logging.getLogger("vllm.qwen3_ascend").debug("%s: %s", arguments.model, error)
+        return None
+
+
+def _from_hub(arguments: Any) -> Path | None:
+    """Downloads all of a checkpoint once, before engines and their workers want parts of it."""
+    if envs.VLLM_USE_MODELSCOPE:
+        return None
+    name, revision = arguments.model, arguments.revision
+    token = arguments.hf_token if isinstance(arguments.hf_token, str) else None
+    if not huggingface_hub.file_exists(name, MANIFEST_NAME, revision=revision, token=token):
+        return None
+    with say_in_one_line():
+        try:
+            found = huggingface_hub.snapshot_download(
+                name, revision=revision, token=token, cache_dir=arguments.download_dir
+            )
+        except (OSError, ValueError) as error:
+            line = " ".join(str(error).split())
+            raise CheckpointError(f"{name} cannot be downloaded: {line}") from error
+    return Path(found)
+
+
+def _check_options(arguments: Any) -> None:
+    """Refuses what vLLM would do to weights that these cannot bear."""
+    for option, taken in (("quantization", {None}), ("load_format", {"auto"})):
+        value = getattr(arguments, option)
+        if value not in taken | {PLUGIN}:
+            flag = f"--{option.replace('_', '-')}"
+            raise OptionError(
+                f"{flag} {value} is not for a checkpoint of qwen3-ascend, which is quantized and "
+                f"laid out already; leave {flag} out"
+            )
+    if arguments.enable_lora:
+        raise OptionError(
+            "--enable-lora: adapters are not supported on a checkpoint of qwen3-ascend; merge the "
+            "adapter into its base model, convert the result and serve that"
+        )
+    if arguments.enable_sleep_mode:
+        raise OptionError(
+            "--enable-sleep-mode: weights in FRACTAL_NZ cannot be put to sleep and loaded again; "
+            "leave the option out, or stop the engine and start it anew"
+        )
+
+
+def _overrides(arguments: Any) -> dict[str, Any]:
+    given = arguments.hf_overrides or {}
+    if not isinstance(given, dict):
+        raise OptionError(
+            "hf_overrides must be a dictionary: this checkpoint stores a head of its own, and vLLM "
+            "has to be told"
+        )
+    return given

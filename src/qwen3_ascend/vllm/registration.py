@@ -1,0 +1,38 @@
+"""Where vLLM is told: its registries, and the step in which it decides what a model is.
+
+vLLM has no hook that asks plugins whether a folder is theirs. Formats that left its tree wrap
+EngineArgs.create_model_config for that (vllm-gguf-plugin, vllm-bnb-plugin), and so do we.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.model_loader import register_model_loader
+
+from qwen3_ascend.vllm.config import StoredConfig
+from qwen3_ascend.vllm.loader import StoredLoader
+from qwen3_ascend.vllm.names import PLUGIN
+from qwen3_ascend.vllm.recognition import settle
+
+MARK = "_knows_qwen3_ascend"
+
+
+def install() -> None:
+    """Registers loader and linears, and has every model looked at; once in a process."""
+    if hasattr(EngineArgs, MARK):
+        return
+    register_quantization_config(PLUGIN)(StoredConfig)
+    register_model_loader(PLUGIN)(StoredLoader)
+    original = EngineArgs.create_model_config
+
+    @wraps(original)
+    def create_model_config(self: Any, *args: Any, **keywords: Any) -> Any:
+        settle(self)
+        return original(self, *args, **keywords)
+
+    EngineArgs.create_model_config = create_model_config
+    setattr(EngineArgs, MARK, True)
