@@ -44,9 +44,10 @@ def shard(
         return linear
     if cut == "outputs":
         starts = [sum(parts[:index]) for index in range(len(parts))]
+        shares = shares or [world] * len(parts)
         spans = [
             _span(start, part, rank * share // world, share)
-            for start, part, share in zip(starts, parts, shares or [world] * len(parts), strict=True)
+            for start, part, share in zip(starts, parts, shares, strict=True)
         ]
         return linear.narrow(cut, spans)
     share = linear.narrow(cut, [_span(0, linear.shape[-1], rank, world)])

@@ -79,7 +79,7 @@ class Int8Method(AscendLinearMethod):  # type: ignore[misc]
 
 
 class FloatMethod(AscendUnquantizedLinearMethod):  # type: ignore[misc]
-    """A bf16 linear of a layer, in FRACTAL_NZ as vllm-ascend has it with VLLM_ASCEND_ENABLE_NZ=2."""
+    """A bf16 linear of a layer, in FRACTAL_NZ as with VLLM_ASCEND_ENABLE_NZ=2."""
 
     def __init__(self, name: str) -> None:
         self.name = name
