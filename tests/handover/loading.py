@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import time
 from collections import Counter, defaultdict
@@ -21,11 +20,10 @@ def record(folder: str) -> None:
     from vllm.distributed import get_tensor_model_parallel_rank
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-    if hasattr(BaseModelLoader.load_model, "__wrapped__"):
-        return
     load_model = BaseModelLoader.load_model
+    if load_model.__module__ == __name__:
+        return
 
-    @functools.wraps(load_model)
     def recorded(loader: Any, *args: Any, **named: Any) -> torch.nn.Module:
         torch.npu.empty_cache()
         ascend_sim.reset_trace()
