@@ -12,6 +12,7 @@ import atexit
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import cann, faults, raw, runtime, tensors, trace
 from .limits import Refused, soc
@@ -78,6 +79,7 @@ def install() -> None:
     aclnn.install()
     aclop.install()
     atb.install()
+    sys.path.append(str(Path(__file__).parent / "site"))  # pyACL, where set_env.sh would put it
     _installed = True
     atexit.register(_stop)
     if os.environ.get("ASCEND_SIM_DEVICES") != "0":

@@ -46,7 +46,12 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.sim_device_bytes.restype = lib.sim_device_peak.restype = ctypes.c_size_t
     lib.sim_free_counter.restype = ctypes.POINTER(ctypes.c_uint64)
     lib.sim_is_device.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-    lib.sim_launch.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64)
+    lib.sim_launch.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+    )
     lib.sim_register_operator.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int)
     lib.sim_plan_needs.argtypes = (ctypes.c_int64, ctypes.c_int64)
     lib.sim_poison_reused.argtypes = (ctypes.c_void_p,)
@@ -126,13 +131,13 @@ def poison_reused_memory() -> None:
     library.sim_poison_reused(allocator)
 
 
-def launch(name: str, run: Callable[[], None]) -> int:
+def launch(name: str, run: Callable[[], None], hidden_copies: int = 0) -> int:
     """Puts a kernel on the current stream, for doors that are not ACL calls."""
     import torch
 
     stream = torch.npu.current_stream().npu_stream  # also empties torch_npu's own task queue
     number = add_kernel(run)
-    error = library.sim_launch(stream, name.encode(), number)
+    error = library.sim_launch(stream, name.encode(), number, hidden_copies)
     if error:
         raise RuntimeError(f"{name}: {library.aclGetRecentErrMsg().decode()} (error {error})")
     return number

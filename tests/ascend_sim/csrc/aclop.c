@@ -88,7 +88,7 @@ API aclError aclopCompileAndExecute(const char *name, int inputs,
     if (kernel <= 0)
         return sim_fail(ACL_ERROR_OP_NOT_FOUND, "aclop %s has no stand-in kernel in the simulator",
                         name);
-    return sim_launch(stream, name, kernel);
+    return sim_launch(stream, name, kernel, 0);
 }
 API aclError aclopCompileAndExecuteV2(const char *name, int inputs,
                                       aclTensorDesc *input_descriptions[],

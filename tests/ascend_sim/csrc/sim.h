@@ -174,7 +174,7 @@ void sim_give_streams(int count);
 int sim_forbidden_in_capture(const char *what);
 int sim_advance_replay(Task *task, int (*run)(Stream *, Task *), Stream *stream);
 int sim_capture_task(Stream *stream, Task *task); /* 1 = the task went into a capture */
-API int sim_launch(void *stream, const char *name, int64_t kernel);
+API int sim_launch(void *stream, const char *name, int64_t kernel, int64_t hidden_copies);
 
 /* What Python says of a kernel besides its number, before it is launched. */
 typedef struct {

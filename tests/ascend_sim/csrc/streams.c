@@ -210,8 +210,9 @@ int sim_submit(Stream *stream, Task *task) {
     return 0;
 }
 
-API int sim_launch(void *handle, const char *name, int64_t kernel) {
-    return sim_launch_plan(handle, name, (Plan){.kernel = kernel}, NULL);
+API int sim_launch(void *handle, const char *name, int64_t kernel, int64_t hidden_copies) {
+    Plan plan = {.kernel = kernel, .hidden_copies = hidden_copies};
+    return sim_launch_plan(handle, name, plan, NULL);
 }
 
 int sim_launch_plan(void *handle, const char *name, Plan plan, void *workspace) {

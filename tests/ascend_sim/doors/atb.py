@@ -3,6 +3,10 @@
 ATB is a C++ class interface, so its operators are replaced one level higher: at the dispatcher,
 as kernels of torch.ops.atb.  A stand-in has the two phases of the aclnn door; device tensors
 arrive as DeviceTensor, host tensors as a copy taken at the call, because ATB reads them then.
+
+op-plugin makes every input contiguous before ATB sees it (ParamSetter::Input in AtbCommon.cpp), so a
+strided input is no error: it costs a copy, which the trace tells.  What an operator writes goes to
+ATB as it is: a stand-in has to refuse strides there.
 """
 
 from __future__ import annotations
@@ -32,6 +36,12 @@ def _argument(value: object) -> object:
     return tensors.of(value) if value.device.type == "npu" else value.detach().clone()
 
 
+def _copies(arguments: list[object]) -> int:
+    """Unlike an aclnn operator, op-plugin copies a transposed view too."""
+    layouts = [each.layout for each in arguments if isinstance(each, tensors.DeviceTensor)]
+    return sum(not each.contiguous for each in layouts)
+
+
 def _kernel(name: str, plan: Plan) -> Callable[..., torch.Tensor | None]:
     def call(*values: object, **named: object) -> torch.Tensor | None:
         faults.require_atb()
@@ -40,7 +50,8 @@ def _kernel(name: str, plan: Plan) -> Callable[..., torch.Tensor | None]:
         outcome = plan(*arguments, **{key: _argument(value) for key, value in named.items()})
         if isinstance(outcome, torch.Tensor):
             return outcome  # a question about workspace, answered without a launch
-        trace.note(runtime.launch(name, outcome), "atb", name, arguments)
+        copies = _copies(arguments)
+        trace.note(runtime.launch(name, outcome, copies), "atb", name, arguments, copies)
         return None
 
     return call

@@ -143,6 +143,7 @@ table(
         "aclnnBitwiseAndScalar": torch.bitwise_and,
     },
 )
+table("a:S b:T out:T", {"aclnnPowScalarTensor": torch.pow})
 in_place("a:T b:T", {"aclnnInplaceMul": torch.mul, "aclnnInplaceDiv": torch.div})
 in_place("a:T b:S", {"aclnnInplaceMuls": torch.mul, "aclnnInplaceDivs": torch.div})
 table("x:T low:S high:S out:T", {"aclnnClamp": torch.clamp})
@@ -179,10 +180,18 @@ in_place(
 )
 
 # --------------------------------------------------------------------------------- indexing
+def scatter(
+    x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, reduce: int
+) -> torch.Tensor:
+    require(reduce == 0, "scatter", "only replacing is simulated, neither sums nor products")
+    return torch.scatter(x, dim, index.long(), source)
+
+
 table("condition:T a:T b:T out:T", {"aclnnSWhere": torch.where})
 in_place("x:T mask:T value:S", {"aclnnInplaceMaskedFillScalar": torch.masked_fill})
 in_place("x:T dim:i index:T source:T", {"aclnnInplaceIndexCopy": torch.index_copy})
 in_place("x:T mask:T value:T", {"aclnnInplaceMaskedFillTensor": torch.masked_fill})
+in_place("x:T dim:i index:T source:T reduce:i", {"aclnnInplaceScatter": scatter})
 table(
     "x:T dim:i index:T out:T",
     {

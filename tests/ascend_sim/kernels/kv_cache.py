@@ -136,7 +136,7 @@ def check_reshape_and_cache(rows: Layout, cache_layout: Layout, slots: Layout) -
     require(rows.dims == 3, operator, "rows must have 3 dims [tokens, heads, head_size]")
     require_dtype(operator, "slot_indices", slots, (torch.int32,))
     require_shape(operator, "slot_indices", slots, rows.size[:1])
-    require_contiguous(operator, rows=rows, cache=cache_layout, slot_indices=slots)
+    require_contiguous(operator, cache=cache_layout)
     require_nd(operator, cache=cache_layout)
     fits = cache_layout.dims == 4 and cache_layout.size[2:] == rows.size[1:]
     rule = f"the cache {cache_layout.size} must be [blocks, block_size, heads, head_size]"

@@ -1,4 +1,5 @@
-"""Matrix products: mm, matmul, bmm, linear, with ND and NZ weights, and npu_quant_matmul."""
+"""Matrix products: mm, matmul, bmm, linear, with ND and NZ weights, npu_quant_matmul,
+and _npu_matmul_add_fp32 (ATB)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,17 @@ import torch
 
 from .. import nz
 from ..doors.aclnn import aclnn
-from ..limits import is_310p, is_a2_or_a3, require, require_contiguous, require_dtype
+from ..doors.atb import atb
+from ..limits import (
+    is_310p,
+    is_a2_or_a3,
+    require,
+    require_a2_or_a3,
+    require_contiguous,
+    require_dtype,
+    require_nd,
+    require_shape,
+)
 from ..tensors import DeviceTensor, Layout
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -232,3 +243,25 @@ def quant_matmul_v4(
     nothing = (None, None, offset, None)
     transposed = (transpose_x, transpose_weight)
     return quant_matmul(x, weight, token, channel, *nothing, bias, *transposed, 0, out)
+
+
+# ------------------------------------------------------------------------- _npu_matmul_add_fp32
+@cache
+def check_matmul_add(x: Layout, weight: Layout, total: Layout) -> None:
+    operator = "_npu_matmul_add_fp32"
+    require_a2_or_a3(operator)
+    require_dtype(operator, "x", x, (torch.float16, torch.bfloat16))
+    require(weight.dtype is x.dtype, operator, "x and weight must have one dtype")
+    require_dtype(operator, "C", total, (torch.float32,))
+    fits = x.dims == weight.dims == 2 and x.size[0] == weight.size[0]
+    require(fits, operator, f"x {x.size} and weight {weight.size} must be matrices of equal rows")
+    require_shape(operator, "C", total, (x.size[1], weight.size[1]))
+    require_contiguous(operator, C=total)  # what it writes is not copied back
+    require_nd(operator, x=x, weight=weight, C=total)
+
+
+@atb("_npu_matmul_add_fp32")
+def matmul_add(x: DeviceTensor, weight: DeviceTensor, total: DeviceTensor) -> Callable[[], None]:
+    """C + x.T @ weight, in place: LinearParam with transposeA and enAccum."""
+    check_matmul_add(x.layout, weight.layout, total.layout)
+    return lambda: total.write(total.read() + x.read().float().mT @ weight.read().float())

@@ -56,14 +56,7 @@ def check_layouts(
     require(rows, OPERATOR, f"block_table {table.size} must have one row per token ({tokens})")
     require_shape(OPERATOR, "out", out, query.size)
     require(out.dtype is query.dtype, OPERATOR, "out must have the dtype of query")
-    require_contiguous(
-        OPERATOR,
-        query=query,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        block_table=table,
-        out=out,
-    )
+    require_contiguous(OPERATOR, out=out)
 
 
 def check_lengths(lengths: object, tokens: int, capacity: int) -> list[int]:

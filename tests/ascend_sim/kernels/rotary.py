@@ -1,4 +1,4 @@
-"""npu_rotary_mul and npu_apply_rotary_pos_emb."""
+"""npu_rotary_mul, npu_apply_rotary_pos_emb and _npu_rotary_embedding (ATB)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import torch
 
 from .. import cann
 from ..doors.aclnn import aclnn
-from ..limits import is_310p, is_a2_or_a3, require, require_dtype, require_nd, require_shape
+from ..doors.atb import atb
+from ..limits import (
+    is_310p,
+    is_a2_or_a3,
+    require,
+    require_contiguous,
+    require_dtype,
+    require_nd,
+    require_shape,
+)
 from ..tensors import DeviceTensor, Layout
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -146,5 +155,77 @@ def apply_rotary_pos_emb(
         for target in (query, key):  # in place, as on A2 and A3
             values = target.read().float()
             target.write(values * cosine + rotate_half(values) * sine)
+
+    return run
+
+
+# ------------------------------------------------------------------------ _npu_rotary_embedding
+@cache
+def check_embedding(
+    positions: Layout, query: Layout, key: Layout, head_size: int, table: Layout
+) -> None:
+    operator = "_npu_rotary_embedding"
+    require(is_a2_or_a3() or is_310p(), operator, "ATB is simulated for A2, A3 and 310P only")
+    require_dtype(operator, "positions", positions, (torch.int32, torch.int64))
+    for name, rows in (("query", query), ("key", key)):
+        require_dtype(operator, name, rows, (torch.float16, torch.bfloat16))
+        require(rows.dims == 2, operator, f"{name} must be [tokens, heads * head_size]")
+        whole = rows.size[0] == positions.elements and rows.size[1] % head_size == 0
+        rule = f"{name} {rows.size} must be ({positions.elements}, heads * {head_size})"
+        require(whole, operator, rule)
+    require_dtype(operator, "cos_sin_cache", table, (query.dtype, torch.float32))
+    fits = table.dims == 2 and table.size[1] == head_size
+    require(fits, operator, f"cos_sin_cache {table.size} must be [positions, {head_size}]")
+    require_contiguous(operator, query=query, key=key)  # what it writes is not copied back
+    require_nd(operator, query=query, key=key, cos_sin_cache=table)
+
+
+class FirstTable:
+    """op-plugin takes cosines and sines from the table of the first call and never looks at a later
+    one (InitializeCosSinCache in RopeAtb.cpp).  So rows that differ from the first are refused."""
+
+    def __init__(self) -> None:
+        self.values: torch.Tensor | None = None
+
+    def rows(self, table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if self.values is None:
+            self.values = table.clone()
+        kept = self.values[positions] if len(self.values) == len(table) else None
+        rule = "cos_sin_cache differs from that of the first call, which stays in use"
+        same = kept is not None and torch.equal(kept, table[positions])
+        require(same, "_npu_rotary_embedding", rule)
+        return table[positions]
+
+
+FIRST_TABLE = FirstTable()
+
+
+def spread(table: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [tokens, 1, head_size] of rows whose halves are those of half a head."""
+    cos, sin = table.float()[:, None].chunk(2, -1)
+    if interleaved:
+        return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+    return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+
+
+@atb("_npu_rotary_embedding")
+def rotary_embedding(
+    positions: DeviceTensor,
+    query: DeviceTensor,
+    key: DeviceTensor,
+    head_size: int,
+    table: DeviceTensor,
+    neox: bool,
+) -> Callable[[], None]:
+    """In place.  One launch here; op-plugin gathers the rows of both tables with two more."""
+    check_embedding(positions.layout, query.layout, key.layout, head_size, table.layout)
+    rotate = rotate_half if neox else rotate_interleaved
+
+    def run() -> None:
+        rows = FIRST_TABLE.rows(table.read(), positions.read().long().flatten())
+        cos, sin = spread(rows, interleaved=not neox)
+        for target in (query, key):
+            values = target.read().float().view(len(rows), -1, head_size)
+            target.write((values * cos + rotate(values) * sin).flatten(1))
 
     return run

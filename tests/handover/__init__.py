@@ -1,0 +1,1 @@
+"""Checkpoints handed over to the engines that people run."""

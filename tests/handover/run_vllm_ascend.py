@@ -1,0 +1,135 @@
+"""Runs real vllm-ascend on the simulated device and writes what came of it as JSON.
+
+    export PYTHONPATH=$PWD/tests/handover/site:$PWD/tests/ascend_sim/site:$PWD/tests
+    .venv-vllm-ascend/bin/python -m handover.run_vllm_ascend MODEL FOLDER
+        [--graphs] [--engine '{"max_model_len": 512}'] [--tokens 24] [--prompts prompts.json]
+
+MODEL is a folder that vLLM serves. FOLDER gets `answers.json` (the engine, prompts, tokens and
+log-probabilities) and, for each rank, `loading-RANK.json` (see loading.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "ASCEND_SIM_EVERYWHERE": "1",
+    "ASCEND_SIM_THEN": "handover.torchvision_schemas",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # torch would load torch_npu before the stand-ins
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "OMP_NUM_THREADS": "1",
+}
+# vLLM 0.23.0 is older than torch 2.13, whose caches of compiled graphs it cannot write.
+WITHOUT_CACHES = {
+    "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
+    "VLLM_USE_AOT_COMPILE": "0",
+}
+ENGINE: dict[str, Any] = {
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "dtype": "bfloat16",
+    "enforce_eager": True,
+    "enable_prefix_caching": False,
+    "kv_cache_memory_bytes": 64 << 20,  # by itself it takes what is free, and the simulator fills that
+    "disable_log_stats": True,
+}
+# Only decoding is captured, as vllm-ascend does it by default for dense models. The two passes need
+# Triton and a CANN's graph engine.
+GRAPHS: dict[str, Any] = {
+    "enforce_eager": False,
+    "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [4, 8]},
+    "additional_config": {
+        "ascend_compilation_config": {"fuse_qknorm_rope": False, "enable_npugraph_ex": False}
+    },
+}
+PROMPTS = ["What does river mean?", "Tell me of the sea.", "Who lives in the old house?", "Why?"]
+
+
+def main() -> None:
+    options = parse()
+    environment = {
+        **ENVIRONMENT,
+        **(WITHOUT_CACHES if options.graphs else {}),
+        "HANDOVER_LOADING": str(options.folder),
+    }
+    if options.engine.get("tensor_parallel_size", 1) == 1:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if any(os.environ.get(name) != value for name, value in environment.items()):
+        os.environ.update(environment)  # the simulator starts with Python, so start again
+        os.execv(sys.executable, [sys.executable, "-m", "handover.run_vllm_ascend", *sys.argv[1:]])
+    options.folder.mkdir(parents=True, exist_ok=True)
+    report = run(options)
+    (options.folder / "answers.json").write_text(json.dumps(report, indent=1))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--graphs", action="store_true", help="capture decoding in ACL graphs")
+    parser.add_argument("--engine", type=json.loads, default={}, help="arguments of LLM, as JSON")
+    parser.add_argument("--tokens", type=int, default=24, help="greedy tokens for each prompt")
+    parser.add_argument("--prompts", type=Path, help="a JSON list of texts or of lists of tokens")
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Greedy answers with the log-probability of each token."""
+    from vllm import LLM, SamplingParams
+
+    import ascend_sim
+    from ascend_sim import trace
+    from handover.loading import work
+
+    arguments = {**ENGINE, **(GRAPHS if options.graphs else {}), **options.engine}
+    started = time.perf_counter()
+    engine = LLM(str(options.model), **arguments)
+    ready = time.perf_counter()
+    ascend_sim.reset_trace()
+    prompts = json.loads(options.prompts.read_text()) if options.prompts else PROMPTS
+    asked = [tokens_of(engine, prompt) for prompt in prompts]
+    sampling = SamplingParams(temperature=0, max_tokens=options.tokens, logprobs=0)
+    answers = engine.generate(asked, sampling)
+    return {
+        "engine": {key: str(value) for key, value in arguments.items()},
+        "start_seconds": round(ready - started, 1),
+        "generate_seconds": round(time.perf_counter() - ready, 1),
+        "replays": len(trace.replays()),
+        "generation": work(trace.read()),
+        "answers": [answer(each) for each in answers],
+    }
+
+
+def tokens_of(engine: Any, prompt: str | list[int]) -> dict[str, list[int]]:
+    """A text is what a user says, in the model's chat template."""
+    if isinstance(prompt, str):
+        said = [{"role": "user", "content": prompt}]
+        text = engine.get_tokenizer().apply_chat_template(
+            said, add_generation_prompt=True, tokenize=False
+        )
+        prompt = engine.get_tokenizer().encode(text, add_special_tokens=False)
+    return {"prompt_token_ids": prompt}
+
+
+def answer(output: Any) -> dict[str, Any]:
+    completion = output.outputs[0]
+    chosen = zip(completion.token_ids, completion.logprobs, strict=True)
+    return {
+        "prompt": list(output.prompt_token_ids),
+        "tokens": list(completion.token_ids),
+        "logprobs": [step[token].logprob for token, step in chosen],
+        "text": completion.text,
+    }
+
+
+if __name__ == "__main__":
+    main()
