@@ -82,6 +82,7 @@ class FloatMethod(AscendUnquantizedLinearMethod):  # type: ignore[misc]
     """A bf16 linear of a layer, in FRACTAL_NZ as with VLLM_ASCEND_ENABLE_NZ=2."""
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name = name
 
     @override

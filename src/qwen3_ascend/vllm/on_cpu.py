@@ -83,6 +83,7 @@ class FloatMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     """A linear of floats, decoded into the engine's plain weight, which it packs as it likes."""
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name = name
 
     @override
