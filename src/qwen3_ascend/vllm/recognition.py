@@ -21,7 +21,7 @@ from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.errors import CheckpointError, OptionError, UserError
 from qwen3_ascend.vllm.linears import check_platform
 from qwen3_ascend.vllm.names import PLUGIN
-from qwen3_ascend.vllm.one_line import say_in_one_line
+from qwen3_ascend.vllm.one_line import end_in_one_line, say_in_one_line
 from qwen3_ascend.vllm.shares import check_shares
 
 TIED = "tie_word_embeddings"
@@ -39,6 +39,7 @@ def settle(arguments: Any) -> None:
     folder = _checkpoint_of(arguments)
     if folder is None:
         return
+    end_in_one_line()
     with say_in_one_line():
         _settle(arguments, folder)
 
@@ -80,14 +81,14 @@ def _from_hub(arguments: Any) -> Path | None:
     token = arguments.hf_token if isinstance(arguments.hf_token, str) else None
     if not huggingface_hub.file_exists(name, MANIFEST_NAME, revision=revision, token=token):
         return None
-    with say_in_one_line():
-        try:
-            found = huggingface_hub.snapshot_download(
-                name, revision=revision, token=token, cache_dir=arguments.download_dir
-            )
-        except (OSError, ValueError) as error:
-            line = " ".join(str(error).split())
-            raise CheckpointError(f"{name} cannot be downloaded: {line}") from error
+    end_in_one_line()
+    try:
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision, token=token, cache_dir=arguments.download_dir
+        )
+    except (OSError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise CheckpointError(f"{name} cannot be downloaded: {line}") from error
     return Path(found)
 
 
