@@ -34,7 +34,9 @@ class SlotMapping:
     """
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def run(tokens: int, places: int, starts: torch.Tensor, *rest: Any, **constants: Any) -> None:
+        def run(
+            tokens: int, places: int, starts: torch.Tensor, *rest: Any, **constants: Any
+        ) -> None:
             self._run(grid[0] - 1, tokens, places, starts, *rest, **constants)
 
         return run

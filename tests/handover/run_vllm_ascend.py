@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from handover.asking import answer, sampling, tokens_of
+
 ENVIRONMENT = {
     "ASCEND_SIM_EVERYWHERE": "1",
     "ASCEND_SIM_THEN": "handover.torchvision_schemas",
@@ -39,7 +41,8 @@ ENGINE: dict[str, Any] = {
     "dtype": "bfloat16",
     "enforce_eager": True,
     "enable_prefix_caching": False,
-    "kv_cache_memory_bytes": 64 << 20,  # by itself it takes what is free, and the simulator fills that
+    "kv_cache_memory_bytes": 64
+    << 20,  # by itself it takes what is free, and the simulator fills that
     "disable_log_stats": True,
 }
 # Only decoding is captured, as vllm-ascend does it by default for dense models. The two passes need
@@ -79,12 +82,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--engine", type=json.loads, default={}, help="arguments of LLM, as JSON")
     parser.add_argument("--tokens", type=int, default=24, help="greedy tokens for each prompt")
     parser.add_argument("--prompts", type=Path, help="a JSON list of texts or of lists of tokens")
+    parser.add_argument("--prompt-logprobs", action="store_true", help="of each prompt's tokens")
     return parser.parse_args()
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Greedy answers with the log-probability of each token."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     import ascend_sim
     from ascend_sim import trace
@@ -97,8 +101,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     ascend_sim.reset_trace()
     prompts = json.loads(options.prompts.read_text()) if options.prompts else PROMPTS
     asked = [tokens_of(engine, prompt) for prompt in prompts]
-    sampling = SamplingParams(temperature=0, max_tokens=options.tokens, logprobs=0)
-    answers = engine.generate(asked, sampling)
+    answers = engine.generate(asked, sampling(options.tokens, options.prompt_logprobs))
     return {
         "engine": {key: str(value) for key, value in arguments.items()},
         "start_seconds": round(ready - started, 1),
@@ -106,28 +109,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "replays": len(trace.replays()),
         "generation": work(trace.read()),
         "answers": [answer(each) for each in answers],
-    }
-
-
-def tokens_of(engine: Any, prompt: str | list[int]) -> dict[str, list[int]]:
-    """A text is what a user says, in the model's chat template."""
-    if isinstance(prompt, str):
-        said = [{"role": "user", "content": prompt}]
-        text = engine.get_tokenizer().apply_chat_template(
-            said, add_generation_prompt=True, tokenize=False
-        )
-        prompt = engine.get_tokenizer().encode(text, add_special_tokens=False)
-    return {"prompt_token_ids": prompt}
-
-
-def answer(output: Any) -> dict[str, Any]:
-    completion = output.outputs[0]
-    chosen = zip(completion.token_ids, completion.logprobs, strict=True)
-    return {
-        "prompt": list(output.prompt_token_ids),
-        "tokens": list(completion.token_ids),
-        "logprobs": [step[token].logprob for token, step in chosen],
-        "text": completion.text,
     }
 
 

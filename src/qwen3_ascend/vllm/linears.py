@@ -70,6 +70,19 @@ def check_shape(name: str, linear: Linear, shape: tuple[int, int]) -> None:
         )
 
 
+def fill_bias(layer: Any, linear: Linear, dtype: torch.dtype) -> None:
+    """Gives a layer the bias of its rank's part as `stored_bias`, None if the rank adds none.
+
+    It is added whatever the engine passes along: vLLM's Qwen3 has no place for one in o_proj, where
+    transformers' has one. The engine's own parameter, if there is one, has the same values.
+    """
+    bias = getattr(layer, "bias", None)
+    if bias is not None:
+        bias.data.copy_(torch.zeros_like(bias) if linear.bias is None else linear.bias)
+    stored = None if linear.bias is None else linear.bias.to(layer.weight.device, dtype)
+    layer.register_buffer("stored_bias", stored, persistent=False)
+
+
 def refuse_weights(*arguments: object) -> None:
     """Stands as the weight loader of parameters that hold packed bytes."""
     raise CheckpointError(

@@ -29,7 +29,7 @@ from qwen3_ascend.runtime.backends.npu.formats import empty_packed, fill_packed,
 from qwen3_ascend.runtime.backends.npu.linears import load_linear
 from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant
 from qwen3_ascend.runtime.backends.npu.transfers import Transfers
-from qwen3_ascend.vllm.linears import check_shape, refuse_weights
+from qwen3_ascend.vllm.linears import check_shape, fill_bias, refuse_weights
 
 Copy = Callable[[Tensor, Tensor], None]
 """Takes a device tensor and the bytes for its storage; see transfers.Transfers."""
@@ -77,6 +77,12 @@ class Int8Method(AscendLinearMethod):  # type: ignore[misc]
         _fill(layer, linear, copy)
         layer.weight_scale.data.copy_(linear.tensors["scale"].to(layer.weight_scale.dtype))
 
+    @override
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product [T, N] of x [T, K]; the bias is the stored one."""
+        product: Tensor = super().apply(layer, x, layer.stored_bias)
+        return product
+
 
 class FloatMethod(AscendUnquantizedLinearMethod):  # type: ignore[misc]
     """A bf16 linear of a layer, in FRACTAL_NZ as with VLLM_ASCEND_ENABLE_NZ=2."""
@@ -110,6 +116,12 @@ class FloatMethod(AscendUnquantizedLinearMethod):  # type: ignore[misc]
     @override
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Nothing is cast."""
+
+    @override
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product [T, N] of x [T, K]; the bias is the stored one."""
+        product: Tensor = super().apply(layer, x, layer.stored_bias)
+        return product
 
 
 class Int8HeadMethod(LinearMethodBase):  # type: ignore[misc]
@@ -153,8 +165,7 @@ def _fill(layer: Any, linear: Linear, copy: Copy) -> None:
     if layer.stored_is_there:
         refuse_weights()
     fill_packed(layer.weight.data, linear.weight, copy)
-    if linear.bias is not None:
-        layer.bias.data.copy_(linear.bias)
+    fill_bias(layer, linear, torch.bfloat16)
     layer.stored_is_there = True
 
 

@@ -17,7 +17,7 @@ from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.runtime.backends.base import QuantizedActivation
 from qwen3_ascend.runtime.backends.cpu.linears import LINEARS as PRODUCTS
-from qwen3_ascend.vllm.linears import check_shape, refuse_weights
+from qwen3_ascend.vllm.linears import check_shape, fill_bias, refuse_weights
 
 
 class ExactMethod(LinearMethodBase):  # type: ignore[misc]
@@ -96,8 +96,15 @@ class FloatMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         check_shape(self.name, linear, tuple(layer.weight.shape))
         if layer.stored_is_there:
             refuse_weights()
+        fill_bias(layer, linear, layer.weight.dtype)
         layer.weight.data.copy_(linear.dequantize())
         layer.stored_is_there = True
+
+    @override
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product [*, N] of x [*, K]; the bias is the stored one."""
+        product: Tensor = super().apply(layer, x, layer.stored_bias)
+        return product
 
 
 PLAIN = UnquantizedLinearMethod

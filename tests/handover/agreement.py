@@ -1,0 +1,113 @@
+"""How far an engine's answers are from what this project's own runtime computes of the same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from handover.engines import Answer
+from torch import Tensor
+
+from qwen3_ascend import load
+from qwen3_ascend.checkpoint.architecture import EMBEDDING
+from qwen3_ascend.checkpoint.checked import CheckedWeights
+from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.runtime import backends
+from qwen3_ascend.runtime.engine.assembly import make_engine
+from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of greedy answers, each token being judged after the engine's own earlier tokens.
+
+    Attributes:
+        tokens: that were chosen.
+        gaps: of the tokens that our runtime would not have chosen: how much less likely it holds
+            them than its own choice, in nats.
+        difference: mean absolute difference of the log-probabilities of prompt tokens, in nats.
+        perplexity: of the prompts by the engine.
+        own_perplexity: by our runtime.
+    """
+
+    tokens: int
+    gaps: tuple[float, ...]
+    difference: float
+    perplexity: float
+    own_perplexity: float
+
+    @property
+    def share(self) -> float:
+        """Tokens that both choose, of all."""
+        return 1 - len(self.gaps) / self.tokens
+
+
+def agreement(checkpoint: Path, answers: Sequence[Answer]) -> Agreement:
+    """Computes every sequence again in float32, teacher-forced."""
+    runtime = load(checkpoint, device="cpu", dtype="float32")
+    gaps: list[float] = []
+    engine: list[float] = []
+    own: list[float] = []
+    for answer in answers:
+        logits = runtime.logits([*answer.prompt, *answer.tokens]).log_softmax(-1)
+        for place, token in enumerate(answer.tokens, start=len(answer.prompt) - 1):
+            row = logits[place]
+            if int(row.argmax()) != token:
+                gaps.append(float(row.max() - row[token]))
+        engine += answer.prompt_logprobs
+        own += _of_prompt(logits, answer.prompt)
+    return Agreement(
+        tokens=sum(len(answer.tokens) for answer in answers),
+        gaps=tuple(gaps),
+        difference=_mean_difference(engine, own),
+        perplexity=math.exp(-sum(engine) / len(engine)),
+        own_perplexity=math.exp(-sum(own) / len(own)),
+    )
+
+
+def rounding_noise(checkpoint: Path, prompts: Sequence[Sequence[int]]) -> float:
+    """How far our runtime is from itself if its inputs differ in their last bit: the mean absolute
+    difference of the log-probabilities of prompt tokens, in nats.
+
+    An activation that lies between two codes falls to either side of it, and the next layers see a
+    step of 1/127. No engine that sums in an order of its own can be nearer than this.
+    """
+    with CheckedWeights(CheckpointReader(checkpoint)) as weights:
+        backend = backends.get(weights.config, DeviceOptions("cpu", "float32"))
+        moved = make_engine(Nudged(weights), backend, EngineOptions(), lambda *_: None)
+    runtime = load(checkpoint, device="cpu", dtype="float32")
+    one: list[float] = []
+    other: list[float] = []
+    for prompt in prompts:
+        one += _of_prompt(runtime.logits(prompt).log_softmax(-1), prompt)
+        other += _of_prompt(torch.cat([*moved.score(prompt)]).log_softmax(-1), prompt)
+    return _mean_difference(one, other)
+
+
+class Nudged:
+    """Weights whose embedding is multiplied by one plus a unit in the last place, or minus one."""
+
+    def __init__(self, weights: CheckedWeights) -> None:
+        self._weights, self.config, self.linear = weights, weights.config, weights.linear
+
+    def tensor(self, name: str) -> Tensor:
+        """See CheckedWeights."""
+        tensor = self._weights.tensor(name)
+        if name != f"{EMBEDDING}.weight":
+            return tensor
+        signs = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(0))
+        return tensor.float() * (1 + (2 * signs - 1) * torch.finfo(torch.float32).eps)
+
+
+def _of_prompt(logprobs: Tensor, prompt: Sequence[int]) -> list[float]:
+    """Of each token of a prompt but its first."""
+    following = torch.tensor([*prompt[1:]])[:, None]
+    found: list[float] = logprobs[: len(prompt) - 1].gather(1, following)[:, 0].tolist()
+    return found
+
+
+def _mean_difference(one: Sequence[float], other: Sequence[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)

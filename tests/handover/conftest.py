@@ -1,0 +1,70 @@
+"""Checkpoints, prompts and engines that the tests of this folder share. `make handover` runs them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from handover.engines import Engines
+from support.tiny_models import DATA
+
+from qwen3_ascend import ConvertOptions, convert_checkpoint
+from qwen3_ascend.runtime.tokenizer import load_tokenizer
+
+NAMES = ("VLLM_CPU", "VLLM_ASCEND", "CLIENTS", "PLUGIN")
+WORDS = (
+    "river bicycle house oxygen create mountain love table computer king water run happy justice "
+    "tree planet music book dog war"
+).split()
+EXCERPTS, EXCERPT_STEP, EXCERPT_TOKENS = 20, 200, 128
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """Engines in the environments that `make handover` has made."""
+    missing = [name for name in NAMES if f"HANDOVER_{name}" not in os.environ]
+    if missing:
+        pytest.fail(f"run these tests with: make handover ({', '.join(missing)} are not there)")
+    places = [Path(os.environ[f"HANDOVER_{name}"]) for name in NAMES]
+    return Engines(*places, tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """20 questions and 20 excerpts of a text that the model has not seen, as token ids."""
+    tokenizer = load_tokenizer(DATA)
+    asked = [
+        tokenizer.encode(
+            tokenizer.render([{"role": "user", "content": f"What does {word} mean?"}]),
+            add_special_tokens=False,
+        )
+        for word in WORDS
+    ]
+    text = tokenizer.encode((DATA / "heldout.txt").read_text(), add_special_tokens=False)
+    starts = range(0, EXCERPTS * EXCERPT_STEP, EXCERPT_STEP)
+    return asked + [text[start : start + EXCERPT_TOKENS] for start in starts]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with the default recipe."""
+    return converted(tmp_path_factory, "w8a8")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of_floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in bf16."""
+    return converted(tmp_path_factory, "bf16")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, whose head is quantized and therefore apart from the embedding."""
+    return converted(tmp_path_factory, "w8a8-head")
+
+
+def converted(factory: pytest.TempPathFactory, recipe: str) -> Path:
+    output = factory.mktemp("checkpoints") / recipe
+    convert_checkpoint(DATA, output, recipe, ConvertOptions())
+    return output

@@ -1,0 +1,83 @@
+"""Real vLLM's CPU backend serves a checkpoint as it lies, with this project's exact arithmetic.
+
+Activations are quantized as they come, so the last bit of a sum may move a code. How far that takes
+our runtime from itself is measured here too, and an engine is held against it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from handover.agreement import Agreement, agreement, rounding_noise
+from handover.engines import Engines
+
+NEAR_TIE = 0.1
+"""Nats at most between two tokens of which the last bit of a sum may choose either."""
+
+NOISE = 1.5
+"""Times the rounding noise of our own runtime, at most."""
+
+PERPLEXITY = 0.002
+"""Relative difference at most."""
+
+
+def check(found: Agreement, share: float) -> None:
+    """Holds an engine against our runtime; `share` of the greedy tokens at least are equal."""
+    print(found)
+    assert found.share >= share
+    assert max(found.gaps, default=0) <= NEAR_TIE
+    assert found.perplexity == pytest.approx(found.own_perplexity, rel=PERPLEXITY)
+
+
+def test_answers_are_those_of_our_runtime(
+    engines: Engines, prompts: list[list[int]], checkpoint: Path
+) -> None:
+    found = agreement(checkpoint, engines.on_cpu(checkpoint, prompts).answers)
+    check(found, share=0.995)
+    assert found.difference <= NOISE * rounding_noise(checkpoint, prompts)
+
+
+def test_floats_are_computed_alike(
+    engines: Engines, prompts: list[list[int]], checkpoint_of_floats: Path
+) -> None:
+    found = agreement(
+        checkpoint_of_floats, engines.on_cpu(checkpoint_of_floats, prompts[::4]).answers
+    )
+    check(found, share=1.0)
+    assert found.difference <= 1e-5
+
+
+def test_a_quantized_head_is_computed_with(
+    engines: Engines, prompts: list[list[int]], checkpoint_with_head: Path
+) -> None:
+    """config.json ties the head to the embedding; the manifest, which counts, does not."""
+    few = prompts[::2]
+    found = agreement(checkpoint_with_head, engines.on_cpu(checkpoint_with_head, few).answers)
+    check(found, share=0.985)  # one more product whose codes may move, just before the choice
+    assert found.difference <= NOISE * rounding_noise(checkpoint_with_head, few)
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 4},  # two ranks for each key/value head
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    ],
+    ids=["tp2", "tp4", "tp2pp2"],
+)
+def test_ranks_together_answer_as_one(
+    engines: Engines, prompts: list[list[int]], checkpoint: Path, ranks: dict[str, int]
+) -> None:
+    """Where inputs are divided, each rank quantizes its part of a row with a scale of its own."""
+    report = engines.on_cpu(checkpoint, prompts[::4], 32, **ranks)
+    check(agreement(checkpoint, report.answers), share=0.985)
+
+
+def test_a_compiled_graph_answers_the_same(
+    engines: Engines, prompts: list[list[int]], checkpoint_with_head: Path
+) -> None:
+    """As `vllm serve` does unless it is told: torch.compile, which cannot see into our product."""
+    report = engines.on_cpu(checkpoint_with_head, prompts[::8], 32, enforce_eager=False)
+    check(agreement(checkpoint_with_head, report.answers), share=0.985)

