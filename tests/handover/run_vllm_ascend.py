@@ -26,6 +26,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "VLLM_HOST_IP": "127.0.0.1",
 }
 # vLLM 0.23.0 is older than torch 2.13, whose caches of compiled graphs it cannot write.
 WITHOUT_CACHES = {
@@ -61,7 +63,9 @@ def main() -> None:
         **(WITHOUT_CACHES if options.graphs else {}),
         "HANDOVER_LOADING": str(options.folder),
     }
-    if options.engine.get("tensor_parallel_size", 1) == 1:
+    ranks = options.engine.get("tensor_parallel_size", 1)
+    environment["ASCEND_SIM_DEVICES"] = str(ranks)
+    if ranks == 1:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if any(os.environ.get(name) != value for name, value in environment.items()):
         os.environ.update(environment)  # the simulator starts with Python, so start again
