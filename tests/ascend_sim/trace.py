@@ -25,11 +25,13 @@ class Kind(IntEnum):
     REPLAY = 4
     UPDATE = 5
     SYNC = 6
+    COLLECTIVE = 7
 
 
 @dataclass(frozen=True)
 class TraceEntry:
-    """One event.  `bytes`, `source`, `destination` belong to copies and prefetches; `graph` and
+    """One event.  `bytes` belongs to copies, prefetches and collectives (what this rank sends),
+    `source` and `destination` to copies and prefetches; `graph` and
     `launches` (how many kernels the graph holds) to replays and updates."""
 
     kind: Kind
@@ -148,6 +150,11 @@ def replays(entries: Iterable[TraceEntry] | None = None) -> list[TraceEntry]:
 
 def synchronizations(entries: Iterable[TraceEntry] | None = None) -> list[TraceEntry]:
     return [entry for entry in _or_all(entries) if entry.kind is Kind.SYNC]
+
+
+def collectives(entries: Iterable[TraceEntry] | None = None) -> list[TraceEntry]:
+    """Meetings with other processes, in the order they were issued; not those of replays."""
+    return [entry for entry in _or_all(entries) if entry.kind is Kind.COLLECTIVE]
 
 
 def fallbacks(entries: Iterable[TraceEntry] | None = None) -> list[TraceEntry]:

@@ -23,7 +23,7 @@ def apply() -> None:
     vllm_ascend.utils.enable_custom_op()
     block_table._compute_slot_mapping_kernel = SlotMapping()
     if os.environ.get("HANDOVER_LOADING"):
-        from handover.loading import record
+        from handover.device_work import record
 
         record(os.environ["HANDOVER_LOADING"])
 

@@ -4,8 +4,9 @@
     .venv-vllm-ascend/bin/python -m handover.run_vllm_ascend MODEL FOLDER
         [--graphs] [--engine '{"max_model_len": 512}'] [--tokens 24] [--prompts prompts.json]
 
-MODEL is a folder that vLLM serves. FOLDER gets `answers.json` (the engine, prompts, tokens and
-log-probabilities) and, for each rank, `loading-RANK.json` (see loading.py).
+MODEL is a folder that vLLM serves. FOLDER gets `answers.json` (the engine, prompts, tokens, log-
+probabilities, and what each rank's device did) and, for each rank, `loading-RANK.json` (see
+device_work.py). With '{"tensor_parallel_size": 2}' two workers have a simulated device each.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # workers are sent functions that read their trace
 }
 # vLLM 0.23.0 is older than torch 2.13, whose caches of compiled graphs it cannot write.
 WITHOUT_CACHES = {
@@ -64,7 +68,9 @@ def main() -> None:
         **(WITHOUT_CACHES if options.graphs else {}),
         "HANDOVER_LOADING": str(options.folder),
     }
-    if options.engine.get("tensor_parallel_size", 1) == 1:
+    ranks = options.engine.get("tensor_parallel_size", 1)
+    environment["ASCEND_SIM_DEVICES"] = str(ranks)
+    if ranks == 1:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if any(os.environ.get(name) != value for name, value in environment.items()):
         os.environ.update(environment)  # the simulator starts with Python, so start again
@@ -90,15 +96,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Greedy answers with the log-probability of each token."""
     from vllm import LLM
 
-    import ascend_sim
-    from ascend_sim import trace
-    from handover.loading import work
+    from handover.device_work import forget, report
 
     arguments = {**ENGINE, **(GRAPHS if options.graphs else {}), **options.engine}
     started = time.perf_counter()
     engine = LLM(str(options.model), **arguments)
     ready = time.perf_counter()
-    ascend_sim.reset_trace()
+    engine.collective_rpc(forget)
     prompts = json.loads(options.prompts.read_text()) if options.prompts else PROMPTS
     asked = [tokens_of(engine, prompt) for prompt in prompts]
     answers = engine.generate(asked, sampling(options.tokens, options.prompt_logprobs))
@@ -106,8 +110,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "engine": {key: str(value) for key, value in arguments.items()},
         "start_seconds": round(ready - started, 1),
         "generate_seconds": round(time.perf_counter() - ready, 1),
-        "replays": len(trace.replays()),
-        "generation": work(trace.read()),
+        "generation": engine.collective_rpc(report),
         "answers": [answer(each) for each in answers],
     }
 

@@ -18,7 +18,14 @@ double sim_now(void) {
     return time.tv_sec + time.tv_nsec * 1e-9;
 }
 
-static uint32_t device_count(void) { return atoi(sim_setting("ASCEND_SIM_DEVICES", "1")); }
+/* A process sees the devices that ASCEND_RT_VISIBLE_DEVICES lists, numbered from 0. */
+static uint32_t device_count(void) {
+    uint32_t present = atoi(sim_setting("ASCEND_SIM_DEVICES", "1")), listed = 1;
+    const char *visible = getenv("ASCEND_RT_VISIBLE_DEVICES");
+    if (!visible || !*visible) return present;
+    for (const char *place = visible; (place = strchr(place, ',')); place++) listed++;
+    return listed < present ? listed : present;
+}
 static int64_t l2_bytes(void) {
     return (int64_t)(atof(sim_setting("ASCEND_SIM_L2_MB", "192")) * (1 << 20));
 }

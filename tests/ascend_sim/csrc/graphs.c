@@ -22,6 +22,7 @@ static void count_task(Model *model, Task *task) {
     model->copies += task->kind == TASK_COPY;
     model->prefetches += task->kind == TASK_NOTHING;
     model->groups += task->kind == TASK_GROUP;
+    model->collectives += task->kind == TASK_COLLECTIVE;
 }
 
 int sim_capture_task(Stream *stream, Task *task) {
@@ -142,7 +143,9 @@ API aclError aclmdlRIExecuteAsync(aclmdlRI handle, aclrtStream on) {
             .kind = LOG_REPLAY, .stream = stream->id, .graph = model->id, .flag = model->kernels,
             .bytes = model->hidden_copies},
         task->name);
-    return sim_submit(stream, task);
+    int error = sim_submit(stream, task);
+    if (!error && model->collectives) sim_peers_await(stream);
+    return error;
 }
 /* The tasks leak on purpose: a replay may still be queued. */
 API aclError aclmdlRIDestroy(aclmdlRI handle) {

@@ -26,16 +26,20 @@ static size_t hbm_bytes(void) {
     return (size_t)(atof(sim_setting("ASCEND_SIM_HBM_GB", "64")) * (1ull << 30));
 }
 
-static Block *find(const void *pointer) {
-    for (Block *block = blocks; block; block = block->next)
+/* A copy of the block, because another thread may free it; all zeros when there is none. */
+static Block find(const void *pointer) {
+    Block found = {0};
+    pthread_mutex_lock(&sim_lock);
+    for (Block *block = blocks; block && !found.start; block = block->next)
         if ((char *)pointer >= block->start && (char *)pointer < block->start + block->bytes)
-            return block;
-    return NULL;
+            found = *block;
+    pthread_mutex_unlock(&sim_lock);
+    return found;
 }
 
 API int sim_is_device(const void *pointer, size_t bytes) {
-    Block *block = find(pointer);
-    return block && block->on_device && (char *)pointer + bytes <= block->start + block->bytes;
+    Block block = find(pointer);
+    return block.on_device && (char *)pointer + bytes <= block.start + block.bytes;
 }
 
 enum { POISON = 0x7FFD };
@@ -66,7 +70,7 @@ static int allocate(void **out, size_t bytes, int on_device) {
 }
 
 static int release(void *start) {
-    sim_run_everything(); /* queued tasks may still name this block */
+    sim_settle(); /* queued tasks may still name this block */
     pthread_mutex_lock(&sim_lock);
     for (Block **link = &blocks; *link; link = &(*link)->next) {
         if ((*link)->start != start) continue;
@@ -101,11 +105,11 @@ API aclError aclrtGetMemInfo(aclrtMemAttr which, size_t *unused, size_t *total) 
     return 0;
 }
 API aclError aclrtPointerGetAttributes(const void *pointer, aclrtPtrAttributes *attributes) {
-    Block *block = find(pointer);
+    Block block = find(pointer);
     memset(attributes, 0, sizeof *attributes);
-    attributes->location.type = !block             ? ACL_MEM_LOCATION_TYPE_UNREGISTERED
-                                : block->on_device ? ACL_MEM_LOCATION_TYPE_DEVICE
-                                                   : ACL_MEM_LOCATION_TYPE_HOST;
+    attributes->location.type = !block.start      ? ACL_MEM_LOCATION_TYPE_UNREGISTERED
+                                : block.on_device ? ACL_MEM_LOCATION_TYPE_DEVICE
+                                                  : ACL_MEM_LOCATION_TYPE_HOST;
     return 0;
 }
 
@@ -154,8 +158,7 @@ static int check_copy(void *destination, size_t room, const void *source, size_t
     }
     if (bytes > room)
         return sim_fail(ACL_ERROR_INVALID_PARAM, "copy of %zu bytes into %zu", bytes, room);
-    Block *to = find(destination), *from = find(source);
-    int to_device = to && to->on_device, from_device = from && from->on_device;
+    int to_device = find(destination).on_device, from_device = find(source).on_device;
     int wrong = kind == ACL_MEMCPY_HOST_TO_DEVICE     ? !to_device || from_device
                 : kind == ACL_MEMCPY_DEVICE_TO_HOST   ? to_device || !from_device
                 : kind == ACL_MEMCPY_DEVICE_TO_DEVICE ? !to_device || !from_device
@@ -199,7 +202,7 @@ API aclError aclrtMemcpyAsync(void *destination, size_t room, const void *source
     if (error) return error;
     Stream *stream = sim_stream(handle);
     const void *host = kind == ACL_MEMCPY_HOST_TO_DEVICE ? source : destination;
-    int pageable = kind != ACL_MEMCPY_DEVICE_TO_DEVICE && !find(host);
+    int pageable = kind != ACL_MEMCPY_DEVICE_TO_DEVICE && !find(host).start;
     if (stream->capture && pageable)
         return sim_fail(ACL_ERROR_RT_CAPTURE_MODE_NOT_SUPPORT,
                         "copy from or to pageable host memory in a capture");

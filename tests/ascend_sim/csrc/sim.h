@@ -6,7 +6,8 @@
  *
  * Where each part lives: memory.c (blocks, copies), streams.c (streams, execution), events.c,
  * graphs.c (capture, replay, updates), tensors.c (aclTensor and the two-phase operators),
- * aclop.c (the older operator door), device.c (start-up, properties), log.c (what happened).
+ * aclop.c (the older operator door), hccl.c (collectives), device.c (start-up, properties), log.c
+ * (what happened).
  */
 #ifndef ASCEND_SIM_H
 #define ASCEND_SIM_H
@@ -30,6 +31,7 @@ typedef struct Event Event;
 typedef struct Model Model;
 typedef struct Group Group;
 typedef struct Replay Replay;
+typedef struct Collective Collective;
 
 /* ---------------------------------------------------------------- tasks */
 typedef enum {
@@ -47,6 +49,7 @@ typedef enum {
     TASK_REPLAY, /* run a captured model */
     TASK_GROUP,  /* inside a model: run an updatable group of tasks */
     TASK_UPDATE, /* replace the tasks of such a group */
+    TASK_COLLECTIVE, /* meet other processes */
 } TaskKind;
 
 typedef struct Task {
@@ -70,6 +73,7 @@ typedef struct Task {
     Group *group;
     struct Task *replacement; /* TASK_UPDATE: the new tasks of the group */
     Replay *replay;
+    Collective *collective;
 } Task;
 
 typedef struct {
@@ -82,6 +86,7 @@ struct Stream {
     int id;
     TaskList pending;
     uint64_t issued, done;
+    uint64_t awaited_by_peers; /* the last task that is a collective or a replay with one, as a count */
     int running;
     pthread_t runner;
     int error;
@@ -112,7 +117,7 @@ struct Group {
 struct Model {
     uint32_t id;
     TaskList tasks;
-    int64_t kernels, hidden_copies, copies, prefetches, groups;
+    int64_t kernels, hidden_copies, copies, prefetches, groups, collectives;
     int streams; /* of the device, taken until the model is destroyed */
     Stream *origin;
     int capturing;
@@ -133,7 +138,8 @@ typedef enum {
     LOG_PREFETCH,
     LOG_REPLAY,
     LOG_UPDATE,
-    LOG_SYNC
+    LOG_SYNC,
+    LOG_COLLECTIVE
 } LogKind;
 
 typedef struct { /* read by trace.py with the struct format "=8q2Q64s" */
@@ -165,6 +171,10 @@ int sim_submit(Stream *stream, Task *task);
 int sim_drain(Stream *stream, uint64_t until);
 int sim_synchronize(Stream *stream);
 void sim_run_everything(void);
+void sim_settle(void); /* runs everything and waits for the peers that it needs */
+int sim_waits_for_peers(void);
+int sim_run_collective(Task *task);
+void sim_peers_await(Stream *stream); /* the last task of the stream needs or serves other processes */
 int sim_nothing_is_queued(void);
 int sim_lost(void); /* the error of a device that hung, for every call after it; 0 = it works */
 void sim_poison(void *start, size_t bytes);

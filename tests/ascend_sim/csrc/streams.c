@@ -50,6 +50,7 @@ void sim_free_tasks(Task *first) {
     while (first) {
         Task *next = first->next;
         if (first->kind == TASK_KERNEL && sim_drop_kernel) sim_drop_kernel(first->kernel);
+        free(first->collective);
         free(first);
         first = next;
     }
@@ -110,6 +111,7 @@ static int run(Stream *stream, Task *task) {
     case TASK_VALUE_WRITE: *(uint64_t *)task->destination = task->bytes; return 0;
     case TASK_UPDATE: apply_update(task); return 0;
     case TASK_REPLAY: return sim_advance_replay(task, run, stream);
+    case TASK_COLLECTIVE: return sim_run_collective(task);
     case TASK_GROUP: return sim_fail(ACL_ERROR_RT_INTERNAL_ERROR, "a task group outside a replay");
     }
     return 0;
@@ -144,6 +146,7 @@ int sim_drain(Stream *stream, uint64_t until) {
         stream->done++;
         pthread_mutex_unlock(&sim_lock);
         free(task->replay);
+        free(task->collective);
         free(task);
     }
 }
@@ -175,13 +178,35 @@ static int busy_elsewhere(Stream *stream) {
     return stream->running && !pthread_equal(stream->runner, pthread_self());
 }
 
+static int anything_busy_elsewhere(void) {
+    for (Stream *stream = sim_streams; stream; stream = stream->next)
+        if (busy_elsewhere(stream)) return 1;
+    return 0;
+}
+
+enum { PATIENCE = 200000, NAP = 50 }; /* ten seconds; collectives have a patience of their own */
+
+/* Naps while another thread or another process can bring the work on; 0 = nobody can. */
+static int somebody_works(int *naps) {
+    if (!sim_waits_for_peers() && (!anything_busy_elsewhere() || ++*naps > PATIENCE)) return 0;
+    usleep(NAP);
+    return 1;
+}
+
+void sim_settle(void) {
+    int naps = 0;
+    do sim_run_everything();
+    while (sim_waits_for_peers() && somebody_works(&naps));
+}
+
 int sim_synchronize(Stream *stream) {
+    int naps = 0;
     if (sim_lost()) return sim_lost();
     sim_drain(stream, stream->issued);
     if (stream->done < stream->issued) sim_run_everything();
-    for (int i = 0; stream->done < stream->issued && busy_elsewhere(stream) && i < 200000; i++) {
-        usleep(50);
+    while (stream->done < stream->issued && somebody_works(&naps)) {
         sim_drain(stream, stream->issued);
+        if (!sim_waits_for_peers()) sim_run_everything();
     }
     if (stream->done < stream->issued) {
         lost = ACL_ERROR_RT_STREAM_SYNC_TIMEOUT;
@@ -333,9 +358,9 @@ API void sim_abandon_pending(void) {
     for (Stream *stream = sim_streams; stream; stream = stream->next) {
         pthread_mutex_lock(&sim_lock);
         /* A task that torch_npu's queue thread is just running is that thread's to free. */
-        for (int i = 0; busy_elsewhere(stream) && i < 200000; i++) {
+        for (int i = 0; busy_elsewhere(stream) && i < PATIENCE; i++) {
             pthread_mutex_unlock(&sim_lock);
-            usleep(50);
+            usleep(NAP);
             pthread_mutex_lock(&sim_lock);
         }
         Task *task = stream->pending.head;

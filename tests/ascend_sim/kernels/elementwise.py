@@ -55,6 +55,10 @@ def scaled_sub(a: torch.Tensor, b: torch.Tensor | float, alpha: float) -> torch.
     return torch.sub(a, b, alpha=alpha)
 
 
+def constant_pad(x: torch.Tensor, pad: list[int], value: float) -> torch.Tensor:
+    return torch.nn.functional.pad(x, pad, value=value)
+
+
 # ------------------------------------------------------------------------- copies and fills
 @aclnn("aclnnInplaceCopy", "target:T source:T")
 def copy(target: DeviceTensor, source: DeviceTensor) -> Run:
@@ -94,6 +98,7 @@ table(
         "aclnnRepeatInterleaveIntWithDim": lambda x, count, dim, _: x.repeat_interleave(count, dim),
     },
 )
+table("x:T pad:I value:S out:T", {"aclnnConstantPadNd": constant_pad})
 in_place("x:T", {"aclnnInplaceZero": torch.zeros_like, "aclnnInplaceOne": torch.ones_like})
 in_place("x:T value:S", {"aclnnInplaceFillScalar": torch.full_like})
 in_place("x:T value:T", {"aclnnInplaceFillTensor": lambda x, value: value.expand_as(x)})

@@ -1,4 +1,4 @@
-"""What loading a model costs on the simulated device, written to a file by each worker."""
+"""What the simulated device does for an engine: asked of the workers, or written by them to a file."""
 
 from __future__ import annotations
 
@@ -58,8 +58,22 @@ def work(entries: list[TraceEntry]) -> dict[str, object]:
         "device_to_device_copies": len(trace.copies("device_to_device", entries)),
         "hidden_copies": trace.hidden_copies(entries),
         "launches": dict(Counter(each.name for each in trace.launches(entries))),
+        "collectives": dict(Counter(each.name for each in trace.collectives(entries))),
+        "replays": len(trace.replays(entries)),
         "fallbacks": [each.name for each in trace.fallbacks(entries)],
     }
+
+
+def forget(_worker: object) -> None:
+    """Empties the trace of the worker that runs it."""
+    torch.npu.synchronize()
+    ascend_sim.reset_trace()
+
+
+def report(_worker: object) -> dict[str, object]:
+    """What the device of the worker that runs it did since."""
+    torch.npu.synchronize()
+    return work(trace.read())
 
 
 def parameters(model: torch.nn.Module, uploads: Iterable[TraceEntry]) -> dict[str, object]:
