@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, canonical_blake3, manifest_text
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 
 
@@ -41,3 +45,12 @@ def flip_a_byte(folder: Path, name: str) -> None:
     file = folder / reader.manifest.stored()[name].file
     slot = reader._files[file.name].header.slots[name]
     flip(file, (slot.start + slot.stop) // 2)
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the manifest of a checkpoint, and makes its own hash fit."""
+    path = folder / MANIFEST_NAME
+    body = json.loads(path.read_text())
+    del body["manifest_blake3"]
+    change(body)
+    path.write_text(manifest_text({**body, "manifest_blake3": canonical_blake3(body)}))

@@ -1,0 +1,82 @@
+"""Real vllm-ascend and real torch_npu, on a simulated device, serve a checkpoint as it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from handover.agreement import agreement
+from handover.engines import Engines, Report
+
+FRACTAL_NZ = 29
+"""Value of aclFormat in CANN's acl_base.h."""
+
+SHARE, NEAR_TIE = 0.95, 0.25
+"""Of greedy tokens in bf16 against our runtime in float32; and nats between two tokens of which
+bf16 may choose either: its rounding is 2^15 times as coarse."""
+
+
+def linears(loading: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The weights of a rank's linears, with what was copied into each."""
+    return {
+        name: found
+        for name, found in loading["parameters"].items()
+        if name.endswith("_proj.weight")
+    }
+
+
+def check_raw_copies(report: Report) -> None:
+    """No cast, no copy on the device, and each stored byte copied once into FRACTAL_NZ."""
+    for loading in report.loading:
+        assert loading["loader"] == "StoredLoader"
+        assert loading["format_casts"] == loading["device_to_device_copies"] == 0
+        assert loading["hidden_copies"] == 0
+        for name, found in linears(loading).items():
+            assert found["format"] == FRACTAL_NZ, name
+        for name, found in loading["parameters"].items():
+            if name.endswith((".weight", ".weight_scale")):
+                assert found["copied_bytes"] == found["stored_bytes"], name
+
+
+@pytest.mark.parametrize("recipe", ["checkpoint", "checkpoint_of_floats", "checkpoint_with_head"])
+def test_weights_are_copied_once_and_never_cast(
+    engines: Engines, prompts: list[list[int]], recipe: str, request: pytest.FixtureRequest
+) -> None:
+    model: Path = request.getfixturevalue(recipe)
+    report = engines.on_ascend(model, prompts[::5])
+    check_raw_copies(report)
+    found = agreement(model, report.answers)
+    print(found)
+    assert found.share >= SHARE
+    assert max(found.gaps, default=0) <= NEAR_TIE
+    assert found.perplexity == pytest.approx(found.own_perplexity, rel=0.01)
+
+
+def test_graphs_answer_as_eager_does(
+    engines: Engines, prompts: list[list[int]], checkpoint: Path
+) -> None:
+    """Decoding captured in ACL graphs (FULL_DECODE_ONLY) after torch.compile."""
+    eager = engines.on_ascend(checkpoint, prompts[::5])
+    captured = engines.on_ascend(checkpoint, prompts[::5], graphs=True)
+    check_raw_copies(captured)
+    assert all(work["replays"] > 0 for work in captured.data["generation"])
+    assert captured.tokens == eager.tokens
+
+
+def test_two_devices_hold_half_of_each_linear(
+    engines: Engines, prompts: list[list[int]], checkpoint: Path
+) -> None:
+    one = engines.on_ascend(checkpoint, prompts[::5])
+    two = engines.on_ascend(checkpoint, prompts[::5], tensor_parallel_size=2)
+    check_raw_copies(two)
+    assert len(two.loading) == 2
+    for loading in two.loading:
+        for name, found in linears(loading).items():
+            whole = linears(one.loading[0])[name]
+            assert 2 * found["stored_bytes"] == whole["stored_bytes"], name
+    found = agreement(checkpoint, two.answers)
+    print(found)
+    assert found.share >= SHARE
+    assert max(found.gaps, default=0) <= NEAR_TIE
