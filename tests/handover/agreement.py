@@ -1,4 +1,4 @@
-"""How far an engine's answers are from what this project's own runtime computes of the same tokens."""
+"""How far an engine's answers are from what our own runtime computes of the same tokens."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from handover.engines import Answer
 from torch import Tensor
 
-from qwen3_ascend import load
-from qwen3_ascend.checkpoint.architecture import EMBEDDING
-from qwen3_ascend.checkpoint.checked import CheckedWeights
-from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.runtime import backends
-from qwen3_ascend.runtime.engine.assembly import make_engine
-from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
+from handover.engines import Answer
+from handover.own_runtime import OwnRuntime
 
 
 @dataclass(frozen=True)
@@ -45,20 +39,20 @@ class Agreement:
         return 1 - len(self.gaps) / self.tokens
 
 
-def agreement(checkpoint: Path, answers: Sequence[Answer]) -> Agreement:
-    """Computes every sequence again in float32, teacher-forced."""
-    runtime = load(checkpoint, device="cpu", dtype="float32")
+def agreement(checkpoint: Path, answers: Sequence[Answer], ranks: int = 1) -> Agreement:
+    """Computes every sequence again in float32, teacher-forced; `ranks` as in OwnRuntime."""
+    runtime = OwnRuntime(checkpoint, ranks)
     gaps: list[float] = []
     engine: list[float] = []
     own: list[float] = []
     for answer in answers:
-        logits = runtime.logits([*answer.prompt, *answer.tokens]).log_softmax(-1)
+        logprobs = runtime.logprobs([*answer.prompt, *answer.tokens])
         for place, token in enumerate(answer.tokens, start=len(answer.prompt) - 1):
-            row = logits[place]
+            row = logprobs[place]
             if int(row.argmax()) != token:
                 gaps.append(float(row.max() - row[token]))
         engine += answer.prompt_logprobs
-        own += _of_prompt(logits, answer.prompt)
+        own += _of_prompt(logprobs, answer.prompt)
     return Agreement(
         tokens=sum(len(answer.tokens) for answer in answers),
         gaps=tuple(gaps),
@@ -75,31 +69,13 @@ def rounding_noise(checkpoint: Path, prompts: Sequence[Sequence[int]]) -> float:
     An activation that lies between two codes falls to either side of it, and the next layers see a
     step of 1/127. No engine that sums in an order of its own can be nearer than this.
     """
-    with CheckedWeights(CheckpointReader(checkpoint)) as weights:
-        backend = backends.get(weights.config, DeviceOptions("cpu", "float32"))
-        moved = make_engine(Nudged(weights), backend, EngineOptions(), lambda *_: None)
-    runtime = load(checkpoint, device="cpu", dtype="float32")
+    runtime, nudged = OwnRuntime(checkpoint), OwnRuntime(checkpoint, nudged=True)
     one: list[float] = []
     other: list[float] = []
     for prompt in prompts:
-        one += _of_prompt(runtime.logits(prompt).log_softmax(-1), prompt)
-        other += _of_prompt(torch.cat([*moved.score(prompt)]).log_softmax(-1), prompt)
+        one += _of_prompt(runtime.logprobs(prompt), prompt)
+        other += _of_prompt(nudged.logprobs(prompt), prompt)
     return _mean_difference(one, other)
-
-
-class Nudged:
-    """Weights whose embedding is multiplied by one plus a unit in the last place, or minus one."""
-
-    def __init__(self, weights: CheckedWeights) -> None:
-        self._weights, self.config, self.linear = weights, weights.config, weights.linear
-
-    def tensor(self, name: str) -> Tensor:
-        """See CheckedWeights."""
-        tensor = self._weights.tensor(name)
-        if name != f"{EMBEDDING}.weight":
-            return tensor
-        signs = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(0))
-        return tensor.float() * (1 + (2 * signs - 1) * torch.finfo(torch.float32).eps)
 
 
 def _of_prompt(logprobs: Tensor, prompt: Sequence[int]) -> list[float]:

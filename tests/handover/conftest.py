@@ -6,17 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
-from handover.engines import Engines
 from support.tiny_models import DATA
 
+from handover.engines import Engines
 from qwen3_ascend import ConvertOptions, convert_checkpoint
 from qwen3_ascend.runtime.tokenizer import load_tokenizer
 
 NAMES = ("VLLM_CPU", "VLLM_ASCEND", "CLIENTS", "PLUGIN")
-WORDS = (
-    "river bicycle house oxygen create mountain love table computer king water run happy justice "
-    "tree planet music book dog war"
-).split()
+WORDS = ["river", "bicycle", "house", "oxygen", "create", "mountain", "love", "table", "computer", "king", "water", "run", "happy", "justice", "tree", "planet", "music", "book", "dog", "war"]
 EXCERPTS, EXCERPT_STEP, EXCERPT_TOKENS = 20, 200, 128
 
 

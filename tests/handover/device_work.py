@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import ascend_sim
+import torch
 from ascend_sim import TraceEntry, trace
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from handover.agreement import agreement
 from handover.engines import Engines, Report
 

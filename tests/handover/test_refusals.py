@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from handover.engines import Engines, free_port
 from support.folders import flip_a_byte, reseal
+
+from handover.engines import Engines, free_port
 
 SECONDS = 300
 
