@@ -15,13 +15,12 @@ def sampling(tokens: int, prompt_logprobs: bool = False) -> Any:
 
 def tokens_of(engine: Any, prompt: str | list[int]) -> dict[str, list[int]]:
     """A text is what a user says, in the model's chat template."""
-    if isinstance(prompt, str):
-        said = [{"role": "user", "content": prompt}]
-        text = engine.get_tokenizer().apply_chat_template(
-            said, add_generation_prompt=True, tokenize=False
-        )
-        prompt = engine.get_tokenizer().encode(text, add_special_tokens=False)
-    return {"prompt_token_ids": prompt}
+    if not isinstance(prompt, str):
+        return {"prompt_token_ids": prompt}
+    said = [{"role": "user", "content": prompt}]
+    tokenizer = engine.get_tokenizer()
+    text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    return {"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
 
 def answer(output: Any) -> dict[str, Any]:

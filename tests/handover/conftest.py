@@ -1,4 +1,4 @@
-"""Checkpoints, prompts and engines that the tests of this folder share. `make handover` runs them."""
+"""Checkpoints, prompts and engines that these tests share. `make handover` runs them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from qwen3_ascend import ConvertOptions, convert_checkpoint
 from qwen3_ascend.runtime.tokenizer import load_tokenizer
 
 NAMES = ("VLLM_CPU", "VLLM_ASCEND", "CLIENTS", "PLUGIN")
-WORDS = ["river", "bicycle", "house", "oxygen", "create", "mountain", "love", "table", "computer", "king", "water", "run", "happy", "justice", "tree", "planet", "music", "book", "dog", "war"]
+WORDS = (
+    "river", "bicycle", "house", "oxygen", "create", "mountain", "love", "table", "computer",
+    "king", "water", "run", "happy", "justice", "tree", "planet", "music", "book", "dog", "war",
+)  # fmt: skip
 EXCERPTS, EXCERPT_STEP, EXCERPT_TOKENS = 20, 200, 128
 
 
@@ -23,8 +26,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     missing = [name for name in NAMES if f"HANDOVER_{name}" not in os.environ]
     if missing:
         pytest.fail(f"run these tests with: make handover ({', '.join(missing)} are not there)")
-    places = [Path(os.environ[f"HANDOVER_{name}"]) for name in NAMES]
-    return Engines(*places, tmp_path_factory.mktemp("engines"))
+    cpu, ascend, clients, plugin = (Path(os.environ[f"HANDOVER_{name}"]) for name in NAMES)
+    return Engines(cpu, ascend, clients, plugin, tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture(scope="session")

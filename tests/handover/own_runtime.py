@@ -93,7 +93,7 @@ class _SumOfRanks:
     input = Input.FLOAT
 
     def __init__(self, ranks: Sequence[DeviceLinear]) -> None:
-        self._ranks = ranks
+        self._ranks, self.weight = ranks, ranks[0].weight
 
     def __call__(self, x: Activation) -> Tensor:
         parts = as_float(x).chunk(len(self._ranks), dim=-1)

@@ -74,10 +74,10 @@ def test_two_devices_hold_half_of_each_linear(
     check_raw_copies(two)
     assert len(two.loading) == 2
     for loading in two.loading:
-        for name, found in linears(loading).items():
+        for name, half in linears(loading).items():
             whole = linears(one.loading[0])[name]
-            assert 2 * found["stored_bytes"] == whole["stored_bytes"], name
-    found = agreement(checkpoint, two.answers)
+            assert 2 * half["stored_bytes"] == whole["stored_bytes"], name
+    found = agreement(checkpoint, two.answers, ranks=2)
     print(found)
     assert found.share >= SHARE
     assert max(found.gaps, default=0) <= NEAR_TIE

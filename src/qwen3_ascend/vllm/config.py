@@ -17,7 +17,7 @@ from qwen3_ascend.vllm.linears import head_method, linear_method, plain_method
 from qwen3_ascend.vllm.names import PLUGIN
 
 
-class StoredConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not there when types are checked
+class StoredConfig(QuantizationConfig):
     """Gives each linear the method that computes with its stored form.
 
     vLLM's names of modules are the manifest's, since both fuse q, k, v and gate, up.

@@ -30,7 +30,7 @@ from qwen3_ascend.vllm.one_line import say_in_one_line
 from qwen3_ascend.vllm.shares import Rank, Rows, rows_of, share_of
 
 
-class StoredLoader(BaseModelLoader):  # type: ignore[misc]
+class StoredLoader(BaseModelLoader):
     """See the module docstring; vLLM makes the model, and calls this to fill it."""
 
     @override

@@ -35,7 +35,7 @@ Copy = Callable[[Tensor, Tensor], None]
 """Takes a device tensor and the bytes for its storage; see transfers.Transfers."""
 
 
-class StoredInt8Scheme(AscendW8A8DynamicLinearMethod):  # type: ignore[misc]
+class StoredInt8Scheme(AscendW8A8DynamicLinearMethod):
     """vllm-ascend's dynamic w8a8, with the weight in FRACTAL_NZ from the beginning."""
 
     @override
@@ -57,7 +57,7 @@ class StoredInt8Scheme(AscendW8A8DynamicLinearMethod):  # type: ignore[misc]
         layer.weight_scale_fp32 = layer.weight_scale.data.float()
 
 
-class Int8Method(AscendLinearMethod):  # type: ignore[misc]
+class Int8Method(AscendLinearMethod):
     """A w8a8 linear of a layer."""
 
     def __init__(self, name: str) -> None:
@@ -65,7 +65,7 @@ class Int8Method(AscendLinearMethod):  # type: ignore[misc]
         self.name = name
 
     @override
-    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
         super().create_weights(layer, *sizes, **{**attributes, "weight_loader": refuse_weights})
         layer.stored_is_there = False
 
@@ -84,7 +84,7 @@ class Int8Method(AscendLinearMethod):  # type: ignore[misc]
         return product
 
 
-class FloatMethod(AscendUnquantizedLinearMethod):  # type: ignore[misc]
+class FloatMethod(AscendUnquantizedLinearMethod):
     """A bf16 linear of a layer, in FRACTAL_NZ as with VLLM_ASCEND_ENABLE_NZ=2."""
 
     def __init__(self, name: str) -> None:
@@ -94,7 +94,7 @@ class FloatMethod(AscendUnquantizedLinearMethod):  # type: ignore[misc]
     @override
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -124,7 +124,7 @@ class FloatMethod(AscendUnquantizedLinearMethod):  # type: ignore[misc]
         return product
 
 
-class Int8HeadMethod(LinearMethodBase):  # type: ignore[misc]
+class Int8HeadMethod(LinearMethodBase):
     """A w8a8 output projection: in parts, since one kernel does not take a whole vocabulary."""
 
     def __init__(self, name: str) -> None:
@@ -133,7 +133,7 @@ class Int8HeadMethod(LinearMethodBase):  # type: ignore[misc]
     @override
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,

@@ -20,7 +20,7 @@ from qwen3_ascend.runtime.backends.cpu.linears import LINEARS as PRODUCTS
 from qwen3_ascend.vllm.linears import check_shape, fill_bias, refuse_weights
 
 
-class ExactMethod(LinearMethodBase):  # type: ignore[misc]
+class ExactMethod(LinearMethodBase):
     """An integer linear, by this project's own exact product.
 
     vLLM's int8 kernel saturates on processors without VNNI: it is off by 20 % for extreme codes.
@@ -32,7 +32,7 @@ class ExactMethod(LinearMethodBase):  # type: ignore[misc]
     @override
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -79,7 +79,7 @@ def _(x: Tensor, name: str, outputs: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], outputs))
 
 
-class FloatMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+class FloatMethod(UnquantizedLinearMethod):
     """A linear of floats, decoded into the engine's plain weight, which it packs as it likes."""
 
     def __init__(self, name: str) -> None:
@@ -87,7 +87,7 @@ class FloatMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.name = name
 
     @override
-    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
         super().create_weights(layer, *sizes, **{**attributes, "weight_loader": refuse_weights})
         layer.stored_is_there = False
 
