@@ -16,7 +16,7 @@ from ascend_sim import TraceEntry, trace
 
 def record(folder: str) -> None:
     """From now on every load of a model writes `folder`/loading-RANK.json."""
-    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.distributed import get_world_group
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     load_model = BaseModelLoader.load_model
@@ -40,7 +40,7 @@ def record(folder: str) -> None:
             **work(trace.read()),
             "parameters": parameters(model, trace.copies("host_to_device")),
         }
-        rank = get_tensor_model_parallel_rank()
+        rank = get_world_group().rank
         Path(folder, f"loading-{rank}.json").write_text(json.dumps(report, indent=1))
         return model
 

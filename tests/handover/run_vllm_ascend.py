@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -68,7 +69,8 @@ def main() -> None:
         **(WITHOUT_CACHES if options.graphs else {}),
         "HANDOVER_LOADING": str(options.folder),
     }
-    ranks = options.engine.get("tensor_parallel_size", 1)
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+    ranks = math.prod(options.engine.get(size, 1) for size in sizes)
     environment["ASCEND_SIM_DEVICES"] = str(ranks)
     if ranks == 1:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

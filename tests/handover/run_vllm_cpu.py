@@ -4,7 +4,7 @@
     $VLLM_CPU/bin/python -m handover.run_vllm_cpu MODEL FILE
         [--engine '{"tensor_parallel_size": 2}'] [--tokens 48] [--prompts prompts.json]
 
-MODEL is a folder that vLLM serves. FILE gets the engine, prompts, tokens and log-probabilities.
+MODEL is a folder that vLLM serves, or an id of a hub (with HF_HUB_OFFLINE=0). FILE gets the engine, prompts, tokens and log-probabilities.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ PROMPTS = ["What does river mean?"]
 def main() -> None:
     options = parse()
     arguments = {**ENGINE, **options.engine}
-    os.environ.update(ENVIRONMENT)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     ranks = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
     if ranks > 1:
         cores = os.cpu_count() or 1
@@ -50,7 +51,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model")
     parser.add_argument("file", type=Path)
     parser.add_argument("--engine", type=json.loads, default={}, help="arguments of LLM, as JSON")
     parser.add_argument("--tokens", type=int, default=48, help="greedy tokens for each prompt")
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, Any
     from vllm import LLM
 
     started = time.perf_counter()
-    engine = LLM(str(options.model), **arguments)
+    engine = LLM(options.model, **arguments)
     ready = time.perf_counter()
     prompts = json.loads(options.prompts.read_text()) if options.prompts else PROMPTS
     asked = [tokens_of(engine, prompt) for prompt in prompts]

@@ -81,3 +81,15 @@ def test_two_devices_hold_half_of_each_linear(
     print(found)
     assert found.share >= SHARE
     assert max(found.gaps, default=0) <= NEAR_TIE
+
+
+def test_two_stages_hold_half_of_the_layers(
+    engines: Engines, prompts: list[list[int]], checkpoint: Path
+) -> None:
+    one = engines.on_ascend(checkpoint, prompts[::5])
+    two = engines.on_ascend(checkpoint, prompts[::5], pipeline_parallel_size=2)
+    check_raw_copies(two)
+    first, second = (set(linears(loading)) for loading in two.loading)
+    assert len(first) == len(second)
+    assert first | second == set(linears(one.loading[0]))
+    assert two.tokens == one.tokens

