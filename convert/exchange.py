@@ -50,10 +50,6 @@ class WeightNames:
 
     stem: str
 
-    def file(self, index: int, count: int) -> str:
-        """Name of weight file `index`, counted from 1, of `count`."""
-        return f"{self.stem}-{index:05d}-of-{count:05d}.safetensors"
-
     @property
     def index(self) -> str:
         """Name of the JSON file whose weight_map gives the file of every tensor."""

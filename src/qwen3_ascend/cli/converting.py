@@ -89,8 +89,8 @@ class Watch(Events):
         self._downloads, self._bar, self._quiet = downloads, bar, quiet
 
     @override
-    def planned(self, plan: Plan) -> None:
-        self._bar.reset(total=plan.source_bytes)
+    def begun(self, nbytes: int) -> None:
+        self._bar.reset(total=nbytes)
 
     @override
     def arrived(self, nbytes: int) -> None:
