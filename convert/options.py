@@ -9,6 +9,8 @@ from qwen3_ascend.options import check_options, option
 
 HUBS = ("huggingface", "modelscope")
 
+EXPORT_FORMATS = ("ascendv1", "compressed-tensors", "huggingface")
+
 
 @dataclass(frozen=True)
 class WritingOptions:
