@@ -97,6 +97,9 @@ COMPRESSED_TENSORS = "compressed-tensors"
 INT_QUANTIZED = "int-quantized"
 """Its format for int8 codes that are stored as int8."""
 
+LINEAR = "Linear"
+"""The class of modules that stands, among the targets, for every linear but the output projection."""
+
 HUGGINGFACE_WEIGHTS = WeightNames("model")
 """Weight files of compressed-tensors, and of any model of transformers."""
 
@@ -111,10 +114,12 @@ INT8_PER_TOKEN: Mapping[str, Any] = MappingProxyType(
 """How its activations are."""
 
 
-def compressed_tensors_config(ignore: Sequence[str]) -> dict[str, Any]:
+def compressed_tensors_config(targets: Sequence[str], ignore: Sequence[str]) -> dict[str, Any]:
     """The section of config.json for a model of w8a8 linears.
 
     Args:
+        targets: classes of modules, or names of linears, that are quantized. vLLM's output
+            projection is no Linear, and has to be named.
         ignore: names of the linears that are not quantized. "lm_head" belongs there also when it
             is tied to the embedding: readers make a linear of it.
     """
@@ -126,7 +131,7 @@ def compressed_tensors_config(ignore: Sequence[str]) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "config_groups": {
             "group_0": {
-                "targets": ["Linear"],
+                "targets": list(targets),
                 "weights": dict(INT8_PER_CHANNEL),
                 "input_activations": dict(INT8_PER_TOKEN),
                 "output_activations": None,

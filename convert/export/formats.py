@@ -138,15 +138,15 @@ The int8 codes and scales are those of the checkpoint, unchanged; engines find t
     def files(self, config: Mapping[str, Any], items: Sequence[ExportItem]) -> dict[str, bytes]:
         _require_quantized(self, items)
         linears = [item for item in items if item.is_linear]
-        ignore = [
-            source
-            for item in linears
-            if not item.expression.is_quantized
-            for source, _ in item.parts
-        ]
-        if all(item.name != LM_HEAD for item in linears):
+        floats = [item for item in linears if not item.expression.is_quantized]
+        ignore = [source for item in floats for source, _ in item.parts]
+        targets = [exchange.LINEAR]
+        heads = [item for item in linears if item.name == LM_HEAD]
+        if not heads:
             ignore.append(LM_HEAD)  # tied to the embedding, but readers make a linear of it
-        section = exchange.compressed_tensors_config(ignore)
+        elif heads[0].expression.is_quantized:
+            targets.append(LM_HEAD)
+        section = exchange.compressed_tensors_config(targets, ignore)
         return {CONFIG_NAME: indented({**config, exchange.QUANTIZATION_CONFIG: section})}
 
 
