@@ -98,7 +98,7 @@ INT_QUANTIZED = "int-quantized"
 """Its format for int8 codes that are stored as int8."""
 
 LINEAR = "Linear"
-"""The class of modules that stands, among the targets, for every linear but the output projection."""
+"""The class of modules that stands for every linear but the output projection."""
 
 HUGGINGFACE_WEIGHTS = WeightNames("model")
 """Weight files of compressed-tensors, and of any model of transformers."""

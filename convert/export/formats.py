@@ -19,6 +19,7 @@ from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.companions import CONFIG_NAME
 from qwen3_ascend.checkpoint.linear import BIAS, Linear
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.convert import exchange
 from qwen3_ascend.convert.exchange import WeightNames
 from qwen3_ascend.convert.export.item import ExportItem, Expression
@@ -178,6 +179,7 @@ The int8 codes and scales are those of the checkpoint, unchanged; engines find t
     @override
     def files(self, config: Mapping[str, Any], items: Sequence[ExportItem]) -> dict[str, bytes]:
         _require_quantized(self, items)
+        _refuse_large_head(items)
         types = {name: self._type(item, name) for item in items for name in item.forms}
         # A tied head has no tensor, but readers ask for its type (vllm-ascend issue 8367).
         types.setdefault(f"{LM_HEAD}.{exchange.WEIGHT}", exchange.FLOAT)
@@ -201,6 +203,19 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         raise OptionError(f"format: {name!r} is not known; known: {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def _refuse_large_head(items: Sequence[ExportItem]) -> None:
+    """Our runtime divides a head that is too large for the operator; vllm-ascend 0.23.0 does not
+    (AscendEmbeddingMethod, quantization/method_adapters.py)."""
+    most = ASCEND_A2_A3.largest_dimension
+    for item in items:
+        if item.is_linear and item.expression.is_quantized and item.matrix[0] > most:
+            raise OptionError(
+                f"{item.name} is quantized and has {item.matrix[0]} outputs; vllm-ascend gives all "
+                f"of them to one npu_quant_matmul, which takes {most}: convert with a recipe that "
+                f"leaves it in bf16, such as w8a8"
+            )
 
 
 def _require_quantized(made: Format, items: Sequence[ExportItem]) -> None:
