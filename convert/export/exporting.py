@@ -203,8 +203,8 @@ class _Rows:
 def _identity(manifest: Manifest, plan: ExportPlan) -> Identity:
     """Everything that decides a byte of an export, by names that a user understands."""
     return {
-        "exporter version": str(EXPORTER_VERSION),
         "format": plan.format.name,
+        "exporter version": str(EXPORTER_VERSION),
         "checkpoint": f"{manifest.source.repo} {manifest.blake3[:DIGITS]}",
         "output files": files_text(plan.weight_files),
         **{f"file {name}": bytes_blake3(data)[:DIGITS] for name, data in plan.files.items()},
