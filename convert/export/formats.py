@@ -68,9 +68,12 @@ class Format(ABC):
     usage: ClassVar[str]
     """Lines of the model card: how to load it, and in what."""
 
-    @abstractmethod
+    expressions: ClassVar[Mapping[str, Expression]]
+    """How each scheme is stated, by the scheme's name."""
+
     def states(self, scheme: Scheme) -> Expression | None:
         """How a scheme is stated; None if this format has no words for it."""
+        return self.expressions.get(scheme.name)
 
     def expression(self, linear: str, scheme: Scheme) -> Expression:
         """How the scheme of a linear is stated; OptionError naming both if it cannot be."""
@@ -131,9 +134,10 @@ The int8 codes and scales are those of the checkpoint, unchanged; engines find t
     vllm serve .
 """
 
-    @override
-    def states(self, scheme: Scheme) -> Expression | None:
-        return {BF16.name: Floats(), W8A8.name: Int8(torch.bfloat16)}.get(scheme.name)
+    expressions: ClassVar[Mapping[str, Expression]] = {
+        BF16.name: Floats(),
+        W8A8.name: Int8(torch.bfloat16),
+    }
 
     @override
     def files(self, config: Mapping[str, Any], items: Sequence[ExportItem]) -> dict[str, bytes]:
@@ -165,16 +169,15 @@ The int8 codes and scales are those of the checkpoint, unchanged; engines find t
     python -m sglang.launch_server --model-path .     # SGLang on Ascend
 """
 
+    expressions: ClassVar[Mapping[str, Expression]] = {
+        BF16.name: Floats(),
+        W8A8.name: Int8(torch.float32, offset=True),
+    }
     types: ClassVar[Mapping[str, str]] = {
         BF16.name: exchange.FLOAT,
         W8A8.name: exchange.W8A8_DYNAMIC,
     }
     """The type that a description gives to the tensors of a scheme."""
-
-    @override
-    def states(self, scheme: Scheme) -> Expression | None:
-        known = {BF16.name: Floats(), W8A8.name: Int8(torch.float32, offset=True)}
-        return known.get(scheme.name)
 
     @override
     def files(self, config: Mapping[str, Any], items: Sequence[ExportItem]) -> dict[str, bytes]:

@@ -84,7 +84,7 @@ class ExportItem:
         if not isinstance(self.spec, LinearSpec):
             (form,) = self.expression.forms(self.matrix).values()
             return {self.name: replace(form, shape=self.spec.shape)}
-        found = {}
+        found: dict[str, Form] = {}
         for source, rows in self.parts:
             forms = self.expression.forms((rows, self.spec.inputs))
             if self.spec.bias:

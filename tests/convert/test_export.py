@@ -60,8 +60,8 @@ def checkpoint(
     request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A checkpoint of every form with every recipe; not to be changed."""
-    folder = tmp_path_factory.mktemp("checkpoint") / request.param
-    convert_checkpoint(source, folder, request.param)
+    folder = tmp_path_factory.mktemp("checkpoint") / str(request.param)
+    convert_checkpoint(source, folder, str(request.param))
     return folder
 
 
@@ -145,6 +145,14 @@ def test_bfloat16_comes_back_as_it_was(changes: dict[str, Any], tmp_path: Path) 
     assert_equal(tensors(tmp_path / "back"), tiny_models.tensors(data))
 
 
+def loaded(folder: Path) -> Qwen3ForCausalLM:
+    """A folder as transformers loads it; nothing is missing, left over or made up."""
+    model: Qwen3ForCausalLM
+    model, info = Qwen3ForCausalLM.from_pretrained(folder, output_loading_info=True)  # type: ignore[misc]
+    assert not any(info.values()), info  # type: ignore[has-type]
+    return model
+
+
 def logits(model: Qwen3ForCausalLM) -> Tensor:
     ids = torch.arange(7, 47)[None]
     with torch.no_grad():
@@ -153,10 +161,9 @@ def logits(model: Qwen3ForCausalLM) -> Tensor:
 
 
 def test_transformers_loads_the_bfloat16(checkpoint: Path, tmp_path: Path) -> None:
-    """Nothing is missing or left over, and the logits are those of the dequantized weights."""
+    """And the logits are those of the dequantized weights."""
     export_checkpoint(checkpoint, tmp_path / "hf", "huggingface")
-    model, info = Qwen3ForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert not any(info.values()), info
+    model = loaded(tmp_path / "hf")
     assert model.dtype == torch.bfloat16
     found = logits(model)
     state = {f"{name}.weight": linear.dequantize()[rows]
@@ -172,8 +179,7 @@ def test_compressed_tensors_reads_it(checkpoint: Path, tmp_path: Path) -> None:
     turns them into the weights that we mean."""
     pytest.importorskip("compressed_tensors")
     export_checkpoint(checkpoint, tmp_path / "ct", "compressed-tensors")
-    model, info = Qwen3ForCausalLM.from_pretrained(tmp_path / "ct", output_loading_info=True)
-    assert not any(info.values()), info
+    model = loaded(tmp_path / "ct")
     for name, linear, rows in exported_linears(checkpoint):
         module = model.get_submodule(name)
         scheme = getattr(module, "quantization_scheme", None)
@@ -181,13 +187,19 @@ def test_compressed_tensors_reads_it(checkpoint: Path, tmp_path: Path) -> None:
         if scheme is not None:
             assert scheme.weights.strategy == "channel" and scheme.weights.symmetric
             assert scheme.input_activations.strategy == "token" and scheme.input_activations.dynamic
-            assert torch.equal(module.weight, linear.codes()["weight"][rows]), name
+            assert torch.equal(weight_of(module), linear.codes()["weight"][rows]), name
     plain = Qwen3ForCausalLM.from_pretrained(
         tmp_path / "ct", quantization_config=CompressedTensorsConfig(dequantize=True)
     )
     for name, linear, rows in exported_linears(checkpoint):
-        weight = plain.get_submodule(name).weight
-        assert torch.equal(weight, linear.dequantize()[rows].bfloat16()), name
+        assert torch.equal(
+            weight_of(plain.get_submodule(name)), linear.dequantize()[rows].bfloat16()
+        ), name
+
+
+def weight_of(module: torch.nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight
 
 
 MODELSLIM = """
@@ -389,7 +401,7 @@ def test_a_head_that_is_too_large_for_one_kernel(tmp_path: Path) -> None:
 def test_a_scheme_without_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is named with the format; as bfloat16, anything can be exported."""
     monkeypatch.setitem(SCHEMES, GroupInt4.name, GroupInt4)
-    monkeypatch.setitem(ASCEND_A2_A3.layouts, GroupInt4.name, NZ)  # type: ignore[arg-type]
+    monkeypatch.setitem(ASCEND_A2_A3.layouts, GroupInt4.name, NZ)
     source = tiny_models.write(tmp_path / "source")
     rules = "[{match: '*.down_proj', scheme: {name: group-int4}}, {match: '*', scheme: w8a8}]"
     recipe = Recipe.parse(f"schema: 1\nname: grouped\nrules: {rules}", "here")
