@@ -369,22 +369,22 @@ def test_verify_names_what_engines_would_load(whole: Path, tmp_path: Path) -> No
     run("verify", folder, "--against", "x").one_line_error("is an export")
 
 
+CHANGES: list[dict[str, Any]] = [
+    {"version": 2},
+    {"kind": "x"},
+    {"format": ""},
+    {"more": 1},
+    {"files": {"a": {}}},
+]
+
+
 def test_the_record_says_where_it_comes_from(checkpoint: Path, whole: Path, tmp_path: Path) -> None:
     record, manifest = ExportRecord.read(whole), Manifest.read(checkpoint)
-    assert record.checkpoint == manifest.blake3
-    assert (
-        manifest.blake3
-        == json.loads((checkpoint / "qwen3_ascend.json").read_text())["manifest_blake3"]
-    )
+    said = json.loads((checkpoint / "qwen3_ascend.json").read_text())
+    assert record.checkpoint == manifest.blake3 == said["manifest_blake3"]
     assert (record.repo, record.recipe, record.format) == ("source", "w8a8", "ascendv1")
     assert {*record.files, *record.weight_files, RECORD_NAME} == set(contents(whole))
-    for change in (
-        {"version": 2},
-        {"kind": "x"},
-        {"format": ""},
-        {"more": 1},
-        {"files": {"a": {}}},
-    ):
+    for change in CHANGES:
         data = json.loads((whole / RECORD_NAME).read_text()) | change
         del data["record_blake3"]
         folder = tmp_path / "changed"
