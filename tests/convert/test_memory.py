@@ -1,4 +1,4 @@
-"""Memory does not grow with the model: it is watched while a process converts."""
+"""Memory does not grow with the model: it is watched while a process converts or exports."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from support import tiny_models
 WATCHED = """
 import json, re, sys, threading, time
 from pathlib import Path
-from qwen3_ascend.convert import ConvertOptions, convert_checkpoint, pipeline
+from qwen3_ascend.convert import ConvertOptions, convert_checkpoint
+from qwen3_ascend.convert import WritingOptions, export_checkpoint
+from qwen3_ascend.convert.output import production
 
-pipeline.DROP_BYTES = 16 << 20  # far less than the model, which is small
+production.DROP_BYTES = 16 << 20  # far less than the model, which is small
 
 def resident():
     status = Path("/proc/self/status").read_text()
@@ -27,8 +29,12 @@ def watch():
 
 seen = [resident()]
 threading.Thread(target=watch, daemon=True).start()
-options = ConvertOptions(threads=2, max_memory="256MiB")
-convert_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], options)
+kind, source, out, what = sys.argv[1:]
+if kind == "convert":
+    options = ConvertOptions(threads=2, max_memory="256MiB")
+    convert_checkpoint(source, out, what, options)
+else:
+    export_checkpoint(source, out, what, WritingOptions(threads=2, max_memory="256MiB"))
 print(json.dumps([max(figures) - figures[0] for figures in zip(*seen)]))
 """
 
@@ -41,9 +47,19 @@ def test_large_tensors_are_never_whole(tmp_path: Path) -> None:
     source = tiny_models.write(tmp_path / "source", data, tokenizer=False)
     assert (source / "model.safetensors").stat().st_size > 230e6
     for recipe in ("w8a8", "bf16"):
-        arguments: list[str | Path] = [source, tmp_path / recipe, recipe]
-        command = [sys.executable, "-c", WATCHED, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        private, mapped = json.loads(done.stdout)
+        private, mapped = watched("convert", source, tmp_path / recipe, recipe)
         assert private < 80 << 20
         assert mapped < 100 << 20  # of 230: what was read is given back as the work goes on
+    exports = [("w8a8", "ascendv1"), ("w8a8", "huggingface"), ("bf16", "huggingface")]
+    for recipe, name in exports:
+        private, mapped = watched("export", tmp_path / recipe, tmp_path / f"{recipe}-{name}", name)
+        assert private < 96 << 20, name
+        assert mapped < 100 << 20, name
+
+
+def watched(*arguments: str | Path) -> tuple[int, int]:
+    """The most private and mapped memory that a work adds, in bytes."""
+    command = [sys.executable, "-c", WATCHED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    private, mapped = json.loads(done.stdout)
+    return private, mapped

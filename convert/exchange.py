@@ -1,0 +1,164 @@
+"""The names of the two formats in which quantized models are exchanged; nothing else spells them.
+
+*AscendV1* is what ModelSlim (msmodelslim) writes and vllm-ascend, SGLang and MindIE read: plain
+tensors beside a description that gives a type to each of them. Source: ascendv1.py of msmodelslim
+26.1.0 and the files that it writes.
+
+*compressed-tensors* is what llm-compressor writes and vLLM, vllm-ascend, SGLang and transformers
+read: plain tensors, and a section of config.json that tells which linears are quantized, and how.
+Source: `QuantizationConfig` and the int-quantized compressor of the compressed-tensors package.
+
+Both name tensors as transformers does and fuse nothing: a linear such as
+"model.layers.0.self_attn.q_proj" has the tensors "<linear>.weight", "<linear>.weight_scale", ...
+For int8 both state the same arithmetic as our scheme w8a8: weight = code * scale of its output,
+activations int8 with a scale for each token. So nothing but the type of the scale changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend.checkpoint.schemes.base import Codes
+from qwen3_ascend.files.safetensors import Form
+
+WEIGHT = "weight"
+"""Suffix of a linear's weight: int8 codes [N, K], or floats [N, K]."""
+
+WEIGHT_SCALE = "weight_scale"
+"""Suffix of its scales, [N, 1]: float32 in AscendV1; in compressed-tensors float32 or bfloat16. One
+axis less is refused by vLLM and vllm-ascend."""
+
+WEIGHT_OFFSET = "weight_offset"
+"""Suffix of its offsets, float32 [N, 1], in AscendV1: zero for symmetric weights."""
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """How a format names its weight files.
+
+    Attributes:
+        stem: of every file: stem-00001-of-00002.safetensors.
+    """
+
+    stem: str
+
+    @property
+    def index(self) -> str:
+        """Name of the JSON file whose weight_map gives the file of every tensor."""
+        return f"{self.stem}{INDEX_SUFFIX}"
+
+
+# AscendV1
+
+DESCRIPTION_NAME = "quant_model_description.json"
+"""The file by which every reader of AscendV1 knows the format."""
+
+ASCENDV1_WEIGHTS = WeightNames("quant_model_weights")
+
+FLOAT = "FLOAT"
+"""Type of a tensor that is not quantized."""
+
+W8A8_DYNAMIC = "W8A8_DYNAMIC"
+"""Type of every tensor of a linear with int8 weights, a scale for each output, and int8 activations
+with a scale for each token: our w8a8."""
+
+ASCENDV1_VERSION = "1.0.0"
+
+TOTAL_TYPE = "model_quant_type"
+
+DESCRIPTION_GLOBALS = ("version", TOTAL_TYPE, "metadata", "group_size", "optional")
+"""Keys of a description that name no tensor."""
+
+
+def ascendv1_description(types: Mapping[str, str]) -> dict[str, Any]:
+    """The description of a model: the type of each tensor by its name, then the rest."""
+    quantized = [kind for kind in types.values() if kind != FLOAT]
+    total = quantized[0] if quantized else FLOAT
+    values: tuple[Any, ...] = (ASCENDV1_VERSION, total, {}, 0, {})
+    return {**types, **dict(zip(DESCRIPTION_GLOBALS, values, strict=True))}
+
+
+# compressed-tensors
+
+QUANTIZATION_CONFIG = "quantization_config"
+"""Key of config.json that holds what follows."""
+
+COMPRESSED_TENSORS = "compressed-tensors"
+"""Its quant_method."""
+
+INT_QUANTIZED = "int-quantized"
+"""Its format for int8 codes that are stored as int8."""
+
+LINEAR = "Linear"
+"""The class of modules that stands for every linear but the output projection."""
+
+HUGGINGFACE_WEIGHTS = WeightNames("model")
+"""Weight files of compressed-tensors, and of any model of transformers."""
+
+INT8_PER_CHANNEL: Mapping[str, Any] = MappingProxyType(
+    {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+)
+"""How w8a8 weights are quantized."""
+
+INT8_PER_TOKEN: Mapping[str, Any] = MappingProxyType(
+    {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+)
+"""How its activations are."""
+
+
+def compressed_tensors_config(targets: Sequence[str], ignore: Sequence[str]) -> dict[str, Any]:
+    """The section of config.json for a model of w8a8 linears.
+
+    Args:
+        targets: classes of modules, or names of linears, that are quantized. vLLM's output
+            projection is no Linear, and has to be named.
+        ignore: names of the linears that are not quantized. "lm_head" belongs there also when it
+            is tied to the embedding: readers make a linear of it.
+    """
+    return {
+        "quant_method": COMPRESSED_TENSORS,
+        "format": INT_QUANTIZED,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "config_groups": {
+            "group_0": {
+                "targets": list(targets),
+                "weights": dict(INT8_PER_CHANNEL),
+                "input_activations": dict(INT8_PER_TOKEN),
+                "output_activations": None,
+                "format": INT_QUANTIZED,
+            }
+        },
+        "ignore": list(ignore),
+    }
+
+
+# Both
+
+
+def int8_forms(shape: Sequence[int], scale: torch.dtype, offset: bool = False) -> dict[str, Form]:
+    """The tensors of an int8 linear [N, K] by suffix: codes, scales and perhaps offsets."""
+    column = (shape[0], 1)
+    forms = {WEIGHT: Form(torch.int8, tuple(shape)), WEIGHT_SCALE: Form(scale, column)}
+    return {**forms, WEIGHT_OFFSET: Form(torch.float32, column)} if offset else forms
+
+
+def int8_tensors(codes: Codes, scale: torch.dtype, offset: bool = False) -> dict[str, Tensor]:
+    """Those tensors of codes of w8a8, whose scales are bfloat16-exact: no type loses anything."""
+    column = codes["scale"][:, None].to(scale)
+    tensors = {WEIGHT: codes["weight"], WEIGHT_SCALE: column}
+    return {**tensors, WEIGHT_OFFSET: torch.zeros_like(column)} if offset else tensors
+
+
+def int8_codes(tensors: Mapping[str, Tensor]) -> Codes:
+    """The inverse: codes of w8a8, int8 [N, K] and float32 [N], of symmetric int8 tensors."""
+    return {"weight": tensors[WEIGHT], "scale": tensors[WEIGHT_SCALE][:, 0].float()}
