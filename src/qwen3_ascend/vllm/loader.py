@@ -83,6 +83,7 @@ class Filling:
                 self._fill_linear(name, weights.linear(name), copy)
             for name in self._tensors:
                 self._fill_plain(name, weights.tensor(name))
+        self._check_filled()
 
     def _fill_linear(self, name: str, linear: Linear, copy: Any) -> None:
         entry, module = self._reader.manifest.linears[name], self._modules.get(name)
@@ -110,6 +111,13 @@ class Filling:
             raise CheckpointError(f"tensor {name}: the model of vLLM has no such parameter")
         load = getattr(parameter, "weight_loader", default_weight_loader)
         load(parameter, tensor)
+
+    def _check_filled(self) -> None:
+        """A parameter that nothing fills would be computed with as it happens to be."""
+        owners = (*(f"{name}." for name in self._linears), *self._tensors)
+        left = [name for name in self._parameters if not name.startswith(owners)]
+        if left:
+            raise CheckpointError(f"the checkpoint has nothing for {left[0]} of the model of vLLM")
 
     def _is_here(self, name: str) -> bool:
         """Whether this stage of the pipeline has a weight; a pooling model has no head at all."""

@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 from qwen3_ascend.checkpoint.companions import CONFIG_NAME
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME
 from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.checkpoint.verify import structure_problems
 from qwen3_ascend.errors import CheckpointError, OptionError, UserError
 from qwen3_ascend.vllm.linears import check_platform
 from qwen3_ascend.vllm.names import PLUGIN
@@ -48,6 +49,8 @@ def _settle(arguments: Any, folder: Path) -> None:
     check_platform(current_platform.device_type)
     _check_options(arguments)
     reader = CheckpointReader(folder)
+    for problem in structure_problems(reader):
+        raise CheckpointError(f"{folder}: {problem}")
     check_shares(reader.manifest, arguments.tensor_parallel_size)
     if str(folder) != arguments.model:
         arguments.served_model_name = arguments.served_model_name or arguments.model
