@@ -229,6 +229,8 @@ def test_a_collective_goes_on_while_its_host_waits_elsewhere(team: Team) -> None
     """Others issue two collectives and then listen to rank 0 on the CPU, which waits for both."""
     team.run("""
 import time
+dist.all_reduce(dev([0.0]))  # makes the communicator, which hosts wait for
+torch.npu.synchronize()
 on_host = dist.new_group(backend='gloo')
 first, second, told = dev([1.0]), dev([2.0]), torch.zeros(1)
 if rank == 0:
@@ -255,7 +257,9 @@ def test_a_peer_that_never_comes_is_an_error() -> None:
         team.run("""
 dist.all_reduce(dev([1.0]))
 if rank == 0:
-    dist.all_reduce(dev([1.0]))
+    alone = dev([1.0])
+    dist.all_reduce(alone)
+    print(alone.item())  # of another stream than the collective's, which fails all the same
 """)
     team.part()
 
