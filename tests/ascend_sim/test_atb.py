@@ -10,7 +10,7 @@ import torch_npu
 
 import ascend_sim
 from ascend_sim import trace
-from ascend_sim.test_refusals import FP32, INT32, Cases, as_nz, dev, make, refused, strided
+from ascend_sim.test_refusals import FP32, Cases, as_nz, dev, make, refused, strided
 
 HALF = torch.bfloat16
 WIDTH, POSITIONS = 32, 16
@@ -129,9 +129,9 @@ def test_strided_query_of_paged_attention() -> None:
     """Attention over one cached token is its value; the query's strides cost a copy."""
     cache = torch.randn(4, 16, 2, 128).to(HALF)
     arguments: dict[str, Any] = dict(
-        key_cache=cache.npu(), value_cache=cache.npu(), num_kv_heads=2, num_heads=2, scale_value=0.1,
-        block_table=torch.tensor([[1], [3]], **INT32).npu(),
-        context_lens=torch.tensor([1, 1], **INT32), out=dev(2, 2, 128),
+        key_cache=cache.npu(), value_cache=cache.npu(), num_kv_heads=2, num_heads=2,
+        block_table=torch.tensor([[1], [3]], dtype=torch.int32).npu(), scale_value=0.1,
+        context_lens=torch.tensor([1, 1], dtype=torch.int32), out=dev(2, 2, 128),
     )  # fmt: skip
     torch.npu.synchronize()
     ascend_sim.reset_trace()

@@ -22,8 +22,12 @@ def start(code: str, **environment: str) -> subprocess.Popen[str]:
     wanted = {**os.environ, "PYTHONPATH": paths, "ASCEND_SIM_EVERYWHERE": "1", **environment}
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        env=wanted, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        env=wanted,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -111,7 +115,7 @@ class Team:
             raise AssertionError("\n".join(failures))
 
     def _outcome(self, member: subprocess.Popen[str]) -> tuple[str, str]:
-        said = []
+        said: list[str] = []
         assert member.stdout is not None
         for line in member.stdout:
             if line.strip() in ("done", "failed"):

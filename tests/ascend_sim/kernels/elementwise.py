@@ -184,6 +184,7 @@ in_place(
     },
 )
 
+
 # --------------------------------------------------------------------------------- indexing
 def scatter(
     x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, reduce: int
