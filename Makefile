@@ -149,7 +149,6 @@ clean:  ## remove the environments and what they built
 # above. The wheels of vLLM and vllm-ascend are the official ones, used for their Python.
 VLLM_ASCEND_2.10 := .venv-vllm-ascend-2.10
 VLLM_ASCEND_REQUIREMENTS := tests/handover/vllm-ascend.txt
-HANDOVER_PATH := $(CURDIR)/tests/handover/site:$(CURDIR)/tests/ascend_sim/site:$(CURDIR)/tests
 
 $(VLLM_ASCEND_2.10)/.installed: $(VLLM_ASCEND_REQUIREMENTS) $(WITHOUT_CUDA)
 	$(PYTHON) -m venv $(@D)
@@ -157,9 +156,9 @@ $(VLLM_ASCEND_2.10)/.installed: $(VLLM_ASCEND_REQUIREMENTS) $(WITHOUT_CUDA)
 	$(@D)/bin/python $(WITHOUT_CUDA) libraries
 	$(@D)/$(BIN_PIP) --no-deps -r $(VLLM_ASCEND_REQUIREMENTS)
 	$(@D)/$(BIN_PIP) --no-deps vllm==0.23.0 vllm-ascend==0.23.0
-	$(@D)/$(BIN_PIP) "pytest>=8" "pytest-timeout>=2.3"
 	touch $@
 
 .PHONY: handover-2.10
-handover-2.10: $(VLLM_ASCEND_2.10)/.installed  ## real vllm-ascend with its own torch_npu 2.10.0.post4
-	PYTHONPATH=$(HANDOVER_PATH) $(VLLM_ASCEND_2.10)/bin/python -m pytest -q tests/handover/test_vllm_ascend.py
+handover-2.10: $(VENV)/.dev $(VLLM_ASCEND_2.10)/.installed  ## real vllm-ascend with its own torch_npu 2.10.0.post4
+	VLLM_ASCEND_PYTHON=$(CURDIR)/$(VLLM_ASCEND_2.10)/bin/python $(BIN)/python $(PYTEST) \
+		tests/handover/test_vllm_ascend.py

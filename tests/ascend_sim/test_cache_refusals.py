@@ -133,7 +133,7 @@ PAGED: Cases = {
         "must be .blocks, block_size, 2, 128",
         dict(key_cache=lambda: dev(4, 128, 256, 1)),
     ),
-    "query strides": ("query must be contiguous", dict(query=lambda: strided(2, 4, 128))),
+    "out strides": ("out must be contiguous", dict(out=lambda: strided(2, 4, 128))),
     "nz cache": ("format ND, not NZ", dict(key_cache=lambda: as_nz(dev(4, 128, 2, 128)))),
     "workspace": ("smaller than get_workspace", dict(workspace=lambda: dev(16, dtype=torch.uint8))),
 }

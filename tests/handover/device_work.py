@@ -1,4 +1,4 @@
-"""What the simulated device does for an engine: asked of the workers, or written by them to a file."""
+"""What the simulated device does for an engine, asked of its workers or written by them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def parameters(model: torch.nn.Module, uploads: Iterable[TraceEntry]) -> dict[st
 
 
 def _on_device(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    named = [*model.named_parameters(), *model.named_buffers()]
+    named = model.named_parameters()
     return ((name, tensor) for name, tensor in named if tensor.device.type == "npu")
 
 

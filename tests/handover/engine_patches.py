@@ -6,9 +6,9 @@ does not have them. vLLM calls `apply` in each of its processes: site/ has the e
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -29,17 +29,12 @@ def apply() -> None:
 
 
 class SlotMapping:
-    """vLLM's Triton kernel `_compute_slot_mapping_kernel` in torch: Triton for Ascend compiles with a
-    CANN. Called as kernels are, `kernel[grid](...)`; the last program pads, the others are a row each.
-    """
+    """vLLM's Triton kernel `_compute_slot_mapping_kernel` in torch: Triton for Ascend compiles with
+    a CANN. Called as kernels are, `kernel[grid](...)`; the last program pads, the others have a row
+    each."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def run(
-            tokens: int, places: int, starts: torch.Tensor, *rest: Any, **constants: Any
-        ) -> None:
-            self._run(grid[0] - 1, tokens, places, starts, *rest, **constants)
-
-        return run
+        return functools.partial(self._run, grid[0] - 1)
 
     def _run(
         self,

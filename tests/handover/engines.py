@@ -124,16 +124,16 @@ class Engines:
         engine: dict[str, Any],
     ) -> Report:
         asked = _written(place, prompts)
-        command = [self.vllm_ascend / "bin/python", "-m", "handover.run_vllm_ascend", model, place]
+        runner = TESTS / "handover/run_vllm_ascend.py"
+        command = [self.vllm_ascend / "bin/python", runner, model, place]
         command += ["--prompts", asked, "--tokens", tokens, "--engine", json.dumps(engine)]
         command += ["--prompt-logprobs", *(["--graphs"] if graphs else [])]
-        sites = (TESTS / "handover/site", TESTS / "ascend_sim/site")
-        _run(command, self.environment(*sites), place)
+        _run(command, self.environment(), place)
         return _report(place)
 
-    def environment(self, *sites: Path) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """For an engine's process: it finds the plugin, the tests and nothing else of ours."""
-        paths = ":".join(map(str, (*sites, self.plugin, TESTS)))
+        paths = ":".join(map(str, (self.plugin, TESTS)))
         dropped = ("PYTHONPATH", "OMP_NUM_THREADS", "PYTHONHOME", "VIRTUAL_ENV")
         kept = {name: value for name, value in os.environ.items() if name not in dropped}
         return {**kept, "PYTHONPATH": paths}

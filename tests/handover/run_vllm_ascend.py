@@ -1,7 +1,6 @@
 """Runs real vllm-ascend on the simulated device and writes what came of it as JSON.
 
-    export PYTHONPATH=$PWD/tests/handover/site:$PWD/tests/ascend_sim/site:$PWD/tests
-    .venv-vllm-ascend/bin/python -m handover.run_vllm_ascend MODEL FOLDER
+    .venv-vllm-ascend/bin/python tests/handover/run_vllm_ascend.py MODEL FOLDER
         [--graphs] [--engine '{"max_model_len": 512}'] [--tokens 24] [--prompts prompts.json]
 
 MODEL is a folder that vLLM serves. FOLDER gets `answers.json` (the engine, prompts, tokens, log-
@@ -20,8 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from handover.asking import answer, sampling, tokens_of
-
+TESTS = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
     "ASCEND_SIM_EVERYWHERE": "1",
     "ASCEND_SIM_THEN": "handover.torchvision_schemas",
@@ -46,8 +44,8 @@ ENGINE: dict[str, Any] = {
     "dtype": "bfloat16",
     "enforce_eager": True,
     "enable_prefix_caching": False,
-    "kv_cache_memory_bytes": 64
-    << 20,  # by itself it takes what is free, and the simulator fills that
+    # By itself it takes what is free, and the simulator fills what is taken.
+    "kv_cache_memory_bytes": 64 << 20,
     "disable_log_stats": True,
 }
 # Only decoding is captured, as vllm-ascend does it by default for dense models. The two passes need
@@ -64,22 +62,32 @@ PROMPTS = ["What does river mean?", "Tell me of the sea.", "Who lives in the old
 
 def main() -> None:
     options = parse()
-    environment = {
-        **ENVIRONMENT,
-        **(WITHOUT_CACHES if options.graphs else {}),
-        "HANDOVER_LOADING": str(options.folder),
-    }
-    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
-    ranks = math.prod(options.engine.get(size, 1) for size in sizes)
-    environment["ASCEND_SIM_DEVICES"] = str(ranks)
-    if ranks == 1:
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if any(os.environ.get(name) != value for name, value in environment.items()):
-        os.environ.update(environment)  # the simulator starts with Python, so start again
-        os.execv(sys.executable, [sys.executable, "-m", "handover.run_vllm_ascend", *sys.argv[1:]])
+    if "ASCEND_SIM_EVERYWHERE" not in os.environ:  # the simulator starts with Python: start again
+        os.environ.update(environment(options))
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     options.folder.mkdir(parents=True, exist_ok=True)
     report = run(options)
     (options.folder / "answers.json").write_text(json.dumps(report, indent=1))
+
+
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    """What the engine and all its processes are started with."""
+    sites = [
+        TESTS / "handover/site",
+        TESTS / "ascend_sim/site",
+        TESTS,
+        os.environ.get("PYTHONPATH"),
+    ]
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+    ranks = math.prod(options.engine.get(size, 1) for size in sizes)
+    return {
+        **ENVIRONMENT,
+        **(WITHOUT_CACHES if options.graphs else {}),
+        **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if ranks == 1 else {}),
+        "PYTHONPATH": os.pathsep.join(str(site) for site in sites if site),
+        "ASCEND_SIM_DEVICES": str(ranks),
+        "HANDOVER_LOADING": str(options.folder.resolve()),
+    }
 
 
 def parse() -> argparse.Namespace:
@@ -98,6 +106,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Greedy answers with the log-probability of each token."""
     from vllm import LLM
 
+    from handover.asking import answer, sampling, tokens_of
     from handover.device_work import forget, report
 
     arguments = {**ENGINE, **(GRAPHS if options.graphs else {}), **options.engine}

@@ -55,15 +55,18 @@ def test_weights_are_copied_once_and_never_cast(
     assert found.perplexity == pytest.approx(found.own_perplexity, rel=0.01)
 
 
-def test_graphs_answer_as_eager_does(
-    engines: Engines, prompts: list[list[int]], checkpoint: Path
-) -> None:
-    """Decoding captured in ACL graphs (FULL_DECODE_ONLY) after torch.compile."""
-    eager = engines.on_ascend(checkpoint, prompts[::5])
+def test_graphs(engines: Engines, prompts: list[list[int]], checkpoint: Path) -> None:
+    """Decoding captured in ACL graphs (FULL_DECODE_ONLY) after torch.compile, which fuses norms with
+    the quantization behind them: it then sees what the norm has not rounded to bf16 yet."""
     captured = engines.on_ascend(checkpoint, prompts[::5], graphs=True)
     check_raw_copies(captured)
-    assert all(work["replays"] > 0 for work in captured.data["generation"])
-    assert captured.tokens == eager.tokens
+    for work in captured.data["generation"]:
+        assert work["replays"] > 0
+        assert work["launches"].get("aclnnAddRmsNormDynamicQuant", 0) > 0, work["launches"]
+    found = agreement(checkpoint, captured.answers)
+    print(found)
+    assert found.share >= SHARE
+    assert max(found.gaps, default=0) <= NEAR_TIE
 
 
 def test_two_devices_hold_half_of_each_linear(

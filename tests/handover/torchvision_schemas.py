@@ -1,8 +1,9 @@
 """Makes torchvision importable beside a CPU build of torch.
 
-vllm-ascend imports transformers' image processors, which import torchvision. The wheel of the registry is
-built against a CUDA build; beside another torch its library does not load, and then torchvision's own
-Python registers kernels for two operators that nobody has defined. Importing this module defines them.
+vllm-ascend imports transformers' image processors, which import torchvision. The wheel of the
+registry is built against a CUDA build; beside another torch its library does not load, and then
+torchvision's own Python registers kernels for two operators that nobody has defined. Importing this
+module defines them.
 """
 
 from __future__ import annotations

@@ -167,6 +167,14 @@ static void reduce(void *out, const Header *header, char **data, uint32_t ranks,
 }
 
 /* ---------------------------------------------------------- a collective */
+/* What fails here fails everything that waits for it, on whichever stream. */
+static int fail(const char *format, Communicator *group, uint32_t peer) {
+    static char reason[NAME_BYTES + 128];
+    snprintf(reason, sizeof reason, format, group->rank, group->name, peer);
+    sim_lose(EXECUTION_FAILED, reason);
+    return sim_lost();
+}
+
 static size_t bytes_sent(const Collective *task, uint32_t rank) {
     const Header *header = &task->header;
     size_t one = header->count * type_bytes[header->type];
@@ -212,9 +220,7 @@ static int finish_turn(Collective *task) {
         turn_path(path, group, task->turn, rank);
         data[rank] = read_message(path, &task->header, bytes_sent(task, rank));
         if (!data[rank])
-            error = sim_fail(EXECUTION_FAILED,
-                             "rank %u of %s does another collective than rank %u, or of another size",
-                             rank, group->name, group->rank);
+            error = fail("rank %u of %s does another collective than rank %u", group, rank);
     }
     if (!error) deliver(task, data);
     for (uint32_t rank = 0; rank < group->ranks; rank++) free(data[rank]);
@@ -244,8 +250,7 @@ static int begin(Collective *task, const char *path) {
 static int still_waiting(Collective *task) {
     if (sim_now() < task->deadline) return BLOCKED;
     task->begun = 0;
-    return sim_fail(EXECUTION_FAILED, "rank %u of %s waited for its peers until HCCL_EXEC_TIMEOUT",
-                    task->group->rank, task->group->name);
+    return fail("rank %u of %s waited for its peers until HCCL_EXEC_TIMEOUT", task->group, 0);
 }
 
 static int run_turn(Collective *task) {
@@ -294,8 +299,7 @@ static int run_receive(Collective *task) {
     task->begun = 0;
     char *data = read_message(path, &task->header, bytes);
     if (!data)
-        return sim_fail(EXECUTION_FAILED, "rank %u of %s sends another type or size than rank %u takes",
-                        peer, group->name, group->rank);
+        return fail("rank %u of %s takes another type or size than rank %u sends", group, peer);
     memcpy(task->receive, data, bytes);
     free(data);
     unlink(path);

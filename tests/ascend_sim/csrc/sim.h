@@ -177,6 +177,7 @@ int sim_run_collective(Task *task);
 void sim_peers_await(Stream *stream); /* the last task of the stream needs or serves other processes */
 int sim_nothing_is_queued(void);
 int sim_lost(void); /* the error of a device that hung, for every call after it; 0 = it works */
+void sim_lose(int error, const char *since); /* `since` is not copied */
 void sim_poison(void *start, size_t bytes);
 API int sim_is_device(const void *pointer, size_t bytes);
 int sim_take_stream(Model *model);

@@ -168,10 +168,15 @@ int sim_nothing_is_queued(void) {
     return !torch_queues;
 }
 
-/* A card does not come back from a hang: the process has to end. */
+/* A card does not come back from a hang or a failed collective: the process has to end. */
 static int lost;
+static const char *lost_since;
 int sim_lost(void) {
-    return lost ? sim_fail(lost, "the device is lost since a stream hung; the process must end") : 0;
+    return lost ? sim_fail(lost, "the device is lost since %s; the process must end", lost_since) : 0;
+}
+void sim_lose(int error, const char *since) {
+    lost = error;
+    lost_since = since;
 }
 
 static int busy_elsewhere(Stream *stream) {
@@ -208,8 +213,9 @@ int sim_synchronize(Stream *stream) {
         sim_drain(stream, stream->issued);
         if (!sim_waits_for_peers()) sim_run_everything();
     }
+    if (sim_lost()) return sim_lost();
     if (stream->done < stream->issued) {
-        lost = ACL_ERROR_RT_STREAM_SYNC_TIMEOUT;
+        sim_lose(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, "a stream hung");
         return sim_fail(lost,
                         "stream %d would hang: a task waits for an event that nobody will record "
                         "(a graph was replayed without update(), or updated too early); %llu of "

@@ -4,9 +4,9 @@ ATB is a C++ class interface, so its operators are replaced one level higher: at
 as kernels of torch.ops.atb.  A stand-in has the two phases of the aclnn door; device tensors
 arrive as DeviceTensor, host tensors as a copy taken at the call, because ATB reads them then.
 
-op-plugin makes every input contiguous before ATB sees it (ParamSetter::Input in AtbCommon.cpp), so a
-strided input is no error: it costs a copy, which the trace tells.  What an operator writes goes to
-ATB as it is: a stand-in has to refuse strides there.
+op-plugin makes every input contiguous before ATB sees it (ParamSetter::Input in AtbCommon.cpp), so
+a strided input is no error: it costs a copy, which the trace tells.  What an operator writes goes
+to ATB as it is: a stand-in has to refuse strides there.
 """
 
 from __future__ import annotations
