@@ -318,12 +318,16 @@ def weights(folder: Path) -> Path:
 
 @pytest.mark.parametrize(("damage", "word"), DAMAGE.values(), ids=DAMAGE)
 def test_no_damaged_byte_is_exported(
-    damage: Damage, word: str, checkpoint: Path, tmp_path: Path
+    damage: Damage, word: str, checkpoint: Path, whole: Path, tmp_path: Path
 ) -> None:
+    """Nor is one staged: with the checkpoint mended, the same command ends with the right bytes."""
     folder, out = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint")), tmp_path / "out"
     damage(folder)
     run("export", folder, out, *AV1, "-q").one_line_error(word)
     assert not (out / RECORD_NAME).exists() and not [*out.glob("*.safetensors")]
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    assert run("export", folder, out, *AV1, "-q").code == 0
+    assert contents(out) == contents(whole)
 
 
 def test_budgets(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
