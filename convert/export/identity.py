@@ -62,7 +62,6 @@ def finished_record(folder: Path, manifest: Manifest, plan: ExportPlan) -> Expor
         "version of qwen3-ascend": (found.tool_version, planned.tool_version),
         "format": (found.format, planned.format),
         "checkpoint": (found.checkpoint, planned.checkpoint),
-        "small files": (found.files, planned.files),
         "output files": (forms, wanted),
     }
     different = [what for what, (was, now) in facts.items() if was != now]

@@ -152,20 +152,24 @@ def test_a_conversion_does_not_continue_an_export(checkpoint: Path, interrupted:
     run("convert", source, interrupted).one_line_error("of something else", "format: ascendv1 then")
 
 
-def test_after_each_step(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("over", [False, True], ids=["into nothing", "over an export"])
+def test_after_each_step(over: bool, tmp_path: Path) -> None:
     """SIGKILL after every call that changes the disk, and the same command again."""
     source = tiny_models.write(tmp_path / "source", tiny_models.config(num_hidden_layers=1))
     convert_checkpoint(source, tmp_path / "out")
+    export_checkpoint(tmp_path / "out", tmp_path / "old", "huggingface")
+    (tmp_path / "old" / "notes.txt").write_text("mine")
+    (tmp_path / "work").mkdir()
     driver = (sys.executable, "-m", "support.crash_driver", tmp_path / "out", tmp_path / "work")
     options = ("--steps", "0", "--threads", "1", "--format", "ascendv1")
-    (tmp_path / "work").mkdir()
+    replaced = ("--over", tmp_path / "old") if over else ()
     ended = subprocess.run(
-        [*driver, *options], capture_output=True, text=True, timeout=550, cwd=TESTS
+        [*driver, *options, *replaced], capture_output=True, text=True, timeout=550, cwd=TESTS
     )
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert found["kills"] == found["trials"] == found["steps"] > 50
-    assert 0 < found["completed"] < 15  # it was finished and had only to be tidied up
+    assert found["completed"] == 0 if over else 0 < found["completed"] < 15  # tidied up only
 
 
 SLOW = """
@@ -318,12 +322,16 @@ def weights(folder: Path) -> Path:
 
 @pytest.mark.parametrize(("damage", "word"), DAMAGE.values(), ids=DAMAGE)
 def test_no_damaged_byte_is_exported(
-    damage: Damage, word: str, checkpoint: Path, tmp_path: Path
+    damage: Damage, word: str, checkpoint: Path, whole: Path, tmp_path: Path
 ) -> None:
+    """Nor is one staged: with the checkpoint mended, the same command ends with the right bytes."""
     folder, out = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint")), tmp_path / "out"
     damage(folder)
     run("export", folder, out, *AV1, "-q").one_line_error(word)
     assert not (out / RECORD_NAME).exists() and not [*out.glob("*.safetensors")]
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    assert run("export", folder, out, *AV1, "-q").code == 0
+    assert contents(out) == contents(whole)
 
 
 def test_budgets(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
