@@ -180,9 +180,7 @@ class LLM:
         message = {"role": "user", "content": prompt}
         return self.encode_messages([message], enable_thinking=enable_thinking)
 
-    def answer(
-        self, tokens: Sequence[int], params: SamplingParams, sample: int = 0
-    ) -> Answer:
+    def answer(self, tokens: Sequence[int], params: SamplingParams, sample: int = 0) -> Answer:
         """An answer that nothing has been computed of; `submit` lets it run.
 
         This and the next four methods are what `generate` and `stream` are made of, for callers
@@ -214,9 +212,14 @@ class LLM:
         return Score(self._engine.scoring(tokens), use)
 
     @property
+    def open(self) -> list[Work]:
+        """What has been submitted and has not ended."""
+        return [*self._open.values()]
+
+    @property
     def busy(self) -> bool:
-        """Whether anything that was submitted is not finished."""
-        return self._engine.busy
+        """Whether anything that was submitted has not ended."""
+        return bool(self._open)
 
     def submit(self, work: Sequence[Work]) -> None:
         """Lets answers and scores run beside what runs already, as soon as there is room."""
