@@ -39,6 +39,15 @@ class TextLogprobs(Struct, frozen=True):
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
+    def followed_by(self, others: TextLogprobs) -> TextLogprobs:
+        """Those of these tokens and then of others."""
+        return TextLogprobs(
+            self.tokens + others.tokens,
+            self.token_logprobs + others.token_logprobs,
+            self.top_logprobs + others.top_logprobs,
+            self.text_offset + others.text_offset,
+        )
+
 
 class TextChoice(Struct, frozen=True):
     """An answer to a prompt of /v1/completions, or a chunk of one."""
@@ -57,9 +66,12 @@ class TokenLogprob(Struct, frozen=True):
     bytes: list[int] | None
 
 
-class ChatTokenLogprob(TokenLogprob, frozen=True):
+class ChatTokenLogprob(Struct, frozen=True):
     """The same of a generated token, with the most probable ones at its place."""
 
+    token: str
+    logprob: float
+    bytes: list[int] | None
     top_logprobs: list[TokenLogprob]
 
 
@@ -121,15 +133,17 @@ class Spelling:
     def of(self, token: int) -> str:
         """The text of a token; its number, as vLLM writes it, where it has none of its own, such as
         a part of a character."""
-        text = self.tokenizer.spell(token)
-        return f"token_id:{token}" if not text or REPLACEMENT_CHARACTER in text else text
+        return self._text(token) or f"token_id:{token}"
 
     def report(self, token: int, logprob: float) -> TokenLogprob:
         """A token and its logarithm, as a chat reports them."""
+        text = self._text(token)
+        utf8 = None if text is None else [*text.encode()]
+        return TokenLogprob(self.of(token), _finite(logprob), utf8)
+
+    def _text(self, token: int) -> str | None:
         text = self.tokenizer.spell(token)
-        partial = not text or REPLACEMENT_CHARACTER in text
-        utf8 = None if partial else [*text.encode()]
-        return TokenLogprob(self.of(token), max(logprob, LEAST_LOGPROB), utf8)
+        return None if not text or REPLACEMENT_CHARACTER in text else text
 
 
 @dataclass(frozen=True)
@@ -183,14 +197,13 @@ class ChatReply:
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
         if not self._wants_logprobs:
             return None
-        report = self._spelling.report
-        return ChatLogprobs([
-            ChatTokenLogprob(
-                *msgspec.structs.astuple(report(token, found.chosen)),
-                top_logprobs=[report(*one) for one in found.top],
-            )
-            for token, found in zip(piece.token_ids, piece.logprobs, strict=True)
-        ])  # fmt: skip
+        pairs = zip(piece.token_ids, piece.logprobs, strict=True)
+        return ChatLogprobs([self._logprob(token, found) for token, found in pairs])
+
+    def _logprob(self, token: int, found: Logprobs) -> ChatTokenLogprob:
+        one = self._spelling.report(token, found.chosen)
+        top = [self._spelling.report(*other) for other in found.top]
+        return ChatTokenLogprob(one.token, one.logprob, one.bytes, top)
 
 
 class TextReply:
@@ -218,14 +231,7 @@ class TextReply:
         prompt = self._prompt(self._echo)
         logprobs = self._logprobs(piece.token_ids, piece.logprobs)
         if prompt.logprobs is not None and logprobs is not None:
-            logprobs = TextLogprobs(*(
-                before + after
-                for before, after in zip(
-                    msgspec.structs.astuple(prompt.logprobs),
-                    msgspec.structs.astuple(logprobs),
-                    strict=True,
-                )
-            ))  # fmt: skip
+            logprobs = prompt.logprobs.followed_by(logprobs)
         return TextChoice(self._index, prompt.text + piece.text, logprobs, piece.finish_reason)
 
     def _prompt(self, echo: Echo) -> TextChoice:
@@ -244,8 +250,8 @@ class TextReply:
             report.tokens.append(text)
             report.text_offset.append(self._offset)
             self._offset += len(text)
-            report.token_logprobs.append(one and max(one.chosen, LEAST_LOGPROB))
-            report.top_logprobs.append(one and self._top(token, one))
+            report.token_logprobs.append(None if one is None else _finite(one.chosen))
+            report.top_logprobs.append(None if one is None else self._top(token, one))
         return report
 
     def _top(self, token: int, found: Logprobs) -> dict[str, float]:
@@ -253,5 +259,9 @@ class TextReply:
         probable one counts."""
         top: dict[str, float] = {}
         for other, logprob in (*found.top, (token, found.chosen)):
-            top.setdefault(self._spelling.of(other), max(logprob, LEAST_LOGPROB))
+            top.setdefault(self._spelling.of(other), _finite(logprob))
         return top
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.answer import Answer, Score
 from qwen3_ascend.runtime.engine.request import SamplingParams
 from qwen3_ascend.runtime.engine.sampler import Logprobs, logprobs_of
@@ -90,11 +91,10 @@ def prepare_chat(parameters: ChatParameters, llm: LLM, most: int) -> Prepared:
     params = _sampling(parameters, llm, top if parameters.logprobs else None)
     _check_count(params.n, most)
     tokens = _encode_messages(parameters, llm)
-    if parameters.max_completion_tokens is not None:
-        limit = ("max_completion_tokens", parameters.max_completion_tokens)
-    else:
-        limit = ("max_tokens", parameters.max_tokens)
-    params = dataclasses.replace(params, max_new_tokens=_new_tokens(llm, tokens, *limit))
+    limit = parameters.max_completion_tokens
+    name = "max_tokens" if limit is None else "max_completion_tokens"
+    limit = parameters.max_tokens if limit is None else limit
+    params = dataclasses.replace(params, max_new_tokens=_new_tokens(llm, tokens, name, limit))
     spelling, wants = Spelling(llm.tokenizer), bool(parameters.logprobs)
     return Prepared(
         [llm.answer(tokens, params, sample) for sample in range(params.n)],
@@ -154,7 +154,11 @@ def _sampling(parameters: Parameters, llm: LLM, logprobs: int | None) -> Samplin
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MOST_STOPS:
         raise Refusal(400, f"{len(stops)} stop strings are more than {MOST_STOPS}", "stop")
-    return dataclasses.replace(llm.default_params, **given, stop=stops, logprobs=logprobs)
+    try:
+        return dataclasses.replace(llm.default_params, **given, stop=stops, logprobs=logprobs)
+    except RequestError as error:
+        name = str(error).partition(" ")[0]
+        raise Refusal(400, str(error), name, "out_of_range") from None
 
 
 def _check_count(answers: int, most: int) -> None:

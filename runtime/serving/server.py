@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
-from starlette.types import ASGIApp
 
 from qwen3_ascend.errors import OptionError, os_errors
 from qwen3_ascend.files.paths import user_path
@@ -62,70 +61,77 @@ def model_name(checkpoint: Path, options: ServeOptions) -> str:
     return options.served_model_name or user_path(checkpoint).resolve().name
 
 
-def serve(
-    llm: LLM, name: str, bound: socket.socket, options: ServeOptions, ready: Callable[[], None]
-) -> None:
-    """Answers until Ctrl-C or SIGTERM; on the main thread, which computes meanwhile.
+class Server:
+    """A model behind a socket. `run` computes and answers; the event loop has a thread beside."""
 
-    Args:
-        llm: that answers.
-        name: of the model, for clients.
-        bound: from `open_socket`.
-        options: limits.
-        ready: called once connections are accepted.
+    def __init__(self, llm: LLM, name: str, bound: socket.socket, options: ServeOptions) -> None:
+        """A server that does not listen yet.
 
-    Raises:
-        OptionError: if somebody else listens there by now.
-        SystemExit: in the end, if the engine has failed; its traceback is on standard error.
-    """
-    engine = EngineLoop(llm)
-    server = _http_server(make_app(llm, engine, name, options), options)
-    with os_errors(OptionError):
-        bound.listen(BACKLOG)
-    with (
-        ThreadPoolExecutor(1, "event loop") as pool,
-        _stopping(lambda: _stop(server, engine, options.grace)),
-    ):
-        front = pool.submit(_serve_http, server, bound, engine)
-        ready()
-        failed = _compute(engine)
-        front.result()
-    if failed:
-        raise SystemExit(1)
+        Args:
+            llm: that answers.
+            name: of the model, for clients.
+            bound: from `open_socket`.
+            options: limits.
+        """
+        self._bound, self._grace = bound, options.grace
+        self._engine = EngineLoop(llm)
+        self._http = uvicorn.Server(
+            uvicorn.Config(
+                make_app(llm, self._engine, name, options), loop="asyncio", http="h11", ws="none",
+                lifespan="off", log_level="warning", access_log=False, server_header=False,
+                timeout_graceful_shutdown=options.grace + LAST_WORDS,
+            )
+        )  # fmt: skip
+
+    def run(self, ready: Callable[[], None]) -> None:
+        """Answers until `stop`; on the thread that has loaded the model, since a device's streams
+        belong to a thread.
+
+        Args:
+            ready: called once connections are accepted.
+
+        Raises:
+            OptionError: if somebody else listens there by now.
+            SystemExit: in the end, if the engine has failed; its traceback is on standard error.
+        """
+        with os_errors(OptionError):
+            self._bound.listen(BACKLOG)
+        with ThreadPoolExecutor(1, "event loop") as pool:
+            front = pool.submit(self._serve_http)
+            ready()
+            failed = self._compute()
+            front.result()
+        if failed:
+            raise SystemExit(1)
+
+    def stop(self) -> None:
+        """Takes nothing in any more; what runs has some seconds to end. From any thread."""
+        self._http.should_exit = True
+        reason = "the server is shutting down"
+        timer = threading.Timer(self._grace, self._engine.close, [reason])
+        timer.daemon = True
+        timer.start()
+
+    def _serve_http(self) -> None:
+        try:
+            self._http.run([self._bound])
+        finally:
+            self._engine.close("the server has ended")
+
+    def _compute(self) -> bool:
+        """Whether the engine has failed. Clients are told so for as long as the server is there."""
+        try:
+            self._engine.run()
+        except Exception as error:
+            traceback.print_exception(error)
+            return True
+        return False
 
 
-def _http_server(app: ASGIApp, options: ServeOptions) -> uvicorn.Server:
-    config = uvicorn.Config(
-        app, loop="asyncio", http="h11", ws="none", lifespan="off", log_level="warning",
-        access_log=False, server_header=False,
-        timeout_graceful_shutdown=options.grace + LAST_WORDS,
-    )  # fmt: skip
-    return uvicorn.Server(config)
-
-
-def _serve_http(server: uvicorn.Server, bound: socket.socket, engine: EngineLoop) -> None:
-    try:
-        server.run([bound])
-    finally:
-        engine.close("the server has ended")
-
-
-def _compute(engine: EngineLoop) -> bool:
-    """Whether the engine has failed. Clients are told so for as long as the server is there."""
-    try:
-        engine.run()
-    except Exception as error:
-        traceback.print_exception(error)
-        return True
-    return False
-
-
-def _stop(server: uvicorn.Server, engine: EngineLoop, grace: float) -> None:
-    """Takes nothing in any more; what runs has some seconds to end."""
-    server.should_exit = True
-    timer = threading.Timer(grace, engine.close, ["the server is shutting down"])
-    timer.daemon = True
-    timer.start()
+def serve(server: Server, ready: Callable[[], None]) -> None:
+    """Runs a server until Ctrl-C or SIGTERM; see `Server.run`."""
+    with _stopping(server.stop):
+        server.run(ready)
 
 
 @contextmanager

@@ -50,4 +50,4 @@ def serve(checkpoint: Path, verify: bool, quiet: bool, **values: Any) -> None:
             if not quiet:
                 to_stderr(f"{loaded}\n{name} at {server.url_of(bound)}; Ctrl-C ends it")
 
-        server.serve(llm, name, bound, options, say)
+        server.serve(server.Server(llm, name, bound, options), say)
