@@ -7,14 +7,14 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -176,25 +176,28 @@ class Completions(Generic[P]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request; see ASGI."""
+        with self._service.places.taken(1), suppress(ClientDisconnect):
+            self._service.engine.check()
+            most = parse_size(self._service.options.max_body)
+            await self._take(await _body(Request(scope, receive), most), receive, send)
+
+    async def _take(self, body: bytes, receive: Receive, send: Send) -> None:
         service = self._service
-        with service.places.taken(1):
-            service.engine.check()
-            body = await _body(Request(scope, receive), parse_size(service.options.max_body))
-            parameters = parse(body, self._kind.parameters)
-            _check_model(parameters.model, service.name)
-            _check_stream(parameters)
-            async with service.preparing:
-                prepared = await asyncio.to_thread(
-                    self._kind.prepare, parameters, service.llm, service.options.max_requests
-                )
-            with service.places.taken(max(len(prepared.answers) - 1, 0)):
-                job = Job(prepared.answers, prepared.scores)
-                try:
-                    service.engine.submit(job)
-                    answering = self._answer(parameters, prepared, job, send)
-                    await _while_connected(receive, answering)
-                finally:
-                    service.engine.abort(job)
+        parameters = parse(body, self._kind.parameters)
+        _check_model(parameters.model, service.name)
+        _check_stream(parameters)
+        async with service.preparing:
+            prepared = await asyncio.to_thread(
+                self._kind.prepare, parameters, service.llm, service.options.max_requests
+            )
+        with service.places.taken(max(len(prepared.answers) - 1, 0)):
+            job = Job(prepared.answers, prepared.scores)
+            try:
+                service.engine.submit(job)
+                answering = self._answer(parameters, prepared, job, send)
+                await _while_connected(receive, answering)
+            finally:
+                service.engine.abort(job)
 
     async def _answer(self, parameters: P, prepared: Prepared, job: Job, send: Send) -> None:
         kind = self._kind
@@ -260,6 +263,7 @@ async def _send_events(events: AsyncIterator[bytes], send: Send) -> None:
     try:
         async for data in events:
             await send(_part(b"data: " + data + b"\n\n", more=True))
+            await asyncio.sleep(0)  # so that it is noticed in time if the client has gone
     except Refusal as refusal:
         data = msgspec.json.encode(refusal.to_json())
         await send(_part(b"data: " + data + b"\n\n", more=True))

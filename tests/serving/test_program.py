@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from support.command_line import program, run
+from support.command_line import run
 from support.http_client import JSON, connection, get, post
 from support.openai_server import server_program
 
@@ -83,7 +83,7 @@ def test_a_stream_that_nobody_reads_holds_nobody_up(tiny_w8a8: Path) -> None:
         with socket.create_connection((host, int(port))) as stalled:
             stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
             body = json.dumps({**json.loads(FOREVER), "logprobs": 20, "n": 8}).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             stalled.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
             assert stalled.recv(1)
             for _ in range(3):
@@ -103,7 +103,7 @@ def test_an_address_that_cannot_be_had(tiny_w8a8: Path) -> None:
 
 
 def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
-    program("serve", tmp_path / "nothing", "--port", "0").one_line_error("nothing")
+    run("serve", tmp_path / "nothing", "--port", "0").one_line_error("nothing")
 
 
 def test_it_points_to_vllm_for_production() -> None:
