@@ -26,7 +26,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
     "audio": (),
     "best_of": (1,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "include_stop_str_in_output": (False,),
@@ -69,6 +68,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None

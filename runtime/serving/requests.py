@@ -37,7 +37,7 @@ TEMPLATE_MACHINERY = frozenset({
 
 SAMPLING = (
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-    "seed", "ignore_eos",
+    "frequency_penalty", "seed", "ignore_eos",
 )  # fmt: skip
 """Parameters that SamplingParams has by the same name."""
 

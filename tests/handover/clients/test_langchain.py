@@ -19,8 +19,10 @@ def weather(city: str) -> str:
     "The weather in a city."
     return "rain"
 
-chat = ChatOpenAI(base_url=sys.argv[1], api_key="none", model="tiny", temperature=0, stream_usage=True,
-    max_retries=0)
+chat = ChatOpenAI(
+    base_url=sys.argv[1], api_key="none", model="tiny", temperature=0, stream_usage=True,
+    max_retries=0,
+)
 questions = sys.argv[2:]
 whole = chat.invoke([("system", "Be brief."), ("user", questions[0])])
 chunks = [*chat.stream(questions[0])]
