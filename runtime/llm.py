@@ -183,8 +183,9 @@ class LLM:
     def answer(self, tokens: Sequence[int], params: SamplingParams, sample: int = 0) -> Answer:
         """An answer that nothing has been computed of; `submit` lets it run.
 
-        This and the next four methods are what `generate` and `stream` are made of, for callers
-        that have a loop of their own. One answer is made, whatever `params.n` says.
+        This, `score`, `submit`, `step` and `abort` are what `generate` and `stream` are made of,
+        for callers that have a loop of their own. One answer is made, whatever `params.n` says.
+        Alone of them, this and `score` may be called while another thread computes.
 
         Args:
             tokens: of the prompt.

@@ -190,7 +190,7 @@ class Completions(Generic[P]):
             prepared = await asyncio.to_thread(
                 self._kind.prepare, parameters, service.llm, service.options.max_requests
             )
-        with service.places.taken(max(len(prepared.answers) - 1, 0)):
+        with service.places.taken(len(prepared.replies) - 1):
             job = Job(prepared.answers, prepared.scores)
             try:
                 service.engine.submit(job)
@@ -216,7 +216,7 @@ class Completions(Generic[P]):
 
 async def _whole(blank: Completion, prepared: Prepared, job: Job) -> Completion:
     """The response once all answers have ended."""
-    replies = prepared.replies()
+    replies = prepared.replies
     pieces: list[list[Piece]] = [[] for _ in replies]
     async for place, piece in job.pieces():
         pieces[place].append(piece)
@@ -241,7 +241,7 @@ async def _events(
             usage = None
         return msgspec.structs.replace(blank, choices=choices, usage=usage).encode()
 
-    replies = prepared.replies()
+    replies = prepared.replies
     for choice in (choice for reply in replies for choice in reply.opening()):
         yield event(choice)
     if not prepared.answers:  # a prompt that is only to be echoed

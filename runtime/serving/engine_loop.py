@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 
@@ -31,7 +31,7 @@ class Job:
         self._open = len(answers)
         self._open_scores = len(scores)
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
-        self._early: list[tuple[int, Piece]] = []
+        self._early: deque[tuple[int, Piece]] = deque()
         self._loop = asyncio.get_running_loop()
 
     def tell(self, moved: Sequence[Work]) -> None:
@@ -67,7 +67,7 @@ class Job:
         """
         await self.scored()
         while self._open:
-            place, piece = self._early.pop(0) if self._early else await self._next_piece()
+            place, piece = self._early.popleft() if self._early else await self._next_piece()
             self._open -= piece.finish_reason is not None
             yield place, piece
 

@@ -153,7 +153,7 @@ class Echo:
     Attributes:
         text: of it.
         tokens: of it.
-        logprobs: of each token after the first, if they are wanted.
+        logprobs: of each token after the first, if they are wanted; there once they are computed.
     """
 
     text: str

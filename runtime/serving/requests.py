@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -64,13 +63,13 @@ class Prepared:
     Attributes:
         answers: `n` to each prompt, those to the same one together.
         scores: of the prompts, where something is to be known of their tokens.
-        replies: makes the writer of each answer, once the scores have ended.
+        replies: the writer of each answer; to be asked once the scores have ended.
         prompt_tokens: of all prompts.
     """
 
     answers: list[Answer]
     scores: list[Score]
-    replies: Callable[[], list[Reply]]
+    replies: Sequence[Reply]
     prompt_tokens: int
 
 
@@ -94,54 +93,60 @@ def prepare_chat(parameters: ChatParameters, llm: LLM, most: int) -> Prepared:
     limit = parameters.max_completion_tokens
     name = "max_tokens" if limit is None else "max_completion_tokens"
     limit = parameters.max_tokens if limit is None else limit
-    params = dataclasses.replace(params, max_new_tokens=_new_tokens(llm, tokens, name, limit))
+    answers = _answers(llm, tokens, params, name, limit)
     spelling, wants = Spelling(llm.tokenizer), bool(parameters.logprobs)
-    return Prepared(
-        [llm.answer(tokens, params, sample) for sample in range(params.n)],
-        [],
-        lambda: [ChatReply(index, spelling, wants) for index in range(params.n)],
-        len(tokens),
-    )
+    replies = [ChatReply(index, spelling, wants) for index in range(params.n)]
+    return Prepared(answers, [], replies, len(tokens))
 
 
 def prepare_text(parameters: TextParameters, llm: LLM, most: int) -> Prepared:
     """What prompts that are to be continued come to; see `prepare_chat`."""
-    echoes, limit = bool(parameters.echo), parameters.max_tokens
     top = None if parameters.logprobs is None else _checked_top("logprobs", parameters.logprobs)
     params = _sampling(parameters, llm, top)
     prompts = _prompts(parameters.prompt)
     _check_count(params.n * len(prompts), most)
-    limit = DEFAULT_TEXT_TOKENS if limit is None else limit
-    spelling, nothing_new = Spelling(llm.tokenizer), echoes and limit == 0
-    answers: list[Answer] = []
-    scores: list[Score] = []
-    echo_of: list[Callable[[], Echo] | None] = []
-    encoded = [llm.encode(prompt, raw=True) for prompt in prompts]
-    for prompt, tokens in zip(prompts, encoded, strict=True):
-        logprobs = PromptLogprobs(tokens, top or 0)
-        if nothing_new or (echoes and top is not None):
-            scores.append(llm.score(tokens, logprobs))
-        if not nothing_new:
-            own = dataclasses.replace(
-                params, max_new_tokens=_new_tokens(llm, tokens, "max_tokens", limit)
-            )
-            answers += [llm.answer(tokens, own, sample) for sample in range(params.n)]
-        text = prompt if isinstance(prompt, str) else llm.tokenizer.decode(tokens)
-        echo = partial(_echo, text, tokens, logprobs)
-        echo_of += [echo if echoes else None] * params.n
+    parts = [_continued(prompt, parameters, params, llm) for prompt in prompts]
+    spelling = Spelling(llm.tokenizer)
+    echoes = [part.echo for part in parts for _ in range(params.n)]
     return Prepared(
-        answers,
-        scores,
-        lambda: [
-            TextReply(index, spelling, top is not None, echo and echo())
-            for index, echo in enumerate(echo_of)
-        ],
-        sum(map(len, encoded)),
+        [answer for part in parts for answer in part.answers],
+        [score for part in parts for score in part.scores],
+        [TextReply(at, spelling, top is not None, echo) for at, echo in enumerate(echoes)],
+        sum(part.prompt_tokens for part in parts),
     )
 
 
-def _echo(text: str, tokens: Sequence[int], logprobs: PromptLogprobs) -> Echo:
-    return Echo(text, tokens, logprobs.found)
+@dataclass(frozen=True)
+class _Continued:
+    """What one prompt comes to; see Prepared."""
+
+    answers: list[Answer]
+    scores: list[Score]
+    echo: Echo | None
+    prompt_tokens: int
+
+
+def _continued(
+    prompt: str | list[int], parameters: TextParameters, params: SamplingParams, llm: LLM
+) -> _Continued:
+    tokens, echoes = llm.encode(prompt, raw=True), bool(parameters.echo)
+    limit = DEFAULT_TEXT_TOKENS if parameters.max_tokens is None else parameters.max_tokens
+    if not echoes:
+        return _Continued(_answers(llm, tokens, params, "max_tokens", limit), [], None, len(tokens))
+    logprobs = PromptLogprobs(tokens, params.logprobs or 0)
+    is_wanted = params.logprobs is not None or limit == 0  # something has to check the tokens
+    scores = [llm.score(tokens, logprobs)] if is_wanted else []
+    answers = _answers(llm, tokens, params, "max_tokens", limit) if limit else []
+    text = prompt if isinstance(prompt, str) else llm.tokenizer.decode(tokens)
+    return _Continued(answers, scores, Echo(text, tokens, logprobs.found), len(tokens))
+
+
+def _answers(
+    llm: LLM, tokens: list[int], params: SamplingParams, name: str, limit: int | None
+) -> list[Answer]:
+    """The `n` answers to a prompt, of `limit` tokens at most, which the client calls `name`."""
+    bounded = dataclasses.replace(params, max_new_tokens=_new_tokens(llm, tokens, name, limit))
+    return [llm.answer(tokens, bounded, sample) for sample in range(params.n)]
 
 
 def _sampling(parameters: Parameters, llm: LLM, logprobs: int | None) -> SamplingParams:

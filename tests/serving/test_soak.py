@@ -28,8 +28,11 @@ CLIENTS = 24
 PATIENCE = 60
 """Seconds after which a request counts as stuck."""
 
-MOST_GROWTH = 32 << 20
-"""Bytes by which the process, its clients included, may grow after a tenth of the requests."""
+MOST_GROWTH = 16 << 20
+"""Bytes by which the process, its clients included, may grow after a fifth of the requests."""
+
+ENOUGH = 5000
+"""Requests after a fifth of which memory allocators have got what they keep."""
 
 WORDS = ("river", "bicycle", "oxygen", "house", "create", "water", "mountain", "teacher")
 WAYS = ("whole", "whole", "stream", "stream", "leave", "leave in a stream", "break off")
@@ -73,8 +76,9 @@ def _text(llm: LLM, word: str, chance: random.Random) -> Case:
 
 
 def _params(chance: random.Random) -> SamplingParams:
-    drawn = {"temperature": 1.5, "seed": chance.randint(0, 99)} if chance.random() < 0.3 else {}
     return SamplingParams(
+        temperature=chance.choice((0.0, 0.0, 1.5)),
+        seed=chance.randint(0, 99),
         max_new_tokens=chance.randint(1, 24),
         n=chance.choice((1, 1, 1, 2, 3)),
         stop=chance.choice(((), (), ("of",), (" the", "a "))),
@@ -82,7 +86,6 @@ def _params(chance: random.Random) -> SamplingParams:
         repetition_penalty=chance.choice((1.0, 1.0, 1.2)),
         top_p=chance.choice((1.0, 0.8)),
         ignore_eos=chance.random() < 0.2,
-        **drawn,
     )
 
 
@@ -195,5 +198,5 @@ def test_soak(llm: LLM, expected: LLM, idle: Callable[[], None]) -> None:
     sizes = " ".join(f"{size / (1 << 20):.0f}" for size in memory)
     print(f"\n{REQUESTS} requests in {seconds:.0f} s: {dict(soak.ended)}; MiB: {sizes}")
     assert sum(soak.ended.values()) - soak.ended["again"] == REQUESTS
-    assert memory[-1] - memory[1] < MOST_GROWTH
+    assert REQUESTS < ENOUGH or memory[-1] - memory[2] < MOST_GROWTH
     assert not llm._engine._sampler._generators and not llm._engine._sampler._penalties._seen
