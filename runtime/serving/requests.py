@@ -227,10 +227,13 @@ def _encode_messages(parameters: ChatParameters, llm: LLM) -> list[int]:
 
 
 def _message(given: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """A message as templates know it: its content is one text."""
-    if not isinstance(given.get("role"), str):
+    """A message as templates know it: its content is one text, and what OpenAI calls a developer is
+    the system."""
+    role = given.get("role")
+    if not isinstance(role, str):
         raise Refusal(400, f"{place} must have a role", "messages")
-    return {**given, "content": _text(given.get("content"), f"{place}.content")}
+    role = "system" if role == "developer" else role
+    return {**given, "role": role, "content": _text(given.get("content"), f"{place}.content")}
 
 
 def _text(content: object, place: str) -> str:

@@ -54,7 +54,7 @@ def test_a_chat(url: str, expected: LLM) -> None:
 def test_a_conversation_is_what_the_template_makes_of_it(url: str, expected: LLM) -> None:
     parts = [{"type": "text", "text": "What does"}, {"type": "text", "text": "river mean?"}]
     said = chat(url, messages=[
-        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": parts},
         {"role": "assistant", "content": None},
         {"role": "user", "content": QUESTION},

@@ -77,6 +77,21 @@ def get_fails(url: str) -> bool:
     return False
 
 
+def test_a_client_that_goes_away_is_no_defect(tiny_w8a8: Path) -> None:
+    """Before its request is whole, and in the middle of a stream: not a word about it."""
+    with server_program(tiny_w8a8, *SMALL) as server:
+        with connection(server.url) as opened:
+            opened.putrequest("POST", "/v1/completions")
+            for name, value in {**JSON, "content-length": "1000"}.items():
+                opened.putheader(name, value)
+            opened.endheaders(b"{")
+        with connection(server.url) as opened:
+            opened.request("POST", "/v1/completions", FOREVER, JSON)
+            assert opened.getresponse().readline()
+        assert post(server.url, "/v1/completions", {"prompt": "a"}).status == 200
+        assert server.end() == (0, "")
+
+
 def test_a_stream_that_nobody_reads_holds_nobody_up(tiny_w8a8: Path) -> None:
     with server_program(tiny_w8a8, *SMALL, "--grace", "1") as server:
         host, port = server.url.removeprefix("http://").removesuffix("/v1").split(":")

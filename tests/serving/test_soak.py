@@ -23,7 +23,7 @@ from support.openai_server import served
 from qwen3_ascend import SamplingParams
 from qwen3_ascend.runtime import LLM
 
-REQUESTS = int(os.environ.get("QWEN3_ASCEND_SOAK", "300"))
+REQUESTS = int(os.environ.get("QWEN3_ASCEND_SOAK", "500"))
 CLIENTS = 24
 PATIENCE = 60
 """Seconds after which a request counts as stuck."""
