@@ -16,6 +16,7 @@ from support.openai_server import NAME, served
 
 from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.runtime import LLM
+from qwen3_ascend.runtime.answer import Answer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 QUESTION = "What does river mean?"
@@ -149,7 +150,8 @@ CHOSEN: list[tuple[dict[str, Any], SamplingParams]] = [
 def test_parameters_mean_what_they_mean_to_the_library(
     parameters: dict[str, Any], params: SamplingParams, url: str, expected: LLM
 ) -> None:
-    (whole,) = expected.generate(QUESTION, params)
+    (whole,), (plain,) = expected.generate(QUESTION, params), expected.generate(QUESTION)
+    assert whole.token_ids != plain.token_ids, "it changes nothing, and shows nothing"
     (choice,) = chat(url, **{"max_tokens": 512, **parameters})["choices"]
     assert choice["message"]["content"] == whole.text
     assert choice["finish_reason"] == whole.finish_reason
@@ -235,6 +237,23 @@ def _put_together(events: list[Any]) -> list[Any]:
         for name, values in chunk["logprobs"].items():
             whole["logprobs"].setdefault(name, []).extend(values)
     return [choices[index] for index in sorted(choices)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_begins_before_the_other_prompt_is_read(
+    stream: bool, url: str, expected: LLM
+) -> None:
+    """The logits of a long prompt take some steps, in which the short one's answer goes on."""
+    prompts = [expected.encode(BEGUN, raw=True), [7 + at % 900 for at in range(1000)]]
+    parameters = {"prompt": prompts, "echo": True, "logprobs": 0, "max_tokens": 6}
+    if stream:
+        choices = _put_together(post(url, TEXT, parameters | {"stream": True}).events)
+    else:
+        choices = text(url, **parameters)["choices"]
+    answers = expected.generate(prompts, SamplingParams(max_new_tokens=6))
+    for prompt, answer, choice in zip(prompts, answers, choices, strict=True):
+        assert choice["text"] == expected.tokenizer.decode(prompt) + answer.text
+        assert len(choice["logprobs"]["tokens"]) == len(prompt) + len(answer.token_ids)
 
 
 def test_an_echo_alone(url: str) -> None:
@@ -438,11 +457,10 @@ def test_who_has_gone_is_forgotten(
     with connection(url) as opened:
         body = {**FOREVER, "prompt": ["a", "b"], "echo": True, "logprobs": 1, "stream": stream}
         opened.request("POST", TEXT, json.dumps(body), JSON)
-        until = time.monotonic() + 30
-        while not llm.open:
-            assert time.monotonic() < until
+        while not (work := llm.open):
             time.sleep(0.001)
     idle()
+    assert not any(one.finish_reason for one in work if isinstance(one, Answer)), "all was computed"
 
 
 def test_an_engine_that_fails_leaves_nobody_waiting(
