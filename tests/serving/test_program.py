@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 from support.command_line import run
 from support.http_client import JSON, connection, get, post
 from support.openai_server import server_program
+
+from qwen3_ascend import load
+from qwen3_ascend.runtime.options import ServeOptions
+from qwen3_ascend.runtime.serving.server import Server, open_socket, url_of
 
 SMALL = ("--kv-cache-tokens", "2048", "--block-size", "16")
 FOREVER = json.dumps({"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "stream": True})
@@ -105,6 +110,25 @@ def test_a_stream_that_nobody_reads_holds_nobody_up(tiny_w8a8: Path) -> None:
                 assert post(server.url, "/v1/completions", {"prompt": "a"}).status == 200
             code, _ = server.end()
             assert code == 0
+
+
+def test_an_engine_that_has_failed_is_an_exit_code(
+    tiny_w8a8: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    llm, options = load(tiny_w8a8, block_size=16, kv_cache_tokens=512), ServeOptions(port=0)
+    monkeypatch.setattr(llm, "step", lambda: 1 // 0)
+    with open_socket(options) as bound:
+        server = Server(llm, "tiny", bound, options)
+
+        def fail_and_stop() -> None:
+            assert post(url_of(bound), "/v1/completions", {"prompt": "a"}).status == 503
+            server.stop()
+
+        client = threading.Thread(target=fail_and_stop)
+        with pytest.raises(SystemExit) as end:
+            server.run(client.start)
+        client.join()
+    assert end.value.code == 1 and "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_an_address_that_cannot_be_had(tiny_w8a8: Path) -> None:
