@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -13,36 +12,13 @@ from tqdm import tqdm
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.errors import RequestError
-from qwen3_ascend.runtime.engine.engine import Engine, TokenEvent
-from qwen3_ascend.runtime.engine.request import FinishReason, Request, SamplingParams
-from qwen3_ascend.runtime.engine.sampler import Logprobs
-from qwen3_ascend.runtime.text_stream import StopFilter
+from qwen3_ascend.runtime.answer import Answer, Completion, Score, Work
+from qwen3_ascend.runtime.engine.engine import Engine
+from qwen3_ascend.runtime.engine.request import SamplingParams
 from qwen3_ascend.runtime.tokenizer import Message, NoTokenizer, Tokenizer
 
 Prompt = str | Sequence[int]
 """Text, or token ids that are taken as they are."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One finished answer.
-
-    Attributes:
-        text: without special tokens and without the stop string; empty if the checkpoint has no
-            tokenizer.
-        token_ids: every generated token, the end-of-sequence token included.
-        prompt_token_ids: what the model was given.
-        finish_reason: "stop" (end of sequence or a stop string) or "length".
-        index: which of the answers to its prompt it is, counted from 0.
-        logprobs: for each generated token, if SamplingParams asked for them.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    index: int = 0
-    logprobs: tuple[Logprobs, ...] | None = None
 
 
 class LLM:
@@ -60,12 +36,18 @@ class LLM:
         self.eos_ids = eos_ids
         self.default_params = default_params
         """What generation_config.json asks for; used where no SamplingParams are given."""
-        self._open: dict[int, _Answer] = {}
+        self._open: dict[int, Work] = {}
 
     @property
     def config(self) -> Qwen3Config:
         """The configuration of the model."""
         return self._engine.config
+
+    @property
+    def longest(self) -> int:
+        """How many tokens a prompt and its answer may have together: what the model's context and
+        the key/value cache hold."""
+        return min(self.config.context_length, self._engine.scheduler.pool.capacity)
 
     def generate(
         self,
@@ -98,18 +80,18 @@ class LLM:
         chosen = self._params_for(batch, params)
         tokens = [self.encode(p, raw=raw, enable_thinking=enable_thinking) for p in batch]
         answers = [
-            self._answer(ids, one, sample)
+            self.answer(ids, one, sample)
             for ids, one in zip(tokens, chosen, strict=True)
             for sample in range(one.n)
         ]
         try:
             with _bar(len(answers), progress) as bar:
-                self._start(answers)
+                self.submit(answers)
                 while any(answer.finish_reason is None for answer in answers):
-                    self._advance()
+                    self.step()
                     bar.update(sum(a.finish_reason is not None for a in answers) - bar.n)
         finally:
-            self._abandon(answers)
+            self.abort(answers)
         return [answer.completion() for answer in answers]
 
     def stream(
@@ -132,7 +114,7 @@ class LLM:
         chosen = params or self.default_params
         if chosen.n != 1:
             raise RequestError("a stream is one answer; open several, or use generate for n > 1")
-        return AnswerStream(self, self._answer(tokens, chosen, 0))
+        return AnswerStream(self, self.answer(tokens, chosen))
 
     def chat(
         self,
@@ -164,7 +146,15 @@ class LLM:
         Raises:
             RequestError: if the tokens are unknown or do not fit.
         """
-        return torch.cat([*self._engine.score(token_ids)])
+        rows: list[Tensor] = []
+        score = self.score(token_ids, rows.append)
+        try:
+            self.submit([score])
+            while score.finish_reason is None:
+                self.step()
+        finally:
+            self.abort([score])
+        return torch.cat(rows)
 
     def render(
         self, messages: Sequence[Message], *, enable_thinking: bool | None = None, **variables: Any
@@ -190,6 +180,76 @@ class LLM:
         message = {"role": "user", "content": prompt}
         return self.encode_messages([message], enable_thinking=enable_thinking)
 
+    def answer(self, tokens: Sequence[int], params: SamplingParams, sample: int = 0) -> Answer:
+        """An answer that nothing has been computed of; `submit` lets it run.
+
+        This, `score`, `submit`, `step` and `abort` are what `generate` and `stream` are made of,
+        for callers that have a loop of their own. One answer is made, whatever `params.n` says.
+        Alone of them, this and `score` may be called while another thread computes.
+
+        Args:
+            tokens: of the prompt.
+            params: how to continue it.
+            sample: which of the `params.n` answers it is to be, counted from 0.
+
+        Raises:
+            RequestError: if the prompt does not fit.
+        """
+        if params.stop_strings and isinstance(self.tokenizer, NoTokenizer):
+            raise RequestError("stop strings need a tokenizer, and this checkpoint has none")
+        request = self._engine.request(tokens, params, self.eos_ids, sample)
+        return Answer(request, self.tokenizer)
+
+    def score(self, tokens: Sequence[int], use: Callable[[Tensor], None]) -> Score:
+        """A teacher-forced pass that nothing has been computed of; `submit` lets it run.
+
+        Args:
+            tokens: whose logits are wanted.
+            use: is given them as float32 [R, vocab], a few hundred rows at a time and in order.
+
+        Raises:
+            RequestError: if the tokens are unknown or do not fit.
+        """
+        return Score(self._engine.scoring(tokens), use)
+
+    @property
+    def open(self) -> list[Work]:
+        """What has been submitted and has not ended."""
+        return [*self._open.values()]
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything that was submitted has not ended."""
+        return bool(self._open)
+
+    def submit(self, work: Sequence[Work]) -> None:
+        """Lets answers and scores run beside what runs already, as soon as there is room."""
+        for one in work:
+            self._open[one.request.number] = one
+            self._engine.queue(one.request)
+
+    def step(self) -> list[Work]:
+        """Computes a step, which moves all that runs; only while `busy`.
+
+        Returns:
+            What has moved. What has ended has a finish_reason, and holds no block any more.
+        """
+        moved: list[Work] = []
+        for event in self._engine.step():
+            one = self._open.get(event.request.number)
+            if one is not None:
+                one.take(event)
+                moved.append(one)
+                if one.finish_reason:
+                    self.abort([one])
+        return moved
+
+    def abort(self, work: Sequence[Work]) -> None:
+        """Ends answers and scores, finished or not, and frees what they hold."""
+        for one in work:
+            self._open.pop(one.request.number, None)
+            self._engine.abort(one.request)
+
     def _params_for(
         self, batch: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[SamplingParams]:
@@ -199,36 +259,11 @@ class LLM:
             raise RequestError(f"{len(params)} SamplingParams for {len(batch)} prompts")
         return list(params)
 
-    def _answer(self, tokens: list[int], params: SamplingParams, sample: int) -> _Answer:
-        if params.stop_strings and isinstance(self.tokenizer, NoTokenizer):
-            raise RequestError("stop strings need a tokenizer, and this checkpoint has none")
-        request = self._engine.request(tokens, params, self.eos_ids, sample)
-        return _Answer(request, self.tokenizer)
-
-    def _start(self, answers: Sequence[_Answer]) -> None:
-        for answer in answers:
-            self._open[answer.request.number] = answer
-            self._engine.queue(answer.request)
-
-    def _advance(self) -> None:
-        """Computes a step, which moves every open answer, and gives each what it got."""
-        for event in self._engine.step():
-            answer = self._open.get(event.request.number)
-            if answer is not None and isinstance(event, TokenEvent):
-                answer.take(event)
-                if answer.finish_reason:
-                    self._abandon([answer])
-
-    def _abandon(self, answers: Sequence[_Answer]) -> None:
-        for answer in answers:
-            self._open.pop(answer.request.number, None)
-            self._engine.abort(answer.request)
-
 
 class AnswerStream:
     """An answer as it comes. Iterate for pieces of text; closing it early stops the work."""
 
-    def __init__(self, llm: LLM, answer: _Answer) -> None:
+    def __init__(self, llm: LLM, answer: Answer) -> None:
         self._llm, self._answer = llm, answer
         self._pieces = self._run()
 
@@ -241,61 +276,25 @@ class AnswerStream:
     def close(self) -> None:
         """Stops generating."""
         self._pieces.close()
-        self._llm._abandon([self._answer])
+        self._llm.abort([self._answer])
 
     def completion(self) -> Completion:
         """What was generated so far, or the whole answer once the stream is exhausted."""
         return self._answer.completion()
 
     def _run(self) -> Generator[str, None, None]:
-        answer, shown = self._answer, 0
         try:
-            self._llm._start([answer])
-            while answer.finish_reason is None or shown < len(answer.text):
-                if shown < len(answer.text):
-                    piece = answer.text[shown:]
-                    shown = len(answer.text)
-                    yield piece
+            self._llm.submit([self._answer])
+            while True:
+                piece = self._answer.news()
+                if piece.text:
+                    yield piece.text
+                elif piece.finish_reason:
+                    return
                 else:
-                    self._llm._advance()
+                    self._llm.step()
         finally:
-            self._llm._abandon([answer])
-
-
-class _Answer:
-    """A request and the text it has produced so far, fed by the engine's events."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
-        self.request = request
-        self.text = ""
-        self.finish_reason: FinishReason | None = None
-        self._tokens: list[int] = []
-        self._logprobs: list[Logprobs] = []
-        self._stream = tokenizer.stream()
-        self._filter = StopFilter(request.params.stop_strings)
-
-    def take(self, event: TokenEvent) -> None:
-        """Decodes a token; a stop string that it completes ends the answer."""
-        self._tokens.append(event.token)
-        if event.logprobs is not None:
-            self._logprobs.append(event.logprobs)
-        self.text += self._filter.push(self._stream.push(event.token))
-        if event.finish_reason and not self._filter.stopped:
-            self.text += self._filter.push(self._stream.finish())
-            self.text += self._filter.finish()
-        self.finish_reason = "stop" if self._filter.stopped else event.finish_reason
-
-    def completion(self) -> Completion:
-        """The answer so far."""
-        request = self.request
-        return Completion(
-            text=self.text,
-            token_ids=tuple(self._tokens),
-            prompt_token_ids=tuple(request.tokens[: request.prompt_length]),
-            finish_reason=self.finish_reason or "length",
-            index=request.sample,
-            logprobs=None if request.params.logprobs is None else tuple(self._logprobs),
-        )
+            self._llm.abort([self._answer])
 
 
 def _bar(total: int, show: bool | None) -> tqdm[NoReturn]:

@@ -57,6 +57,12 @@ def check_prefetch(setting: int | str) -> None:
         raise ValueError(f"{setting!r} is not off, auto or a size such as 64MiB") from None
 
 
+def check_port(port: object) -> None:
+    """ValueError unless a port is one of TCP's, or 0."""
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535:
+        raise ValueError(f"{port!r} is not a port: give 0 to 65535")
+
+
 def parse_buckets(text: str) -> tuple[int, ...]:
     """Batch sizes of a text such as 1,2,4; ValueError for anything else."""
     try:
@@ -147,3 +153,41 @@ class LoadOptions(TypedDict, total=False):
     buckets: Sequence[int] | None
     run_ahead: bool
     prefetch: int | str
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How `qwen3-ascend serve` is reached, and what it takes in; each field says what it is for.
+
+    Raises:
+        OptionError: on construction, naming an option whose value is not taken.
+    """
+
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on. Whoever reaches it may use the model: there are no keys.",
+    )
+    port: int = option(
+        8000, "Port to listen on; 0 takes a free one and prints it.", rule=check_port
+    )
+    served_model_name: str | None = option(
+        None, "Name by which clients ask for the model.", unset="the folder's name"
+    )
+    max_requests: int = option(
+        1024,
+        "Answers that are computed or wait at a time; a client that asks for more is told to try "
+        "again later (429).",
+        least=1,
+    )
+    max_body: int | str = option(
+        "4MiB", "Largest body of a request.", metavar="SIZE", rule=parse_size
+    )
+    grace: int = option(
+        10,
+        "Seconds that answers get to end after Ctrl-C or SIGTERM; a second Ctrl-C ends at once.",
+        least=0,
+    )
+    access_log: bool = option(False, "Print a line to standard error for each request.")
+
+    def __post_init__(self) -> None:
+        check_options(self)

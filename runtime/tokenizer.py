@@ -60,6 +60,11 @@ class Tokenizer(ABC):
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens exactly as they spell it, special tokens left out."""
 
+    @abstractmethod
+    def spell(self, token: int) -> str:
+        """Text of one token by itself, also of a special one; with replacement characters where it
+        is a part of a character."""
+
     @property
     @abstractmethod
     def eos_token_id(self) -> int | None:
@@ -112,12 +117,11 @@ class TransformersTokenizer(Tokenizer):
 
     @override
     def decode(self, tokens: Sequence[int]) -> str:
-        # Cleaning spaces up would change text that has been shown already.
-        text = self._tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
-        return text
+        return self._decode(tokens, skip_special_tokens=True)
+
+    @override
+    def spell(self, token: int) -> str:
+        return self._decode([token], skip_special_tokens=False)
 
     @property
     @override
@@ -154,6 +158,16 @@ class TransformersTokenizer(Tokenizer):
             return TextStream(self.decode, step)
         return WholeTextStream(self.decode)
 
+    def _decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
+        # Cleaning spaces up would change text that has been shown already.
+        text = self._tokenizer.decode(
+            list(tokens),
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+        assert isinstance(text, str)
+        return text
+
     def _template_problem(self, error: Exception) -> str:
         from jinja2 import TemplateSyntaxError
 
@@ -177,6 +191,11 @@ class NoTokenizer(Tokenizer):
 
     @override
     def decode(self, tokens: Sequence[int]) -> str:
+        """Nothing."""
+        return ""
+
+    @override
+    def spell(self, token: int) -> str:
         """Nothing."""
         return ""
 

@@ -18,7 +18,7 @@ from qwen3_ascend.checkpoint.verify import verify
 from qwen3_ascend.cli.terminal import OneLineErrors
 from qwen3_ascend.version import __version__
 
-COMMANDS = ["convert", "export", "generate", "inspect", "verify"]
+COMMANDS = ["convert", "generate", "serve", "export", "inspect", "verify"]
 QUESTION = "What does river mean?"
 OTHER = "What does oxygen mean?"
 
@@ -33,7 +33,7 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
     script = (
         "import sys; from qwen3_ascend.cli import main\n"
         "main.main(sys.argv[1:], standalone_mode=False)\n"
-        "heavy = {'torch', 'numpy', 'huggingface_hub', 'tokenizers', 'transformers'}\n"
+        "heavy = {'torch', 'numpy', 'huggingface_hub', 'tokenizers', 'transformers', 'uvicorn'}\n"
         "print('imported:', heavy & set(sys.modules))"
     )
     command = [sys.executable, "-c", script, *arguments, "--help"]

@@ -18,13 +18,19 @@ from qwen3_ascend.convert import ConvertOptions
 from qwen3_ascend.files.text import parse_size
 from qwen3_ascend.options import described, share
 from qwen3_ascend.runtime import SamplingParams
-from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions, LoadOptions
+from qwen3_ascend.runtime.options import (
+    DeviceOptions,
+    EngineOptions,
+    LoadOptions,
+    ServeOptions,
+)
 
 COMMANDS = {
     ConvertOptions: ["convert", "model", "out"],
     SamplingParams: ["generate", "out", "--prompt", "x"],
     EngineOptions: ["generate", "out", "--prompt", "x"],
     DeviceOptions: ["generate", "out", "--prompt", "x"],
+    ServeOptions: ["serve", "out"],
 }
 FIELDS = [(kind, field.name) for kind in COMMANDS for field in dataclasses.fields(kind)]
 
@@ -79,6 +85,10 @@ GIVEN: list[tuple[type[Any], list[str], dict[str, Any]]] = [
      {"device": "cpu", "dtype": "float32", "attention": "paged"}),
     (DeviceOptions, ["--no-graph", "--buckets", "1,2,4", "--prefetch", "64MiB"],
      {"graph": False, "buckets": (1, 2, 4), "prefetch": "64MiB"}),
+    (ServeOptions, ["--host", "::", "--port", "0", "--served-model-name", "mine", "--access-log"],
+     {"host": "::", "port": 0, "served_model_name": "mine", "access_log": True}),
+    (ServeOptions, ["--max-requests", "2", "--max-body", "1k", "--grace", "0"],
+     {"max_requests": 2, "max_body": "1k", "grace": 0}),
     (SamplingParams, ["--temperature", "0.5", "--stop", "a", "--stop", "b", "--ignore-eos"],
      {"temperature": 0.5, "stop": ("a", "b"), "ignore_eos": True}),
 ]  # fmt: skip
@@ -108,6 +118,11 @@ BAD: list[tuple[type[Any], str, str, Any]] = [
     (DeviceOptions, "prefetch", "much", "much"),
     (DeviceOptions, "buckets", "0", (0,)),
     (DeviceOptions, "buckets", "1,-2", (1, -2)),
+    (ServeOptions, "port", "65536", 65536),
+    (ServeOptions, "port", "-1", -1),
+    (ServeOptions, "max_requests", "0", 0),
+    (ServeOptions, "max_body", "much", "much"),
+    (ServeOptions, "grace", "-1", -1),
 ]
 
 
@@ -139,6 +154,9 @@ def test_both_ways_refuse_by_the_same_rule(
         (DeviceOptions, {"buckets": 3}),
         (DeviceOptions, {"device": None}),
         (DeviceOptions, {"prefetch": None}),
+        (ServeOptions, {"port": True}),
+        (ServeOptions, {"port": "8000"}),
+        (ServeOptions, {"access_log": "yes"}),
     ],
 )
 def test_types_that_only_python_can_give(kind: type[Any], fields: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +98,6 @@ class Engine:
         self._download, self._runs_ahead = download, runs_ahead
         self._sampler = Sampler()
         self._numbers = itertools.count()
-        self._undelivered: list[Event] = []
         self._in_flight: IssuedStep | None = None
 
     @property
@@ -150,27 +149,10 @@ class Engine:
         self.queue(request)
         return request
 
-    def step(self) -> list[Event]:
-        """Runs one step and tells what came of it, in the order of the batch; only while `busy`.
+    def scoring(self, tokens: Sequence[int]) -> Request:
+        """A checked request for the logits of every token, which chooses none; `queue` lets it run.
 
-        A request that is finished has been forgotten already.
-        """
-        if self._undelivered:
-            events, self._undelivered = self._undelivered, []
-            return events
-        return self._advance()
-
-    def abort(self, request: Request) -> None:
-        """Frees everything a request holds, finished or not; no further event is about it."""
-        self.scheduler.retire(request)
-        self._sampler.forget(request.number)
-        self._undelivered = [one for one in self._undelivered if one.request is not request]
-
-    def score(self, tokens: Sequence[int]) -> Iterator[Tensor]:
-        """Teacher-forced logits, float32 [R, vocab] on the CPU, a few hundred rows at a time.
-
-        Row i of them all predicts token i + 1. Other requests go on meanwhile; what happens to them
-        is told by the next `step`.
+        Its LogitsEvents have a few hundred rows each. Row i of them all predicts token i + 1.
 
         Raises:
             RequestError: if there are no tokens, or one is unknown, or they do not fit.
@@ -181,27 +163,17 @@ class Engine:
                 f"{len(tokens)} tokens exceed the context of {self.config.context_length}"
             )
         self._check_room(len(tokens))
-        request = Request(
+        return Request(
             next(self._numbers), SamplingParams(), list(tokens), len(tokens), len(tokens),
             frozenset(), wants_logits=True,
         )  # fmt: skip
-        return self._scored(request)
-
-    def _scored(self, request: Request) -> Iterator[Tensor]:
-        self.queue(request)
-        try:
-            while request.finish_reason is None:
-                events = self._advance()
-                # Before the yield, at which somebody else may ask for the next step.
-                self._undelivered += [event for event in events if event.request is not request]
-                for event in events:
-                    if isinstance(event, LogitsEvent) and event.request is request:
-                        yield event.rows
-        finally:
-            self.abort(request)
 
     @torch.inference_mode()
-    def _advance(self) -> list[Event]:
+    def step(self) -> list[Event]:
+        """Runs one step and tells what came of it, in the order of the batch; only while `busy`.
+
+        A request that is finished has been forgotten already.
+        """
         step = self._in_flight or self._issue(self.scheduler.next(), None)
         self._in_flight = None
         if self._runs_ahead and step.chosen is not None:
@@ -214,6 +186,11 @@ class Engine:
         if not self.scheduler.busy:
             self._in_flight = None  # all of it is in vain: nobody waits for it
         return events
+
+    def abort(self, request: Request) -> None:
+        """Frees everything a request holds, finished or not; no further event is about it."""
+        self.scheduler.retire(request)
+        self._sampler.forget(request.number)
 
     def _issue(self, batch: Batch, before: IssuedStep | None) -> IssuedStep:
         """Gives the device a step; `before` is what came before it, if that is not read yet."""

@@ -13,7 +13,8 @@ from qwen3_ascend.runtime.engine.request import Request, SamplingParams
 
 def has_penalties(params: SamplingParams) -> bool:
     """Whether logits are changed at all before a token is chosen."""
-    return (params.repetition_penalty, params.presence_penalty) != (1.0, 0.0)
+    penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+    return penalties != (1.0, 0.0, 0.0)
 
 
 class Penalties:
@@ -38,10 +39,10 @@ class Penalties:
             return logits
         places = torch.cat([places for places, _ in changes]).to(logits.device)
         penalties = torch.cat([values for _, values in changes], dim=1).to(logits.device)
-        repetition, presence = penalties.unbind()
+        repetition, subtracted = penalties.unbind()
         flat = logits.flatten()
         seen = flat.index_select(0, places)
-        seen = torch.where(seen > 0, seen / repetition, seen * repetition) - presence
+        seen = torch.where(seen > 0, seen / repetition, seen * repetition) - subtracted
         return flat.index_put((places,), seen).view_as(logits)
 
     def forget(self, number: int) -> None:
@@ -49,28 +50,29 @@ class Penalties:
         self._seen.pop(number, None)
 
     def _changes(self, request: Request, offset: int) -> tuple[Tensor, Tensor]:
-        """Where a request's row changes, int64 [N], and its repetition and presence penalties
-        there, float32 [2, N]. No place occurs twice."""
+        """Where a request's row changes, int64 [N], and there its repetition penalty and what is
+        subtracted, float32 [2, N]. No place occurs twice."""
         params = request.params
         seen = self._seen.setdefault(request.number, _Seen(request))
         seen.read(request)
-        presence = seen.in_output * params.presence_penalty
-        repetition = torch.full_like(presence, params.repetition_penalty)
-        return seen.tokens + offset, torch.stack((repetition, presence))
+        subtracted = (seen.times > 0) * params.presence_penalty
+        subtracted = subtracted + seen.times * params.frequency_penalty
+        repetition = torch.full_like(subtracted, params.repetition_penalty)
+        return seen.tokens + offset, torch.stack((repetition, subtracted))
 
 
 class _Seen:
-    """The distinct tokens of a request, and whether each occurs in its output.
+    """The distinct tokens of a request, and how often each occurs in its output.
 
     The prompt counts for the repetition penalty only, and is left out without one.
 
     Attributes:
         tokens: int64 [N].
-        in_output: float32 [N], 1 or 0.
+        times: float32 [N], whole numbers.
     """
 
     def __init__(self, request: Request) -> None:
-        self.tokens, self.in_output = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        self.tokens, self.times = torch.empty(0, dtype=torch.int64), torch.empty(0)
         self._places: dict[int, int] = {}
         whole = request.params.repetition_penalty != 1.0
         self._next = 0 if whole else request.prompt_length
@@ -81,10 +83,11 @@ class _Seen:
         prompt = max(0, request.prompt_length - self._next)
         self._next = len(request.tokens)
         self._add(new)
-        self.in_output[[self._places[token] for token in new[prompt:]]] = 1.0
+        said = torch.tensor([self._places[token] for token in new[prompt:]], dtype=torch.int64)
+        self.times.index_add_(0, said, torch.ones(len(said)))
 
     def _add(self, tokens: Sequence[int]) -> None:
         unseen = [token for token in dict.fromkeys(tokens) if token not in self._places]
         self._places |= zip(unseen, itertools.count(len(self._places)), strict=False)
         self.tokens = torch.cat((self.tokens, torch.tensor(unseen, dtype=torch.int64)))
-        self.in_output = torch.cat((self.in_output, torch.zeros(len(unseen))))
+        self.times = torch.cat((self.times, torch.zeros(len(unseen))))

@@ -39,6 +39,10 @@ class SamplingParams:
     presence_penalty: float = option(
         0.0, "Subtracted once from the logit of every token in the output; 0 is off."
     )
+    frequency_penalty: float = option(
+        0.0,
+        "Subtracted from the logit of a token once for each time it is in the output; 0 is off.",
+    )
     seed: int | None = option(
         None, "Seed of this request's own random numbers.", unset="another one each time"
     )
@@ -70,6 +74,7 @@ class SamplingParams:
             "min_p must be between 0 and 1": 0 <= self.min_p <= 1,
             "repetition_penalty must be above 0": 0 < self.repetition_penalty < math.inf,
             "presence_penalty must be a number": math.isfinite(self.presence_penalty),
+            "frequency_penalty must be a number": math.isfinite(self.frequency_penalty),
             "seed must fit into 64 bits": -(1 << 63) <= (self.seed or 0) < 1 << 64,
             "max_new_tokens must be 1 or more": self.max_new_tokens >= 1,
             "n must be 1 or more": isinstance(self.n, int) and self.n >= 1,

@@ -56,13 +56,13 @@ def test_weights_are_copied_once_and_never_cast(
 
 
 def test_graphs(engines: Engines, prompts: list[list[int]], checkpoint: Path) -> None:
-    """Decoding captured in ACL graphs (FULL_DECODE_ONLY) after torch.compile, which fuses norms with
-    the quantization behind them: it then sees what the norm has not rounded to bf16 yet."""
+    """Decoding captured in ACL graphs (FULL_DECODE_ONLY) after torch.compile, which fuses norms
+    with the quantization behind them: it then sees what the norm has not rounded to bf16 yet."""
     captured = engines.on_ascend(checkpoint, prompts[::5], graphs=True)
     check_raw_copies(captured)
     for work in captured.data["generation"]:
         assert work["replays"] > 0
-        assert work["launches"].get("aclnnAddRmsNormDynamicQuant", 0) > 0, work["launches"]
+        assert any("AddRmsNormDynamicQuant" in name for name in work["launches"]), work
     found = agreement(checkpoint, captured.answers)
     print(found)
     assert found.share >= SHARE

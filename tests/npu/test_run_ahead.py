@@ -10,8 +10,7 @@ import ascend_sim
 import pytest
 
 from qwen3_ascend import SamplingParams, load
-from qwen3_ascend.runtime import LLM
-from qwen3_ascend.runtime.llm import Completion
+from qwen3_ascend.runtime import LLM, Completion
 
 pytestmark = pytest.mark.every_mode
 

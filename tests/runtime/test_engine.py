@@ -272,13 +272,22 @@ def test_the_oldest_is_never_put_back() -> None:
     assert all(list(one.output) == answer(one.tokens[:3], 18) for one in others)
 
 
+def scored(engine: Engine, request: Request) -> list[Tensor]:
+    """The rows of logits of a request that nothing else runs beside."""
+    engine.queue(request)
+    rows: list[Tensor] = []
+    while engine.busy:
+        rows += [event.rows for event in step(engine) if isinstance(event, LogitsEvent)]
+    return rows
+
+
 def test_scores_are_those_of_every_row() -> None:
     engine, model = counting_engine(60, 4, step_tokens=7)
     tokens = [*range(30)]
     asked(engine, tokens, 1)
     run(engine)  # the cache knows the prompt now, but not its logits
     before = model.rows
-    rows = torch.cat([*engine.score(tokens)])
+    rows = torch.cat(scored(engine, engine.scoring(tokens)))
     assert model.rows - before == len(tokens)
     assert rows.argmax(-1).tolist() == [next_token(tokens[: i + 1]) for i in range(len(tokens))]
     run(engine)
@@ -286,24 +295,27 @@ def test_scores_are_those_of_every_row() -> None:
 
 def test_scoring_beside_an_answer_loses_nothing_of_either() -> None:
     engine, _ = counting_engine(200, 4, step_tokens=5)
-    request = asked(engine, [1, 2, 3], 12)
-    said = [event.token for event in step(engine) if isinstance(event, TokenEvent)]
-    chunks = engine.score([9] * 20)
-    scored = [next(chunks)]
-    said += [event.token for event in step(engine) if isinstance(event, TokenEvent)]
-    scored += [*chunks]
+    request, scoring = asked(engine, [1, 2, 3], 12), engine.scoring([9] * 20)
+    engine.queue(scoring)
+    said, rows = [], 0
     while engine.busy:
-        said += [event.token for event in step(engine) if isinstance(event, TokenEvent)]
+        for event in step(engine):
+            if isinstance(event, TokenEvent):
+                assert event.request is request
+                said.append(event.token)
+            else:
+                assert event.request is scoring
+                rows += len(event.rows)
     assert said == answer([1, 2, 3], 12) == list(request.output)
-    assert sum(len(rows) for rows in scored) == 20
-    assert not any(isinstance(event, LogitsEvent) for event in engine._undelivered)
+    assert rows == 20 and scoring.finish_reason == "length"
 
 
 def test_a_score_that_is_given_up_frees_its_blocks() -> None:
     engine, _ = counting_engine(60, 4, step_tokens=5)
-    chunks = engine.score([9] * 20)
-    next(chunks)
-    chunks.close()  # type: ignore[attr-defined]
+    scoring = engine.scoring([9] * 20)
+    engine.queue(scoring)
+    step(engine)
+    engine.abort(scoring)
     run(engine)
 
 

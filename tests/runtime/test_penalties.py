@@ -30,12 +30,12 @@ def request(
 
 
 def by_hand(row: Tensor, params: SamplingParams, prompt: list[int], output: list[int]) -> Tensor:
-    """Transformers' penalty, then each token of the output once."""
+    """Transformers' penalty, then each token of the output once, and once for each time."""
     ids = torch.LongTensor([[*prompt, *output]])
     theirs = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
     done: Tensor = theirs(ids, row[None].clone())[0]
     for token in set(output):
-        done[token] -= params.presence_penalty
+        done[token] -= params.presence_penalty + output.count(token) * params.frequency_penalty
     return done
 
 
@@ -44,14 +44,16 @@ def by_hand(row: Tensor, params: SamplingParams, prompt: list[int], output: list
     seed=st.integers(0, 1000),
     repetition=st.sampled_from([1.0, 0.5, 1.3, 5.0]),
     presence=st.sampled_from([0.0, -1.0, 1.5]),
+    frequency=st.sampled_from([0.0, -0.5, 2.0]),
     sequences=st.lists(st.tuples(TOKENS.filter(bool), TOKENS), min_size=1, max_size=4),
 )
 def test_a_batch_grows_token_by_token(
-    seed: int, repetition: float, presence: float, sequences: list[tuple[list[int], list[int]]]
-) -> None:
+    seed: int, repetition: float, presence: float, frequency: float,
+    sequences: list[tuple[list[int], list[int]]],
+) -> None:  # fmt: skip
     """Every second request has the penalties; each step shows one more token of the outputs."""
     params = [SamplingParams(), SamplingParams(
-        repetition_penalty=repetition, presence_penalty=presence
+        repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency
     )]  # fmt: skip
     penalties, rows = Penalties(), logits(seed, len(sequences))
     before = rows.clone()
@@ -71,6 +73,15 @@ def test_presence_counts_each_output_token_once_and_no_prompt() -> None:
     row, params = logits(1), SamplingParams(presence_penalty=1.5)
     expected = row.clone()
     expected[0, [5, 7]] -= 1.5
+    assert torch.equal(Penalties()(row, [request(params, [3, 4], [5, 5, 5, 7])]), expected)
+    assert Penalties()(row, [request(params, [3, 4], [])]) is row
+
+
+def test_frequency_counts_each_output_token_each_time_and_no_prompt() -> None:
+    row, params = logits(1), SamplingParams(frequency_penalty=0.5)
+    expected = row.clone()
+    expected[0, 5] -= 1.5
+    expected[0, 7] -= 0.5
     assert torch.equal(Penalties()(row, [request(params, [3, 4], [5, 5, 5, 7])]), expected)
     assert Penalties()(row, [request(params, [3, 4], [])]) is row
 

@@ -176,7 +176,7 @@ def test_what_is_plain_greedy() -> None:
     assert is_plain_greedy(SamplingParams(top_k=3, top_p=0.5, seed=1))
     others: list[dict[str, Any]] = [
         {"temperature": 0.1}, {"repetition_penalty": 1.1}, {"presence_penalty": 0.5},
-        {"logprobs": 0},
+        {"frequency_penalty": 0.5}, {"logprobs": 0},
     ]  # fmt: skip
     assert not any(is_plain_greedy(SamplingParams(**other)) for other in others)
 
@@ -188,7 +188,8 @@ def test_what_is_plain_greedy() -> None:
         {"top_k": -1}, {"top_k": 2.5}, {"top_p": 0.0}, {"top_p": 1.01}, {"top_p": float("nan")},
         {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0.0},
         {"repetition_penalty": float("inf")}, {"presence_penalty": float("nan")},
-        {"presence_penalty": float("-inf")}, {"max_new_tokens": 0}, {"stop": ""},
+        {"presence_penalty": float("-inf")}, {"frequency_penalty": float("nan")},
+        {"max_new_tokens": 0}, {"stop": ""},
         {"stop": ("a", "")}, {"seed": 2**64}, {"seed": -(2**63) - 1},
     ],
     ids=str,

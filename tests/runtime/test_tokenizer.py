@@ -170,7 +170,7 @@ def test_any_tokens_stream(tokens: list[int], ours: Tokenizer) -> None:
     assert streamed(ours, tokens) == ours.decode(tokens)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(tokens=st.lists(st.integers(0, 4095), max_size=30))
 def test_any_tokens_of_the_tiny_model_stream(tokens: list[int], tiny_source: Path) -> None:
     tokenizer = TINY.setdefault(tiny_source, load_tokenizer(tiny_source))

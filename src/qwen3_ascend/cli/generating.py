@@ -86,7 +86,7 @@ def generate(
     template = {} if template_file is None else {"chat_template": _text(template_file)}
     sampling, *for_load = share(given(values), SamplingParams, EngineOptions, DeviceOptions)
     SamplingParams(**sampling)  # refuses what it does not take before the model is loaded
-    llm, loaded = _load(checkpoint, verify, quiet, *for_load)
+    llm, loaded = load_shown(checkpoint, verify, quiet, *for_load)
     params = dataclasses.replace(llm.default_params, **sampling)
     if chat or conversing or (chat is None and llm.tokenizer.has_chat_template):
         tokens = _conversations(llm, prompts, system, thinking, template)
@@ -131,7 +131,7 @@ def _text(path: Path) -> str:
         raise click.UsageError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _load(
+def load_shown(
     checkpoint: Path, verify: bool, quiet: bool, engine: dict[str, Any], device: dict[str, Any]
 ) -> tuple[LLM, str]:
     """The model, and a line about it that is not shown before the request is accepted."""

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over one LLM, for trying a checkpoint locally."""
