@@ -1,0 +1,78 @@
+"""In which format a source holds its weights: as transformers saves a model, or quantized already.
+
+A format names the weight files, says which keys of config.json are its own, and reads what it says
+of the linears.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3_ascend.convert.exchange import HUGGINGFACE_WEIGHTS, QUANTIZATION_CONFIG, WeightNames
+from qwen3_ascend.convert.source.ascendv1 import description_file, read_description, weight_names
+from qwen3_ascend.convert.source.compressed_tensors import is_compressed_tensors, read_section
+from qwen3_ascend.convert.source.provider import Provider
+from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
+from qwen3_ascend.files.json_file import read_json_object
+
+
+@dataclass(frozen=True)
+class SourceFormat:
+    """How a source is to be read.
+
+    Attributes:
+        keys: of config.json that say how weights are quantized. They are not carried over: what
+            they say is not true of what is made.
+        weights: the names of the weight files.
+        read: which linears are quantized, of those that are named; raises what the format's reader
+            does.
+    """
+
+    keys: tuple[str, ...] = ()
+    weights: WeightNames = HUGGINGFACE_WEIGHTS
+    read: Callable[[Collection[str]], Quantization] = lambda linears: NOT_QUANTIZED
+
+    def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json without what is the format's own."""
+        return {key: value for key, value in config.items() if key not in self.keys}
+
+    def carried_config(self, data: bytes) -> bytes:
+        """The bytes of config.json as they are carried over."""
+        config = json.loads(data)
+        if not any(key in config for key in self.keys):
+            return data
+        text = json.dumps(self.plain_config(config), indent=2, ensure_ascii=False)
+        return f"{text}\n".encode()
+
+
+def recognise(
+    provider: Provider, names: Collection[str], config: Mapping[str, Any], where: str, place: str
+) -> SourceFormat:
+    """The format of a source.
+
+    Args:
+        provider: of its files.
+        names: of its files.
+        config: its config.json.
+        where: the place of that file, for errors.
+        place: of the source, for errors.
+
+    Raises:
+        SourceError: if there are files of two quantized models.
+    """
+    description = description_file(names, place)
+    if description is not None:
+
+        def described(linears: Collection[str]) -> Quantization:
+            path = provider.small_file(description)
+            return read_description(read_json_object(path), linears, str(path))
+
+        return SourceFormat(("quantize",), weight_names(names, place), described)
+    if is_compressed_tensors(config):
+        return SourceFormat(
+            (QUANTIZATION_CONFIG,), read=lambda linears: read_section(config, linears, where)
+        )
+    return SourceFormat()
