@@ -55,7 +55,10 @@ KEYS: Mapping[str, str] = {
 }
 """What keys say that name no tensor and change what is computed."""
 
-NORM_BIAS = "an anti-outlier method that gave the norms a bias, which no Qwen3 has"
+NORM_BIAS = (
+    "an asymmetric anti-outlier method that gave the norms a bias, which no Qwen3 has (a symmetric "
+    "one does not)"
+)
 BEFORE = "an anti-outlier method that divides activations before a linear, which no Qwen3 does"
 
 NAME_PARTS: Mapping[str, str] = {
@@ -137,8 +140,8 @@ def _check_entry(key: str, value: object, linears: Collection[str], where: str) 
     if value == FLOAT and meaning is None:
         return
     if meaning is None:
-        known = f"{TYPES[value]}, " if isinstance(value, str) and value in TYPES else ""
-        meaning = f"{known}for which there is no scheme yet"
+        known = f"{TYPES[value]}; " if isinstance(value, str) and value in TYPES else ""
+        meaning = f"{known}there is no scheme for it yet"
     raise SourceError(f"{where}: {key} is {_short(value)}: {meaning}; {ADVICE}")
 
 
