@@ -226,10 +226,10 @@ def _refuse_strangers(
     spec = model_spec(config)
     known = {item.name for item in spec if isinstance(item, TensorSpec)}
     known |= {f"{source}.{end}" for item in spec.linears for source in item.sources for end in ENDS}
+    for linear, form in quantization.forms.items():
+        known |= {f"{linear}.{suffix}" for suffix in form.known}
     for name in slots:
-        if name in known or name.rpartition(".")[0] in quantization.forms:
-            continue
-        if hint := tensor_hint(name):
+        if name not in known and (hint := tensor_hint(name)):
             raise SourceError(f"the source holds {name}, which tells {hint}")
 
 

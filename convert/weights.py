@@ -136,9 +136,14 @@ class SourceForm(ABC):
 
     Attributes:
         scheme: whose codes are there to be taken; None if they are to be chosen.
+        known: suffixes of the tensors that there may be.
     """
 
     scheme: Scheme | None
+
+    @property
+    @abstractmethod
+    def known(self) -> tuple[str, ...]: ...
 
     @property
     def codes(self) -> Literal["chosen", "taken"]:
@@ -174,6 +179,11 @@ class FloatForm(SourceForm):
 
     scheme: None = None
 
+    @property
+    @override
+    def known(self) -> tuple[str, ...]:
+        return (exchange.WEIGHT,)
+
     @override
     def suffixes(
         self, linear: str, shape: tuple[int, int], slots: Mapping[str, TensorSlot]
@@ -206,6 +216,11 @@ class Int8Form(SourceForm):
     offset: str
     scheme: Scheme = W8A8()
 
+    @property
+    @override
+    def known(self) -> tuple[str, ...]:
+        return (exchange.WEIGHT, exchange.WEIGHT_SCALE, self.offset)
+
     @override
     def suffixes(
         self, linear: str, shape: tuple[int, int], slots: Mapping[str, TensorSlot]
@@ -213,12 +228,11 @@ class Int8Form(SourceForm):
         self._check(f"{linear}.{exchange.WEIGHT}", [torch.int8], [shape], slots)
         for_each_output = [(shape[0], 1), (shape[0],)]
         self._check(f"{linear}.{exchange.WEIGHT_SCALE}", FLOATS, for_each_output, slots)
-        found = (exchange.WEIGHT, exchange.WEIGHT_SCALE)
         if f"{linear}.{self.offset}" not in slots:
-            return found
+            return self.known[:-1]
         types = (*FLOATS, torch.int8)
         self._check(f"{linear}.{self.offset}", types, for_each_output, slots)
-        return (*found, self.offset)
+        return self.known
 
     @override
     def weights(self, parts: Mapping[str, Read]) -> Weights:
