@@ -132,8 +132,8 @@ class CachedRepository(LocalFolder):
         names = self.names()
         weights = weight_names(names, self.repo)
         if weights.index not in names:
-            needed = (CONFIG_NAME, weights.single)
-            return next((name for name in needed if name not in names), None)
+            either = (CONFIG_NAME, weights.single)
+            return next((name for name in either if name not in names), None)
         weight_map = read_json_object(self.folder / weights.index).get("weight_map")
         files = weight_map.values() if isinstance(weight_map, dict) else ()
         needed = (CONFIG_NAME, *(file for file in files if isinstance(file, str)))

@@ -234,7 +234,7 @@ def reference(source: Path) -> Qwen3ForCausalLM:
     """The source in transformers, with linears of the source's codes."""
     data, weights = json.loads((source / "config.json").read_text()), source_weights(source)
     data.pop("quantization_config", None)
-    model = Qwen3ForCausalLM(Qwen3Config(**data)).float().eval()
+    model: Qwen3ForCausalLM = Qwen3ForCausalLM(Qwen3Config(**data)).float().eval()
     floats = {n: t.float() for n, t in weights.items() if t.dtype != torch.int8}
     model.load_state_dict(floats, strict=False)
     for name in [n for n in weights if n.endswith(".weight_scale")]:
@@ -252,7 +252,6 @@ def test_logits(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = reference(DATA / name)(torch.tensor([tokens])).logits[0]
     found = load(tmp_path / "out", dtype="float32", kv_cache_tokens=256).logits(tokens)
-    print(name, float((found - expected).abs().max()), float(expected.std()))
     assert float((found - expected).abs().max()) < 0.01 * float(expected.std())
 
 
