@@ -9,14 +9,14 @@ from qwen3_ascend import native, recipes
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.events import Events
-from qwen3_ascend.convert.finished import finished_manifest, is_finished
+from qwen3_ascend.convert.finished import CHECKPOINT, finished_manifest, is_finished
 from qwen3_ascend.convert.identity import identity
 from qwen3_ascend.convert.options import ConvertOptions
 from qwen3_ascend.convert.output.weight_file import STAGING
-from qwen3_ascend.convert.output.writer import CheckpointWriter, check_output
+from qwen3_ascend.convert.output.writer import OutputWriter, check_output
 from qwen3_ascend.convert.pipeline import run
 from qwen3_ascend.convert.plan import Plan, make_plan
-from qwen3_ascend.convert.preflight import LOW_DISK_FOLDER, check_machine
+from qwen3_ascend.convert.preflight import LOW_DISK_FOLDER, check_machine, disk_advice, disk_needs
 from qwen3_ascend.convert.recipe import Recipe
 from qwen3_ascend.convert.source import Source, open_source
 from qwen3_ascend.convert.source.names import EMBEDDING, HEAD
@@ -129,16 +129,23 @@ def convert_checkpoint(
     if source.provider.revision is not None:
         events.note(f"from {source.provider.repo} @ {source.provider.revision}")
     with (
-        CheckpointWriter(
-            folder, plan.weight_files, same, overwrite=options.overwrite, restart=options.restart
+        OutputWriter(
+            folder,
+            CHECKPOINT,
+            plan.weight_files,
+            same,
+            overwrite=options.overwrite,
+            restart=options.restart,
         ) as writer,
         source,
     ):
-        if writer.finished is not None:
-            return writer.finished
+        if writer.finished:
+            return Manifest.read(folder)
         # With the output locked, so that what an interrupted run has left can be counted in.
-        check_machine(plan, source, folder, budget.working_bytes)
+        needs, advice = disk_needs(plan, source, folder), disk_advice(plan, source)
+        check_machine("converting", folder, needs, budget.working_bytes, advice)
         events.planned(plan)
+        events.begun(plan.source_bytes)
         if writer.left:
             done, total = len(writer.left), len(plan.items)
             events.note(f"continuing: {done} of {total} items were done before")

@@ -1,4 +1,4 @@
-"""What a conversion tells while it runs."""
+"""What a conversion, or an export, tells while it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ class Events:
     """
 
     def planned(self, plan: Plan) -> None:
-        """The plan stands, and nothing has been written yet."""
+        """The plan of a conversion stands, and nothing has been written yet."""
+
+    def begun(self, nbytes: int) -> None:
+        """The work begins: what `done` will tell of comes to so many bytes of source tensors."""
 
     def arrived(self, nbytes: int) -> None:
         """So many more bytes of weights were downloaded; less than 0 takes some back."""
@@ -24,4 +27,4 @@ class Events:
         """An item is written: its name and the bytes of its source tensors."""
 
     def note(self, line: str) -> None:
-        """A line for people, about a download or what an interrupted conversion has left."""
+        """A line for people, about a download or what an interrupted run has left."""

@@ -51,10 +51,6 @@ class WeightNames:
 
     stem: str
 
-    def file(self, index: int, count: int) -> str:
-        """Name of weight file `index`, counted from 1, of `count`."""
-        return f"{self.stem}-{index:05d}-of-{count:05d}.safetensors"
-
     @property
     def single(self) -> str:
         """Name of the weight file of a model that has only one, without an index."""
@@ -119,6 +115,9 @@ COMPRESSED_TENSORS = "compressed-tensors"
 INT_QUANTIZED = "int-quantized"
 """Its format for int8 codes that are stored as int8."""
 
+LINEAR = "Linear"
+"""The class of modules that stands for every linear but the output projection."""
+
 HUGGINGFACE_WEIGHTS = WeightNames("model")
 """Weight files of compressed-tensors, and of any model of transformers."""
 
@@ -133,10 +132,12 @@ INT8_PER_TOKEN: Mapping[str, Any] = MappingProxyType(
 """How its activations are."""
 
 
-def compressed_tensors_config(ignore: Sequence[str]) -> dict[str, Any]:
+def compressed_tensors_config(targets: Sequence[str], ignore: Sequence[str]) -> dict[str, Any]:
     """The section of config.json for a model of w8a8 linears.
 
     Args:
+        targets: classes of modules, or names of linears, that are quantized. vLLM's output
+            projection is no Linear, and has to be named.
         ignore: names of the linears that are not quantized. "lm_head" belongs there also when it
             is tied to the embedding: readers make a linear of it.
     """
@@ -148,7 +149,7 @@ def compressed_tensors_config(ignore: Sequence[str]) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "config_groups": {
             "group_0": {
-                "targets": ["Linear"],
+                "targets": list(targets),
                 "weights": dict(INT8_PER_CHANNEL),
                 "input_activations": dict(INT8_PER_TOKEN),
                 "output_activations": None,

@@ -5,16 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from qwen3_ascend.checkpoint.companions import safe_name
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.convert.compare import compare
-from qwen3_ascend.convert.plan import Plan
+from qwen3_ascend.convert.output.writer import OutputKind
+from qwen3_ascend.convert.plan import STEM, Plan
 from qwen3_ascend.convert.report import MODEL_CARD_NAME
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.files.safetensors import Form
 from qwen3_ascend.version import __version__
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """The files of the checkpoint that is in a folder.
+
+    Those beside the weight files are known from the manifest, if it can be believed: a chat
+    template that the new model does not have would be taken for its own.
+    """
+    try:
+        beside = [safe_name(name) for name in Manifest.read(folder).files]
+    except CheckpointError:
+        beside = []
+    weight_files = [path.name for path in folder.glob(f"{STEM}-*.safetensors")]
+    return [MANIFEST_NAME, *weight_files, *beside]
+
+
+CHECKPOINT = OutputKind("conversion", MANIFEST_NAME, checkpoint_files)
 
 
 def is_finished(folder: Path) -> bool:

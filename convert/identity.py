@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qwen3_ascend.checkpoint.manifest import FORMAT_VERSION, canonical_blake3
 from qwen3_ascend.convert.output.journal import Identity
+from qwen3_ascend.convert.output.weight_file import WeightFilePlan
 from qwen3_ascend.convert.plan import Plan
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.files.hashing import bytes_blake3
@@ -30,7 +31,7 @@ def identity(
         "recipe": f"{plan.recipe.name} {_short(dict(plan.recipe.verbatim))}",
         "codes of the source": _taken(plan, source),
         "source hashes": "yes" if hash_source else "no",
-        "output files": f"{len(plan.weight_files)} {_short(_output_files(plan))}",
+        "output files": files_text(plan.weight_files),
         **{f"source file {name}": _weights(source, name) for name in source.weight_files},
         **{f"source file {name}": bytes_blake3(data)[:DIGITS] for name, data in carried.items()},
     }
@@ -46,11 +47,13 @@ def _taken(plan: Plan, source: Source) -> str:
     return f"{source.quantization.format}, {len(names)} {_short(names)}" if names else "none"
 
 
-def _output_files(plan: Plan) -> object:
-    return {
+def files_text(weight_files: Sequence[WeightFilePlan]) -> str:
+    """How many weight files there will be, and a hash of what they hold."""
+    held = {
         file.file: {name: [NAMES[form.dtype], *form.shape] for name, form in file.tensors.items()}
-        for file in plan.weight_files
+        for file in weight_files
     }
+    return f"{len(weight_files)} {_short(held)}"
 
 
 def _weights(source: Source, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a user may choose about a conversion."""
+"""What a user may choose about a conversion, or an export."""
 
 from __future__ import annotations
 
@@ -9,9 +9,49 @@ from qwen3_ascend.options import check_options, option
 
 HUBS = ("huggingface", "modelscope")
 
+EXPORT_FORMATS = ("ascendv1", "compressed-tensors", "huggingface")
+
 
 @dataclass(frozen=True)
-class ConvertOptions:
+class WritingOptions:
+    """Options of whatever writes weight files; each field says what it is for.
+
+    Raises:
+        OptionError: on construction, naming an option whose value is not taken.
+    """
+
+    max_memory: int | str = option(
+        "2GiB",
+        "Private memory to take beyond Python with torch loaded; source files that are mapped do "
+        "not count.",
+        metavar="SIZE",
+        rule=parse_size,
+    )
+    threads: int | None = option(
+        None,
+        "Threads that work at a time; no byte of the output depends on it.",
+        least=1,
+        unset="one for each processor",
+    )
+    max_file_bytes: int | str = option(
+        "4GiB",
+        "Size at which a new output file begins.",
+        metavar="SIZE",
+        rule=parse_size,
+    )
+    overwrite: bool = option(
+        False, "Replace what is already in OUTPUT; files that are not part of it stay."
+    )
+    restart: bool = option(
+        False, "Discard what an interrupted run has left instead of continuing it."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class ConvertOptions(WritingOptions):
     """Options of a conversion; each field says what it is for.
 
     Raises:
@@ -38,34 +78,8 @@ class ConvertOptions:
         "minute of patience.",
         least=0,
     )
-    max_memory: int | str = option(
-        "2GiB",
-        "Private memory to take beyond Python with torch loaded; source files that are mapped do "
-        "not count.",
-        metavar="SIZE",
-        rule=parse_size,
-    )
-    threads: int | None = option(
-        None,
-        "Threads that work at a time; no byte of the output depends on it.",
-        least=1,
-        unset="one for each processor",
-    )
-    max_file_bytes: int | str = option(
-        "4GiB",
-        "Size at which a new output file begins.",
-        metavar="SIZE",
-        rule=parse_size,
-    )
-    overwrite: bool = option(
-        False, "Replace a checkpoint that is already in OUTPUT; other files there stay."
-    )
-    restart: bool = option(False, "Discard an interrupted conversion instead of continuing it.")
     hash_source: bool = option(
         False,
         "Note the BLAKE3 of every source tensor in the manifest, for `verify --against`. The files "
         "of a hub are held against the hashes that it states anyway.",
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)

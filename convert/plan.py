@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -27,7 +27,7 @@ from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.options import ConvertOptions
-from qwen3_ascend.convert.output.weight_file import WeightFilePlan, weight_file_name
+from qwen3_ascend.convert.output.weight_file import WeightFilePlan, fill_files
 from qwen3_ascend.convert.recipe import Recipe, Rule
 from qwen3_ascend.convert.source.foreign import tensor_hint
 from qwen3_ascend.convert.source.names import HEAD
@@ -38,6 +38,9 @@ from qwen3_ascend.files.safetensors import Form, TensorSlot
 from qwen3_ascend.files.text import parse_size
 
 ENDS = (WEIGHT, BIAS)
+
+STEM = "ascend"
+"""What the names of weight files begin with: no other loader takes them for files it can read."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ def make_plan(
         for part in spec
     )
     ignored = _unread(config, items, slots)
-    weight_files = _fill_files(items, parse_size(max_file_bytes))
+    weight_files = fill_files([item.forms for item in items], parse_size(max_file_bytes), STEM)
     stored = replace(config, tie_word_embeddings=spec.lm_head is None)
     return Plan(stored, recipe, target, items, weight_files, ignored, alike)
 
@@ -341,19 +344,3 @@ def _unread(
                 f"describes (wrong config.json, or an already quantized model?)"
             )
     return ignored
-
-
-def _fill_files(items: Iterable[Item], max_file_bytes: int) -> tuple[WeightFilePlan, ...]:
-    """Fills files in order; the tensors of one linear stay together."""
-    groups: list[dict[str, Form]] = [{}]
-    filled = 0
-    for item in items:
-        if groups[-1] and filled + item.nbytes > max_file_bytes:
-            groups.append({})
-            filled = 0
-        groups[-1].update(item.forms)
-        filled += item.nbytes
-    return tuple(
-        WeightFilePlan(weight_file_name(index, len(groups)), group)
-        for index, group in enumerate(groups, 1)
-    )

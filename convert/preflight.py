@@ -1,4 +1,4 @@
-"""What a conversion needs of the machine, asked before the first byte of weights is fetched."""
+"""What is needed of the machine, asked before the first byte of weights is fetched or written."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen3_ascend.convert.order import working_order
-from qwen3_ascend.convert.output.weight_file import STAGING
-from qwen3_ascend.convert.output.writer import WEIGHT_FILE_PATTERN
+from qwen3_ascend.convert.output.weight_file import STAGING, WeightFilePlan
 from qwen3_ascend.convert.plan import Plan
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.errors import CheckpointError, OptionError
@@ -19,6 +18,8 @@ from qwen3_ascend.files.text import size_text
 
 LOW_DISK_FOLDER = Path(STAGING) / "source"
 """Where --low-disk keeps weight files until they have been used, below the output."""
+
+FREE_SOME = "free some, or choose another output folder"
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class DiskNeed:
 
 def disk_needs(plan: Plan, source: Source, output: Path) -> list[DiskNeed]:
     """What will be written where; without what an interrupted conversion has left already."""
-    staged = sum(_allocated(path) for path in (output / STAGING).glob(WEIGHT_FILE_PATTERN))
-    needs = [DiskNeed("checkpoint", output, max(0, plan.output_bytes - staged))]
+    needs = [output_need("checkpoint", output, plan.weight_files)]
     provider = source.provider
     if provider.store is not None:
         peak = (
@@ -43,6 +43,13 @@ def disk_needs(plan: Plan, source: Source, output: Path) -> list[DiskNeed]:
         )
         needs.append(DiskNeed("downloads", provider.store, peak))
     return needs
+
+
+def output_need(what: str, output: Path, weight_files: Iterable[WeightFilePlan]) -> DiskNeed:
+    """The tensors of an output, without those that an interrupted run has written."""
+    wanted = sum(form.nbytes for file in weight_files for form in file.tensors.values())
+    staged = sum(_allocated(output / STAGING / file.file) for file in weight_files)
+    return DiskNeed(what, output, max(0, wanted - staged))
 
 
 def describe_disk(needs: Sequence[DiskNeed]) -> str:
@@ -70,14 +77,17 @@ def low_disk_peak(plan: Plan, source: Source) -> int:
     return peak
 
 
-def check_machine(plan: Plan, source: Source, output: Path, working_bytes: int) -> None:
-    """Refuses a conversion that could not end well.
+def check_machine(
+    what: str, output: Path, needs: Sequence[DiskNeed], working_bytes: int, advice: str
+) -> None:
+    """Refuses work that could not end well.
 
     Args:
-        plan: of the conversion.
-        source: of the weights.
+        what: the work, for people.
         output: the folder.
+        needs: what will be written where.
         working_bytes: private memory that it will take.
+        advice: what to do about a disk that is too small.
 
     Raises:
         CheckpointError: the output cannot be written, or the disk is too small; with the figures,
@@ -87,11 +97,11 @@ def check_machine(plan: Plan, source: Source, output: Path, working_bytes: int) 
     parent = existing_parent(output)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"cannot write to {parent}; choose another output folder")
-    _check_disk(plan, source, output)
+    _check_disk(needs, advice)
     free = available_memory()
     if free is not None and working_bytes > free:
         raise OptionError(
-            f"converting needs about {size_text(working_bytes)} of memory, but only "
+            f"{what} needs about {size_text(working_bytes)} of memory, but only "
             f"{size_text(free)} are available; pass a smaller --max-memory or fewer --threads"
         )
 
@@ -104,8 +114,7 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
-def _check_disk(plan: Plan, source: Source, output: Path) -> None:
-    needs = disk_needs(plan, source, output)
+def _check_disk(needs: Sequence[DiskNeed], advice: str) -> None:
     devices: dict[int, list[DiskNeed]] = {}
     for need in needs:
         devices.setdefault(existing_parent(need.folder).stat().st_dev, []).append(need)
@@ -115,13 +124,14 @@ def _check_disk(plan: Plan, source: Source, output: Path) -> None:
         if wanted > free:
             raise CheckpointError(
                 f"not enough disk space: {describe_disk(together)}, but only {size_text(free)} "
-                f"are free there; {_advice(plan, source)}"
+                f"are free there; {advice}"
             )
 
 
-def _advice(plan: Plan, source: Source) -> str:
+def disk_advice(plan: Plan, source: Source) -> str:
+    """What to do about a disk on which a conversion finds too little space."""
     if source.provider.store is None or source.provider.temporary:
-        return "free some, or choose another output folder"
+        return FREE_SOME
     less = plan.output_bytes + low_disk_peak(plan, source)
     return f"free some, or convert with --low-disk, which needs {size_text(less)} in all"
 
@@ -134,4 +144,4 @@ def _missing(source: Source, names: Iterable[str]) -> int:
 
 def _allocated(path: Path) -> int:
     """Bytes that a file really takes: one that is being written may be full of holes."""
-    return path.stat().st_blocks * 512
+    return path.stat().st_blocks * 512 if path.is_file() else 0

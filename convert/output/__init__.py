@@ -1,1 +1,1 @@
-"""The files of a checkpoint on their way to the disk."""
+"""The files of a checkpoint or of an export on their way to the disk."""

@@ -1,9 +1,9 @@
-"""What an interrupted conversion had finished: .partial/journal.jsonl, one JSON object a line.
+"""What an interrupted run had finished: .partial/journal.jsonl, one JSON object a line.
 
-The first line tells what is being converted, the following ones each a finished item. A line begins
+The first line tells what is being made, the following ones each a finished item. A line begins
 with a hash of itself, so that a torn or damaged one ends the journal instead of being believed. The
 journal promises nothing about the disk: who resumes hashes the tensors again, which is why nothing
-has to be forced to disk, and in order, while a conversion runs.
+has to be forced to disk, and in order, while the work goes on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ JOURNAL = "journal.jsonl"
 CHECK_DIGITS = 16
 
 Identity = Mapping[str, str]
-"""All that decides the bytes of a conversion, in words that a user understands."""
+"""All that decides the bytes of an output, in words that a user understands."""
 
 
 class Done(Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,7 +34,7 @@ class Done(Struct, frozen=True, forbid_unknown_fields=True):
         name: of the linear or tensor.
         blake3: of each of its stored tensors, by full name.
         source: BLAKE3 of each source tensor that it was made of, by name.
-        sqnr_db: its error, see LinearEntry.
+        sqnr_db: its error, see LinearEntry; None for what was not quantized just now.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Publication(Struct, frozen=True, forbid_unknown_fields=True):
 
     names: tuple[str, ...]
     old: tuple[str, ...]
-    manifest_blake3: str
+    seal_blake3: str
 
 
 class Line(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -118,7 +118,7 @@ def read_journal(staging: Path) -> Record | None:
 
 
 def difference(before: Identity, now: Identity) -> str | None:
-    """What differs between two conversions, in words; None if they are the same."""
+    """What differs between two outputs, in words; None if they are the same."""
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if not changed:
         return None

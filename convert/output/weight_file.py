@@ -6,10 +6,11 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -26,15 +27,51 @@ STAGING = ".partial"
 
 @dataclass(frozen=True)
 class WeightFilePlan:
-    """A weight file before it is written: its name, and each tensor's form in file order."""
+    """A weight file before it is written.
+
+    Attributes:
+        file: its name.
+        tensors: the form of each, in file order.
+        metadata: what else its header says.
+    """
 
     file: str
     tensors: Mapping[str, Form]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def weight_file_name(index: int, count: int) -> str:
-    """Name of weight file `index` (from 1); no other loader takes it for a file it can read."""
-    return f"ascend-{index:05d}-of-{count:05d}.safetensors"
+def numbered(stem: str, index: int, count: int) -> str:
+    """Name of weight file `index`, counted from 1, of `count`."""
+    return f"{stem}-{index:05d}-of-{count:05d}.safetensors"
+
+
+def fill_files(
+    groups: Iterable[Mapping[str, Form]],
+    max_file_bytes: int,
+    stem: str,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[WeightFilePlan, ...]:
+    """Fills files in order; the tensors of one group stay together.
+
+    Args:
+        groups: of tensors that belong together, by name.
+        max_file_bytes: size at which a new file begins.
+        stem: what the names of all files begin with.
+        metadata: of every file.
+    """
+    files: list[dict[str, Form]] = [{}]
+    filled = 0
+    for group in groups:
+        nbytes = sum(form.nbytes for form in group.values())
+        if files[-1] and filled + nbytes > max_file_bytes:
+            files.append({})
+            filled = 0
+        files[-1].update(group)
+        filled += nbytes
+    return tuple(
+        WeightFilePlan(numbered(stem, index, len(files)), tensors, metadata)
+        for index, tensors in enumerate(files, 1)
+    )
 
 
 SYNC_BYTES = 1 << 25
@@ -49,7 +86,7 @@ class WeightFileWriter:
         self.plan, self._path, self._syncer = plan, folder / plan.file, syncer
         # The system lets one thread at a time write to a file, and has others wait wide awake.
         self._writing = threading.Lock()
-        self._header: Header = build_header(plan.tensors)
+        self._header: Header = build_header(plan.tensors, plan.metadata)
         self._size = max(slot.stop for slot in self._header.slots.values())
         self._descriptor: int | None = None
         self._sync: Future[None] | None = None

@@ -1,9 +1,9 @@
-"""Writing a checkpoint so that no half of one is ever taken for a whole, and no work is lost.
+"""Writing an output so that no half of one is ever taken for a whole, and no work is lost.
 
 Everything is built in OUT/.partial, with a journal of what is finished; who is interrupted there
-continues there. At the end it is published: the journal notes which files move, the old manifest
-goes first, then the new files are renamed into place, and the new manifest comes last. At every
-instant OUT is a complete checkpoint or visibly none, and the same command completes it.
+continues there. At the end it is published: the journal notes which files move, the old seal goes
+first, then the new files are renamed into place, and the new seal comes last. At every instant OUT
+is complete or visibly not, and the same command completes it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ from types import TracebackType
 from typing_extensions import Self
 
 from qwen3_ascend.checkpoint.companions import safe_name
-from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest
+from qwen3_ascend.checkpoint.manifest import FileEntry
 from qwen3_ascend.convert.output.journal import (
     JOURNAL,
     Done,
@@ -36,15 +37,30 @@ from qwen3_ascend.convert.output.weight_file import STAGING, WeightFilePlan, Wei
 from qwen3_ascend.errors import CheckpointError, DamagedSourceError, UserError, is_mendable
 from qwen3_ascend.files.hashing import bytes_blake3
 
-WEIGHT_FILE_PATTERN = "ascend-*.safetensors"
 LOCK = "lock"
 
 CLAIMS = 3
 """Attempts to lock: the last owner may remove folder or lock between our steps."""
 
 
-class CheckpointWriter:
-    """Builds a checkpoint beside its final place and publishes it in one step.
+@dataclass(frozen=True)
+class OutputKind:
+    """What an output is.
+
+    Attributes:
+        what: the work that makes it, for people.
+        seal: the file that comes last: with it, the output is complete.
+        files: plain names of the files of such an output that is in a folder, as far as they are
+            known; none if there is none.
+    """
+
+    what: str
+    seal: str
+    files: Callable[[Path], Iterable[str]]
+
+
+class OutputWriter:
+    """Builds an output beside its final place and publishes it in one step.
 
     Use as a context manager. Without `commit` nothing of the output changes; what is staged stays
     for the next run, unless nothing was finished or the source turned out to be damaged.
@@ -53,6 +69,7 @@ class CheckpointWriter:
     def __init__(
         self,
         folder: Path,
+        kind: OutputKind,
         plans: Sequence[WeightFilePlan],
         identity: Identity,
         *,
@@ -63,20 +80,21 @@ class CheckpointWriter:
 
         Args:
             folder: the output.
+            kind: what it is.
             plans: its weight files.
             identity: everything that decides its bytes.
             overwrite: replace what is there.
-            restart: discard an interrupted conversion instead of continuing it.
+            restart: discard interrupted work instead of continuing it.
 
         Raises:
             CheckpointError: if the folder is in use, is not empty (and overwrite is False), or
-                holds an interrupted conversion of something else (and restart is False).
+                holds interrupted work on something else (and restart is False).
         """
-        self.folder, self.staging = folder, folder / STAGING
+        self.folder, self.kind, self.staging = folder, kind, folder / STAGING
         check_output(folder, overwrite)
         self._lock = _claim(self.staging)
         try:
-            self.finished: Manifest | None = None
+            self.finished = False
             left = self._recover(identity, overwrite, restart)
         except BaseException:
             self._lock.close()
@@ -88,7 +106,7 @@ class CheckpointWriter:
         self.weight_files = {
             plan.file: WeightFileWriter(self.staging, plan, self._syncer) for plan in plans
         }
-        self._published = self.finished is not None
+        self._published = self.finished
         self._journal = Journal(self.staging, identity, self.left.values())
         self._any_done = bool(self.left)
 
@@ -98,14 +116,14 @@ class CheckpointWriter:
         other = difference(left.identity, identity) if left else None
         if left is not None and self._is_complete(left):
             if other is None and not restart:
-                self.finished = Manifest.read(self.folder)
+                self.finished = True
                 return left
             if not overwrite:
                 raise _not_empty(self.folder)
             left = None
         elif left is not None and other is not None and not restart:
             raise CheckpointError(
-                f"{self.folder} holds an interrupted conversion of something else ({other}); "
+                f"{self.folder} holds an interrupted {self.kind.what} of something else ({other}); "
                 f"repeat that command to complete it, or pass --restart to discard it"
             )
         elif left is not None and left.publication is not None:
@@ -117,10 +135,10 @@ class CheckpointWriter:
 
     def _is_complete(self, left: Record) -> bool:
         """Whether all that is missing is the removal of the staging folder."""
-        publication, manifest = left.publication, self.folder / MANIFEST_NAME
-        if publication is None or not manifest.is_file():
+        publication, seal = left.publication, self.folder / self.kind.seal
+        if publication is None or not seal.is_file():
             return False
-        return bytes_blake3(manifest.read_bytes()) == publication.manifest_blake3
+        return bytes_blake3(seal.read_bytes()) == publication.seal_blake3
 
     def _take_back(self, publication: Publication) -> None:
         """Undoes a publication that was interrupted; its old files go, as it had begun to do."""
@@ -185,26 +203,31 @@ class CheckpointWriter:
             raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
         self._syncs.append(self._syncer.submit(_sync, path))
 
-    def commit(self, manifest: Manifest) -> None:
-        """Publishes everything staged; the manifest is the last file to appear."""
-        text = manifest.text().encode()
-        self._stage(MANIFEST_NAME, text)
+    def commit(self, sealed: bytes) -> None:
+        """Publishes everything staged; the seal, which holds these bytes, is the last to appear."""
+        seal = self.kind.seal
+        self._stage(seal, sealed)
         for sync in self._syncs:
             sync.result()
         _sync(self.staging)
-        names = (*self.weight_files, *self.files, MANIFEST_NAME)
-        old = _old_files(self.folder)
-        self._journal.publish(Publication(names, old, bytes_blake3(text)))
+        names = (*self.weight_files, *self.files, seal)
+        old = self._old_files()
+        self._journal.publish(Publication(names, old, bytes_blake3(sealed)))
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
         _sync(self.folder)
         for name in names:
-            if name == MANIFEST_NAME:
+            if name == seal:
                 _sync(self.folder)
             (self.folder / name).parent.mkdir(exist_ok=True)
             os.replace(self.staging / name, self.folder / name)
         _sync(self.folder)
         self._published = True
+
+    def _old_files(self) -> tuple[str, ...]:
+        """The files of the output that is there, its seal first."""
+        names = [self.kind.seal, *self.kind.files(self.folder)]
+        return tuple(name for name in dict.fromkeys(names) if (self.folder / name).is_file())
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -272,17 +295,3 @@ def _clear(staging: Path) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
-
-
-def _old_files(folder: Path) -> tuple[str, ...]:
-    """The files of the checkpoint that is there, its manifest first.
-
-    Those beside the weight files are known from the manifest, if it can be believed: a chat
-    template that the new model does not have would be taken for its own.
-    """
-    try:
-        beside = [safe_name(name) for name in Manifest.read(folder).files]
-    except CheckpointError:
-        beside = []
-    names = [MANIFEST_NAME, *(path.name for path in folder.glob(WEIGHT_FILE_PATTERN)), *beside]
-    return tuple(name for name in names if (folder / name).is_file())

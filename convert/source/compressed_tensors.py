@@ -16,6 +16,7 @@ from qwen3_ascend.convert.exchange import (
     INT8_PER_CHANNEL,
     INT8_PER_TOKEN,
     INT_QUANTIZED,
+    LINEAR,
     QUANTIZATION_CONFIG,
     WEIGHT_ZERO_POINT,
 )
@@ -42,9 +43,6 @@ DENSE = "dense"
 """The sparsity format of weights that are not sparse."""
 
 NO_SCHEME = "there is no scheme for it yet"
-
-LINEAR = "Linear"
-"""The class that a target may name instead of a linear."""
 
 REGEX = "re:"
 

@@ -12,9 +12,10 @@ from support import tiny_models
 WATCHED = """
 import json, re, sys, threading, time
 from pathlib import Path
-from qwen3_ascend.convert import ConvertOptions, convert_checkpoint, pipeline
+from qwen3_ascend.convert import ConvertOptions, convert_checkpoint
+from qwen3_ascend.convert.output import production
 
-pipeline.DROP_BYTES = 16 << 20  # far less than the model, which is small
+production.DROP_BYTES = 16 << 20  # far less than the model, which is small
 
 def resident():
     status = Path("/proc/self/status").read_text()

@@ -234,7 +234,7 @@ def test_an_overwrite_is_resumed_as_one(
     [
         b'{"done": {"name": 1, "blake3": {}, "source": {}, "sqnr_db": null}}',
         b'{"done": {"name": "x", "blake3": [], "source": {}, "sqnr_db": null}}',
-        b'{"publish": {"names": null, "old": [], "manifest_blake3": "x"}}',
+        b'{"publish": {"names": null, "old": [], "seal_blake3": "x"}}',
         b'{"remark": {}}',
         b"[]",
         b"\xff",

@@ -1,6 +1,7 @@
-"""Converts again and again in forked processes that are killed, and compares what comes out.
+"""Converts or exports again and again in processes that are killed, and compares what comes out.
 
     cd tests; python -m support.crash_driver SOURCE WORKDIR --steps 25 --instants 10 [--seed 0]
+    cd tests; python -m support.crash_driver CHECKPOINT WORKDIR --format ascendv1
 
 One process imports torch and transformers and forks the others, so that a trial takes milliseconds
 and kills meet the conversion instead of imports. A step is a call
@@ -26,7 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME
-from qwen3_ascend.convert import ConvertOptions, convert_checkpoint
+from qwen3_ascend.convert import (
+    ConvertOptions,
+    WritingOptions,
+    convert_checkpoint,
+    export_checkpoint,
+)
+from qwen3_ascend.convert.export.record import RECORD_NAME
 from qwen3_ascend.runtime.tokenizer import load_tokenizer
 from support.folders import contents
 
@@ -36,10 +43,10 @@ STEPS = ("pwrite", "write", "replace", "unlink", "fsync", "fdatasync", "rmdir", 
 
 
 class Driver:
-    """Trials on one model; every one must end with the bytes of an undisturbed conversion."""
+    """Trials of one work; every one must end with the bytes of an undisturbed run."""
 
-    def __init__(self, source: Path, workdir: Path, threads: int) -> None:
-        self._source, self._threads = source, threads
+    def __init__(self, write: Callable[[Path], object], seal: str, workdir: Path) -> None:
+        self._write, self._seal = write, seal
         self._out, self._good = workdir / "out", workdir / "reference"
         self._trials = self._kills = self._completed = 0
         started = time.perf_counter()
@@ -77,7 +84,7 @@ class Driver:
             if status == 0 or self._is_finished():
                 break
         if not self._is_finished():
-            assert self._fork(self._out, lambda: None) == 0, "the conversion was not continued"
+            assert self._fork(self._out, lambda: None) == 0, "the work was not continued"
         else:
             self._completed += 1
         found = contents(self._out)
@@ -87,9 +94,9 @@ class Driver:
         self._trials += 1
 
     def _is_finished(self) -> bool:
-        """A kill while it tidies up leaves a finished conversion, which is not to be overwritten:
-        the same command would refuse."""
-        return (self._out / MANIFEST_NAME).exists() and not (self._out / JOURNAL).exists()
+        """A kill while it tidies up leaves a finished output, which is not to be overwritten: the
+        same command would refuse."""
+        return (self._out / self._seal).exists() and not (self._out / JOURNAL).exists()
 
     def _count_steps(self) -> int:
         read, write = os.pipe()
@@ -103,13 +110,13 @@ class Driver:
         prepare: Callable[[], Any],
         report: Callable[[int], Any] = lambda total: None,
     ) -> int:
-        """Converts in a process of its own; its exit code, or minus the signal that ended it."""
+        """Works in a process of its own; its exit code, or minus the signal that ended it."""
         child = os.fork()
         if child:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         try:
             counter = prepare()
-            convert_checkpoint(self._source, output, options=ConvertOptions(threads=self._threads))
+            self._write(output)
             report(counter[0] if counter else 0)
             os._exit(0)
         except BaseException as error:
@@ -171,10 +178,19 @@ def main() -> None:
     parser.add_argument("--instants", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--format", help="export SOURCE, a checkpoint, instead of converting")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     load_tokenizer(options.source)  # for its imports, which every child inherits
-    driver = Driver(options.source, options.workdir, options.threads)
+
+    def write(output: Path) -> object:
+        if options.format:
+            choices = WritingOptions(threads=options.threads)
+            return export_checkpoint(options.source, output, options.format, choices)
+        choices = ConvertOptions(threads=options.threads)
+        return convert_checkpoint(options.source, output, options=choices)
+
+    driver = Driver(write, RECORD_NAME if options.format else MANIFEST_NAME, options.workdir)
     total = driver.steps(options.steps, rng)
     driver.instants(options.instants, rng)
     print(json.dumps({"steps": total, **driver.summary()}))

@@ -92,12 +92,13 @@ class Linear:
         return Linear(self.scheme, tuple(shape), self.layout, tensors)
 
     def divide_outputs(self, most: int) -> tuple[Linear, ...]:
-        """The linear in as few parts of at most `most` outputs each as there can be, of about the
-        same size, none of which begins within a block of the layout; their tensors are views."""
+        """The linear in as few parts of at most `most` outputs each (or one block of the layout, if
+        that holds more) as there can be, of about the same size, none of which begins within a
+        block; their tensors are views."""
         outputs, places = self.shape[-2], self.places()
         unit = math.lcm(*(places[suffix]["outputs"].unit for suffix in self.tensors))
         units = -(-outputs // unit)
-        count = -(-units // (most // unit))
+        count = -(-units // max(1, most // unit))
         borders = [min(unit * (units * part // count), outputs) for part in range(count + 1)]
         return tuple(
             self.narrow("outputs", [(start, stop - start)])

@@ -176,11 +176,16 @@ class Manifest:
             "recipe_blake3": canonical_blake3(dict(self.recipe)),
             "source": plain(self.source),
             "linears": {name: _linear_to_json(entry) for name, entry in self.linears.items()},
-            "tensors": plain(self.tensors, _encode),
+            "tensors": plain(self.tensors, encode),
             "weight_files": plain(self.weight_files),
             "files": plain(self.files),
         }
         return {**body, "manifest_blake3": canonical_blake3(body)}
+
+    @property
+    def blake3(self) -> str:
+        """The hash that it carries of itself."""
+        return str(self.to_json()["manifest_blake3"])
 
     def text(self) -> str:
         """The file's text."""
@@ -219,7 +224,7 @@ class Manifest:
 
         def section(name: str, kind: type[T]) -> dict[str, T]:
             entries = typed(data[name], dict[str, object], name)
-            return {key: typed(e, kind, f"{name}.{key}", _decode) for key, e in entries.items()}
+            return {key: typed(e, kind, f"{name}.{key}", decode) for key, e in entries.items()}
 
         try:
             found = cls(
@@ -291,14 +296,14 @@ def _compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _encode(value: Any) -> object:
+def encode(value: Any) -> object:
     """What JSON says of a type that msgspec does not know."""
     if isinstance(value, torch.dtype):
         return NAMES[value]
     raise TypeError(f"{value!r} has no place in a manifest")
 
 
-def _decode(kind: type, value: Any) -> object:
+def decode(kind: type, value: Any) -> object:
     """The inverse; ValueError if there is no such type or scheme, which `typed` gives a place."""
     if kind is torch.dtype and isinstance(value, str) and value in DTYPES:
         return DTYPES[value]
@@ -314,5 +319,5 @@ def _decode(kind: type, value: Any) -> object:
 def _linear_to_json(entry: LinearEntry) -> dict[str, Any]:
     """A scheme is a dataclass of its parameters; its name has to be added."""
     return {"scheme": entry.scheme.to_json()} | {
-        key: value for key, value in plain(entry, _encode).items() if key != "scheme"
+        key: value for key, value in plain(entry, encode).items() if key != "scheme"
     }

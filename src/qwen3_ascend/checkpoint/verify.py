@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from qwen3_ascend.checkpoint.architecture import (
     EMBEDDING,
@@ -15,10 +16,12 @@ from qwen3_ascend.checkpoint.architecture import (
     model_spec,
 )
 from qwen3_ascend.checkpoint.linear import BIAS
-from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredTensor
-from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, StoredTensor
+from qwen3_ascend.checkpoint.reader import CheckpointReader, Sealed, SealedFolder
 from qwen3_ascend.errors import CheckpointError, os_errors
 from qwen3_ascend.files.threads import run_all
+
+S = TypeVar("S", bound=Sealed)
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,26 @@ def verify(
         CheckpointError: if the folder cannot be opened at all (no manifest, a truncated file).
     """
     reader = CheckpointReader(folder, check_files=False)
-    manifest = reader.manifest
-    problems = [*_structure(reader), *changed_tensors(reader, progress, threads)]
-    problems += reader.file_problems()
+    return judge(reader, structure_problems(reader), progress, threads)
+
+
+def judge(
+    sealed: SealedFolder[S],
+    problems: Sequence[str],
+    progress: Callable[[int], None],
+    threads: int | None,
+) -> Verdict:
+    """Re-hashes every byte of a folder; `problems` are what has been found before."""
+    manifest = sealed.manifest
+    found = [*problems, *_strangers(sealed), *changed_tensors(sealed, progress, threads)]
+    found += sealed.file_problems()
     progress(sum(entry.size for entry in manifest.files.values()))
     files = len(manifest.files) + len(manifest.weight_files)
-    return Verdict(len(manifest.stored()), files, total_bytes(manifest), tuple(problems))
+    return Verdict(len(manifest.stored()), files, total_bytes(manifest), tuple(found))
 
 
 def changed_tensors(
-    reader: CheckpointReader, progress: Callable[[int], None], threads: int | None
+    reader: SealedFolder[S], progress: Callable[[int], None], threads: int | None
 ) -> list[str]:
     """A line for each tensor whose bytes differ from the manifest, in the manifest's order."""
     stored = reader.manifest.stored()
@@ -83,14 +96,15 @@ def changed_tensors(
     ]
 
 
-def total_bytes(manifest: Manifest) -> int:
+def total_bytes(manifest: Sealed) -> int:
     """Bytes of all tensors and of all files that are not weight files."""
     tensors = sum(tensor.nbytes for tensor in manifest.stored().values())
     return tensors + sum(entry.size for entry in manifest.files.values())
 
 
-def _structure(reader: CheckpointReader) -> list[str]:
-    """The manifest must describe exactly the tensors of its model, in the model's shapes."""
+def structure_problems(reader: CheckpointReader) -> list[str]:
+    """A line for each way in which the manifest does not describe exactly the tensors of its
+    model, in the model's shapes."""
     manifest, problems = reader.manifest, []
     if manifest.model.num_layers > len(manifest.linears):
         return [f"{MANIFEST_NAME}: {manifest.model.num_layers} layers have too few linears"]
@@ -102,12 +116,17 @@ def _structure(reader: CheckpointReader) -> list[str]:
         else:
             problems += _tensor_problems(reader, item)
             tensors.discard(item.name)
-    problems += [f"{name} is not part of the model" for name in sorted(linears | tensors)]
-    names = set(manifest.stored())
-    for file in manifest.weight_files:
-        extra = reader.tensor_names(file) - names
-        problems += [f"tensor {name} in {file} is not in the manifest" for name in sorted(extra)]
-    return problems
+    return problems + [f"{name} is not part of the model" for name in sorted(linears | tensors)]
+
+
+def _strangers(sealed: SealedFolder[S]) -> list[str]:
+    """A line for each tensor in a weight file that the manifest does not know."""
+    names = set(sealed.manifest.stored())
+    return [
+        f"tensor {name} in {file} is not in the manifest"
+        for file in sealed.manifest.weight_files
+        for name in sorted(sealed.tensor_names(file) - names)
+    ]
 
 
 def _linear_problems(reader: CheckpointReader, spec: LinearSpec) -> list[str]:

@@ -8,6 +8,7 @@ import click
 from qwen3_ascend.cli.checking import doctor, inspect, verify
 from qwen3_ascend.cli.converting import convert
 from qwen3_ascend.cli.environment import settle_libraries
+from qwen3_ascend.cli.exporting import export
 from qwen3_ascend.cli.generating import generate
 from qwen3_ascend.cli.terminal import OneLineErrors
 from qwen3_ascend.version import __version__
@@ -23,6 +24,7 @@ def main() -> None:
     \b
     qwen3-ascend convert Qwen/Qwen3-8B out/      quantize and lay out, offline, on any CPU
     qwen3-ascend generate out/ --prompt "..."    run the result
+    qwen3-ascend export out/ av1/ --format ascendv1    the same integers for another engine
     qwen3-ascend inspect out/                    what is in it
     qwen3-ascend verify out/                     re-hash every byte
     qwen3-ascend doctor                          check this machine's NPU
@@ -30,5 +32,5 @@ def main() -> None:
     settle_libraries()
 
 
-for command in (convert, generate, inspect, verify, doctor):
+for command in (convert, export, generate, inspect, verify, doctor):
     main.add_command(command)

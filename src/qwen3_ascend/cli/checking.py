@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +14,9 @@ from qwen3_ascend.cli.options import UserPath
 from qwen3_ascend.cli.terminal import progress_bar, silent, to_stderr
 from qwen3_ascend.errors import OptionError, os_errors
 from qwen3_ascend.files.paths import user_path
+
+if TYPE_CHECKING:
+    from qwen3_ascend.checkpoint.verify import Verdict
 
 
 @click.command()
@@ -47,7 +51,7 @@ def inspect(checkpoint: Path, as_json: bool) -> None:
 def verify(
     checkpoint: Path, against: str | None, accept: bool, threads: int | None, quiet: bool
 ) -> None:
-    """Re-hash every byte of CHECKPOINT and re-derive every shape.
+    """Re-hash every byte of CHECKPOINT, or of what `export` has made, and re-derive every shape.
 
     Exits with 1 and names each tensor or file that differs from the manifest. With --against
     MODEL, a folder or a Hub id as for convert, also each that differs from the model.
@@ -60,18 +64,17 @@ def verify(
     qwen3-ascend verify out/ --accept
     qwen3-ascend verify out/ --against Qwen/Qwen3-8B
     """
-    from qwen3_ascend.checkpoint.manifest import Manifest
-    from qwen3_ascend.checkpoint.verify import total_bytes
-    from qwen3_ascend.checkpoint.verify import verify as verify_checkpoint
+    from qwen3_ascend.convert.export.record import is_export
 
+    exported = is_export(checkpoint)
+    if exported and (accept or against is not None):
+        raise OptionError(f"{checkpoint} is an export: --accept and --against are for a checkpoint")
     if accept:
         from qwen3_ascend.convert.accept import accept_files
 
         for line in accept_files(checkpoint):
             click.echo(f"accepted: {line}")
-    with progress_bar("verifying", quiet) as bar:
-        bar.reset(total=total_bytes(Manifest.read(checkpoint)))
-        verdict = verify_checkpoint(checkpoint, bar.update, threads)
+    verdict = _verify(checkpoint, exported, threads, quiet)
     problems = [*verdict.problems]
     if against is not None and verdict.ok:
         problems += _compare(checkpoint, against, threads, quiet)
@@ -85,6 +88,17 @@ def verify(
             f"{checkpoint}: {verdict.tensors} tensors and {verdict.files} files, "
             f"{verdict.nbytes:,} bytes: all as the manifest says{model}"
         )
+
+
+def _verify(folder: Path, exported: bool, threads: int | None, quiet: bool) -> Verdict:
+    from qwen3_ascend.checkpoint.manifest import Manifest
+    from qwen3_ascend.checkpoint.verify import total_bytes, verify
+    from qwen3_ascend.convert.export.record import ExportRecord, verify_export
+
+    manifest = ExportRecord.read(folder) if exported else Manifest.read(folder)
+    with progress_bar("verifying", quiet) as bar:
+        bar.reset(total=total_bytes(manifest))
+        return (verify_export if exported else verify)(folder, bar.update, threads)
 
 
 def _compare(checkpoint: Path, model: str, threads: int | None, quiet: bool) -> list[str]:

@@ -83,14 +83,14 @@ class Notes(Events):
 
 
 class Watch(Events):
-    """Shows a conversion as two bars, and its notes."""
+    """Shows a conversion, or an export, as bars, and its notes."""
 
     def __init__(self, downloads: Any, bar: Any, quiet: bool) -> None:
         self._downloads, self._bar, self._quiet = downloads, bar, quiet
 
     @override
-    def planned(self, plan: Plan) -> None:
-        self._bar.reset(total=plan.source_bytes)
+    def begun(self, nbytes: int) -> None:
+        self._bar.reset(total=nbytes)
 
     @override
     def arrived(self, nbytes: int) -> None:
@@ -136,8 +136,8 @@ def _convert(
     started = time.perf_counter()
     is_local = os.path.isdir(user_path(model))
     with (
-        stoppable(lambda: _kept(output)),
-        _quick_garbage_collection(),
+        stoppable(lambda: kept(output)),
+        quick_garbage_collection(),
         progress_bar("downloading", quiet or is_local, None) as downloads,
         progress_bar("converting", quiet) as bar,
     ):
@@ -153,7 +153,7 @@ def _convert(
 
 
 @contextmanager
-def _quick_garbage_collection() -> Iterator[None]:
+def quick_garbage_collection() -> Iterator[None]:
     """Spares the collector what is there already: walking through torch stops all threads for a
     tenth of a second, several times in a conversion."""
     gc.freeze()
@@ -163,12 +163,12 @@ def _quick_garbage_collection() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _kept(output: Path) -> str:
-    """What becomes of an interrupted conversion."""
+def kept(output: Path) -> str:
+    """What becomes of interrupted work."""
     from qwen3_ascend.convert.output.weight_file import STAGING
 
-    kept = (output / STAGING).is_dir()
-    return "; what is done is kept, the same command continues" if kept else ""
+    is_kept = (output / STAGING).is_dir()
+    return "; what is done is kept, the same command continues" if is_kept else ""
 
 
 def _plan_text(plan: Plan, budget: Budget) -> str:

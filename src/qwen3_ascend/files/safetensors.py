@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
+
+METADATA = "__metadata__"
+"""The entry of a header that is no tensor: text by key."""
 
 HEADER_ALIGNMENT = 64
 """Headers are padded with spaces so that the first tensor starts on a cache line."""
@@ -132,7 +136,7 @@ def parse_header(raw: bytes, where: str) -> dict[str, TensorSlot]:
         raise CheckpointError(f"{where} has an unreadable safetensors header: {error}") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{where} has a safetensors header that is not an object")
-    entries.pop("__metadata__", None)
+    entries.pop(METADATA, None)
     return check_slots(entries, 8 + len(raw), where)
 
 
@@ -152,9 +156,16 @@ def check_slots(entries: Mapping[str, Any], base: int, where: str) -> dict[str, 
     return ordered
 
 
-def build_header(tensors: Mapping[str, Form]) -> Header:
-    """The header of a file that holds these tensors, in this order, without gaps."""
-    entries: dict[str, Any] = {}
+def build_header(
+    tensors: Mapping[str, Form], metadata: Mapping[str, str] = MappingProxyType({})
+) -> Header:
+    """The header of a file that holds these tensors, in this order, without gaps.
+
+    Args:
+        tensors: the form of each, by name.
+        metadata: what else the header says.
+    """
+    entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     position = 0
     for name, form in tensors.items():
         stop = position + form.nbytes

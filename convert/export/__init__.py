@@ -1,0 +1,1 @@
+"""From a finished checkpoint to the formats that other engines read."""

@@ -1,0 +1,229 @@
+"""The formats of an export: how each states a scheme, and the files that say what was stated.
+
+A format lists the schemes that it can state, each with an `Expression`; any other is refused by
+name. So a new scheme is one line in each format that has words for it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from qwen3_ascend.checkpoint.architecture import LM_HEAD
+from qwen3_ascend.checkpoint.companions import CONFIG_NAME
+from qwen3_ascend.checkpoint.linear import BIAS, Linear
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
+from qwen3_ascend.convert import exchange
+from qwen3_ascend.convert.exchange import WeightNames
+from qwen3_ascend.convert.export.item import ExportItem, Expression
+from qwen3_ascend.convert.options import EXPORT_FORMATS
+from qwen3_ascend.errors import OptionError
+from qwen3_ascend.files.json_file import indented
+from qwen3_ascend.files.safetensors import Form
+
+
+@dataclass(frozen=True)
+class Floats:
+    """weight: bfloat16 [N, K], what is stored or, of codes, what they stand for, rounded once."""
+
+    is_quantized: ClassVar[bool] = False
+
+    def forms(self, shape: Sequence[int]) -> dict[str, Form]:
+        return {exchange.WEIGHT: Form(torch.bfloat16, tuple(shape))}
+
+    def tensors(self, linear: Linear) -> dict[str, Tensor]:
+        return {exchange.WEIGHT: linear.dequantize().to(torch.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Int8:
+    """weight: int8 [N, K]; weight_scale [N, 1] of a type; perhaps weight_offset, which is zero."""
+
+    is_quantized: ClassVar[bool] = True
+    scale: torch.dtype
+    offset: bool = False
+
+    def forms(self, shape: Sequence[int]) -> dict[str, Form]:
+        return exchange.int8_forms(shape, self.scale, self.offset)
+
+    def tensors(self, linear: Linear) -> dict[str, Tensor]:
+        return exchange.int8_tensors(linear.codes(), self.scale, self.offset)
+
+
+class Format(ABC):
+    """A format. What it is called, what it can state, and its files beside the weights."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    """For people."""
+
+    weight_names: ClassVar[WeightNames]
+    usage: ClassVar[str]
+    """Lines of the model card: how to load it, and in what."""
+
+    expressions: ClassVar[Mapping[str, Expression]]
+    """How each scheme is stated, by the scheme's name."""
+
+    def states(self, scheme: Scheme) -> Expression | None:
+        """How a scheme is stated; None if this format has no words for it."""
+        return self.expressions.get(scheme.name)
+
+    def expression(self, linear: str, scheme: Scheme) -> Expression:
+        """How the scheme of a linear is stated; OptionError naming both if it cannot be."""
+        found = self.states(scheme)
+        if found is None:
+            raise OptionError(
+                f"format {self.name} cannot state {linear}, which has the scheme {scheme}; export "
+                f"as {HuggingFace.name}, or convert the model with another recipe"
+            )
+        return found
+
+    @abstractmethod
+    def files(self, config: Mapping[str, Any], items: Sequence[ExportItem]) -> dict[str, bytes]:
+        """config.json and the files that say what the tensors are, by name.
+
+        Args:
+            config: config.json of a Qwen3 whose weights are bfloat16.
+            items: everything that is exported.
+
+        Raises:
+            OptionError: if no engine would load the result.
+        """
+
+
+class HuggingFace(Format):
+    """Plain bfloat16, as transformers saves a model."""
+
+    name = "huggingface"
+    title = "plain bfloat16"
+    weight_names = exchange.HUGGINGFACE_WEIGHTS
+    usage = """\
+Quantized weights were turned back into bfloat16, each rounded once: this is for evaluation, and for
+programs that know no quantized format. Activations are not quantized.
+
+    transformers.AutoModelForCausalLM.from_pretrained(".", dtype="bfloat16")
+    vllm serve .
+"""
+
+    @override
+    def states(self, scheme: Scheme) -> Expression:
+        return Floats()
+
+    @override
+    def files(self, config: Mapping[str, Any], items: Sequence[ExportItem]) -> dict[str, bytes]:
+        return {CONFIG_NAME: indented(config)}
+
+
+class CompressedTensors(Format):
+    """int-quantized: bfloat16 scales, and a section of config.json."""
+
+    name = "compressed-tensors"
+    title = "compressed-tensors (int-quantized)"
+    weight_names = exchange.HUGGINGFACE_WEIGHTS
+    usage = """\
+The int8 codes and scales are those of the checkpoint, unchanged; engines find the format by
+`quantization_config` in config.json.
+
+    vllm serve .
+"""
+
+    expressions: ClassVar[Mapping[str, Expression]] = {
+        BF16.name: Floats(),
+        W8A8.name: Int8(torch.bfloat16),
+    }
+
+    @override
+    def files(self, config: Mapping[str, Any], items: Sequence[ExportItem]) -> dict[str, bytes]:
+        _require_quantized(self, items)
+        linears = [item for item in items if item.is_linear]
+        floats = [item for item in linears if not item.expression.is_quantized]
+        ignore = [source for item in floats for source, _ in item.parts]
+        targets = [exchange.LINEAR]
+        heads = [item for item in linears if item.name == LM_HEAD]
+        if not heads:
+            ignore.append(LM_HEAD)  # tied to the embedding, but readers make a linear of it
+        elif heads[0].expression.is_quantized:
+            targets.append(LM_HEAD)
+        section = exchange.compressed_tensors_config(targets, ignore)
+        return {CONFIG_NAME: indented({**config, exchange.QUANTIZATION_CONFIG: section})}
+
+
+class AscendV1(Format):
+    """What ModelSlim writes: float32 scales and offsets, and a description of every tensor."""
+
+    name = "ascendv1"
+    title = "AscendV1 (ModelSlim)"
+    weight_names = exchange.ASCENDV1_WEIGHTS
+    usage = """\
+The int8 codes and scales are those of the checkpoint, unchanged; engines find the format by
+`quant_model_description.json`.
+
+    vllm serve .                                      # vllm-ascend
+    python -m sglang.launch_server --model-path .     # SGLang on Ascend
+"""
+
+    expressions: ClassVar[Mapping[str, Expression]] = {
+        BF16.name: Floats(),
+        W8A8.name: Int8(torch.float32, offset=True),
+    }
+    types: ClassVar[Mapping[str, str]] = {
+        BF16.name: exchange.FLOAT,
+        W8A8.name: exchange.W8A8_DYNAMIC,
+    }
+    """The type that a description gives to the tensors of a scheme."""
+
+    @override
+    def files(self, config: Mapping[str, Any], items: Sequence[ExportItem]) -> dict[str, bytes]:
+        _require_quantized(self, items)
+        _refuse_large_head(items)
+        types = {name: self._type(item, name) for item in items for name in item.forms}
+        # A tied head has no tensor, but readers ask for its type (vllm-ascend issue 8367).
+        types.setdefault(f"{LM_HEAD}.{exchange.WEIGHT}", exchange.FLOAT)
+        return {
+            CONFIG_NAME: indented(config),
+            exchange.DESCRIPTION_NAME: indented(exchange.ascendv1_description(types)),
+        }
+
+    def _type(self, item: ExportItem, name: str) -> str:
+        """The type of a tensor. ModelSlim calls the bias of any linear a float."""
+        return exchange.FLOAT if name.endswith(f".{BIAS}") else self.types[item.scheme.name]
+
+
+FORMATS: Mapping[str, Format] = dict(
+    zip(EXPORT_FORMATS, (AscendV1(), CompressedTensors(), HuggingFace()), strict=True)
+)
+
+
+def format_named(name: str) -> Format:
+    """The format of a name; OptionError if there is none."""
+    if name not in FORMATS:
+        raise OptionError(f"format: {name!r} is not known; known: {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _refuse_large_head(items: Sequence[ExportItem]) -> None:
+    """Our runtime divides a head that is too large for the operator; vllm-ascend 0.23.0 does not
+    (AscendEmbeddingMethod, quantization/method_adapters.py)."""
+    most = ASCEND_A2_A3.largest_dimension
+    for item in items:
+        if item.is_linear and item.expression.is_quantized and item.matrix[0] > most:
+            raise OptionError(
+                f"{item.name} is quantized and has {item.matrix[0]} outputs; vllm-ascend gives all "
+                f"of them to one npu_quant_matmul, which takes {most}: convert with a recipe that "
+                f"leaves it in bf16, such as w8a8"
+            )
+
+
+def _require_quantized(made: Format, items: Sequence[ExportItem]) -> None:
+    if not any(item.expression.is_quantized for item in items):
+        raise OptionError(
+            f"nothing in this checkpoint is quantized, so {made.name} has nothing to say of it; "
+            f"export as {HuggingFace.name}, which every engine loads"
+        )
