@@ -171,7 +171,8 @@ def int8_forms(shape: Sequence[int], scale: torch.dtype, offset: bool = False) -
 
 
 def int8_tensors(codes: Codes, scale: torch.dtype, offset: bool = False) -> dict[str, Tensor]:
-    """Those tensors of codes of w8a8, whose scales are bfloat16-exact: no type loses anything."""
+    """Those tensors of codes of w8a8. Scales that were chosen here are bfloat16-exact: no type
+    loses anything. Those that were taken from a source have to be stated in float32."""
     column = codes["scale"][:, None].to(scale)
     tensors = {WEIGHT: codes["weight"], WEIGHT_SCALE: column}
     return {**tensors, WEIGHT_OFFSET: torch.zeros_like(column)} if offset else tensors

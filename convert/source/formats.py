@@ -16,7 +16,7 @@ from qwen3_ascend.convert.source.ascendv1 import description_file, read_descript
 from qwen3_ascend.convert.source.compressed_tensors import is_compressed_tensors, read_section
 from qwen3_ascend.convert.source.provider import Provider
 from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
-from qwen3_ascend.files.json_file import read_json_object
+from qwen3_ascend.files.json_file import indented, read_json_object
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class SourceFormat:
         config = json.loads(data)
         if not any(key in config for key in self.keys):
             return data
-        text = json.dumps(self.plain_config(config), indent=2, ensure_ascii=False)
-        return f"{text}\n".encode()
+        return indented(self.plain_config(config))
 
 
 def recognise(

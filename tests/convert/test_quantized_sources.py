@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import tiny_models
 from support.command_line import run
-from support.folders import contents, flip_a_byte
+from support.folders import contents, finished_weights, flip_a_byte
 from support.hub_client import REPO, talk_to
 from support.hub_server import HubServer
 from support.native_cases import runnable_paths
@@ -40,6 +40,7 @@ from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8, pieces
 from qwen3_ascend.checkpoint.verify import verify
+from qwen3_ascend.convert.export.exporting import export_checkpoint
 
 DOWN = "model.layers.0.mlp.down_proj"
 UP = "model.layers.1.mlp.up_proj"
@@ -427,3 +428,34 @@ def test_from_a_hub(
     assert run("verify", tmp_path / "out", "--against", REPO).code == 0
     convert_checkpoint(REPO, tmp_path / "sparing", options=ConvertOptions(low_disk=True))
     assert contents(tmp_path / "sparing") == contents(tmp_path / "out")
+
+
+# There and back again.
+
+
+@pytest.mark.parametrize("format", ["ascendv1", "compressed-tensors"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-head", "w8a8-attention-bf16"])
+def test_an_export_comes_back(format: str, recipe: str, tmp_path: Path) -> None:
+    """The weight files are those of the checkpoint that was exported, byte for byte."""
+    data = tiny_models.config(tie_word_embeddings=recipe == "w8a8-head", attention_bias=True)
+    made = tmp_path / "made"
+    convert_checkpoint(tiny_models.write(tmp_path / "source", data), made, recipe)
+    export_checkpoint(made, tmp_path / "exported", format)
+    convert_checkpoint(tmp_path / "exported", tmp_path / "back")
+    assert finished_weights(tmp_path / "back") == finished_weights(made)
+    assert run("verify", tmp_path / "back", "--against", tmp_path / "exported").code == 0
+
+
+@pytest.mark.parametrize("format", ["ascendv1", "compressed-tensors"])
+@pytest.mark.parametrize("name", REAL)
+def test_what_was_taken_is_exported(name: str, format: str, tmp_path: Path) -> None:
+    """Also scales that bfloat16 lacks come out as they came in."""
+    convert_checkpoint(DATA / name, tmp_path / "out")
+    export_checkpoint(tmp_path / "out", tmp_path / "exported", format)
+    weights, exported = source_weights(DATA / name), source_weights(tmp_path / "exported")
+    for tensor in [n for n in weights if n.endswith(".weight_scale")]:
+        codes = tensor.removesuffix("_scale")
+        assert torch.equal(exported[codes], weights[codes])
+        assert torch.equal(exported[tensor].float(), weights[tensor].float())
+    convert_checkpoint(tmp_path / "exported", tmp_path / "back")
+    assert finished_weights(tmp_path / "back") == finished_weights(tmp_path / "out")
