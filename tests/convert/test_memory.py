@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from support import tiny_models
+from support.quantized_sources import int8_weights, quantize, write_ascendv1
 
 WATCHED = """
 import json, re, sys, threading, time
@@ -29,22 +30,41 @@ def watch():
 seen = [resident()]
 threading.Thread(target=watch, daemon=True).start()
 options = ConvertOptions(threads=2, max_memory="256MiB")
-convert_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], options)
+convert_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3] or None, options)
 print(json.dumps([max(figures) - figures[0] for figures in zip(*seen)]))
 """
 
 
+BIG = tiny_models.config(
+    hidden_size=1024, intermediate_size=12_330, num_hidden_layers=1, vocab_size=41_000
+)
+"""An embedding of 84 MB, a fused linear of 50 MB in bfloat16 whose parts end within a strip, and a
+head."""
+
+
+def watched(source: Path, out: Path, recipe: str) -> tuple[int, int]:
+    """The most private and mapped memory, in bytes, that a conversion took."""
+    command = [sys.executable, "-c", WATCHED, str(source), str(out), recipe]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    private, mapped = json.loads(done.stdout)
+    return private, mapped
+
+
 def test_large_tensors_are_never_whole(tmp_path: Path) -> None:
-    """An embedding of 84 MB, a fused linear of 50 MB whose parts end within a strip, and a head."""
-    data = tiny_models.config(
-        hidden_size=1024, intermediate_size=12_330, num_hidden_layers=1, vocab_size=41_000
-    )
-    source = tiny_models.write(tmp_path / "source", data, tokenizer=False)
+    source = tiny_models.write(tmp_path / "source", BIG, tokenizer=False)
     assert (source / "model.safetensors").stat().st_size > 230e6
     for recipe in ("w8a8", "bf16"):
-        arguments: list[str | Path] = [source, tmp_path / recipe, recipe]
-        command = [sys.executable, "-c", WATCHED, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        private, mapped = json.loads(done.stdout)
+        private, mapped = watched(source, tmp_path / recipe, recipe)
         assert private < 80 << 20
         assert mapped < 100 << 20  # of 230: what was read is given back as the work goes on
+
+
+def test_codes_that_are_taken_are_never_whole(tmp_path: Path) -> None:
+    """The head as well, so that most of what is read are codes."""
+    weights = int8_weights(tiny_models.tensors(BIG))
+    weights["lm_head.weight"], weights["lm_head.weight_scale"] = quantize(weights["lm_head.weight"])
+    source = write_ascendv1(tmp_path / "source", BIG, weights, tokenizer=False)
+    assert sum(path.stat().st_size for path in source.glob("*.safetensors")) > 160e6
+    private, mapped = watched(source, tmp_path / "out", "")
+    assert private < 64 << 20
+    assert mapped < 100 << 20
