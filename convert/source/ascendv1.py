@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from qwen3_ascend.checkpoint.architecture import LM_HEAD
+from qwen3_ascend.checkpoint.companions import CONFIG_NAME
 from qwen3_ascend.checkpoint.linear import BIAS
 from qwen3_ascend.convert.exchange import (
     ASCENDV1,
@@ -20,6 +21,8 @@ from qwen3_ascend.convert.exchange import (
     FLOAT,
     HUGGINGFACE_WEIGHTS,
     INDEX_SUFFIX,
+    QUANTIZATION_CONFIG,
+    TOTAL_TYPE,
     W8A8_DYNAMIC,
     WEIGHT,
     WEIGHT_OFFSET,
@@ -29,6 +32,9 @@ from qwen3_ascend.convert.exchange import (
 from qwen3_ascend.convert.source.quantization import Quantization
 from qwen3_ascend.convert.weights import Int8Form
 from qwen3_ascend.errors import SourceError
+
+ASCEND = "ascend"
+"""The quant_method by which engines for Ascend know the format where config.json names one."""
 
 ADVICE = (
     "quantize with W8A8_DYNAMIC (int8, a scale for each token) in ModelSlim, or convert the "
@@ -98,11 +104,22 @@ def weight_names(names: Collection[str], place: str) -> WeightNames:
     return HUGGINGFACE_WEIGHTS
 
 
-def read_description(data: Mapping[str, Any], linears: Collection[str], where: str) -> Quantization:
+def ascend_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config.json says beside the description, which it repeats or points to, as engines
+    for Ascend have asked for it; None if nothing."""
+    said = config.get(QUANTIZATION_CONFIG)
+    known = isinstance(said, dict) and (said.get("quant_method") == ASCEND or TOTAL_TYPE in said)
+    return said if known else None
+
+
+def read_description(
+    data: Mapping[str, Any], section: Mapping[str, Any], linears: Collection[str], where: str
+) -> Quantization:
     """Which linears ModelSlim has quantized.
 
     Args:
         data: the JSON object.
+        section: what config.json says beside it.
         linears: names of the model's linears.
         where: its place, for errors.
 
@@ -112,6 +129,8 @@ def read_description(data: Mapping[str, Any], linears: Collection[str], where: s
     for key, value in data.items():
         if key not in DESCRIPTION_GLOBALS:
             _check_entry(key, value, linears, where)
+    for key in KEYS:
+        _check_entry(key, section.get(key), linears, f"{CONFIG_NAME}: {QUANTIZATION_CONFIG}")
     metadata = data.get("metadata")
     if isinstance(metadata, dict) and metadata.get("quarot"):
         raise SourceError(f"{where}: metadata: quarot: {NAME_PARTS['heads_rotation']}; {ADVICE}")

@@ -12,10 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_ascend.convert.exchange import HUGGINGFACE_WEIGHTS, QUANTIZATION_CONFIG, WeightNames
-from qwen3_ascend.convert.source.ascendv1 import description_file, read_description, weight_names
+from qwen3_ascend.convert.source.ascendv1 import (
+    ascend_section,
+    description_file,
+    read_description,
+    weight_names,
+)
 from qwen3_ascend.convert.source.compressed_tensors import is_compressed_tensors, read_section
 from qwen3_ascend.convert.source.provider import Provider
 from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
+from qwen3_ascend.errors import SourceError
 from qwen3_ascend.files.json_file import indented, read_json_object
 
 
@@ -60,16 +66,23 @@ def recognise(
         place: of the source, for errors.
 
     Raises:
-        SourceError: if there are files of two quantized models.
+        SourceError: if it tells of two quantized models.
     """
     description = description_file(names, place)
+    if description is not None and is_compressed_tensors(config):
+        raise SourceError(
+            f"{place} holds {description} of ModelSlim, and its config.json is of "
+            f"compressed-tensors: remove the one that is not meant"
+        )
     if description is not None:
+        said = ascend_section(config)
+        keys = ("quantize",) if said is None else ("quantize", QUANTIZATION_CONFIG)
 
         def described(linears: Collection[str]) -> Quantization:
             path = provider.small_file(description)
-            return read_description(read_json_object(path), linears, str(path))
+            return read_description(read_json_object(path), said or {}, linears, str(path))
 
-        return SourceFormat(("quantize",), weight_names(names, place), described)
+        return SourceFormat(keys, weight_names(names, place), described)
     if is_compressed_tensors(config):
         return SourceFormat(
             (QUANTIZATION_CONFIG,), read=lambda linears: read_section(config, linears, where)

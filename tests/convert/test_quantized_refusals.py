@@ -198,6 +198,28 @@ def test_zero_points_of_zero(tmp_path: Path) -> None:
     assert not (tmp_path / "asymmetric").exists()
 
 
+@pytest.mark.parametrize(
+    ("said", "mentions"),
+    [
+        ({"quant_method": "ascend", "kv_quant_type": "C8"}, ["kv_quant_type is 'C8'"]),
+        ({"quant_method": "gptq"}, ["already quantized (gptq)"]),
+        (section(), [DESCRIPTION, "compressed-tensors: remove the one"]),
+    ],
+)
+def test_what_config_json_says_beside_a_description(
+    said: dict[str, Any], mentions: list[str], tmp_path: Path
+) -> None:
+    data = tiny_models.config(quantization_config=said)
+    refused(write_ascendv1(tmp_path / "source", data), "config.json", *mentions)
+
+
+def test_ascend_without_a_description(tmp_path: Path) -> None:
+    data = tiny_models.config(quantization_config={"quant_method": "ascend"})
+    source = write_ascendv1(tmp_path / "source", data, file="model.safetensors", index=None)
+    (source / DESCRIPTION).unlink()
+    refused(source, "quantization_config", "already quantized (ascend)", DESCRIPTION)
+
+
 def test_two_models_in_a_folder(tmp_path: Path) -> None:
     source = write_ascendv1(tmp_path / "source")
     shutil.copyfile(source / DESCRIPTION, source / "quant_model_description_w8a8.json")

@@ -154,6 +154,18 @@ def test_names_that_modelslim_has_used(names: dict[str, Any], tmp_path: Path) ->
     assert "quantize" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+@pytest.mark.parametrize(
+    "said", [{"quant_method": "ascend"}, {"model_quant_type": "W8A8_DYNAMIC", f"{UP}.weight": "?"}]
+)
+def test_what_config_json_says_beside_it(said: dict[str, Any], tmp_path: Path) -> None:
+    data = tiny_models.config(quantization_config=said, quantize="w8a8_dynamic")
+    source = write_ascendv1(tmp_path / "source", data)
+    convert_checkpoint(source, tmp_path / "out")
+    assert_taken(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"quantize", "quantization_config"} & config.keys()
+
+
 TARGETS: dict[str, dict[str, Any]] = {
     "a pattern of what is left out": {"ignore": ["re:.*lm_head", "re:model.layers.0.*down_proj$"]},
     "names and a pattern": {
