@@ -73,11 +73,12 @@ class Source:
         self.notes: list[str] = []
         self.format, self.config = self._config()
         indexed = self._index()
-        self.quantization = self.format.read(linear_names(self.config))
         names = sorted(set(indexed.values())) if indexed else [self.format.weights.single]
         self.weight_files = self._headers(names)
         self._check_index(indexed)
         files = {t: weights.name for weights in self.weight_files.values() for t in weights.slots}
+        self._check_layers(len(files))
+        self.quantization = self.format.read(linear_names(self.config))
         self._take_names(files | indexed)
         if left := unused_weights(self.names, names):
             self.notes.append(left)
@@ -180,6 +181,15 @@ class Source:
             self.notes.append(
                 "a backbone has no output projection: its embedding takes the place, and what it "
                 "generates means nothing"
+            )
+
+    def _check_layers(self, tensors: int) -> None:
+        """Before any list of layers is made: config.json may say any number."""
+        layers = self.config.num_layers
+        if layers > tensors:
+            raise SourceError(
+                f"{self.place}: {CONFIG_NAME} asks for {layers} layers, but there are only "
+                f"{tensors} tensors"
             )
 
     def _check_index(self, indexed: Mapping[str, str]) -> None:
