@@ -18,7 +18,7 @@ from qwen3_ascend.checkpoint.verify import verify
 from qwen3_ascend.cli.terminal import OneLineErrors
 from qwen3_ascend.version import __version__
 
-COMMANDS = ["convert", "generate", "inspect", "verify"]
+COMMANDS = ["convert", "export", "generate", "inspect", "verify"]
 QUESTION = "What does river mean?"
 OTHER = "What does oxygen mean?"
 

@@ -18,7 +18,8 @@ from qwen3_ascend.checkpoint.manifest import canonical_blake3
 from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W8A8
 from qwen3_ascend.checkpoint.sharding import shard
 from qwen3_ascend.checkpoint.target import TARGETS
-from qwen3_ascend.convert.options import ConvertOptions
+from qwen3_ascend.convert.export.record import ExportRecord
+from qwen3_ascend.convert.options import EXPORT_FORMATS, ConvertOptions, WritingOptions
 from qwen3_ascend.options import described
 from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
 
@@ -151,9 +152,18 @@ def test_the_example_of_canonical_json() -> None:
     assert blake3(text.encode()).hexdigest() == digest == canonical_blake3(json.loads(value))
 
 
+def test_every_format_of_an_export_is_described() -> None:
+    text = (ROOT / "docs" / "exporting.md").read_text(encoding="utf-8")
+    for name in EXPORT_FORMATS:
+        assert f"| `{name}` |" in text
+    for key in ExportRecord.__dataclass_fields__:
+        assert f"`{key}`" in text
+
+
 def test_every_option_is_described() -> None:
     pages: dict[str, list[type]] = {
         "converting.md": [ConvertOptions],
+        "exporting.md": [WritingOptions],
         "running.md": [EngineOptions, DeviceOptions],
     }
     for page, kinds in pages.items():

@@ -13,29 +13,29 @@ from typing_extensions import override
 from qwen3_ascend.checkpoint.architecture import LinearSpec
 from qwen3_ascend.checkpoint.checked import CheckedWeights
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.manifest import FileEntry, Manifest, StoredTensor
-from qwen3_ascend.checkpoint.reader import CheckpointReader, SealedFolder
+from qwen3_ascend.checkpoint.manifest import StoredTensor
+from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.export.formats import format_named
+from qwen3_ascend.convert.export.identity import (
+    export_record,
+    finished_record,
+    identity,
+    refuse_foreign_files,
+)
 from qwen3_ascend.convert.export.item import ExportItem
 from qwen3_ascend.convert.export.plan import ExportPlan, plan_export
 from qwen3_ascend.convert.export.record import EXPORT, ExportRecord, is_export
-from qwen3_ascend.convert.identity import DIGITS, files_text
 from qwen3_ascend.convert.options import WritingOptions
-from qwen3_ascend.convert.output.journal import Done, Identity, read_journal
+from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.production import Production
 from qwen3_ascend.convert.output.weight_file import STAGING, WeightFileWriter, tensor_bytes
 from qwen3_ascend.convert.output.writer import OutputWriter, check_output
 from qwen3_ascend.convert.preflight import FREE_SOME, check_machine, output_need
 from qwen3_ascend.errors import CheckpointError, OptionError, os_errors
-from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.files.text import parse_size
-from qwen3_ascend.version import __version__
-
-EXPORTER_VERSION = 1
-"""Goes up when the same checkpoint and format give other bytes than before."""
 
 
 @os_errors(CheckpointError)
@@ -73,15 +73,15 @@ def export_checkpoint(
     plan = plan_export(reader, made, parse_size(options.max_file_bytes))
     is_again = is_export(folder) and not options.overwrite
     if is_again and not (folder / STAGING).exists():
-        found = _finished(folder, reader.manifest, plan)
+        found = finished_record(folder, reader.manifest, plan)
         events.note(f"{folder} holds this export already: nothing to do")
         return found
     if not is_again:
         check_output(folder, options.overwrite)
-    _refuse_foreign_files(folder, plan)
+    refuse_foreign_files(folder, plan)
     budget = Budget.fit(plan.piece_bytes, options.threads, parse_size(options.max_memory))
     with OutputWriter(
-        folder, EXPORT, plan.weight_files, _identity(reader.manifest, plan),
+        folder, EXPORT, plan.weight_files, identity(reader.manifest, plan),
         overwrite=options.overwrite, restart=options.restart,
     ) as writer:  # fmt: skip
         if writer.finished:
@@ -106,7 +106,7 @@ def _run(
         export.take_up()
         export.make(export.remaining(plan.items))
     weight_files = {file: weights.entry for file, weights in writer.weight_files.items()}
-    record = _record(reader.manifest, plan, export.tensors(), weight_files)
+    record = export_record(reader.manifest, plan, export.tensors(), weight_files)
     writer.commit(record.text().encode())
     return record
 
@@ -198,75 +198,3 @@ class _Rows:
     def hashes(self) -> dict[str, str]:
         """BLAKE3 of each tensor, by full name."""
         return {name: digest.hexdigest() for name, digest in self._digests.items()}
-
-
-def _identity(manifest: Manifest, plan: ExportPlan) -> Identity:
-    """Everything that decides a byte of an export, by names that a user understands."""
-    return {
-        "format": plan.format.name,
-        "exporter version": str(EXPORTER_VERSION),
-        "checkpoint": f"{manifest.source.repo} {manifest.blake3[:DIGITS]}",
-        "output files": files_text(plan.weight_files),
-        **{f"file {name}": bytes_blake3(data)[:DIGITS] for name, data in plan.files.items()},
-    }
-
-
-def _record(
-    manifest: Manifest,
-    plan: ExportPlan,
-    tensors: dict[str, StoredTensor],
-    weight_files: dict[str, FileEntry],
-) -> ExportRecord:
-    return ExportRecord(
-        __version__, plan.format.name, manifest.blake3, manifest.source.repo,
-        manifest.source.revision, manifest.recipe["name"], tensors, weight_files,
-        {name: FileEntry(len(data), bytes_blake3(data)) for name, data in plan.files.items()},
-    )  # fmt: skip
-
-
-def _finished(folder: Path, manifest: Manifest, plan: ExportPlan) -> ExportRecord:
-    """The record of a finished output that the same export has made.
-
-    Raises:
-        CheckpointError: if the output is anything else, saying what differs.
-    """
-    found = ExportRecord.read(folder)
-    planned = _record(manifest, plan, {}, {})
-    forms = {n: (t.file, t.dtype, t.shape) for n, t in found.tensors.items()}
-    wanted = {
-        name: (file.file, form.dtype, form.shape)
-        for file in plan.weight_files
-        for name, form in file.tensors.items()
-    }
-    facts: dict[str, tuple[object, object]] = {
-        "version of qwen3-ascend": (found.tool_version, planned.tool_version),
-        "format": (found.format, planned.format),
-        "checkpoint": (found.checkpoint, planned.checkpoint),
-        "small files": (found.files, planned.files),
-        "output files": (forms, wanted),
-    }
-    different = [what for what, (was, now) in facts.items() if was != now]
-    if different:
-        raise CheckpointError(
-            f"{folder} is not empty: it holds another export (differing in: "
-            f"{', '.join(different)}); choose another or pass --overwrite"
-        )
-    for problem in SealedFolder(folder, found).file_problems():
-        raise CheckpointError(f"{folder}: {problem}; export again with --overwrite")
-    return found
-
-
-def _refuse_foreign_files(folder: Path, plan: ExportPlan) -> None:
-    """With --overwrite an export replaces an export, and nothing else that the user has."""
-    left = read_journal(folder / STAGING)
-    ours = set(EXPORT.files(folder))
-    if left is not None and left.publication is not None:
-        ours |= {*left.publication.names, *left.publication.old}
-    written = {*plan.files, *(file.file for file in plan.weight_files)}
-    loaded = {path.name for path in folder.glob("*.safetensors")}
-    for name in sorted(loaded | {name for name in written if (folder / name).exists()}):
-        if name not in ours:
-            raise CheckpointError(
-                f"{folder / name} is no part of an export, and would be replaced or loaded with "
-                f"it; choose another output folder"
-            )

@@ -27,6 +27,7 @@ from qwen3_ascend.convert.export import item as export_item
 from qwen3_ascend.convert.export.record import verify_export
 from qwen3_ascend.convert.recipe import Recipe
 from qwen3_ascend.errors import OptionError
+from qwen3_ascend.files.hashing import file_sha256
 
 FORMS: dict[str, dict[str, Any]] = {
     "untied": {},
@@ -349,6 +350,19 @@ def test_small_files_travel_along(tmp_path: Path) -> None:
 
 
 # The same bytes, whatever the machine.
+
+# If one of these changes, EXPORTER_VERSION in convert/export/identity.py has to go up as well.
+PINNED = {
+    "ascendv1": "ba991001914c1876ab87fd5299eb39c2d263ad9b59200497465c34e7fe7a5e35",
+    "compressed-tensors": "653879dafde3df66d314c9244b7248f204da193c1164a112dcbcfd7cb4790f93",
+    "huggingface": "ea1e20ebd98e8f822b1255bfeb61c0d655837f0aed21840d9bc19bd3e8061217",
+}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_pinned_bytes(name: str, tiny_w8a8: Path, tmp_path: Path) -> None:
+    export_checkpoint(tiny_w8a8, tmp_path / "out", name)
+    assert file_sha256(next((tmp_path / "out").glob("*.safetensors"))) == PINNED[name]
 
 
 def test_threads_and_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,12 +318,16 @@ def weights(folder: Path) -> Path:
 
 @pytest.mark.parametrize(("damage", "word"), DAMAGE.values(), ids=DAMAGE)
 def test_no_damaged_byte_is_exported(
-    damage: Damage, word: str, checkpoint: Path, tmp_path: Path
+    damage: Damage, word: str, checkpoint: Path, whole: Path, tmp_path: Path
 ) -> None:
+    """Nor is one staged: with the checkpoint mended, the same command ends with the right bytes."""
     folder, out = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint")), tmp_path / "out"
     damage(folder)
     run("export", folder, out, *AV1, "-q").one_line_error(word)
     assert not (out / RECORD_NAME).exists() and not [*out.glob("*.safetensors")]
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    assert run("export", folder, out, *AV1, "-q").code == 0
+    assert contents(out) == contents(whole)
 
 
 def test_budgets(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,22 +373,22 @@ def test_verify_names_what_engines_would_load(whole: Path, tmp_path: Path) -> No
     run("verify", folder, "--against", "x").one_line_error("is an export")
 
 
+CHANGES: list[dict[str, Any]] = [
+    {"version": 2},
+    {"kind": "x"},
+    {"format": ""},
+    {"more": 1},
+    {"files": {"a": {}}},
+]
+
+
 def test_the_record_says_where_it_comes_from(checkpoint: Path, whole: Path, tmp_path: Path) -> None:
     record, manifest = ExportRecord.read(whole), Manifest.read(checkpoint)
-    assert record.checkpoint == manifest.blake3
-    assert (
-        manifest.blake3
-        == json.loads((checkpoint / "qwen3_ascend.json").read_text())["manifest_blake3"]
-    )
+    said = json.loads((checkpoint / "qwen3_ascend.json").read_text())
+    assert record.checkpoint == manifest.blake3 == said["manifest_blake3"]
     assert (record.repo, record.recipe, record.format) == ("source", "w8a8", "ascendv1")
     assert {*record.files, *record.weight_files, RECORD_NAME} == set(contents(whole))
-    for change in (
-        {"version": 2},
-        {"kind": "x"},
-        {"format": ""},
-        {"more": 1},
-        {"files": {"a": {}}},
-    ):
+    for change in CHANGES:
         data = json.loads((whole / RECORD_NAME).read_text()) | change
         del data["record_blake3"]
         folder = tmp_path / "changed"

@@ -1,4 +1,4 @@
-"""Memory does not grow with the model: it is watched while a process converts."""
+"""Memory does not grow with the model: it is watched while a process converts or exports."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ WATCHED = """
 import json, re, sys, threading, time
 from pathlib import Path
 from qwen3_ascend.convert import ConvertOptions, convert_checkpoint
+from qwen3_ascend.convert import WritingOptions, export_checkpoint
 from qwen3_ascend.convert.output import production
 
 production.DROP_BYTES = 16 << 20  # far less than the model, which is small
@@ -29,11 +30,14 @@ def watch():
 
 seen = [resident()]
 threading.Thread(target=watch, daemon=True).start()
-options = ConvertOptions(threads=2, max_memory="256MiB")
-convert_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3] or None, options)
+kind, source, out, what = sys.argv[1:]
+if kind == "convert":
+    options = ConvertOptions(threads=2, max_memory="256MiB")
+    convert_checkpoint(source, out, what or None, options)
+else:
+    export_checkpoint(source, out, what, WritingOptions(threads=2, max_memory="256MiB"))
 print(json.dumps([max(figures) - figures[0] for figures in zip(*seen)]))
 """
-
 
 BIG = tiny_models.config(
     hidden_size=1024, intermediate_size=12_330, num_hidden_layers=1, vocab_size=41_000
@@ -42,9 +46,9 @@ BIG = tiny_models.config(
 head."""
 
 
-def watched(source: Path, out: Path, recipe: str) -> tuple[int, int]:
-    """The most private and mapped memory, in bytes, that a conversion took."""
-    command = [sys.executable, "-c", WATCHED, str(source), str(out), recipe]
+def watched(*arguments: str | Path) -> tuple[int, int]:
+    """The most private and mapped memory that a work adds, in bytes."""
+    command = [sys.executable, "-c", WATCHED, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     private, mapped = json.loads(done.stdout)
     return private, mapped
@@ -54,9 +58,14 @@ def test_large_tensors_are_never_whole(tmp_path: Path) -> None:
     source = tiny_models.write(tmp_path / "source", BIG, tokenizer=False)
     assert (source / "model.safetensors").stat().st_size > 230e6
     for recipe in ("w8a8", "bf16"):
-        private, mapped = watched(source, tmp_path / recipe, recipe)
+        private, mapped = watched("convert", source, tmp_path / recipe, recipe)
         assert private < 80 << 20
         assert mapped < 100 << 20  # of 230: what was read is given back as the work goes on
+    exports = [("w8a8", "ascendv1"), ("w8a8", "huggingface"), ("bf16", "huggingface")]
+    for recipe, name in exports:
+        private, mapped = watched("export", tmp_path / recipe, tmp_path / f"{recipe}-{name}", name)
+        assert private < 96 << 20, name
+        assert mapped < 100 << 20, name
 
 
 def test_codes_that_are_taken_are_never_whole(tmp_path: Path) -> None:
@@ -65,6 +74,6 @@ def test_codes_that_are_taken_are_never_whole(tmp_path: Path) -> None:
     weights["lm_head.weight"], weights["lm_head.weight_scale"] = quantize(weights["lm_head.weight"])
     source = write_ascendv1(tmp_path / "source", BIG, weights, tokenizer=False)
     assert sum(path.stat().st_size for path in source.glob("*.safetensors")) > 160e6
-    private, mapped = watched(source, tmp_path / "out", "")
+    private, mapped = watched("convert", source, tmp_path / "out", "")
     assert private < 64 << 20
     assert mapped < 100 << 20
