@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def write_compressed_tensors(
     return folder
 
 
-WRITERS = {"ascendv1": write_ascendv1, "compressed-tensors": write_compressed_tensors}
+WRITERS: Mapping[str, Callable[..., Path]] = {"ascendv1": write_ascendv1, "compressed-tensors": write_compressed_tensors}
 
 
 def source_weights(folder: Path) -> dict[str, Tensor]:
