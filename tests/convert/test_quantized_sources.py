@@ -18,12 +18,14 @@ from support.hub_server import HubServer
 from support.native_cases import runnable_paths
 from support.quantized_sources import (
     DATA,
+    DESCRIPTION,
     REAL,
     WRITERS,
     int8_weights,
     quantize,
     section,
     source_weights,
+    types_of,
     write_ascendv1,
     write_compressed_tensors,
 )
@@ -389,6 +391,16 @@ def test_a_second_run(tmp_path: Path) -> None:
     run("convert", write_compressed_tensors(source), out).one_line_error("another conversion")
 
 
+def test_the_same_weights_in_another_format(tmp_path: Path) -> None:
+    """The weight files are the same, and so is what becomes of config.json."""
+    source, out = write_compressed_tensors(tmp_path / "source"), tmp_path / "out"
+    convert_checkpoint(source, out, "w8a8")
+    shutil.copyfile(out / "config.json", source / "config.json")
+    (source / DESCRIPTION).write_text(json.dumps(types_of(source_weights(source))))
+    done = run("convert", source, out, "--recipe", "w8a8")
+    done.one_line_error("(differing in: format of the source)")
+
+
 def test_an_edited_description_does_not_continue(tmp_path: Path) -> None:
     """Codes that were to be taken are now of floats, or the other way round: another conversion."""
     source, out = write_ascendv1(tmp_path / "source", floats=[DOWN]), tmp_path / "out"
@@ -440,6 +452,20 @@ def test_from_a_hub(
     assert run("verify", tmp_path / "out", "--against", REPO).code == 0
     convert_checkpoint(REPO, tmp_path / "sparing", options=ConvertOptions(low_disk=True))
     assert contents(tmp_path / "sparing") == contents(tmp_path / "out")
+
+
+def test_a_head_from_a_hub(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes are not compared with the embedding that config.json ties them to."""
+    weights = int8_weights(tiny_models.tensors(tiny_models.config()))
+    weights["lm_head.weight"], weights["lm_head.weight_scale"] = quantize(weights["lm_head.weight"])
+    source = write_ascendv1(
+        tmp_path / "source", tiny_models.config(tie_word_embeddings=True), weights
+    )
+    hub.add_model(REPO, source)
+    talk_to(hub, tmp_path / "cache", monkeypatch)
+    manifest = convert_checkpoint(REPO, tmp_path / "out")
+    assert manifest.linears["lm_head"].codes == "taken"
+    assert_taken(source, tmp_path / "out")
 
 
 # There and back again.

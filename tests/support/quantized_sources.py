@@ -146,7 +146,13 @@ def write_compressed_tensors(
     return folder
 
 
-WRITERS: Mapping[str, Callable[..., Path]] = {"ascendv1": write_ascendv1, "compressed-tensors": write_compressed_tensors}
+WRITERS: Mapping[str, Callable[..., Path]] = {
+    "ascendv1": write_ascendv1,
+    "compressed-tensors": write_compressed_tensors,
+}
+    "ascendv1": write_ascendv1,
+    "compressed-tensors": write_compressed_tensors,
+}
 
 
 def source_weights(folder: Path) -> dict[str, Tensor]:
