@@ -150,9 +150,6 @@ WRITERS: Mapping[str, Callable[..., Path]] = {
     "ascendv1": write_ascendv1,
     "compressed-tensors": write_compressed_tensors,
 }
-    "ascendv1": write_ascendv1,
-    "compressed-tensors": write_compressed_tensors,
-}
 
 
 def source_weights(folder: Path) -> dict[str, Tensor]:
