@@ -152,20 +152,24 @@ def test_a_conversion_does_not_continue_an_export(checkpoint: Path, interrupted:
     run("convert", source, interrupted).one_line_error("of something else", "format: ascendv1 then")
 
 
-def test_after_each_step(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("over", [False, True], ids=["into nothing", "over an export"])
+def test_after_each_step(over: bool, tmp_path: Path) -> None:
     """SIGKILL after every call that changes the disk, and the same command again."""
     source = tiny_models.write(tmp_path / "source", tiny_models.config(num_hidden_layers=1))
     convert_checkpoint(source, tmp_path / "out")
+    export_checkpoint(tmp_path / "out", tmp_path / "old", "huggingface")
+    (tmp_path / "old" / "notes.txt").write_text("mine")
+    (tmp_path / "work").mkdir()
     driver = (sys.executable, "-m", "support.crash_driver", tmp_path / "out", tmp_path / "work")
     options = ("--steps", "0", "--threads", "1", "--format", "ascendv1")
-    (tmp_path / "work").mkdir()
+    replaced = ("--over", tmp_path / "old") if over else ()
     ended = subprocess.run(
-        [*driver, *options], capture_output=True, text=True, timeout=550, cwd=TESTS
+        [*driver, *options, *replaced], capture_output=True, text=True, timeout=550, cwd=TESTS
     )
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert found["kills"] == found["trials"] == found["steps"] > 50
-    assert 0 < found["completed"] < 15  # it was finished and had only to be tidied up
+    assert found["completed"] == 0 if over else 0 < found["completed"] < 15  # tidied up only
 
 
 SLOW = """

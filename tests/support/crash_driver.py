@@ -1,7 +1,7 @@
 """Converts or exports again and again in processes that are killed, and compares what comes out.
 
     cd tests; python -m support.crash_driver SOURCE WORKDIR --steps 25 --instants 10 [--seed 0]
-    cd tests; python -m support.crash_driver CHECKPOINT WORKDIR --format ascendv1
+    cd tests; python -m support.crash_driver CHECKPOINT WORKDIR --format ascendv1 [--over EXPORT]
 
 One process imports torch and transformers and forks the others, so that a trial takes milliseconds
 and kills meet the conversion instead of imports. A step is a call
@@ -45,11 +45,14 @@ STEPS = ("pwrite", "write", "replace", "unlink", "fsync", "fdatasync", "rmdir", 
 class Driver:
     """Trials of one work; every one must end with the bytes of an undisturbed run."""
 
-    def __init__(self, write: Callable[[Path], object], seal: str, workdir: Path) -> None:
-        self._write, self._seal = write, seal
+    def __init__(
+        self, write: Callable[[Path], object], seal: str, workdir: Path, over: Path | None
+    ) -> None:
+        self._write, self._seal, self._over = write, seal, over
         self._out, self._good = workdir / "out", workdir / "reference"
         self._trials = self._kills = self._completed = 0
         started = time.perf_counter()
+        self._begin(self._good)
         assert self._fork(self._good, lambda: None) == 0
         self._seconds = time.perf_counter() - started
         self._expected = contents(self._good)
@@ -75,8 +78,14 @@ class Driver:
         """What has been tried."""
         return {"trials": self._trials, "kills": self._kills, "completed": self._completed}
 
+    def _begin(self, output: Path) -> None:
+        """Nothing is there, or what is to be replaced."""
+        shutil.rmtree(output, ignore_errors=True)
+        if self._over is not None:
+            shutil.copytree(self._over, output)
+
     def _trial(self, *deaths: Callable[[], None]) -> None:
-        shutil.rmtree(self._out, ignore_errors=True)
+        self._begin(self._out)
         for death in deaths:
             status = self._fork(self._out, death)
             self._kills += status == -signal.SIGKILL
@@ -95,12 +104,13 @@ class Driver:
 
     def _is_finished(self) -> bool:
         """A kill while it tidies up leaves a finished output, which is not to be overwritten: the
-        same command would refuse."""
-        return (self._out / self._seal).exists() and not (self._out / JOURNAL).exists()
+        same command would refuse; unless it overwrites."""
+        is_whole = (self._out / self._seal).exists() and not (self._out / JOURNAL).exists()
+        return is_whole and self._over is None
 
     def _count_steps(self) -> int:
         read, write = os.pipe()
-        shutil.rmtree(self._out, ignore_errors=True)
+        self._begin(self._out)
         assert self._fork(self._out, count_steps, lambda total: os.write(write, b"%d" % total)) == 0
         return int(os.read(read, 100))
 
@@ -179,18 +189,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--format", help="export SOURCE, a checkpoint, instead of converting")
+    parser.add_argument("--over", type=Path, help="an export that is replaced in each trial")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     load_tokenizer(options.source)  # for its imports, which every child inherits
 
     def write(output: Path) -> object:
         if options.format:
-            choices = WritingOptions(threads=options.threads)
+            overwrite = options.over is not None
+            choices = WritingOptions(threads=options.threads, overwrite=overwrite)
             return export_checkpoint(options.source, output, options.format, choices)
         choices = ConvertOptions(threads=options.threads)
         return convert_checkpoint(options.source, output, options=choices)
 
-    driver = Driver(write, RECORD_NAME if options.format else MANIFEST_NAME, options.workdir)
+    seal = RECORD_NAME if options.format else MANIFEST_NAME
+    driver = Driver(write, seal, options.workdir, options.over)
     total = driver.steps(options.steps, rng)
     driver.instants(options.instants, rng)
     print(json.dumps({"steps": total, **driver.summary()}))
