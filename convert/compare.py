@@ -13,9 +13,10 @@ from qwen3_ascend.checkpoint.linear import BIAS, Linear, stored_bias
 from qwen3_ascend.checkpoint.manifest import LinearEntry
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes.pieces import Piece, Sums, sqnr_db
+from qwen3_ascend.convert.encodings import read_weights
 from qwen3_ascend.convert.output.weight_file import tensor_bytes
 from qwen3_ascend.convert.source import Source
-from qwen3_ascend.convert.weights import Weights, read_weights
+from qwen3_ascend.convert.weights import Weights
 from qwen3_ascend.convert.work import ROWS_AT_A_TIME
 from qwen3_ascend.errors import CheckpointError, SourceError
 from qwen3_ascend.files.hashing import bytes_blake3
@@ -107,12 +108,12 @@ def _linear_problems(
 
 def _weight_names(entry: LinearEntry, source: Source) -> list[str]:
     """The source tensors that a linear's weight is made of."""
-    form, inputs = source.quantization.form(entry.parts[0][0]), entry.shape[-1]
+    encoding, inputs = source.quantization.encoding(entry.parts[0][0]), entry.shape[-1]
     try:
         return [
             f"{part}.{suffix}"
             for part, rows in entry.parts
-            for suffix in form.suffixes(part, (rows, inputs), source.slots)
+            for suffix in encoding.suffixes(part, (rows, inputs), source.slots)
         ]
     except SourceError as error:
         raise CheckpointError(f"{error}: it is another model") from error
@@ -122,7 +123,7 @@ def _weights(entry: LinearEntry, source: Source) -> Weights:
     """The weight of a linear as the source has it."""
     parts = [part for part, _ in entry.parts]
     tensors = {name: source.read(name) for name in _weight_names(entry, source)}
-    return read_weights(source.quantization.form(parts[0]), parts, tensors)
+    return read_weights(source.quantization.encoding(parts[0]), parts, tensors)
 
 
 def _measure(

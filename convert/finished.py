@@ -64,7 +64,7 @@ def finished_manifest(
         "format of the source": (found.source.format, source.quantization.format),
         "codes": (
             {name: entry.codes for name, entry in found.linears.items()},
-            {i.name: i.form.codes for i in plan.items if i.name in found.linears},
+            {i.name: i.encoding.codes for i in plan.items if i.name in found.linears},
         ),
         "files of weights": ({n: f.size for n, f in found.source.files.items()}, sizes),
         "configuration": (found.model, plan.config),

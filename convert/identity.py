@@ -43,7 +43,7 @@ def _short(value: object) -> str:
 
 def _taken(plan: Plan, source: Source) -> str:
     """Which linears keep codes that they came with."""
-    names = [item.name for item in plan.items if item.form.codes == "taken"]
+    names = [item.name for item in plan.items if item.encoding.codes == "taken"]
     return f"{source.quantization.format}, {len(names)} {_short(names)}" if names else "none"
 
 

@@ -156,5 +156,5 @@ def _linear_entry(
         layout=item.layout,
         sqnr_db=sqnr_db,
         tensors={name.rpartition(".")[2]: tensor for name, tensor in stored.items()},
-        codes=item.form.codes,
+        codes=item.encoding.codes,
     )

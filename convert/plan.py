@@ -25,6 +25,7 @@ from qwen3_ascend.checkpoint.linear import BIAS, stored_forms
 from qwen3_ascend.checkpoint.schemes import BF16, Scheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
+from qwen3_ascend.convert.encodings import FLOAT, Encoding, check_floats
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.options import ConvertOptions
 from qwen3_ascend.convert.output.weight_file import WeightFilePlan, fill_files
@@ -32,7 +33,6 @@ from qwen3_ascend.convert.recipe import Recipe, Rule
 from qwen3_ascend.convert.source.foreign import tensor_hint
 from qwen3_ascend.convert.source.names import HEAD
 from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
-from qwen3_ascend.convert.weights import FLOAT, SourceForm, check_floats
 from qwen3_ascend.errors import RecipeError, SourceError
 from qwen3_ascend.files.safetensors import Form, TensorSlot
 from qwen3_ascend.files.text import parse_size
@@ -54,7 +54,7 @@ class Item:
         spec: what it is in the model.
         scheme, layout: what becomes of it.
         stored: the form of each stored tensor, by suffix.
-        form: how the source holds its weight.
+        encoding: how the source holds its weight.
         weights: the source tensors that its weight is made of.
         source_bytes: of its tensors in the source.
     """
@@ -63,7 +63,7 @@ class Item:
     scheme: Scheme
     layout: Layout
     stored: Mapping[str, Form]
-    form: SourceForm
+    encoding: Encoding
     weights: tuple[str, ...]
     source_bytes: int
 
@@ -122,7 +122,7 @@ class Item:
         piece, (outputs, inputs) = self.pieces[0], self.matrix
         weights = (piece.stop - piece.start) * (inputs if piece.axis == "outputs" else outputs)
         itemsize = -(-self.source_bytes // (outputs * (inputs + bool(self.biases))))
-        taken = self.form.temporary_bytes(self.scheme, self.layout, itemsize)
+        taken = self.encoding.temporary_bytes(self.scheme, self.layout, itemsize)
         return max(taken * weights, PIECE_BYTES)
 
 
@@ -229,8 +229,8 @@ def _refuse_strangers(
     spec = model_spec(config)
     known = {item.name for item in spec if isinstance(item, TensorSpec)}
     known |= {f"{source}.{end}" for item in spec.linears for source in item.sources for end in ENDS}
-    for linear, form in quantization.forms.items():
-        known |= {f"{linear}.{suffix}" for suffix in form.known}
+    for linear, encoding in quantization.encodings.items():
+        known |= {f"{linear}.{suffix}" for suffix in encoding.known}
     for name in slots:
         if name not in known and (hint := tensor_hint(name)):
             raise SourceError(f"the source holds {name}, which tells {hint}")
@@ -269,7 +269,7 @@ def _check_rules(config: Qwen3Config, recipe: Recipe, quantization: Quantization
 
 def _check_parts(linear: LinearSpec, quantization: Quantization) -> None:
     """A fused linear is taken as a whole, or chosen as a whole; engines refuse the rest as well."""
-    schemes = {source: quantization.form(source).scheme for source in linear.sources}
+    schemes = {source: quantization.encoding(source).scheme for source in linear.sources}
     if len({*schemes.values()}) > 1:
         said = ", ".join(
             f"{source.rpartition('.')[2]}: {scheme or 'floats'}"
@@ -283,7 +283,7 @@ def _check_parts(linear: LinearSpec, quantization: Quantization) -> None:
 
 def _check_taken(linear: str, rule: Rule, recipe: Recipe, quantization: Quantization) -> None:
     """A linear that came quantized keeps its codes: nobody can choose better ones of them."""
-    scheme = quantization.form(linear).scheme
+    scheme = quantization.encoding(linear).scheme
     if scheme not in (None, rule.scheme):
         raise RecipeError(
             f"recipe {recipe.name} gives {rule.scheme} to {linear}, which the source holds as "
@@ -309,9 +309,9 @@ def _plan_linear(
     tied = spec.sources == (EMBEDDING,)
     scheme = recipe.rule_for(spec.name if tied else spec.sources[0]).scheme
     weights: list[str] = []
-    form = quantization.form(spec.sources[0])
+    encoding = quantization.encoding(spec.sources[0])
     for source, rows in zip(spec.sources, spec.parts, strict=True):
-        suffixes = form.suffixes(source, (rows, spec.inputs), slots)
+        suffixes = encoding.suffixes(source, (rows, spec.inputs), slots)
         weights += [f"{source}.{suffix}" for suffix in suffixes]
         if spec.bias:
             check_floats(f"{source}.{BIAS}", (rows,), slots)
@@ -319,7 +319,7 @@ def _plan_linear(
         raise RecipeError(f"recipe {recipe.name}: {spec.name}: {refusal}")
     layout = target.layout(scheme, spec.name)
     stored = stored_forms(scheme, spec.shape, layout, spec.bias)
-    item = Item(spec, scheme, layout, stored, form, tuple(weights), 0)
+    item = Item(spec, scheme, layout, stored, encoding, tuple(weights), 0)
     return replace(item, source_bytes=sum(slots[name].nbytes for name in item.reads))
 
 

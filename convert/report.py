@@ -126,7 +126,7 @@ def _taken_text(manifest: Manifest) -> str:
 
 def _row_key(item: Item) -> tuple[str, str, str, str]:
     name = ".".join("*" if part.isdigit() else part for part in item.name.split("."))
-    scheme = f"{item.scheme}, taken" if item.form.codes == "taken" else str(item.scheme)
+    scheme = f"{item.scheme}, taken" if item.encoding.codes == "taken" else str(item.scheme)
     return (name, dims(item.spec.shape), scheme, layout_text(item.layout))
 
 
@@ -137,6 +137,6 @@ def _item_json(item: Item) -> dict[str, Any]:
         "bytes": item.nbytes,
         "shape": list(item.spec.shape),
         "scheme": item.scheme.to_json(),
-        "codes": item.form.codes,
+        "codes": item.encoding.codes,
         "layout": plain(item.layout),
     }

@@ -14,11 +14,12 @@ from qwen3_ascend.checkpoint.layout import ND, Place
 from qwen3_ascend.checkpoint.linear import BIAS, byte_offset, stored_bias, stored_forms
 from qwen3_ascend.checkpoint.schemes import BF16
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Sums, sqnr_db
+from qwen3_ascend.convert.encodings import read_weights
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.weight_file import WeightFileWriter, tensor_bytes
 from qwen3_ascend.convert.plan import Item
 from qwen3_ascend.convert.source import Source
-from qwen3_ascend.convert.weights import Weights, read_weights
+from qwen3_ascend.convert.weights import Weights
 from qwen3_ascend.errors import DamagedSourceError
 from qwen3_ascend.native import Kernels, NotFinite
 
@@ -78,7 +79,7 @@ def make_task(item: Item, source: Source) -> Task:
         DamagedSourceError: if a small tensor of the weight holds what cannot be right.
     """
     values = {name: source.read(name) for name in item.reads}
-    weights = read_weights(item.form, item.parts, {name: values[name] for name in item.weights})
+    weights = read_weights(item.encoding, item.parts, {name: values[name] for name in item.weights})
     biases = tuple(values[name] for name in item.biases)
     return Task(item, tuple(values.items()), weights, biases, item.pieces)
 

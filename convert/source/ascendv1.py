@@ -13,6 +13,7 @@ from typing import Any
 from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.companions import CONFIG_NAME
 from qwen3_ascend.checkpoint.linear import BIAS
+from qwen3_ascend.convert.encodings import Int8Encoding
 from qwen3_ascend.convert.exchange import (
     ASCENDV1,
     ASCENDV1_STEMS,
@@ -30,7 +31,6 @@ from qwen3_ascend.convert.exchange import (
     WeightNames,
 )
 from qwen3_ascend.convert.source.quantization import Quantization
-from qwen3_ascend.convert.weights import Int8Form
 from qwen3_ascend.errors import SourceError
 
 ASCEND = "ascend"
@@ -139,7 +139,7 @@ def read_description(
         if kind is None and linear != LM_HEAD:  # a tied one is left out by some
             raise SourceError(f"{where} says nothing of {linear}.{WEIGHT}; it is of another model")
     taken = [linear for linear, kind in types.items() if kind == W8A8_DYNAMIC]
-    return Quantization(ASCENDV1, dict.fromkeys(taken, Int8Form(where, WEIGHT_OFFSET)))
+    return Quantization(ASCENDV1, dict.fromkeys(taken, Int8Encoding(where, WEIGHT_OFFSET)))
 
 
 def name_meaning(tensor: str) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen3_ascend.convert.encodings import Int8Encoding
 from qwen3_ascend.convert.exchange import (
     COMPRESSED_TENSORS,
     INT8_PER_CHANNEL,
@@ -21,7 +22,6 @@ from qwen3_ascend.convert.exchange import (
     WEIGHT_ZERO_POINT,
 )
 from qwen3_ascend.convert.source.quantization import Quantization
-from qwen3_ascend.convert.weights import Int8Form
 from qwen3_ascend.errors import ConfigError
 from qwen3_ascend.files.json_file import typed
 
@@ -103,13 +103,13 @@ def read_section(config: Mapping[str, Any], linears: Collection[str], where: str
     }
     ignore = section.ignore or ()
     _check_patterns([*groups, *ignore], place)
-    form, forms = Int8Form(place, WEIGHT_ZERO_POINT), {}
+    int8, encodings = Int8Encoding(place, WEIGHT_ZERO_POINT), {}
     for linear in linears:
         target = _match(linear, groups)
         if target is not None and _match(linear, ignore) is None:
             _check_group(section.config_groups[groups[target]], f"{place}: {groups[target]}")
-            forms[linear] = form
-    return Quantization(COMPRESSED_TENSORS, forms)
+            encodings[linear] = int8
+    return Quantization(COMPRESSED_TENSORS, encodings)
 
 
 def _match(linear: str, targets: Iterable[str]) -> str | None:

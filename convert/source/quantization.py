@@ -15,8 +15,8 @@ from typing import Any
 from qwen3_ascend.checkpoint.architecture import LM_HEAD, model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.schemes import BF16, Scheme
+from qwen3_ascend.convert.encodings import FLOAT, Encoding
 from qwen3_ascend.convert.recipe import SCHEMA, Recipe, Rule
-from qwen3_ascend.convert.weights import FLOAT, SourceForm
 
 AS_SOURCE = "as-source"
 """Name of the recipe that keeps what a source holds."""
@@ -28,20 +28,20 @@ class Quantization:
 
     Attributes:
         format: name of the format, as the manifest states it; None if nothing is quantized.
-        forms: how each quantized linear lies in the source, by its name in transformers.
+        encodings: how each quantized linear lies in the source, by its name in transformers.
     """
 
     format: str | None = None
-    forms: Mapping[str, SourceForm] = field(default_factory=dict)
+    encodings: Mapping[str, Encoding] = field(default_factory=dict)
 
-    def form(self, linear: str) -> SourceForm:
+    def encoding(self, linear: str) -> Encoding:
         """How the source holds a linear."""
-        return self.forms.get(linear, FLOAT)
+        return self.encodings.get(linear, FLOAT)
 
     def without(self, linear: str) -> Quantization:
         """The same but for one linear."""
-        forms = {name: form for name, form in self.forms.items() if name != linear}
-        return Quantization(self.format, forms)
+        kept = {name: found for name, found in self.encodings.items() if name != linear}
+        return Quantization(self.format, kept)
 
     def recipe(self, linears: Iterable[str]) -> Recipe:
         """The recipe that takes every code that is there, and keeps floats as bfloat16.
@@ -49,7 +49,7 @@ class Quantization:
         Args:
             linears: the names of all linears that a recipe decides on.
         """
-        schemes = {name: self.form(name).scheme or BF16() for name in linears}
+        schemes = {name: self.encoding(name).scheme or BF16() for name in linears}
         ((common, _),) = Counter(schemes.values()).most_common(1)
         others = [Rule(name, scheme) for name, scheme in schemes.items() if scheme != common]
         return _recipe(f"what the {self.format} source holds", [*others, Rule("*", common)])
