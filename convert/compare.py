@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend import native
-from qwen3_ascend.checkpoint.linear import Linear, stored_bias
+from qwen3_ascend.checkpoint.linear import BIAS, Linear, stored_bias
 from qwen3_ascend.checkpoint.manifest import LinearEntry
 from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.checkpoint.schemes.pieces import Piece, Stack, Sums, sqnr_db
+from qwen3_ascend.checkpoint.schemes.pieces import Piece, Sums, sqnr_db
+from qwen3_ascend.convert.encodings import read_weights
 from qwen3_ascend.convert.output.weight_file import tensor_bytes
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.convert.weights import Weights
 from qwen3_ascend.convert.work import ROWS_AT_A_TIME
-from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.errors import CheckpointError, SourceError
 from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.files.threads import available_threads, run_all
 
@@ -30,8 +32,9 @@ def compare(
     """A line for each tensor of a checkpoint that was not made of this source.
 
     Plain tensors and biases must equal the source's, rounded to bfloat16; of each linear the error
-    is measured again from the stored bytes and must be the manifest's. Where the manifest holds
-    the source tensors' hashes, they are compared as well.
+    is measured again from the stored bytes and must be the manifest's. A linear whose codes were
+    taken must hold the source's, code for code and scale for scale. Where the manifest holds the
+    source tensors' hashes, they are compared as well.
 
     Args:
         reader: the checkpoint.
@@ -44,9 +47,13 @@ def compare(
     """
     count, kernels = threads or available_threads(), native.best()
     manifest, problems = reader.manifest, []
-    needed = [*manifest.tensors]
-    needed += [f"{part}.weight" for entry in manifest.linears.values() for part, _ in entry.parts]
-    source.expect(name for name in needed if name in source.location)
+    if manifest.source.format != source.quantization.format:
+        was, now = manifest.source.format or "floats", source.quantization.format or "floats"
+        return [f"the checkpoint was made of a source of {was}, and this one is of {now}"]
+    needed = [name for name in manifest.tensors if name in source.location]
+    for entry in manifest.linears.values():
+        needed += _weight_names(entry, source)
+    source.expect(needed)
     for name, stored in manifest.tensors.items():
         if not _equal(_read(source, name, stored.shape), reader.tensor(name), count):
             problems.append(f"tensor {name} differs from the source's")
@@ -82,27 +89,49 @@ def _linear_problems(
     kernels: native.Kernels,
     threads: int,
 ) -> Iterator[str]:
-    inputs = entry.shape[1]
-    parts = [_read(source, f"{part}.weight", (rows, inputs)) for part, rows in entry.parts]
-    stack = Stack(tuple(parts))
+    weights = _weights(entry, source)
     pieces = linear.scheme.pieces(entry.shape, entry.layout)
-    tasks = [partial(_errors, linear, stack, piece, kernels) for piece in pieces]
+    tasks = [partial(_measure, linear, weights, piece, kernels) for piece in pieces]
     measured = dict(run_all(tasks, threads))
-    found = sqnr_db([sums for piece in pieces if (sums := measured[piece]) is not None])
-    if found != entry.sqnr_db:
+    found = sqnr_db([sums for piece in pieces if (sums := measured[piece][1]) is not None])
+    if not all(same for same, _ in measured.values()):
+        yield f"linear {name}: its codes are not the source's"
+    elif found != entry.sqnr_db:
         yield f"linear {name}: {_text(found)} against the source, but the manifest says " + _text(
             entry.sqnr_db
         )
     if linear.bias is not None:
-        biases = [_read(source, f"{part}.bias", (rows,)) for part, rows in entry.parts]
+        biases = [_read(source, f"{part}.{BIAS}", (rows,)) for part, rows in entry.parts]
         if not torch.equal(stored_bias(torch.cat(biases)), linear.bias):
             yield f"linear {name}: its bias differs from the source's"
 
 
-def _errors(
-    linear: Linear, stack: Stack, piece: Piece, kernels: native.Kernels
-) -> tuple[Piece, Sums | None]:
-    return piece, linear.scheme.errors(linear.piece(piece), stack, piece, kernels)
+def _weight_names(entry: LinearEntry, source: Source) -> list[str]:
+    """The source tensors that a linear's weight is made of."""
+    encoding, inputs = source.quantization.encoding(entry.parts[0][0]), entry.shape[-1]
+    try:
+        return [
+            f"{part}.{suffix}"
+            for part, rows in entry.parts
+            for suffix in encoding.suffixes(part, (rows, inputs), source.slots)
+        ]
+    except SourceError as error:
+        raise CheckpointError(f"{error}: it is another model") from error
+
+
+def _weights(entry: LinearEntry, source: Source) -> Weights:
+    """The weight of a linear as the source has it."""
+    parts = [part for part, _ in entry.parts]
+    tensors = {name: source.read(name) for name in _weight_names(entry, source)}
+    return read_weights(source.quantization.encoding(parts[0]), parts, tensors)
+
+
+def _measure(
+    linear: Linear, weights: Weights, piece: Piece, kernels: native.Kernels
+) -> tuple[Piece, tuple[bool, Sums | None]]:
+    """Whether a piece has the source's codes, and its errors."""
+    part = linear.piece(piece)
+    return piece, (weights.has_codes(part, piece), weights.errors(part, piece, kernels))
 
 
 def _read(source: Source, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -20,6 +20,7 @@ from qwen3_ascend.convert.preflight import LOW_DISK_FOLDER, check_machine, disk_
 from qwen3_ascend.convert.recipe import Recipe
 from qwen3_ascend.convert.source import Source, open_source
 from qwen3_ascend.convert.source.names import EMBEDDING, HEAD
+from qwen3_ascend.convert.source.quantization import linear_names
 from qwen3_ascend.convert.source.tied_head import compare_head
 from qwen3_ascend.convert.source.transfer import Transfer
 from qwen3_ascend.convert.usable import check_usable
@@ -31,7 +32,7 @@ from qwen3_ascend.version import __version__
 
 def plan_conversion(
     model: str | Path,
-    recipe: str | Recipe = recipes.DEFAULT,
+    recipe: str | Recipe | None = None,
     options: ConvertOptions = ConvertOptions(),
     events: Events = Events(),
     output: Path | None = None,
@@ -40,7 +41,8 @@ def plan_conversion(
 
     Args:
         model: a local folder or a Hub id such as "Qwen/Qwen3-8B".
-        recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
+        recipe: name of a shipped recipe, path of a YAML file, or a Recipe. Default:
+            recipes.DEFAULT, or what the source holds if it is quantized already.
         options: see the fields of ConvertOptions.
         events: is told about downloads.
         output: the folder to be written, in which `low_disk` keeps downloaded weights.
@@ -50,7 +52,7 @@ def plan_conversion(
     """
     if options.low_disk and output is None:
         raise OptionError("low_disk: say in which output folder downloads are to be kept")
-    chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    chosen = Recipe.load(recipe) if isinstance(recipe, str) else recipe
     area = output / LOW_DISK_FOLDER if options.low_disk and output is not None else None
     transfer = Transfer(events.note, events.arrived, options.retries)
     source = open_source(
@@ -63,18 +65,27 @@ def plan_conversion(
             config = replace(config, tie_word_embeddings=False)
             notes.append(f"config.json ties {HEAD} to the embedding, but it differs: it is kept")
         alike = {HEAD: EMBEDDING} if finding == "alike" else {}
-    slots = {name: source.slot(name) for name in source.location}
-    plan = make_plan(config, slots, chosen, options.max_file_bytes, alike=alike)
+    plan = make_plan(
+        config, source.slots, chosen or _default_recipe(source), options.max_file_bytes,
+        alike=alike, quantization=source.quantization,
+    )  # fmt: skip
     for line in notes:  # not before: a refusal is one line
         events.note(line)
     return source, plan
+
+
+def _default_recipe(source: Source) -> Recipe:
+    """The recipe of who asks for none."""
+    if source.quantization.format is None:
+        return Recipe.load(recipes.DEFAULT)
+    return source.quantization.recipe(linear_names(source.config))
 
 
 @os_errors(CheckpointError)
 def convert_checkpoint(
     model: str | Path,
     output: str | Path,
-    recipe: str | Recipe = recipes.DEFAULT,
+    recipe: str | Recipe | None = None,
     options: ConvertOptions = ConvertOptions(),
     events: Events = Events(),
 ) -> Manifest:
@@ -86,7 +97,8 @@ def convert_checkpoint(
         model: a local folder or a Hub id such as "Qwen/Qwen3-8B".
         output: a folder that does not exist, is empty, holds what this conversion would make, or
             may be replaced (`overwrite`).
-        recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
+        recipe: name of a shipped recipe, path of a YAML file, or a Recipe. Default:
+            recipes.DEFAULT, or what the source holds if it is quantized already.
         options: see the fields of ConvertOptions.
         events: is told of the plan, of downloads, and of each finished item.
 

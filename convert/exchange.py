@@ -16,6 +16,7 @@ activations int8 with a scale for each token. So nothing but the type of the sca
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -51,6 +52,11 @@ class WeightNames:
     stem: str
 
     @property
+    def single(self) -> str:
+        """Name of the weight file of a model that has only one, without an index."""
+        return f"{self.stem}.safetensors"
+
+    @property
     def index(self) -> str:
         """Name of the JSON file whose weight_map gives the file of every tensor."""
         return f"{self.stem}{INDEX_SUFFIX}"
@@ -58,10 +64,19 @@ class WeightNames:
 
 # AscendV1
 
+ASCENDV1 = "ascendv1"
+"""The format's name, as options and the manifest have it."""
+
 DESCRIPTION_NAME = "quant_model_description.json"
 """The file by which every reader of AscendV1 knows the format."""
 
+DESCRIPTION_NAMES = re.compile(r"quant_model_description(_\w+)?\.json")
+"""What older versions of ModelSlim call it as well: quant_model_description_w8a8_dynamic.json."""
+
 ASCENDV1_WEIGHTS = WeightNames("quant_model_weights")
+
+ASCENDV1_STEMS = re.compile(r"quant_model_weights?(_\w+)?")
+"""Stems of older versions as well: quant_model_weight, quant_model_weight_w8a8_dynamic."""
 
 FLOAT = "FLOAT"
 """Type of a tensor that is not quantized."""
@@ -88,11 +103,14 @@ def ascendv1_description(types: Mapping[str, str]) -> dict[str, Any]:
 
 # compressed-tensors
 
+WEIGHT_ZERO_POINT = "weight_zero_point"
+"""Suffix of what takes the place of offsets, int8 [N, 1]; only of weights that are asymmetric."""
+
 QUANTIZATION_CONFIG = "quantization_config"
 """Key of config.json that holds what follows."""
 
 COMPRESSED_TENSORS = "compressed-tensors"
-"""Its quant_method."""
+"""Its quant_method; and the format's name, as options and the manifest have it."""
 
 INT_QUANTIZED = "int-quantized"
 """Its format for int8 codes that are stored as int8."""
@@ -153,7 +171,8 @@ def int8_forms(shape: Sequence[int], scale: torch.dtype, offset: bool = False) -
 
 
 def int8_tensors(codes: Codes, scale: torch.dtype, offset: bool = False) -> dict[str, Tensor]:
-    """Those tensors of codes of w8a8, whose scales are bfloat16-exact: no type loses anything."""
+    """Those tensors of codes of w8a8. Scales that were chosen here are bfloat16-exact: no type
+    loses anything. Those that were taken from a source have to be stated in float32."""
     column = codes["scale"][:, None].to(scale)
     tensors = {WEIGHT: codes["weight"], WEIGHT_SCALE: column}
     return {**tensors, WEIGHT_OFFSET: torch.zeros_like(column)} if offset else tensors
@@ -161,4 +180,4 @@ def int8_tensors(codes: Codes, scale: torch.dtype, offset: bool = False) -> dict
 
 def int8_codes(tensors: Mapping[str, Tensor]) -> Codes:
     """The inverse: codes of w8a8, int8 [N, K] and float32 [N], of symmetric int8 tensors."""
-    return {"weight": tensors[WEIGHT], "scale": tensors[WEIGHT_SCALE][:, 0].float()}
+    return {"weight": tensors[WEIGHT], "scale": tensors[WEIGHT_SCALE].reshape(-1).float()}

@@ -61,6 +61,11 @@ def finished_manifest(
         "hub": (found.source.hub, source.hub),
         "revision": (found.source.revision, provider.revision),
         "recipe": (found.recipe, dict(plan.recipe.verbatim)),
+        "format of the source": (found.source.format, source.quantization.format),
+        "codes": (
+            {name: entry.codes for name, entry in found.linears.items()},
+            {i.name: i.encoding.codes for i in plan.items if i.name in found.linears},
+        ),
         "files of weights": ({n: f.size for n, f in found.source.files.items()}, sizes),
         "configuration": (found.model, plan.config),
         "small files": (_hashes(found), {n: bytes_blake3(data) for n, data in carried.items()}),

@@ -12,7 +12,7 @@ from qwen3_ascend.convert.source import Source
 from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.files.safetensors import NAMES
 
-CONVERTER_VERSION = 5
+CONVERTER_VERSION = 6
 """Goes up when the same source and recipe give other bytes than before."""
 
 DIGITS = 16
@@ -29,6 +29,7 @@ def identity(
         "source": provider.repo,
         "revision": provider.revision or "none",
         "recipe": f"{plan.recipe.name} {_short(dict(plan.recipe.verbatim))}",
+        "codes of the source": _taken(plan, source),
         "source hashes": "yes" if hash_source else "no",
         "output files": files_text(plan.weight_files),
         **{f"source file {name}": _weights(source, name) for name in source.weight_files},
@@ -38,6 +39,12 @@ def identity(
 
 def _short(value: object) -> str:
     return canonical_blake3(value)[:DIGITS]
+
+
+def _taken(plan: Plan, source: Source) -> str:
+    """Which linears keep codes that they came with."""
+    names = [item.name for item in plan.items if item.encoding.codes == "taken"]
+    return f"{source.quantization.format}, {len(names)} {_short(names)}" if names else "none"
 
 
 def files_text(weight_files: Sequence[WeightFilePlan]) -> str:

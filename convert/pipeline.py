@@ -131,7 +131,7 @@ def run(
     conversion.run()
     record = SourceRecord(
         source.provider.repo, source.hub, source.provider.revision, source.file_entries(),
-        conversion.source_hashes(), plan.ignored,
+        conversion.source_hashes(), plan.ignored, source.quantization.format,
     )  # fmt: skip
     linears, tensors = conversion.entries()
     weight_files = {file: weights.entry for file, weights in writer.weight_files.items()}
@@ -156,4 +156,5 @@ def _linear_entry(
         layout=item.layout,
         sqnr_db=sqnr_db,
         tensors={name.rpartition(".")[2]: tensor for name, tensor in stored.items()},
+        codes=item.encoding.codes,
     )

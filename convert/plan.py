@@ -25,21 +25,22 @@ from qwen3_ascend.checkpoint.linear import BIAS, stored_forms
 from qwen3_ascend.checkpoint.schemes import BF16, Scheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
+from qwen3_ascend.convert.encodings import FLOAT, Encoding, check_floats
+from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.options import ConvertOptions
 from qwen3_ascend.convert.output.weight_file import WeightFilePlan, fill_files
 from qwen3_ascend.convert.recipe import Recipe, Rule
 from qwen3_ascend.convert.source.foreign import tensor_hint
 from qwen3_ascend.convert.source.names import HEAD
+from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
 from qwen3_ascend.errors import RecipeError, SourceError
-from qwen3_ascend.files.safetensors import NAMES, Form, TensorSlot
+from qwen3_ascend.files.safetensors import Form, TensorSlot
 from qwen3_ascend.files.text import parse_size
 
-ENDS = ("weight", BIAS)
+ENDS = (WEIGHT, BIAS)
 
 STEM = "ascend"
 """What the names of weight files begin with: no other loader takes them for files it can read."""
-
-SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Item:
         spec: what it is in the model.
         scheme, layout: what becomes of it.
         stored: the form of each stored tensor, by suffix.
+        encoding: how the source holds its weight.
+        weights: the source tensors that its weight is made of.
         source_bytes: of its tensors in the source.
     """
 
@@ -60,6 +63,8 @@ class Item:
     scheme: Scheme
     layout: Layout
     stored: Mapping[str, Form]
+    encoding: Encoding
+    weights: tuple[str, ...]
     source_bytes: int
 
     @property
@@ -74,18 +79,18 @@ class Item:
         return rows, columns
 
     @property
-    def weights(self) -> tuple[str, ...]:
-        """The source tensors that are stacked to its weight."""
+    def parts(self) -> tuple[str, ...]:
+        """What is stacked to its weight, by its name in the source."""
         if isinstance(self.spec, TensorSpec):
-            return (self.name,)
-        return tuple(f"{source}.weight" for source in self.spec.sources)
+            return (self.name.removesuffix(f".{WEIGHT}"),)
+        return self.spec.sources
 
     @property
     def biases(self) -> tuple[str, ...]:
         """The source tensors that its bias is made of."""
         if isinstance(self.spec, TensorSpec) or not self.spec.bias:
             return ()
-        return tuple(f"{source}.bias" for source in self.spec.sources)
+        return tuple(f"{source}.{BIAS}" for source in self.spec.sources)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -117,7 +122,8 @@ class Item:
         piece, (outputs, inputs) = self.pieces[0], self.matrix
         weights = (piece.stop - piece.start) * (inputs if piece.axis == "outputs" else outputs)
         itemsize = -(-self.source_bytes // (outputs * (inputs + bool(self.biases))))
-        return max(self.scheme.temporary_bytes(self.layout, itemsize) * weights, PIECE_BYTES)
+        taken = self.encoding.temporary_bytes(self.scheme, self.layout, itemsize)
+        return max(taken * weights, PIECE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,7 @@ def make_plan(
     max_file_bytes: int | str = ConvertOptions.max_file_bytes,
     target: Target = ASCEND_A2_A3,
     alike: Mapping[str, str] = MappingProxyType({}),
+    quantization: Quantization = NOT_QUANTIZED,
 ) -> Plan:
     """Plans a conversion.
 
@@ -185,16 +192,17 @@ def make_plan(
         max_file_bytes: size at which a new output file begins.
         target: the chip family that the checkpoint is for.
         alike: see Plan.
+        quantization: which linears of the source are quantized already.
 
     Raises:
         SourceError: a tensor is missing, has a wrong shape or type, or is unknown.
-        RecipeError: a rule matches nothing, or does not fit the model.
+        RecipeError: a rule matches nothing, or does not fit the model or its source.
     """
-    _check_rules(config, recipe)
-    _refuse_strangers(config, slots)
+    _check_rules(config, recipe, quantization)
+    _refuse_strangers(config, slots, quantization)
     spec = _stored_spec(config, recipe)
     items = tuple(
-        _plan_linear(part, slots, recipe, target)
+        _plan_linear(part, slots, recipe, target, quantization)
         if isinstance(part, LinearSpec)
         else _plan_tensor(part, slots)
         for part in spec
@@ -214,36 +222,15 @@ def _stored_spec(config: Qwen3Config, recipe: Recipe) -> ModelSpec:
     return replace(spec, lm_head=lm_head_spec(config, EMBEDDING))
 
 
-def _source_bytes(name: str, shape: tuple[int, ...], slots: Mapping[str, TensorSlot]) -> int:
-    """Checks one source tensor and returns its size."""
-    slot = slots.get(name)
-    if slot is None:
-        why = ", and config.json does not tie it to the embedding" if name == HEAD else ""
-        raise SourceError(f"the source has no tensor {name}{why}")
-    if slot.dtype not in SOURCE_DTYPES:
-        known = ", ".join(NAMES[dtype] for dtype in SOURCE_DTYPES)
-        raise SourceError(
-            f"tensor {name} is {NAMES[slot.dtype]}; only {known} can be converted: "
-            + _type_advice(slot.dtype)
-        )
-    if slot.shape != shape:
-        raise SourceError(
-            f"tensor {name} is {list(slot.shape)}, but config.json asks for {list(shape)}"
-        )
-    return slot.nbytes
-
-
-def _type_advice(dtype: torch.dtype) -> str:
-    if dtype == torch.float64:
-        return "save the model as bfloat16 first (model.to(torch.bfloat16).save_pretrained(FOLDER))"
-    return "use the original, unquantized model"
-
-
-def _refuse_strangers(config: Qwen3Config, slots: Mapping[str, TensorSlot]) -> None:
+def _refuse_strangers(
+    config: Qwen3Config, slots: Mapping[str, TensorSlot], quantization: Quantization
+) -> None:
     """Says what a source is whose tensors tell, before the first thing that it lacks."""
     spec = model_spec(config)
     known = {item.name for item in spec if isinstance(item, TensorSpec)}
     known |= {f"{source}.{end}" for item in spec.linears for source in item.sources for end in ENDS}
+    for linear, encoding in quantization.encodings.items():
+        known |= {f"{linear}.{suffix}" for suffix in encoding.known}
     for name in slots:
         if name not in known and (hint := tensor_hint(name)):
             raise SourceError(f"the source holds {name}, which tells {hint}")
@@ -255,11 +242,14 @@ def _all_linears(config: Qwen3Config) -> list[LinearSpec]:
     return [*spec.linears] if spec.lm_head else [*spec.linears, lm_head_spec(config)]
 
 
-def _check_rules(config: Qwen3Config, recipe: Recipe) -> None:
+def _check_rules(config: Qwen3Config, recipe: Recipe, quantization: Quantization) -> None:
     used: list[Rule] = []
     for linear in _all_linears(config):
+        _check_parts(linear, quantization)
         rules = [recipe.rule_for(source) for source in linear.sources]
         used += rules
+        for source, rule in zip(linear.sources, rules, strict=True):
+            _check_taken(source, rule, recipe, quantization)
         if len({rule.scheme for rule in rules}) > 1:
             said = ", ".join(
                 f"{source.rpartition('.')[2]}: {rule.scheme}"
@@ -277,26 +267,60 @@ def _check_rules(config: Qwen3Config, recipe: Recipe) -> None:
             )
 
 
+def _check_parts(linear: LinearSpec, quantization: Quantization) -> None:
+    """A fused linear is taken as a whole, or chosen as a whole; engines refuse the rest as well."""
+    schemes = {source: quantization.encoding(source).scheme for source in linear.sources}
+    if len({*schemes.values()}) > 1:
+        said = ", ".join(
+            f"{source.rpartition('.')[2]}: {scheme or 'floats'}"
+            for source, scheme in schemes.items()
+        )
+        raise SourceError(
+            f"{linear.name} is one fused linear, but the source holds its parts differently "
+            f"({said}): quantize all of them alike"
+        )
+
+
+def _check_taken(linear: str, rule: Rule, recipe: Recipe, quantization: Quantization) -> None:
+    """A linear that came quantized keeps its codes: nobody can choose better ones of them."""
+    scheme = quantization.encoding(linear).scheme
+    if scheme not in (None, rule.scheme):
+        raise RecipeError(
+            f"recipe {recipe.name} gives {rule.scheme} to {linear}, which the source holds as "
+            f"{scheme} ({quantization.format}): leave --recipe out to keep what the source holds, "
+            f"or convert the original model"
+        )
+
+
 def _plan_tensor(spec: TensorSpec, slots: Mapping[str, TensorSlot]) -> Item:
-    stored = {"weight": Form(torch.bfloat16, spec.shape)}
-    return Item(spec, BF16(), ND, stored, _source_bytes(spec.name, spec.shape, slots))
+    stored = {WEIGHT: Form(torch.bfloat16, spec.shape)}
+    check_floats(spec.name, spec.shape, slots)
+    nbytes = slots[spec.name].nbytes
+    return Item(spec, BF16(), ND, stored, FLOAT, (spec.name,), nbytes)
 
 
 def _plan_linear(
-    spec: LinearSpec, slots: Mapping[str, TensorSlot], recipe: Recipe, target: Target
+    spec: LinearSpec,
+    slots: Mapping[str, TensorSlot],
+    recipe: Recipe,
+    target: Target,
+    quantization: Quantization,
 ) -> Item:
     tied = spec.sources == (EMBEDDING,)
     scheme = recipe.rule_for(spec.name if tied else spec.sources[0]).scheme
-    source_bytes = 0
+    weights: list[str] = []
+    encoding = quantization.encoding(spec.sources[0])
     for source, rows in zip(spec.sources, spec.parts, strict=True):
-        source_bytes += _source_bytes(f"{source}.weight", (rows, spec.inputs), slots)
+        suffixes = encoding.suffixes(source, (rows, spec.inputs), slots)
+        weights += [f"{source}.{suffix}" for suffix in suffixes]
         if spec.bias:
-            source_bytes += _source_bytes(f"{source}.{BIAS}", (rows,), slots)
+            check_floats(f"{source}.{BIAS}", (rows,), slots)
     if refusal := target.refusal(scheme, spec.shape):
         raise RecipeError(f"recipe {recipe.name}: {spec.name}: {refusal}")
     layout = target.layout(scheme, spec.name)
     stored = stored_forms(scheme, spec.shape, layout, spec.bias)
-    return Item(spec, scheme, layout, stored, source_bytes)
+    item = Item(spec, scheme, layout, stored, encoding, tuple(weights), 0)
+    return replace(item, source_bytes=sum(slots[name].nbytes for name in item.reads))
 
 
 def _unread(

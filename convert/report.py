@@ -26,7 +26,7 @@ tags: [qwen3, ascend, fractal_nz, {recipe}]
 
 Written by qwen3-ascend {version} from `{repo}`{revision} with the recipe `{recipe}`: the linear
 weights lie in FRACTAL_NZ and load without a format cast. `qwen3_ascend.json` tells what was done to
-every tensor and holds a BLAKE3 hash of every byte.
+every tensor and holds a BLAKE3 hash of every byte.{taken}
 
     qwen3-ascend verify .
     qwen3-ascend generate . --prompt "Hello"
@@ -42,8 +42,13 @@ def mean_sqnr(entries: Mapping[str, LinearEntry]) -> float | None:
 def describe_errors(manifest: Manifest) -> list[str]:
     """A few lines on the errors of a conversion."""
     lossy = {n: e for n, e in manifest.linears.items() if e.sqnr_db is not None}
-    exact = len(manifest.linears) - len(lossy)
-    lines = [f"{exact} of {len(manifest.linears)} linears equal their source exactly"]
+    taken = sum(entry.codes == "taken" for entry in manifest.linears.values())
+    exact, count = len(manifest.linears) - len(lossy) - taken, len(manifest.linears)
+    lines = []
+    if taken:
+        lines.append(f"{taken} of {count} linears keep the codes of the source, code for code")
+    if exact or not taken:
+        lines.append(f"{exact} of {count} linears equal their source exactly")
     if lossy:
         worst = sorted(lossy, key=lambda name: lossy[name].sqnr_db or 0.0)[:WORST_SHOWN]
         lines.append(f"{len(lossy)} are quantized: mean SQNR {mean_sqnr(lossy):.1f} dB; lowest:")
@@ -103,13 +108,26 @@ def model_card(manifest: Manifest) -> bytes:
         recipe=manifest.recipe["name"],
         version=manifest.tool_version,
         revision=revision,
+        taken=_taken_text(manifest),
     )
     return text.encode()
 
 
+def _taken_text(manifest: Manifest) -> str:
+    """What the model card says of codes that were not chosen here."""
+    count = sum(entry.codes == "taken" for entry in manifest.linears.values())
+    if not count:
+        return ""
+    return (
+        f" The source was quantized already ({manifest.source.format}): the codes and scales of "
+        f"{count} linears are its own."
+    )
+
+
 def _row_key(item: Item) -> tuple[str, str, str, str]:
     name = ".".join("*" if part.isdigit() else part for part in item.name.split("."))
-    return (name, dims(item.spec.shape), str(item.scheme), layout_text(item.layout))
+    scheme = f"{item.scheme}, taken" if item.encoding.codes == "taken" else str(item.scheme)
+    return (name, dims(item.spec.shape), scheme, layout_text(item.layout))
 
 
 def _item_json(item: Item) -> dict[str, Any]:
@@ -119,5 +137,6 @@ def _item_json(item: Item) -> dict[str, Any]:
         "bytes": item.nbytes,
         "shape": list(item.spec.shape),
         "scheme": item.scheme.to_json(),
+        "codes": item.encoding.codes,
         "layout": plain(item.layout),
     }

@@ -13,11 +13,13 @@ from torch import Tensor
 from qwen3_ascend.checkpoint.layout import ND, Place
 from qwen3_ascend.checkpoint.linear import BIAS, byte_offset, stored_bias, stored_forms
 from qwen3_ascend.checkpoint.schemes import BF16
-from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums, sqnr_db
+from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Sums, sqnr_db
+from qwen3_ascend.convert.encodings import read_weights
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.weight_file import WeightFileWriter, tensor_bytes
 from qwen3_ascend.convert.plan import Item
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.convert.weights import Weights
 from qwen3_ascend.errors import DamagedSourceError
 from qwen3_ascend.native import Kernels, NotFinite
 
@@ -32,14 +34,14 @@ class Task:
     Attributes:
         item: what is to be made.
         reads: name and values of each source tensor.
-        weight: the values of the weight's parts.
+        weights: those of its weight.
         biases: those of the bias's parts.
         pieces: how the weight is divided.
     """
 
     item: Item
     reads: tuple[tuple[str, Tensor], ...]
-    weight: Stack
+    weights: Weights
     biases: tuple[Tensor, ...]
     pieces: tuple[Piece, ...]
 
@@ -58,7 +60,7 @@ class Task:
         """
         item = self.item
         try:
-            packed = item.scheme.pack_piece(self.weight, self.pieces[index], item.layout, kernels)
+            packed = self.weights.pack_piece(item.scheme, self.pieces[index], item.layout, kernels)
             if not self.biases or index:
                 return packed
             bias = stored_bias(torch.cat(self.biases))
@@ -71,12 +73,15 @@ class Task:
 
 
 def make_task(item: Item, source: Source) -> Task:
-    """Reads an item's source tensors, which waits for their files."""
-    reads = tuple((name, source.read(name)) for name in item.reads)
-    values = [tensor for _, tensor in reads]
-    count = len(item.weights)
-    weight = Stack(tuple(tensor.view(-1, tensor.shape[-1]) for tensor in values[:count]))
-    return Task(item, reads, weight, tuple(values[count:]), item.pieces)
+    """Reads an item's source tensors, which waits for their files.
+
+    Raises:
+        DamagedSourceError: if a small tensor of the weight holds what cannot be right.
+    """
+    values = {name: source.read(name) for name in item.reads}
+    weights = read_weights(item.encoding, item.parts, {name: values[name] for name in item.weights})
+    biases = tuple(values[name] for name in item.biases)
+    return Task(item, tuple(values.items()), weights, biases, item.pieces)
 
 
 class _Output:
@@ -173,7 +178,7 @@ class _Origin:
 
     def advance(self, piece: Piece) -> None:
         """Hashes the bytes that come next, about as many as this piece was made of."""
-        weights = sum(tensor.nbytes for tensor in self._task.weight.parts)
+        weights = sum(data.nbytes for _, data in self._data[: len(self._task.item.weights)])
         length = self._task.pieces[-1].stop
         stop = weights * piece.stop // length
         if piece.stop == length:

@@ -72,6 +72,7 @@ def reconfigure(source: Path, **changes: Any) -> None:
         ({"tie_word_embeddings": "no"}, ["tie_word_embeddings"]),
         ({"max_position_embeddings": 2**40}, ["context"]),
         ({"num_hidden_layers": 3}, ["model.layers.2."]),
+        ({"num_hidden_layers": 1 << 40}, ["1099511627776 layers", "tensors"]),
         ({"num_hidden_layers": 1}, ["model.layers.1."]),
         ({"attention_bias": True}, ["q_proj.bias"]),
         ({"tie_word_embeddings": False, "vocab_size": 321}, ["model.embed_tokens.weight", "321"]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,9 @@ class Floats:
 
     is_quantized: ClassVar[bool] = False
 
+    def keeping_scales(self) -> Floats:
+        return self
+
     def forms(self, shape: Sequence[int]) -> dict[str, Form]:
         return {exchange.WEIGHT: Form(torch.bfloat16, tuple(shape))}
 
@@ -49,6 +52,9 @@ class Int8:
     is_quantized: ClassVar[bool] = True
     scale: torch.dtype
     offset: bool = False
+
+    def keeping_scales(self) -> Int8:
+        return replace(self, scale=torch.float32)
 
     def forms(self, shape: Sequence[int]) -> dict[str, Form]:
         return exchange.int8_forms(shape, self.scale, self.offset)
@@ -75,15 +81,21 @@ class Format(ABC):
         """How a scheme is stated; None if this format has no words for it."""
         return self.expressions.get(scheme.name)
 
-    def expression(self, linear: str, scheme: Scheme) -> Expression:
-        """How the scheme of a linear is stated; OptionError naming both if it cannot be."""
+    def expression(self, linear: str, scheme: Scheme, taken: bool = False) -> Expression:
+        """How the scheme of a linear is stated; OptionError naming both if it cannot be.
+
+        Args:
+            linear: its name.
+            scheme: what it is stored in.
+            taken: whether its codes were taken from a source, whose scales may be any float32.
+        """
         found = self.states(scheme)
         if found is None:
             raise OptionError(
                 f"format {self.name} cannot state {linear}, which has the scheme {scheme}; export "
                 f"as {HuggingFace.name}, or convert the model with another recipe"
             )
-        return found
+        return found.keeping_scales() if taken else found
 
     @abstractmethod
     def files(self, config: Mapping[str, Any], items: Sequence[ExportItem]) -> dict[str, bytes]:

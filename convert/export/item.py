@@ -28,6 +28,9 @@ class Expression(Protocol):
     def is_quantized(self) -> bool:
         """Whether an engine multiplies with codes."""
 
+    def keeping_scales(self) -> Expression:
+        """The same for scales that bfloat16 may not have."""
+
     def forms(self, shape: Sequence[int]) -> dict[str, Form]:
         """The tensors of a weight [N, K], by suffix."""
 

@@ -94,7 +94,7 @@ def _item(reader: CheckpointReader, spec: Spec, made: Format) -> ExportItem:
         stored = manifest.tensors[spec.name]
         return ExportItem(spec, BF16(), ND, made.expression(spec.name, BF16()), stored.nbytes)
     entry = manifest.linears[spec.name]
-    expression = made.expression(spec.name, entry.scheme)
+    expression = made.expression(spec.name, entry.scheme, taken=entry.codes == "taken")
     nbytes = sum(tensor.nbytes for tensor in entry.tensors.values())
     return ExportItem(spec, entry.scheme, entry.layout, expression, nbytes)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qwen3_ascend.checkpoint.config import MAX_CONTEXT, Qwen3Config, RopeConfig
+from qwen3_ascend.convert.exchange import DESCRIPTION_NAME
 from qwen3_ascend.errors import ConfigError
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3Model")
@@ -181,8 +182,10 @@ class _Reader:
             said = self.data.get(key)
             if said:
                 raise self.fail(
-                    f"{key} says that the weights are already quantized ({_method(key, said)}); "
-                    f"use the original bf16 model, or remove {key} if they are not"
+                    f"{key} says that the weights are already quantized ({_method(key, said)}), "
+                    f"which is taken of compressed-tensors, and of ModelSlim with its "
+                    f"{DESCRIPTION_NAME}; use the original bf16 model, or remove {key} if they are "
+                    f"not"
                 )
 
     def _check_other_keys(self) -> None:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from qwen3_ascend.checkpoint.companions import CONFIG_NAME
+from qwen3_ascend.convert.source.ascendv1 import name_meaning
 from qwen3_ascend.errors import SourceError
 
 ORIGINAL = "convert the original safetensors model"
@@ -45,7 +46,11 @@ class Kind:
 KINDS = (
     Kind(("qwen3_ascend.json",), "a converted checkpoint of ours", "use it as it is"),
     Kind(("adapter_config.json",), "a LoRA adapter, not a model", MERGE),
-    Kind(("quant_model_*",), "a quantized model of ModelSlim", ORIGINAL),
+    Kind(
+        ("quant_model_*",),
+        "a part of a quantized model of ModelSlim",
+        "put config.json and all its weight files beside it",
+    ),
     Kind(("*.gguf",), "a GGUF model, quantized or packed for llama.cpp", ORIGINAL),
     Kind(("*.engine", "*.plan"), "a TensorRT engine", ORIGINAL),
     Kind(("*.onnx",), "an ONNX export", ORIGINAL),
@@ -122,7 +127,8 @@ TENSOR_KINDS = (
         (
             "qweight", "qzeros", "scales", "weight_scale", "weight_packed", "weight_scale_inv",
             "input_scale", "absmax", "quant_map", "quant_state", "deq_scale", "quant_bias",
-            "weight_offset",
+            "weight_offset", "weight_zero_point", "input_offset", "scale_bias", "k_scale",
+            "v_scale",
         ),
         f"an already quantized model: {ORIGINAL}",
     ),
@@ -132,4 +138,5 @@ TENSOR_KINDS = (
 
 def tensor_hint(name: str) -> str | None:
     """What a tensor's name tells about its model; None if nothing."""
-    return next((hint for parts, hint in TENSOR_KINDS if any(p in name for p in parts)), None)
+    hint = next((hint for parts, hint in TENSOR_KINDS if any(p in name for p in parts)), None)
+    return name_meaning(name) or hint

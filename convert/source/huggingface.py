@@ -27,13 +27,11 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from qwen3_ascend.checkpoint.companions import CARRIED, CONFIG_NAME, TEMPLATE_FOLDER
+from qwen3_ascend.convert.exchange import INDEX_SUFFIX
+from qwen3_ascend.convert.source.ascendv1 import weight_names
 from qwen3_ascend.convert.source.client import RemoteFile, is_wanted
 from qwen3_ascend.convert.source.huggingface_errors import explain, judge
-from qwen3_ascend.convert.source.provider import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    LocalFolder,
-)
+from qwen3_ascend.convert.source.provider import LocalFolder
 from qwen3_ascend.convert.source.remote import RemoteRepository
 from qwen3_ascend.convert.source.transfer import Transfer, reason
 from qwen3_ascend.errors import SourceError
@@ -98,7 +96,10 @@ class CachedRepository(LocalFolder):
     def __init__(self, repo: str, revision: str | None) -> None:
         """SourceError if the cache does not hold the whole model."""
         try:
-            patterns = [*CARRIED, f"{TEMPLATE_FOLDER}/*.jinja", INDEX_NAME, "*.safetensors"]
+            patterns = [
+                *CARRIED, f"{TEMPLATE_FOLDER}/*.jinja", f"*{INDEX_SUFFIX}",
+                "quant_model_*.json", "*.safetensors",
+            ]  # fmt: skip
             folder = snapshot_download(
                 repo, revision=revision, local_files_only=True, allow_patterns=patterns
             )
@@ -129,9 +130,11 @@ class CachedRepository(LocalFolder):
     def _missing(self) -> str | None:
         """A file that a download which was broken off did not get to."""
         names = self.names()
-        if INDEX_NAME not in names:
-            return next((name for name in (CONFIG_NAME, SINGLE_NAME) if name not in names), None)
-        weight_map = read_json_object(self.folder / INDEX_NAME).get("weight_map")
+        weights = weight_names(names, self.repo)
+        if weights.index not in names:
+            either = (CONFIG_NAME, weights.single)
+            return next((name for name in either if name not in names), None)
+        weight_map = read_json_object(self.folder / weights.index).get("weight_map")
         files = weight_map.values() if isinstance(weight_map, dict) else ()
         needed = (CONFIG_NAME, *(file for file in files if isinstance(file, str)))
         return next((file for file in needed if file not in names), None)

@@ -11,9 +11,6 @@ from qwen3_ascend.checkpoint.companions import file_names
 from qwen3_ascend.errors import CheckpointError, SourceError
 from qwen3_ascend.files.safetensors import TensorSlot, read_header
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-
 
 @dataclass(frozen=True)
 class SourceWeights:

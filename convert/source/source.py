@@ -7,12 +7,14 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 from typing_extensions import Self
 
+from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.companions import CONFIG_NAME, carried
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.manifest import SourceFile
@@ -25,14 +27,10 @@ from qwen3_ascend.convert.source.foreign import (
     refuse_adapters,
     unused_weights,
 )
-from qwen3_ascend.convert.source.names import canonical
-from qwen3_ascend.convert.source.provider import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    LocalFolder,
-    Provider,
-    SourceWeights,
-)
+from qwen3_ascend.convert.source.formats import SourceFormat, recognise
+from qwen3_ascend.convert.source.names import HEAD, canonical
+from qwen3_ascend.convert.source.provider import LocalFolder, Provider, SourceWeights
+from qwen3_ascend.convert.source.quantization import linear_names
 from qwen3_ascend.convert.source.transfer import Prefetch, Transfer
 from qwen3_ascend.errors import CheckpointError, OptionError, SourceError, os_errors
 from qwen3_ascend.files.json_file import read_json_object
@@ -53,6 +51,7 @@ class Source:
 
     Attributes:
         config: of the model.
+        quantization: which linears are quantized already, and how.
         notes: what was decided where the source is not clear, for people.
         original: name of each tensor in its file, by the name that transformers gives it.
     """
@@ -66,18 +65,20 @@ class Source:
 
         Raises:
             SourceError: if there are no weights, the index names a file or tensor that does
-                not exist, or a header is damaged.
+                not exist, or a header is damaged; or it is quantized in a way that cannot be taken.
             ConfigError: if it is no model that can be converted; before any header is read.
         """
         self.provider, self.hub = provider, hub
         self.names = provider.names()
         self.notes: list[str] = []
-        self.config = self._config()
+        self.format, self.config = self._config()
         indexed = self._index()
-        names = sorted(set(indexed.values())) if indexed else [SINGLE_NAME]
+        names = sorted(set(indexed.values())) if indexed else [self.format.weights.single]
         self.weight_files = self._headers(names)
         self._check_index(indexed)
         files = {t: weights.name for weights in self.weight_files.values() for t in weights.slots}
+        self._check_layers(len(files))
+        self.quantization = self.format.read(linear_names(self.config))
         self._take_names(files | indexed)
         if left := unused_weights(self.names, names):
             self.notes.append(left)
@@ -111,7 +112,7 @@ class Source:
                 self.provider.close()  # the other threads need not go on trying
                 raise
 
-    def _config(self) -> Qwen3Config:
+    def _config(self) -> tuple[SourceFormat, Qwen3Config]:
         repo = self.place
         if CONFIG_NAME not in self.names:
             raise no_model(
@@ -119,23 +120,26 @@ class Source:
             )
         refuse_adapters(repo, self.names)
         path = self.provider.small_file(CONFIG_NAME)
-        return read_config(read_json_object(path), str(path), self.notes.append)
+        data, where = read_json_object(path), str(path)
+        found = recognise(self.provider, self.names, data, where, repo)
+        return found, read_config(found.plain_config(data), where, self.notes.append)
 
     def _index(self) -> dict[str, str]:
         """Where the index says each tensor is; nothing if a single file holds them all.
 
         Where both are there, transformers reads the single file.
         """
-        if INDEX_NAME not in self.names and SINGLE_NAME not in self.names:
+        single, index = self.format.weights.single, self.format.weights.index
+        if index not in self.names and single not in self.names:
             others = [name for name in sorted(self.names) if name.endswith(".safetensors")]
-            lacking = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}: no weights to read"
+            lacking = f"holds neither {single} nor {index}: no weights to read"
             named = f" (it holds {', '.join(others[:3])})" if others else ""
             raise no_model(self.place, self.names, lacking + named)
-        if INDEX_NAME not in self.names:
+        if index not in self.names:
             return {}
-        path = self.provider.small_file(INDEX_NAME)
+        path = self.provider.small_file(index)
         weight_map = read_json_object(path).get("weight_map")
-        if SINGLE_NAME in self.names:
+        if single in self.names:
             self._compare_index(weight_map)
             return {}
         if not isinstance(weight_map, dict) or not weight_map:
@@ -150,20 +154,19 @@ class Source:
 
     def _compare_index(self, weight_map: object) -> None:
         """Holds an index against the single file beside it."""
+        single, index = self.format.weights.single, self.format.weights.index
         indexed = weight_map if isinstance(weight_map, dict) else {}
-        if all(file == SINGLE_NAME for file in indexed.values()):
+        if all(file == single for file in indexed.values()):
             return
-        there = self.provider.weight_header(SINGLE_NAME).slots
+        there = self.provider.weight_header(single).slots
         missing = [tensor for tensor in indexed if tensor not in there]
         if missing:
             raise SourceError(
-                f"{self.place} holds {SINGLE_NAME} and an {INDEX_NAME} of other files, and "
+                f"{self.place} holds {single} and an {index} of other files, and "
                 f"only the index names {len(missing)} of the tensors (such as {missing[0]}): "
                 f"remove the one of the two that is left over"
             )
-        self.notes.append(
-            f"{SINGLE_NAME} is read, and {INDEX_NAME} beside it is not, as in transformers"
-        )
+        self.notes.append(f"{single} is read, and {index} beside it is not, as in transformers")
 
     def _take_names(self, files: Mapping[str, str]) -> None:
         """Tensors by the names of transformers; a backbone takes its embedding for the head."""
@@ -171,6 +174,8 @@ class Source:
         self.notes += names.notes
         self.original = names.original
         self.location = {name: files[stored] for name, stored in names.original.items()}
+        if HEAD not in self.location:  # tied: what is said of it is of no tensor
+            self.quantization = self.quantization.without(LM_HEAD)
         if names.is_backbone and not self.config.tie_word_embeddings:
             self.config = replace(self.config, tie_word_embeddings=True)
             self.notes.append(
@@ -178,16 +183,29 @@ class Source:
                 "generates means nothing"
             )
 
+    def _check_layers(self, tensors: int) -> None:
+        """Before any list of layers is made: config.json may say any number."""
+        layers = self.config.num_layers
+        if layers > tensors:
+            raise SourceError(
+                f"{self.place}: {CONFIG_NAME} asks for {layers} layers, but there are only "
+                f"{tensors} tensors"
+            )
+
     def _check_index(self, indexed: Mapping[str, str]) -> None:
         for tensor, file in indexed.items():
             if tensor not in self.weight_files[file].slots:
-                raise SourceError(
-                    f"{INDEX_NAME} says tensor {tensor} is in {file}, but it is not there"
-                )
+                index = self.format.weights.index
+                raise SourceError(f"{index} says tensor {tensor} is in {file}, but it is not there")
 
     def slot(self, tensor: str) -> TensorSlot:
         """Type and shape of a tensor, from its header."""
         return self.weight_files[self.location[tensor]].slots[self.original[tensor]]
+
+    @cached_property
+    def slots(self) -> dict[str, TensorSlot]:
+        """Type and shape of every tensor."""
+        return {name: self.slot(name) for name in self.location}
 
     def file_order(self, tensors: Iterable[str]) -> list[str]:
         """The weight files that these tensors lie in, in the order of their first use."""
@@ -250,8 +268,10 @@ class Source:
         }
 
     def carried(self) -> dict[str, bytes]:
-        """Config, tokenizer and the like, to be carried over unchanged."""
-        return {n: self.provider.small_file(n).read_bytes() for n in carried(self.names)}
+        """Config, tokenizer and the like, to be carried over: unchanged, but for what config.json
+        says of a quantization that is no longer there."""
+        files = {n: self.provider.small_file(n).read_bytes() for n in carried(self.names)}
+        return {**files, CONFIG_NAME: self.format.carried_config(files[CONFIG_NAME])}
 
 
 @os_errors(SourceError)

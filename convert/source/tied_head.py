@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from qwen3_ascend.checkpoint.architecture import LM_HEAD
+from qwen3_ascend.convert.encodings import FLOAT
 from qwen3_ascend.convert.source.names import EMBEDDING, HEAD
 from qwen3_ascend.convert.source.source import Source
 from qwen3_ascend.files.safetensors import TensorSlot
@@ -27,7 +29,7 @@ def compare_head(source: Source) -> Finding:
     if not {EMBEDDING, HEAD} <= source.location.keys():
         return "alone"
     embedding, head = source.slot(EMBEDDING), source.slot(HEAD)
-    if embedding.shape != head.shape:
+    if embedding.shape != head.shape or source.quantization.encoding(LM_HEAD) != FLOAT:
         return "different"
     same_type = embedding.dtype == head.dtype
     if same_type and not all(_same_sample(source, embedding, head, i) for i in range(SAMPLES)):

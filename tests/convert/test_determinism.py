@@ -29,11 +29,11 @@ from qwen3_ascend.files.hashing import file_sha256
 PINNED = {
     "w8a8": (
         "9ba509149ddf2b0be59c39a16240b33cecab9e91cf1d6b32a6adcfa7a858fc96",
-        "54e5fb37d8421abf53965c2ed1973f6e53bf6a380511dad12a2606ebbb1bddea",
+        "ea92882e8b5bde31f63b8608e2f0b4a9792be51534156c710bb9fd9560a61f02",
     ),
     "bf16": (
         "752513b0281a812c6c83409c14aa1fa4b7bd40d57128b5543f1e0f0ad9f97a14",
-        "a007731f8d3f55c8c8e41be061651630e63eb7c29c121098ffdd7a5d577b8809",
+        "763f3a34695d9cc058230c319b195f514a96e0c20086be278f9c9242d063ae5d",
     ),
 }
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from support import tiny_models
+from support.quantized_sources import write_ascendv1
 
 TESTS = Path(__file__).parents[1]
 DRIVER = (sys.executable, "-m", "support.crash_driver")
@@ -36,4 +37,12 @@ def test_at_random_instants(tiny_source: Path, tmp_path: Path) -> None:
     found = drive(
         tiny_source, tmp_path / "work", "--steps", "30", "--instants", "20", "--threads", "3"
     )
+    assert found["trials"] == 50 and found["kills"] >= 30
+
+
+def test_a_quantized_source(tmp_path: Path) -> None:
+    """Codes that are taken, and a linear whose codes are chosen beside them."""
+    data = tiny_models.config(num_hidden_layers=1)
+    source = write_ascendv1(tmp_path / "source", data, floats=["model.layers.0.mlp.down_proj"])
+    found = drive(source, tmp_path / "work", "--steps", "40", "--instants", "10", "--threads", "2")
     assert found["trials"] == 50 and found["kills"] >= 30

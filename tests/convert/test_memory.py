@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from support import tiny_models
+from support.quantized_sources import int8_weights, quantize, write_ascendv1
 
 WATCHED = """
 import json, re, sys, threading, time
@@ -32,19 +33,29 @@ threading.Thread(target=watch, daemon=True).start()
 kind, source, out, what = sys.argv[1:]
 if kind == "convert":
     options = ConvertOptions(threads=2, max_memory="256MiB")
-    convert_checkpoint(source, out, what, options)
+    convert_checkpoint(source, out, what or None, options)
 else:
     export_checkpoint(source, out, what, WritingOptions(threads=2, max_memory="256MiB"))
 print(json.dumps([max(figures) - figures[0] for figures in zip(*seen)]))
 """
 
+BIG = tiny_models.config(
+    hidden_size=1024, intermediate_size=12_330, num_hidden_layers=1, vocab_size=41_000
+)
+"""An embedding of 84 MB, a fused linear of 50 MB in bfloat16 whose parts end within a strip, and a
+head."""
+
+
+def watched(*arguments: str | Path) -> tuple[int, int]:
+    """The most private and mapped memory that a work adds, in bytes."""
+    command = [sys.executable, "-c", WATCHED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    private, mapped = json.loads(done.stdout)
+    return private, mapped
+
 
 def test_large_tensors_are_never_whole(tmp_path: Path) -> None:
-    """An embedding of 84 MB, a fused linear of 50 MB whose parts end within a strip, and a head."""
-    data = tiny_models.config(
-        hidden_size=1024, intermediate_size=12_330, num_hidden_layers=1, vocab_size=41_000
-    )
-    source = tiny_models.write(tmp_path / "source", data, tokenizer=False)
+    source = tiny_models.write(tmp_path / "source", BIG, tokenizer=False)
     assert (source / "model.safetensors").stat().st_size > 230e6
     for recipe in ("w8a8", "bf16"):
         private, mapped = watched("convert", source, tmp_path / recipe, recipe)
@@ -57,9 +68,12 @@ def test_large_tensors_are_never_whole(tmp_path: Path) -> None:
         assert mapped < 100 << 20, name
 
 
-def watched(*arguments: str | Path) -> tuple[int, int]:
-    """The most private and mapped memory that a work adds, in bytes."""
-    command = [sys.executable, "-c", WATCHED, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    private, mapped = json.loads(done.stdout)
-    return private, mapped
+def test_codes_that_are_taken_are_never_whole(tmp_path: Path) -> None:
+    """The head as well, so that most of what is read are codes."""
+    weights = int8_weights(tiny_models.tensors(BIG))
+    weights["lm_head.weight"], weights["lm_head.weight_scale"] = quantize(weights["lm_head.weight"])
+    source = write_ascendv1(tmp_path / "source", BIG, weights, tokenizer=False)
+    assert sum(path.stat().st_size for path in source.glob("*.safetensors")) > 160e6
+    private, mapped = watched("convert", source, tmp_path / "out", "")
+    assert private < 64 << 20
+    assert mapped < 100 << 20

@@ -13,6 +13,7 @@ import torch
 from support import tiny_models
 from support.command_line import Run, program
 from support.hub_server import Fault, HubServer
+from support.quantized_sources import write_ascendv1
 
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
@@ -203,6 +204,20 @@ def test_offline_without_a_cache(client: Client, tmp_path: Path) -> None:
     client.offline = True
     client.convert("--quiet").one_line_error(REPO, "not in the local cache")
     assert not client.out.exists() and client.hub.requests == []
+
+
+def test_offline_with_a_quantized_model(client: Client, tmp_path: Path) -> None:
+    """Its index and description have names of their own; without one of them it is not whole."""
+    source = write_ascendv1(tmp_path / "source")
+    client.hub.add_model(REPO, source)
+    assert client.convert().code == 0
+    client.offline = True
+    done = client.convert("--overwrite")
+    assert done.code == 0, done.err
+    shard = next((tmp_path / "cache").rglob("quant_model_weights-00001-of-00001.safetensors"))
+    shard.resolve().unlink()
+    shard.unlink()
+    client.convert("--quiet", "--overwrite").one_line_error("in part", shard.name)
 
 
 def test_a_cache_that_lacks_a_shard(client: Client, tmp_path: Path) -> None:

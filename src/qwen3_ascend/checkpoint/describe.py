@@ -12,11 +12,12 @@ def inspect_lines(manifest: Manifest) -> list[str]:
     model, source = manifest.model, manifest.source
     stored = manifest.stored()
     revision = f" @ {source.revision}" if source.revision else ""
+    form = f", quantized already ({source.format})" if source.format else ""
     lines = [
         f"Qwen3, {model.num_layers} layers, hidden {model.hidden_size}, "
         f"{model.num_heads} query and {model.num_kv_heads} key/value heads of {model.head_dim}, "
         f"context {model.context_length}",
-        f"from {source.repo}{revision}, recipe {manifest.recipe['name']}, "
+        f"from {source.repo}{revision}{form}, recipe {manifest.recipe['name']}, "
         f"qwen3-ascend {manifest.tool_version}",
         f"{len(stored)} tensors, {size_text(sum(t.nbytes for t in stored.values()))} "
         f"in {len(manifest.weight_files)} file(s)",
@@ -40,6 +41,7 @@ def layout_text(layout: Layout) -> str:
 
 def _linear_row(name: str, entry: LinearEntry) -> tuple[str, str, str, str, str, str]:
     error = "exact" if entry.sqnr_db is None else f"{entry.sqnr_db:.2f}"
+    error = "taken" if entry.codes == "taken" else error
     nbytes = sum(tensor.nbytes for tensor in entry.tensors.values())
     shape, layout = dims(entry.shape), layout_text(entry.layout)
     return (name, shape, str(entry.scheme), layout, error, size_text(nbytes))

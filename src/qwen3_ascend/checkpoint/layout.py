@@ -71,12 +71,24 @@ def nz_pack(matrix: Tensor, c0: int | None = None) -> Tensor:
     *batch, strips, row_blocks, _, _ = shape
     rows, columns = matrix.shape[-2:]
     padded_rows = row_blocks * ROW_BLOCK
+    if matrix.stride(-2) == 1:
+        return _pack_columns(matrix, (*batch, strips, padded_rows, c0)).view(shape)
     if (rows, columns) != (padded_rows, strips * c0):
         padded = matrix.new_zeros((*batch, padded_rows, strips * c0))
         padded[..., :rows, :columns] = matrix
         matrix = padded
     by_strip = matrix.reshape(*batch, padded_rows, strips, c0).transpose(-3, -2)
     return by_strip.contiguous().view(shape)
+
+
+def _pack_columns(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    """Strips [*batch, N1, rows, C0] of a matrix whose columns are contiguous, as those of a
+    transposed weight are: a column at a time, several times as fast as row by row."""
+    found, c0 = matrix.new_zeros(tuple(shape)), shape[-1]
+    for column in range(min(c0, matrix.shape[-1])):
+        columns = matrix[..., column::c0].transpose(-2, -1)
+        found[..., : columns.shape[-2], : columns.shape[-1], column] = columns
+    return found
 
 
 def nz_unpack(blocks: Tensor, rows: int, columns: int) -> Tensor:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from msgspec import Meta
@@ -39,6 +39,9 @@ FORMAT_VERSION = 1
 
 Hub = Annotated[str, Meta(pattern="^(huggingface|modelscope)$")]
 """Where models are published; text, since options are text."""
+
+QuantizedFormat = Annotated[str, Meta(pattern="^(ascendv1|compressed-tensors)$")]
+"""In which format a source was quantized already; text, like Hub."""
 
 T = TypeVar("T")
 
@@ -71,6 +74,8 @@ class LinearEntry:
         sqnr_db: signal to quantization noise of the stored bytes against the source weight, in
             decibels: 10 log10(sum w^2 / sum (w - w')^2). None if the two are equal.
         tensors: stored tensors by suffix.
+        codes: whether the converter has chosen them, as the nearest to floats, or taken them from
+            a source that was quantized already; what is taken equals its source.
     """
 
     scheme: Scheme
@@ -80,6 +85,7 @@ class LinearEntry:
     layout: Layout
     sqnr_db: Finite | None
     tensors: Mapping[str, StoredTensor]
+    codes: Literal["chosen", "taken"] = "chosen"
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class SourceRecord:
         tensors: BLAKE3 of the bytes of every tensor that was read, by its name in the source; none
             unless the conversion was asked for them.
         ignored: tensors of the source that are not part of the model, each with the reason.
+        format: in which it was quantized already; None if its weights were floats.
     """
 
     repo: Name
@@ -120,6 +127,7 @@ class SourceRecord:
     files: Mapping[str, SourceFile]
     tensors: Mapping[str, Digest]
     ignored: Mapping[str, str]
+    format: QuantizedFormat | None = None
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,9 @@ if TYPE_CHECKING:
 @click.argument("output", type=UserPath())
 @click.option(
     "--recipe",
-    default=recipes.DEFAULT,
-    show_default=True,
     metavar="NAME|FILE",
-    help=f"Which scheme each linear gets: {', '.join(recipes.names())}, or a .yaml file.",
+    help=f"Which scheme each linear gets: {', '.join(recipes.names())}, or a .yaml file. Default: "
+    f"{recipes.DEFAULT}, or what MODEL holds if it is quantized already.",
 )
 @options_of(ConvertOptions)
 @click.option("--dry-run", is_flag=True, help="Print the plan, read headers only, write nothing.")
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 def convert(
     model: str,
     output: Path,
-    recipe: str,
+    recipe: str | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -55,9 +54,10 @@ def convert(
 
     MODEL is a Hugging Face folder (config.json and safetensors) or an id such as Qwen/Qwen3-8B,
     which is downloaded (HF_TOKEN, HF_ENDPOINT and HF_HOME are respected). Linear weights are
-    quantized and laid out in FRACTAL_NZ; the tokenizer and configuration travel along. OUTPUT
-    appears whole or not at all; the same command continues a conversion that was interrupted. The
-    same MODEL and recipe give the same bytes on any machine.
+    quantized and laid out in FRACTAL_NZ; int8 weights of ModelSlim or llm-compressor are laid out
+    as they are. The tokenizer and configuration travel along. OUTPUT appears whole or not at all;
+    the same command continues a conversion that was interrupted. The same MODEL and recipe give the
+    same bytes on any machine.
 
     \b
     qwen3-ascend convert Qwen/Qwen3-8B out/
@@ -67,7 +67,7 @@ def convert(
     """
     if as_json and not dry_run:
         raise click.UsageError("--json is for --dry-run; the manifest in OUTPUT is JSON already")
-    options, recipe = ConvertOptions(**given(values)), str(user_path(recipe))
+    options, recipe = ConvertOptions(**given(values)), recipe and str(user_path(recipe))
     if dry_run:
         _show_plan(model, output, recipe, options, Events() if quiet else Notes(), as_json)
     else:
@@ -108,7 +108,12 @@ class Watch(Events):
 
 
 def _show_plan(
-    model: str, output: Path, recipe: str, options: ConvertOptions, events: Events, as_json: bool
+    model: str,
+    output: Path,
+    recipe: str | None,
+    options: ConvertOptions,
+    events: Events,
+    as_json: bool,
 ) -> None:
     from qwen3_ascend.convert import plan_conversion, preflight, report
     from qwen3_ascend.convert.budget import Budget
@@ -123,7 +128,9 @@ def _show_plan(
         click.echo(f"{_plan_text(plan, budget)}\n{preflight.describe_disk(disk)}")
 
 
-def _convert(model: str, output: Path, recipe: str, options: ConvertOptions, quiet: bool) -> None:
+def _convert(
+    model: str, output: Path, recipe: str | None, options: ConvertOptions, quiet: bool
+) -> None:
     from qwen3_ascend.convert import convert_checkpoint, report
 
     started = time.perf_counter()

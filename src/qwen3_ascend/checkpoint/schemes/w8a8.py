@@ -12,7 +12,8 @@ and the simulated device:
 A row of zeros (or one so small that its scale vanishes) gets the scale 1 and codes 0.
 
 The scale is made bf16 before the codes are chosen, because Ascend's stacks read scales as bf16:
-so the code is the nearest one to what the device will multiply.
+so the code is the nearest one to what the device will multiply. Codes that were taken from a source
+which was quantized already may be -128, and their scales any finite float32; y is the same.
 """
 
 from __future__ import annotations

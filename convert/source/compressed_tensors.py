@@ -1,0 +1,182 @@
+"""The section of config.json of a compressed-tensors model: which linears are int8, or a refusal.
+
+Source: `QuantizationConfig`, `QuantizationScheme`, `QuantizationArgs` and utils/match.py of
+compressed-tensors 0.19, which llm-compressor, transformers and vLLM use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3_ascend.convert.encodings import Int8Encoding
+from qwen3_ascend.convert.exchange import (
+    COMPRESSED_TENSORS,
+    INT8_PER_CHANNEL,
+    INT8_PER_TOKEN,
+    INT_QUANTIZED,
+    LINEAR,
+    QUANTIZATION_CONFIG,
+    WEIGHT_ZERO_POINT,
+)
+from qwen3_ascend.convert.source.quantization import Quantization
+from qwen3_ascend.errors import ConfigError
+from qwen3_ascend.files.json_file import typed
+
+ADVICE = (
+    "quantize with the scheme W8A8 (int8, weights for each channel, activations for each token) in "
+    "llm-compressor, or convert the original model"
+)
+
+FORMATS = (INT_QUANTIZED, "naive-quantized")
+"""Formats in which int8 codes lie as they are; the second is the name of older versions."""
+
+MIXED = "mixed-precision"
+"""The format of the whole, if the groups have formats of their own."""
+
+COMPRESSED = "compressed"
+"""The status of weights that are stored as codes."""
+
+DENSE = "dense"
+"""The sparsity format of weights that are not sparse."""
+
+NO_SCHEME = "there is no scheme for it yet"
+
+REGEX = "re:"
+
+DEFAULTS: Mapping[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+"""Of a QuantizationArgs that leaves a key out."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of config_groups: what is quantized alike."""
+
+    targets: tuple[str, ...]
+    weights: dict[str, Any] | None = None
+    input_activations: dict[str, Any] | None = None
+    output_activations: dict[str, Any] | None = None
+    format: str | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """quantization_config, as far as it says how weights are to be read; other keys tell how they
+    came about."""
+
+    config_groups: dict[str, Group]
+    format: str
+    ignore: tuple[str, ...] | None = ()
+    quantization_status: str | None = None
+    kv_cache_scheme: dict[str, Any] | None = None
+    sparsity_config: dict[str, Any] | None = field(default_factory=dict)
+    transform_config: dict[str, Any] | None = field(default_factory=dict)
+
+
+def is_compressed_tensors(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that its model is of this format."""
+    said = config.get(QUANTIZATION_CONFIG)
+    return isinstance(said, dict) and said.get("quant_method") == COMPRESSED_TENSORS
+
+
+def read_section(config: Mapping[str, Any], linears: Collection[str], where: str) -> Quantization:
+    """Which linears are quantized.
+
+    Args:
+        config: the whole config.json.
+        linears: names of the model's linears.
+        where: its place, for errors.
+
+    Raises:
+        ConfigError: naming the first thing that cannot be taken as it is.
+    """
+    place = f"{where}: {QUANTIZATION_CONFIG}"
+    try:
+        section = typed(config[QUANTIZATION_CONFIG], Section, place)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _check_model(section, place)
+    groups = {
+        target: name for name, group in section.config_groups.items() for target in group.targets
+    }
+    ignore = section.ignore or ()
+    _check_patterns([*groups, *ignore], place)
+    int8, encodings = Int8Encoding(place, WEIGHT_ZERO_POINT), {}
+    for linear in linears:
+        target = _match(linear, groups)
+        if target is not None and _match(linear, ignore) is None:
+            _check_group(section.config_groups[groups[target]], f"{place}: {groups[target]}")
+            encodings[linear] = int8
+    return Quantization(COMPRESSED_TENSORS, encodings)
+
+
+def _match(linear: str, targets: Iterable[str]) -> str | None:
+    """The target that decides on a linear: its name before a pattern before its class."""
+    named = [t for t in targets if t == linear]
+    patterns = [t for t in targets if t.startswith(REGEX) and re.match(t[len(REGEX) :], linear)]
+    classes = [t for t in targets if t == LINEAR]
+    return next(iter([*named, *sorted(patterns), *classes]), None)
+
+
+def _check_patterns(targets: Iterable[str], place: str) -> None:
+    for target in targets:
+        if target.startswith(REGEX):
+            try:
+                re.compile(target[len(REGEX) :])
+            except re.error as error:
+                raise ConfigError(f"{place}: {target!r} is no pattern: {error}") from error
+
+
+def _check_model(section: Section, place: str) -> None:
+    """Refuses what concerns the model as a whole."""
+    refused = {
+        "kv_cache_scheme": section.kv_cache_scheme,
+        "transform_config": section.transform_config,
+        "sparsity_config": _sparsity(section),
+    }
+    for key, value in refused.items():
+        if value:
+            raise ConfigError(f"{place}: {key} is set, which is not supported; {ADVICE}")
+    if section.quantization_status not in (None, COMPRESSED):
+        raise ConfigError(
+            f"{place}: quantization_status is {section.quantization_status!r} and not "
+            f"{COMPRESSED!r}: the model was not saved to be read; save it compressed"
+        )
+    if section.format not in (*FORMATS, MIXED):
+        raise ConfigError(_no_format(place, section.format))
+
+
+def _sparsity(section: Section) -> dict[str, Any] | None:
+    """What is said of sparsity, unless it is that there is none."""
+    said = section.sparsity_config
+    return None if said and said.get("format") == DENSE else said
+
+
+def _check_group(group: Group, place: str) -> None:
+    """Refuses a group that is no w8a8."""
+    if group.format not in (None, *FORMATS):
+        raise ConfigError(_no_format(place, group.format))
+    _check_arguments(group.weights, INT8_PER_CHANNEL, f"{place}: weights")
+    _check_arguments(group.input_activations, INT8_PER_TOKEN, f"{place}: input_activations")
+    if group.output_activations:
+        raise ConfigError(f"{place}: output_activations are quantized; {NO_SCHEME}; {ADVICE}")
+
+
+def _check_arguments(said: Mapping[str, Any] | None, wanted: Mapping[str, Any], place: str) -> None:
+    if said is None:
+        raise ConfigError(f"{place} are not quantized; {NO_SCHEME}; {ADVICE}")
+    for key, value in wanted.items():
+        found = said.get(key, DEFAULTS.get(key))
+        if key == "strategy" and found is None and said.get("group_size") == -1:
+            found = "channel"
+        found = found.lower() if isinstance(found, str) else found
+        if found != value or isinstance(found, bool) != isinstance(value, bool):
+            raise ConfigError(
+                f"{place}: {key} is {found!r} and not {value!r}; {NO_SCHEME}; {ADVICE}"
+            )
+
+
+def _no_format(place: str, found: str | None) -> str:
+    return f"{place}: format is {found!r} and not {INT_QUANTIZED!r}; {NO_SCHEME}; {ADVICE}"

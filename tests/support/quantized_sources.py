@@ -1,0 +1,168 @@
+"""Sources that are quantized already, in the formats of other tools, written without ours.
+
+The names and the arithmetic are spelled out here a second time on purpose. Scales are the largest
+magnitude over 127.5, as llm-compressor chooses them: codes reach -128, and in float32 the scales
+are no bfloat16 values.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from support import tiny_models
+
+DATA = Path(__file__).parents[1] / "data" / "quantized"
+"""Checkpoints that ModelSlim and llm-compressor have written; see the README there."""
+
+REAL = ("modelslim", "modelslim-float32", "llm-compressor")
+
+DESCRIPTION = "quant_model_description.json"
+GLOBALS = {
+    "version": "1.0.0", "model_quant_type": "W8A8_DYNAMIC", "metadata": {}, "group_size": 0,
+    "optional": {},
+}  # fmt: skip
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+WEIGHTS = {
+    "num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False,
+    "group_size": None, "actorder": None, "observer": "minmax", "observer_kwargs": {},
+}  # fmt: skip
+ACTIVATIONS = {**WEIGHTS, "strategy": "token", "dynamic": True, "observer": None}
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes [N, K] and float32 scales [N, 1] of a float weight."""
+    values = weight.float()
+    scale = values.abs().amax(1, keepdim=True) / 127.5
+    return torch.round(values / scale).clamp(-128, 127).to(torch.int8), scale
+
+
+def is_linear(name: str) -> bool:
+    """Whether a tensor is the weight of a linear of a decoder layer."""
+    return name.endswith(".weight") and name.split(".")[-2] in LINEARS
+
+
+def int8_weights(weights: Mapping[str, Tensor], floats: Collection[str] = ()) -> dict[str, Tensor]:
+    """Every linear but `floats` (and the output projection) as codes and scales."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if not is_linear(name) or name.removesuffix(".weight") in floats:
+            found[name] = tensor
+        else:
+            found[name], found[f"{name}_scale"] = quantize(tensor)
+    return found
+
+
+def types_of(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """The type of each tensor as ModelSlim describes it."""
+    linears = {name.removesuffix("_scale") for name in weights if name.endswith("_scale")}
+    return {
+        name: "W8A8_DYNAMIC" if name.removesuffix("_scale").removesuffix("_offset") in linears
+        else "FLOAT"
+        for name in weights
+    }  # fmt: skip
+
+
+def write_ascendv1(
+    folder: Path,
+    data: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    floats: Collection[str] = (),
+    describe: Mapping[str, object] | None = None,
+    file: str = "quant_model_weights-00001-of-00001.safetensors",
+    index: str | None = "quant_model_weights.safetensors.index.json",
+    description: str = DESCRIPTION,
+    tokenizer: bool = True,
+) -> Path:
+    """A model as ModelSlim saves it.
+
+    Args:
+        folder: to be made.
+        data: config.json.
+        weights: codes and scales; default those of a tiny model.
+        floats: linears that are left as they are.
+        describe: further entries of the description, or others for some.
+        file, index, description: the files' names.
+        tokenizer: whether to add one.
+    """
+    data = tiny_models.config() if data is None else data
+    weights = int8_weights(tiny_models.tensors(data), floats) if weights is None else dict(weights)
+    scales = {name: tensor for name, tensor in weights.items() if name.endswith(".weight_scale")}
+    for name, scale in scales.items():
+        offset = name.removesuffix("_scale") + "_offset"
+        weights.setdefault(offset, torch.zeros_like(scale))
+    _write_folder(folder, data, tokenizer)
+    save_file(weights, folder / file)
+    if index is not None:
+        (folder / index).write_text(json.dumps({"weight_map": dict.fromkeys(weights, file)}))
+    said = {**types_of(weights), **GLOBALS, **(describe or {})}
+    (folder / description).write_text(json.dumps(said))
+    return folder
+
+
+def section(
+    weights: Mapping[str, Any] | None = None,
+    activations: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """quantization_config of a model whose decoder layers are int8, with changes."""
+    group = {
+        "targets": ["Linear"], "weights": {**WEIGHTS, **(weights or {})},
+        "input_activations": {**ACTIVATIONS, **(activations or {})}, "output_activations": None,
+        "format": "int-quantized",
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": "int-quantized",
+        "quantization_status": "compressed", "config_groups": {"group_0": group},
+        "ignore": ["lm_head"], "kv_cache_scheme": None, "sparsity_config": {},
+        "transform_config": {}, "global_compression_ratio": None, "version": "0.19.0", **changes,
+    }  # fmt: skip
+
+
+def write_compressed_tensors(
+    folder: Path,
+    data: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    floats: Collection[str] = (),
+    said: Mapping[str, Any] | None = None,
+    tokenizer: bool = True,
+) -> Path:
+    """A model as llm-compressor saves it; `said` is quantization_config."""
+    data = tiny_models.config() if data is None else data
+    weights = int8_weights(tiny_models.tensors(data), floats) if weights is None else weights
+    said = section(ignore=["lm_head", *floats]) if said is None else said
+    _write_folder(folder, {**data, "quantization_config": said}, tokenizer)
+    save_file(dict(weights), folder / "model.safetensors")
+    return folder
+
+
+WRITERS: Mapping[str, Callable[..., Path]] = {
+    "ascendv1": write_ascendv1,
+    "compressed-tensors": write_compressed_tensors,
+}
+
+
+def source_weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a source."""
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def _write_folder(folder: Path, data: Mapping[str, Any], tokenizer: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(data))
+    for name in tiny_models.TOKENIZER_FILES if tokenizer else ():
+        shutil.copyfile(tiny_models.DATA / name, folder / name)
