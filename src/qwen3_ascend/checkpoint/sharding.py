@@ -19,7 +19,7 @@ def shard(
     parts: Sequence[int],
     rank: int,
     world: int,
-    shares: Sequence[int] | None = None,
+    divisions: Sequence[int] | None = None,
 ) -> Linear:
     """The part of a linear that belongs to one rank.
 
@@ -29,9 +29,9 @@ def shard(
         parts: outputs of each fused source (q, k, v or gate, up), which are divided one by one.
         rank: 0 <= rank < world.
         world: number of ranks.
-        shares: into how many each part is divided along the outputs; default `world`. Where there
-            are fewer, that many times fewer ranks in a row hold the same one: so do keys and
-            values, if there are more ranks than key/value heads.
+        divisions: into how many each part is divided along the outputs; default `world`. If it is
+            half as many, two ranks in a row hold the same one: so it is with keys and values
+            where there are more ranks than key/value heads.
 
     Returns:
         A linear of the same scheme. After a cut of the inputs only rank 0 keeps the bias,
@@ -44,10 +44,10 @@ def shard(
         return linear
     if cut == "outputs":
         starts = [sum(parts[:index]) for index in range(len(parts))]
-        shares = shares or [world] * len(parts)
+        divisions = divisions or [world] * len(parts)
         spans = [
-            _span(start, part, rank * share // world, share)
-            for start, part, share in zip(starts, parts, shares, strict=True)
+            _span(start, part, rank * ways // world, ways)
+            for start, part, ways in zip(starts, parts, divisions, strict=True)
         ]
         return linear.narrow(cut, spans)
     share = linear.narrow(cut, [_span(0, linear.shape[-1], rank, world)])

@@ -27,7 +27,7 @@ from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.errors import CheckpointError, UserError
 from qwen3_ascend.vllm.linears import copying
 from qwen3_ascend.vllm.one_line import say_in_one_line
-from qwen3_ascend.vllm.shares import Rank, Rows, rows_of, share_of
+from qwen3_ascend.vllm.shards import Rank, Rows, rows_of, shard_of
 
 
 class StoredLoader(BaseModelLoader):
@@ -92,7 +92,7 @@ class Filling:
         if isinstance(module, ParallelLMHead):
             self._fill_head(name, entry, module, linear, copy)
         else:
-            module.quant_method.take(module, share_of(linear, entry, _rank(module)), copy)
+            module.quant_method.take(module, shard_of(linear, entry, _rank(module)), copy)
 
     def _fill_head(
         self, name: str, entry: LinearEntry, module: Any, linear: Linear, copy: Any

@@ -23,7 +23,7 @@ from qwen3_ascend.errors import CheckpointError, OptionError, UserError
 from qwen3_ascend.vllm.linears import check_platform
 from qwen3_ascend.vllm.names import PLUGIN
 from qwen3_ascend.vllm.one_line import end_in_one_line, say_in_one_line
-from qwen3_ascend.vllm.shares import check_shares
+from qwen3_ascend.vllm.shards import check_division
 
 TIED = "tie_word_embeddings"
 
@@ -51,7 +51,7 @@ def _settle(arguments: Any, folder: Path) -> None:
     reader = CheckpointReader(folder)
     for problem in structure_problems(reader):
         raise CheckpointError(f"{folder}: {problem}")
-    check_shares(reader.manifest, arguments.tensor_parallel_size)
+    check_division(reader.manifest, arguments.tensor_parallel_size)
     if str(folder) != arguments.model:
         arguments.served_model_name = arguments.served_model_name or arguments.model
         arguments.model, arguments.revision = str(folder), None

@@ -38,17 +38,17 @@ class Rows:
     kept: int
 
 
-def share_of(linear: Linear, entry: LinearEntry, rank: Rank) -> Linear:
+def shard_of(linear: Linear, entry: LinearEntry, rank: Rank) -> Linear:
     """A rank's part of a linear of a layer; its tensors alias the whole's where they can.
 
     Raises:
         CheckpointError: if a cut would fall inside a block of the layout.
     """
     parts = [outputs for _, outputs in entry.parts]
-    shares = [rank.world] * len(parts)
+    divisions = [rank.world] * len(parts)
     if len(parts) == 3:  # queries, keys, values
-        shares[1:] = [rank.world // rank.copies] * 2
-    return shard(linear, entry.cut, parts, rank.number, rank.world, shares)
+        divisions[1:] = [rank.world // rank.copies] * 2
+    return shard(linear, entry.cut, parts, rank.number, rank.world, divisions)
 
 
 def rows_of(linear: Linear, rows: Rows) -> Linear:
@@ -60,7 +60,7 @@ def rows_of(linear: Linear, rows: Rows) -> Linear:
     return linear.narrow("outputs", [(rows.start, rows.count)]).pad_outputs(rows.kept)
 
 
-def check_shares(manifest: Manifest, world: int) -> None:
+def check_division(manifest: Manifest, world: int) -> None:
     """OptionError unless every linear of a layer can be divided among so many ranks."""
     model = manifest.model
     heads, kv_heads = model.num_heads, model.num_kv_heads
@@ -74,7 +74,7 @@ def check_shares(manifest: Manifest, world: int) -> None:
         if name == LM_HEAD:
             continue  # divided as a vocabulary, which is padded
         try:
-            share_of(_without_bytes(entry), entry, Rank(world - 1, world, copies))
+            shard_of(_without_bytes(entry), entry, Rank(world - 1, world, copies))
         except UserError as error:
             raise OptionError(f"--tensor-parallel-size {world}: {name}: {error}") from error
 

@@ -15,7 +15,7 @@ from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
-from qwen3_ascend.vllm.shares import Rank, Rows, check_shares, rows_of, share_of
+from qwen3_ascend.vllm.shards import Rank, Rows, check_division, rows_of, shard_of
 
 SCHEMES: list[Scheme] = [BF16(), W8A8()]
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 8, 2, 32, 64
@@ -41,17 +41,17 @@ def test_ranks_beyond_the_key_value_heads_share_them(
     bias = torch.randn(sum(parts), generator=generator).bfloat16()
     whole = stored(scheme, weight, bias)
     for number in range(world):
-        share = share_of(whole, entry(whole, parts), Rank(number, world, copies))
+        shard = shard_of(whole, entry(whole, parts), Rank(number, world, copies))
         head = number // copies if copies > 1 else number  # of keys and values, when cut by heads
         pieces = [
             part.chunk(world if first else world // copies)[number if first else head]
             for first, part in zip((True, False, False), weight.split(parts), strict=True)
         ]
         expected = stored(scheme, torch.cat(pieces))
-        assert share.shape == expected.shape
+        assert shard.shape == expected.shape
         for suffix, tensor in expected.tensors.items():
-            assert torch.equal(share.tensors[suffix], tensor), (number, suffix)
-        assert share.bias is not None and share.bias.shape == (expected.shape[0],)
+            assert torch.equal(shard.tensors[suffix], tensor), (number, suffix)
+        assert shard.bias is not None and shard.bias.shape == (expected.shape[0],)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -82,7 +82,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_sizes_of_groups_that_divide_the_heads(manifest: Manifest, world: int) -> None:
-    check_shares(manifest, world)
+    check_division(manifest, world)
 
 
 @pytest.mark.parametrize("world", [3, 5, 8])
@@ -92,7 +92,7 @@ def test_sizes_of_groups_that_do_not(manifest: Manifest, world: int) -> None:
         f"of this model; choose 1, 2 or 4"
     )
     with pytest.raises(OptionError, match=expected):
-        check_shares(manifest, world)
+        check_division(manifest, world)
 
 
 def test_inputs_that_do_not_divide_are_named(tmp_path: Path) -> None:
@@ -100,4 +100,4 @@ def test_inputs_that_do_not_divide_are_named(tmp_path: Path) -> None:
     write(source, config(intermediate_size=96 + 16))
     made = convert_checkpoint(source, tmp_path / "out")
     with pytest.raises(OptionError, match=r"--tensor-parallel-size 4: model\.layers\.0\.mlp\."):
-        check_shares(made, 4)
+        check_division(made, 4)
