@@ -41,7 +41,7 @@ handover-plugin: $(VENV)/.dev
 handover: handover-environments handover-plugin  ## checkpoints on real vLLM, vllm-ascend and real clients (8 GB)
 	PATH="$(abspath $(BIN)):$$PATH" HANDOVER_VLLM_CPU=$(VLLM_CPU) HANDOVER_VLLM_ASCEND=$(VLLM_ASCEND) \
 		HANDOVER_CLIENTS=$(CLIENTS) HANDOVER_PLUGIN=$(abspath $(PLUGIN_SITE)) \
-		$(BIN)/python $(PYTEST) tests/handover
+		$(BIN)/python $(PYTEST) --numprocesses=$(WORKERS) --dist=loadfile tests/handover
 
 handover-paths:
 	@echo --vllm-ascend $(VLLM_ASCEND) --plugin $(PLUGIN_SITE)
