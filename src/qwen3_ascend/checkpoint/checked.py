@@ -48,11 +48,11 @@ class CheckedWeights:
         """
         self._reader, self._stored = reader, reader.manifest.stored()
         self._pool = ThreadPoolExecutor(threads or available_threads(), "hashing of weights")
-        names = in_order_of_use(reader)
-        self._checked = names if checked is None else [n for n in names if n in checked]
+        wanted = frozenset(self._stored if checked is None else checked)
+        self._checked = [name for name in in_order_of_use(reader) if name in wanted]
         self._next = deque(self._checked)
         self._hashes: dict[str, Future[str]] = {}
-        self._sound = {*self._stored} - {*self._checked}
+        self._sound = self._stored.keys() - wanted
         self._ahead = 0
         self._most = AHEAD_BYTES + max(tensor.nbytes for tensor in self._stored.values())
 
