@@ -1,8 +1,8 @@
 """npu_top_k_top_p: logits that are not to be sampled become -inf.
 
-Demands and formula: the page of aclnnApplyTopKTopP (ops-nn). It limits k to 1024. vLLM gives the size
-of the vocabulary to a row without top-k, and vllm-ascend, which Ascend maintains, passes that on: so
-this one larger value is taken too, and means all.
+Demands and formula: the page of aclnnApplyTopKTopP (ops-nn). It limits k to 1024. vLLM gives the
+size of the vocabulary to a row without top-k, and vllm-ascend, which Ascend maintains, passes that
+on: so this one larger value is taken too, and means all.
 """
 
 from __future__ import annotations
