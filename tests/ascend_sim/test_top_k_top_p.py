@@ -47,7 +47,7 @@ REFUSED: Cases = {
     "p dtype": ("p must have the dtype of logits", dict(p=lambda: dev(2))),
     "p rows": ("p must have shape", dict(p=lambda: dev(3, **FP32))),
     "p range": ("p must be in .0, 1", dict(p=lambda: torch.tensor([0.5, 1.5]).npu())),
-    "k dtype": ("k must be one of int32", dict(k=lambda: torch.ones(2, **INT64).npu())),
+    "k dtype": ("k must be one of int32", dict(k=lambda: dev(2, **INT64))),
     "k of none": ("k must be in .1, 1024", dict(k=lambda: numbers(0, 1))),
     "k above the limit": ("k must be in .1, 1024", dict(k=lambda: numbers(1, 1025))),
 }
