@@ -160,7 +160,7 @@ def hollow_atb() -> Iterator[None]:
 
     def launch(*arguments: Any, **named: Any) -> None:
         stream = torch_npu.npu.current_stream().npu_stream
-        runtime.library.sim_launch(stream, b"an operator of ATB", 1)
+        runtime.library.sim_launch(stream, b"an operator of ATB", 1, 0)
 
     library = torch.library.Library("atb", "IMPL")
     calls: dict[str, Callable[..., Any]] = {

@@ -251,6 +251,9 @@ SMALL: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "power": lambda x: x.pow(2),
     "power of a number": lambda x: 2.0**x,
     "scatter": lambda x: x.clone().scatter_(1, torch.tensor([[3], [0]], device=x.device), x * 2),
+    "scatter_add": lambda x: x.scatter_add(
+        1, torch.tensor([[3, 3], [0, 1]], device=x.device), x * 2
+    ),
     "pad": lambda x: torch.nn.functional.pad(x, (1, 2, 0, 1), value=0.5),
     "rsqrt": lambda x: (x * x + 1).rsqrt(),
     "divide": lambda x: x / (x * x + 1),

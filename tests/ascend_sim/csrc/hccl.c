@@ -322,11 +322,14 @@ int sim_waits_for_peers(void) {
 
 void sim_peers_await(Stream *stream) { stream->awaited_by_peers = stream->issued; }
 
-/* With lazy streams only what peers wait for runs by itself. */
+/* With lazy streams only what peers wait for runs by itself, unless something else stops it: the
+ * update of a graph that is replayed, say. */
 static void go_on(void) {
+    int stopped = 0;
     for (Stream *stream = sim_streams; stream; stream = stream->next)
-        if (stream->done < stream->awaited_by_peers) sim_drain(stream, stream->awaited_by_peers);
-    if (!sim_lazy) sim_run_everything();
+        if (stream->done < stream->awaited_by_peers)
+            stopped |= sim_drain(stream, stream->awaited_by_peers) == BLOCKED;
+    if (stopped || !sim_lazy) sim_run_everything();
 }
 
 static void *keep_going(void *unused) {

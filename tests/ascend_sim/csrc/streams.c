@@ -211,7 +211,7 @@ int sim_synchronize(Stream *stream) {
     if (stream->done < stream->issued) sim_run_everything();
     while (stream->done < stream->issued && somebody_works(&naps)) {
         sim_drain(stream, stream->issued);
-        if (!sim_waits_for_peers()) sim_run_everything();
+        if (stream->done < stream->issued) sim_run_everything();
     }
     if (sim_lost()) return sim_lost();
     if (stream->done < stream->issued) {

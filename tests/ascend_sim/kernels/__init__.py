@@ -18,6 +18,7 @@ from . import (  # noqa: F401
     quant,
     reductions,
     rotary,
+    sampling,
     scatter,
     selection,
 )

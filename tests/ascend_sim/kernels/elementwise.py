@@ -205,6 +205,10 @@ table(
         "aclnnGather": lambda x, dim, index: torch.gather(x, dim, index.long()),
     },
 )
+table(
+    "x:T dim:i index:T source:T out:T",
+    {"aclnnScatterAdd": lambda x, dim, index, y: torch.scatter_add(x, dim, index.long(), y)},
+)
 table("x:T diagonal:i out:T", {"aclnnTriu": torch.triu, "aclnnTril": torch.tril})
 
 
