@@ -25,8 +25,10 @@ from qwen3_ascend.runtime.backends.base import (
 )
 from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
 from qwen3_ascend.runtime.engine.assembly import make_engine
-from qwen3_ascend.runtime.engine.engine import Engine
+from qwen3_ascend.runtime.engine.request import SamplingParams
+from qwen3_ascend.runtime.llm import LLM
 from qwen3_ascend.runtime.options import EngineOptions
+from qwen3_ascend.runtime.tokenizer import load_tokenizer
 
 
 class OwnRuntime:
@@ -42,11 +44,12 @@ class OwnRuntime:
     def __init__(self, checkpoint: Path, ranks: int = 1, nudged: bool = False) -> None:
         weights = _Weights(CheckpointReader(checkpoint), ranks, nudged)
         backend = _Backend(weights.config, torch.float32)
-        self._engine: Engine = make_engine(weights, backend, EngineOptions(), lambda *_: None)
+        engine = make_engine(weights, backend, EngineOptions(), lambda *_: None)
+        self._llm = LLM(engine, load_tokenizer(checkpoint), frozenset(), SamplingParams())
 
     def logprobs(self, tokens: Sequence[int]) -> Tensor:
         """Float32 [T, vocab]; row i predicts token i + 1."""
-        return torch.cat([*self._engine.score(tokens)]).log_softmax(-1)
+        return self._llm.logits(tokens).log_softmax(-1)
 
 
 class _Weights:
