@@ -116,8 +116,9 @@ def export_files(folder: Path) -> list[str]:
 EXPORT = OutputKind("export", RECORD_NAME, export_files)
 
 
+@os_errors(CheckpointError)
 def is_export(folder: Path) -> bool:
-    """Whether a folder holds a record, which comes last."""
+    """Whether a folder holds a record, which comes last; CheckpointError if it cannot be told."""
     return (folder / RECORD_NAME).is_file()
 
 
