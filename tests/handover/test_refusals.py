@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.folders import flip_a_byte, reseal
+from support.modelscope_server import ModelScopeServer
 
 from handover.engines import Engines, free_port
 
@@ -105,6 +106,22 @@ def test_a_program_gets_an_exception_of_one_line(
     for name, (_, _, expected) in LOADED.items():
         assert expected in said[name]
         assert "\n" not in said[name] or name == "type", said[name]  # that is vLLM's own refusal
+
+
+def test_a_download_from_modelscope_breaks(
+    engines: Engines, checkpoint: Path, tmp_path: Path
+) -> None:
+    with ModelScopeServer("acme/river", checkpoint) as service:
+        service.damage = 99
+        variables = {**service.environment(tmp_path), "VLLM_USE_MODELSCOPE": "True"}
+        done = subprocess.run(
+            engines.serve_command("acme/river", free_port()),
+            env={**engines.server_environment(), **variables, "HF_HUB_OFFLINE": "0"},
+            capture_output=True, text=True, timeout=SECONDS,
+        )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("qwen3-ascend: error: acme/river cannot be downloaded: "), last
 
 
 def changed(checkpoint: Path, model: Path, change: Callable[[Path], None]) -> Path:

@@ -11,7 +11,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from vllm import envs
 from vllm.platforms import current_platform
 
@@ -78,21 +77,26 @@ def _checkpoint_of(arguments: Any) -> Path | None:
 
 def _from_hub(arguments: Any) -> Path | None:
     """Downloads all of a checkpoint once, before engines and their workers want parts of it."""
-    if envs.VLLM_USE_MODELSCOPE:
-        return None
-    name, revision = arguments.model, arguments.revision
-    token = arguments.hf_token if isinstance(arguments.hf_token, str) else None
-    if not huggingface_hub.file_exists(name, MANIFEST_NAME, revision=revision, token=token):
+    name, options = arguments.model, {"revision": arguments.revision}
+    if envs.VLLM_USE_MODELSCOPE:  # as vLLM takes models from there; the token is in its environment
+        from modelscope.hub.api import HubApi
+        from modelscope.hub.snapshot_download import snapshot_download
+
+        listed = HubApi().get_model_files(name, **options)
+        is_ours = MANIFEST_NAME in [file["Path"] for file in listed]
+    else:
+        from huggingface_hub import file_exists, snapshot_download
+
+        options["token"] = arguments.hf_token if isinstance(arguments.hf_token, str) else None
+        is_ours = file_exists(name, MANIFEST_NAME, **options)
+    if not is_ours:
         return None
     end_in_one_line()
     try:
-        found = huggingface_hub.snapshot_download(
-            name, revision=revision, token=token, cache_dir=arguments.download_dir
-        )
-    except (OSError, ValueError) as error:
+        return Path(snapshot_download(name, cache_dir=arguments.download_dir, **options))
+    except Exception as error:  # each library has its own, over those of requests or httpx
         line = " ".join(str(error).split())
         raise CheckpointError(f"{name} cannot be downloaded: {line}") from error
-    return Path(found)
 
 
 def _check_options(arguments: Any) -> None:
