@@ -14,7 +14,7 @@ from support.hub_server import HubServer
 from support.modelscope_server import ModelScopeServer
 
 from handover.agreement import Agreement, agreement, rounding_noise
-from handover.engines import Engines
+from handover.engines import Engines, Report
 
 NEAR_TIE = 0.1
 """Nats at most between two tokens of which the last bit of a sum may choose either."""
@@ -82,6 +82,47 @@ def test_a_compiled_graph_answers_the_same(
     """As `vllm serve` does unless it is told: torch.compile, which cannot see into our product."""
     report = engines.on_cpu(checkpoint_with_head, prompts[::8], 32, enforce_eager=False)
     check(agreement(checkpoint_with_head, report.answers), share=0.985)
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "accepted"),
+    [
+        ("checkpoint", "checkpoint", 0.98),
+        ("checkpoint", "tiny_source", 0.8),
+        ("tiny_source", "checkpoint", 0.8),
+    ],
+)
+def test_speculative_decoding(
+    engines: Engines,
+    prompts: list[list[int]],
+    request: pytest.FixtureRequest,
+    target: str,
+    draft: str,
+    accepted: float,
+) -> None:
+    """A checkpoint of ours is the target, the draft, or both; a draft that computes with anything
+    but its own weights would hardly ever be right."""
+    models: list[Path] = [request.getfixturevalue(name) for name in (target, draft)]
+    speculation = {"model": str(models[1]), "method": "draft_model", "num_speculative_tokens": 3}
+    few = prompts[::8]
+    report = engines.on_cpu(
+        models[0], few, 32, speculative_config=speculation, disable_log_stats=False
+    )
+    counted = report.data["drafts"]
+    print(counted)
+    assert counted["accepted"] >= accepted * counted["proposed"] > 0
+    alone = engines.on_cpu(models[0], few, 32)
+    assert equal_share(report, alone) >= 0.98
+
+
+def equal_share(one: Report, other: Report) -> float:
+    """The share of tokens that are equal up to the first of each answer that is not."""
+    equal = total = 0
+    for ours, theirs in zip(one.tokens, other.tokens, strict=True):
+        same = [a == b for a, b in zip(ours, theirs, strict=True)]
+        stop = same.index(False) + 1 if False in same else len(same)
+        equal, total = equal + sum(same[:stop]), total + stop
+    return equal / total
 
 
 def test_a_hub_id(
