@@ -79,12 +79,12 @@ def run(options: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, Any
     }
 
 
-def drafts(engine: Any) -> dict[str, int]:
+def drafts(engine: Any) -> dict[str, Any]:
     """How many tokens a draft has proposed, and how many of them its target took."""
-    counted = {metric.name: getattr(metric, "value", None) for metric in engine.get_metrics()}
-    names = {"proposed": "draft", "accepted": "accepted"}
+    counted = {metric.name: metric for metric in engine.get_metrics()}
     return {
-        name: counted[f"vllm:spec_decode_num_{theirs}_tokens"] for name, theirs in names.items()
+        "proposed": counted["vllm:spec_decode_num_draft_tokens"].value,
+        "accepted": counted["vllm:spec_decode_num_accepted_tokens"].value,
     }
 
 
