@@ -73,7 +73,7 @@ class Engines:
         """vLLM's CPU backend, with variables added to its environment; a run that was made before
         is not made again."""
         return self._once(
-            f"cpu {model} {len(prompts)} {tokens} {engine}",
+            f"cpu {model} {len(prompts)} {tokens} {variables} {engine}",
             lambda place: self._run_cpu(place, model, prompts, tokens, variables, engine),
         )
 

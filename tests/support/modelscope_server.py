@@ -1,6 +1,6 @@
-"""A local stand-in for ModelScope, for the real modelscope-hub client.
+"""A local stand-in for ModelScope, for the real clients modelscope-hub and modelscope.
 
-It knows what that client asks for when a model is converted: the listing of the files
+It knows what they ask for when a model is converted or served: the listing of the files
 (`/api/v1/models/{repo}/repo/files`) and the bytes of one (`/api/v1/models/{repo}/repo`), with
 ranges. The forms of the answers follow the client's source, not the real service, which cannot be
 reached from a test machine.

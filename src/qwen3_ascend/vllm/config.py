@@ -16,6 +16,9 @@ from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest
 from qwen3_ascend.vllm.linears import head_method, linear_method, plain_method
 from qwen3_ascend.vllm.names import PLUGIN
 
+DRAFT = "draft_model."
+"""What vLLM puts before the names of modules in the draft of speculative decoding."""
+
 
 class StoredConfig(QuantizationConfig):
     """Gives each linear the method that computes with its stored form.
@@ -60,11 +63,10 @@ class StoredConfig(QuantizationConfig):
     @override
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a linear or an output projection; None leaves the engine's own."""
-        entry, platform = self.manifest.linears.get(prefix), current_platform.device_type
+        name = prefix.removeprefix(DRAFT)
+        entry, platform = self.manifest.linears.get(name), current_platform.device_type
         if isinstance(layer, ParallelLMHead):
-            return None if entry is None else head_method(entry, prefix, platform)
+            return None if entry is None else head_method(entry, name, platform)
         if isinstance(layer, LinearBase):
-            return (
-                plain_method(platform) if entry is None else linear_method(entry, prefix, platform)
-            )
+            return plain_method(platform) if entry is None else linear_method(entry, name, platform)
         return None

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from typing_extensions import override
+from vllm.config.utils import replace
 from vllm.distributed import get_tp_group
 from vllm.distributed.parallel_state import in_the_same_node_as
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import is_pp_missing_parameter
@@ -26,12 +28,17 @@ from qwen3_ascend.checkpoint.manifest import LinearEntry
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.errors import CheckpointError, UserError
 from qwen3_ascend.vllm.linears import copying
+from qwen3_ascend.vllm.names import PLUGIN
 from qwen3_ascend.vllm.one_line import say_in_one_line
 from qwen3_ascend.vllm.shards import Rank, Rows, rows_of, shard_of
 
 
 class StoredLoader(BaseModelLoader):
-    """See the module docstring; vLLM makes the model, and calls this to fill it."""
+    """See the module docstring; vLLM makes the model, and calls this to fill it.
+
+    In speculative decoding the target and its draft have one loader, and either may be of another
+    format; that one is filled by vLLM's own.
+    """
 
     @override
     def download_model(self, model_config: Any) -> None:
@@ -40,6 +47,10 @@ class StoredLoader(BaseModelLoader):
     @override
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """Fills every parameter, and ends the process if a byte is not the manifest's."""
+        if model_config.quantization != PLUGIN:
+            own = get_model_loader(replace(self.load_config, load_format="auto"))
+            own.load_weights(model, model_config)
+            return
         group = get_tp_group()
         with say_in_one_line(speaks=group.rank_in_group == 0):
             reader = CheckpointReader(Path(model_config.model))

@@ -11,7 +11,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from vllm import envs
 from vllm.platforms import current_platform
 
@@ -25,86 +24,149 @@ from qwen3_ascend.vllm.names import PLUGIN
 from qwen3_ascend.vllm.one_line import end_in_one_line, say_in_one_line
 from qwen3_ascend.vllm.shards import check_division
 
+LOG = logging.getLogger("vllm.qwen3_ascend")
 TIED = "tie_word_embeddings"
 
 
 def settle(arguments: Any) -> None:
-    """Sets what vLLM needs to know of a checkpoint of ours; leaves any other model alone.
+    """Sets what vLLM needs to know of checkpoints of ours; leaves any other model alone.
 
     Args:
         arguments: vLLM's EngineArgs, which are changed.
 
     Raises:
-        UserError: if the checkpoint is not whole, or an option asks for what it cannot do.
+        UserError: if a checkpoint is not whole, or an option asks for what it cannot do.
     """
-    folder = _checkpoint_of(arguments)
-    if folder is None:
+    try:
+        target = _checkpoint_of(arguments, arguments.model, arguments.revision)
+        draft = _draft_of(arguments)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the arguments of a version that we do not know are
+        LOG.warning("qwen3-ascend: %s cannot be recognised (%s)", arguments.model, error)
+        return
+    if target is None and draft is None:
         return
     end_in_one_line()
     with say_in_one_line():
-        _settle(arguments, folder)
+        check_platform(current_platform.device_type)
+        _check_load_format(arguments)
+        if target is not None:
+            _settle_target(arguments, target)
+        if draft is not None:
+            _settle_draft(arguments, draft)
+        arguments.load_format = PLUGIN  # which both share; the loader knows whose a model is
 
 
-def _settle(arguments: Any, folder: Path) -> None:
-    check_platform(current_platform.device_type)
+def _settle_target(arguments: Any, folder: Path) -> None:
     _check_options(arguments)
+    reader = _opened(arguments, folder)
+    if str(folder) != arguments.model:
+        arguments.served_model_name = arguments.served_model_name or arguments.model
+        arguments.model, arguments.revision = str(folder), None
+    arguments.quantization = PLUGIN
+    if _has_another_head(reader, folder):
+        arguments.hf_overrides = {**_overrides(arguments), TIED: reader.config.tie_word_embeddings}
+
+
+def _settle_draft(arguments: Any, folder: Path) -> None:
+    """vLLM computes with a draft by its own configuration, but has no place to correct that."""
+    if _has_another_head(_opened(arguments, folder), folder):
+        raise OptionError(
+            f"{folder} has a quantized head, which vLLM does not take in the draft of speculative "
+            f"decoding; convert the draft with a recipe that leaves the head alone, such as w8a8"
+        )
+    given = {**arguments.speculative_config, "model": str(folder), "revision": None}
+    _check_quantization(given.get("quantization"))
+    arguments.speculative_config = {**given, "quantization": PLUGIN}
+
+
+def _opened(arguments: Any, folder: Path) -> CheckpointReader:
+    """A checkpoint that is whole as far as headers tell, and can be divided among the ranks."""
     reader = CheckpointReader(folder)
     for problem in structure_problems(reader):
         raise CheckpointError(f"{folder}: {problem}")
     check_division(reader.manifest, arguments.tensor_parallel_size)
-    if str(folder) != arguments.model:
-        arguments.served_model_name = arguments.served_model_name or arguments.model
-        arguments.model, arguments.revision = str(folder), None
-    arguments.quantization = arguments.load_format = PLUGIN
+    return reader
+
+
+def _has_another_head(reader: CheckpointReader, folder: Path) -> bool:
+    """Whether a head that differs from the embedding is stored though config.json ties the two."""
     stated = json.loads((folder / CONFIG_NAME).read_text()).get(TIED, True)
-    if stated != reader.config.tie_word_embeddings:
-        # A head that differs from the embedding is stored although config.json ties the two.
-        arguments.hf_overrides = {**_overrides(arguments), TIED: reader.config.tie_word_embeddings}
+    return bool(stated != reader.config.tie_word_embeddings)
 
 
-def _checkpoint_of(arguments: Any) -> Path | None:
+def _draft_of(arguments: Any) -> Path | None:
+    """The folder of the draft, if that is a checkpoint of ours."""
+    if getattr(arguments, "spec_model", None):  # --spec-model, which versions of 2026 have
+        arguments.speculative_config = {
+            **(arguments.speculative_config or {}), "model": arguments.spec_model
+        }  # fmt: skip
+        arguments.spec_model = None
+    given = arguments.speculative_config or {}
+    if not given.get("model"):
+        return None
+    return _checkpoint_of(arguments, given["model"], given.get("revision"))
+
+
+def _checkpoint_of(arguments: Any, model: str, revision: str | None) -> Path | None:
     """The folder of a checkpoint of ours, downloaded if it is on a hub; None for other models."""
-    folder = Path(arguments.model)
+    folder = Path(model)
     if folder.is_dir():
         return folder if (folder / MANIFEST_NAME).is_file() else None
     try:
-        return _from_hub(arguments)
+        return _from_hub(arguments, model, revision)
     except UserError:
         raise
     except Exception as error:  # whatever a hub may answer about somebody else's model
-        logging.getLogger("vllm.qwen3_ascend").debug("%s: %s", arguments.model, error)
+        LOG.debug("%s: %s", model, error)
         return None
 
 
-def _from_hub(arguments: Any) -> Path | None:
+def _from_hub(arguments: Any, name: str, revision: str | None) -> Path | None:
     """Downloads all of a checkpoint once, before engines and their workers want parts of it."""
-    if envs.VLLM_USE_MODELSCOPE:
-        return None
-    name, revision = arguments.model, arguments.revision
-    token = arguments.hf_token if isinstance(arguments.hf_token, str) else None
-    if not huggingface_hub.file_exists(name, MANIFEST_NAME, revision=revision, token=token):
+    options = {"revision": revision}
+    if envs.VLLM_USE_MODELSCOPE:  # as vLLM takes models from there; the token is in its environment
+        from modelscope.hub.api import HubApi
+        from modelscope.hub.snapshot_download import snapshot_download
+
+        listed = HubApi().get_model_files(name, **options)
+        is_ours = MANIFEST_NAME in [file["Path"] for file in listed]
+    else:
+        from huggingface_hub import file_exists, snapshot_download
+
+        options["token"] = arguments.hf_token if isinstance(arguments.hf_token, str) else None
+        is_ours = file_exists(name, MANIFEST_NAME, **options)
+    if not is_ours:
         return None
     end_in_one_line()
     try:
-        found = huggingface_hub.snapshot_download(
-            name, revision=revision, token=token, cache_dir=arguments.download_dir
-        )
-    except (OSError, ValueError) as error:
+        return Path(snapshot_download(name, cache_dir=arguments.download_dir, **options))
+    except Exception as error:  # each library has its own, over those of requests or httpx
         line = " ".join(str(error).split())
         raise CheckpointError(f"{name} cannot be downloaded: {line}") from error
-    return Path(found)
+
+
+def _check_load_format(arguments: Any) -> None:
+    if arguments.load_format not in {"auto", PLUGIN}:
+        raise _is_quantized("--load-format", arguments.load_format)
+
+
+def _check_quantization(given: str | None) -> None:
+    if given not in {None, PLUGIN}:
+        raise _is_quantized("--quantization", given)
+
+
+def _is_quantized(flag: str, value: object) -> OptionError:
+    return OptionError(
+        f"{flag} {value} is not for a checkpoint of qwen3-ascend, which is quantized and "
+        f"laid out already; leave {flag} out"
+    )
 
 
 def _check_options(arguments: Any) -> None:
     """Refuses what vLLM would do to weights that these cannot bear."""
-    for option, taken in (("quantization", {None}), ("load_format", {"auto"})):
-        value = getattr(arguments, option)
-        if value not in taken | {PLUGIN}:
-            flag = f"--{option.replace('_', '-')}"
-            raise OptionError(
-                f"{flag} {value} is not for a checkpoint of qwen3-ascend, which is quantized and "
-                f"laid out already; leave {flag} out"
-            )
+    _check_quantization(arguments.quantization)
     if arguments.enable_lora:
         raise OptionError(
             "--enable-lora: adapters are not supported on a checkpoint of qwen3-ascend; merge the "

@@ -27,12 +27,23 @@ def install() -> None:
         return
     register_quantization_config(PLUGIN)(StoredConfig)
     register_model_loader(PLUGIN)(StoredLoader)
-    original = EngineArgs.create_model_config
+    make_model, make_speculation = (
+        EngineArgs.create_model_config, EngineArgs.create_speculative_config,
+    )  # fmt: skip
 
-    @wraps(original)
+    @wraps(make_model)
     def create_model_config(self: Any, *args: Any, **keywords: Any) -> Any:
         settle(self)
-        return original(self, *args, **keywords)
+        return make_model(self, *args, **keywords)
+
+    @wraps(make_speculation)
+    def create_speculative_config(self: Any, *args: Any, **keywords: Any) -> Any:
+        speculation = make_speculation(self, *args, **keywords)
+        draft = getattr(speculation, "draft_model_config", None)
+        if draft is not None and draft.quantization == PLUGIN and callable(draft.hf_overrides):
+            draft.hf_overrides = {}  # they are applied, and vLLM 0.23 reads no manifest beside them
+        return speculation
 
     EngineArgs.create_model_config = create_model_config
+    EngineArgs.create_speculative_config = create_speculative_config
     setattr(EngineArgs, MARK, True)
