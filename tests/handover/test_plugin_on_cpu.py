@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.hub_server import HubServer
@@ -103,7 +104,7 @@ def test_speculative_decoding(
     """A checkpoint of ours is the target, the draft, or both; a draft that computes with anything
     but its own weights would hardly ever be right."""
     models: list[Path] = [request.getfixturevalue(name) for name in (target, draft)]
-    asked: dict[str, object] = {
+    asked: dict[str, Any] = {
         "speculative_config": {
             "model": str(models[1]), "method": "draft_model", "num_speculative_tokens": 3
         }

@@ -115,7 +115,7 @@ def test_a_draft_that_cannot_be_one(
     said = refusals(engines, asked)
     for name in ("head", "flag"):
         assert "convert the draft with a recipe that leaves the head alone" in said[name]
-    assert "--quantization fp8 is not for" in said["format"]
+    assert "the draft's quantization fp8 is not for" in said["format"]
     assert not any("\n" in line for line in said.values())
 
 
