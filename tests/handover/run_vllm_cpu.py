@@ -33,6 +33,7 @@ ENGINE: dict[str, Any] = {
     "enforce_eager": True,
     "enable_prefix_caching": False,
 }
+SPECULATION = {"speculative_config", "spec_model"}
 PROMPTS = ["What does river mean?"]
 
 
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace, arguments: dict[str, Any]) -> dict[str, Any
         "start_seconds": round(ready - started, 1),
         "generate_seconds": round(time.perf_counter() - ready, 1),
         "answers": [answer(each) for each in answers],
-        "drafts": drafts(engine) if arguments.get("speculative_config") else None,
+        "drafts": drafts(engine) if SPECULATION & arguments.keys() else None,
     }
 
 

@@ -96,3 +96,15 @@ def test_two_stages_hold_half_of_the_layers(
     assert len(first) == len(second)
     assert first | second == set(linears(one.loading[0]))
     assert two.tokens == one.tokens
+
+
+def test_a_draft_is_loaded_likewise(
+    engines: Engines, checkpoint: Path, checkpoint_of_floats: Path
+) -> None:
+    """It is the last to be loaded. To draft, vllm-ascend calls operators of its own that are
+    compiled for a card, so nothing is asked."""
+    draft = {"model": str(checkpoint), "method": "draft_model", "num_speculative_tokens": 3}
+    report = engines.on_ascend(checkpoint_of_floats, [], speculative_config=draft)
+    check_raw_copies(report)
+    (loading,) = report.loading
+    assert any(name.endswith("weight_scale") for name in loading["parameters"])

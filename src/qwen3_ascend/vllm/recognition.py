@@ -50,7 +50,7 @@ def settle(arguments: Any) -> None:
     end_in_one_line()
     with say_in_one_line():
         check_platform(current_platform.device_type)
-        _check_load_format(arguments)
+        _check_unset("--load-format", arguments.load_format, "auto")
         if target is not None:
             _settle_target(arguments, target)
         if draft is not None:
@@ -76,9 +76,13 @@ def _settle_draft(arguments: Any, folder: Path) -> None:
             f"{folder} has a quantized head, which vLLM does not take in the draft of speculative "
             f"decoding; convert the draft with a recipe that leaves the head alone, such as w8a8"
         )
-    given = {**arguments.speculative_config, "model": str(folder), "revision": None}
-    _check_quantization(given.get("quantization"))
-    arguments.speculative_config = {**given, "quantization": PLUGIN}
+    given = arguments.speculative_config or {}
+    _check_unset("the draft's quantization", given.get("quantization"))
+    if "model" not in given:
+        arguments.spec_model = None  # --spec-model, which vLLM takes beside no other name
+    arguments.speculative_config = {
+        **given, "model": str(folder), "revision": None, "quantization": PLUGIN
+    }  # fmt: skip
 
 
 def _opened(arguments: Any, folder: Path) -> CheckpointReader:
@@ -98,15 +102,9 @@ def _has_another_head(reader: CheckpointReader, folder: Path) -> bool:
 
 def _draft_of(arguments: Any) -> Path | None:
     """The folder of the draft, if that is a checkpoint of ours."""
-    if getattr(arguments, "spec_model", None):  # --spec-model, which versions of 2026 have
-        arguments.speculative_config = {
-            **(arguments.speculative_config or {}), "model": arguments.spec_model
-        }  # fmt: skip
-        arguments.spec_model = None
     given = arguments.speculative_config or {}
-    if not given.get("model"):
-        return None
-    return _checkpoint_of(arguments, given["model"], given.get("revision"))
+    model = given.get("model") or getattr(arguments, "spec_model", None)
+    return _checkpoint_of(arguments, model, given.get("revision")) if model else None
 
 
 def _checkpoint_of(arguments: Any, model: str, revision: str | None) -> Path | None:
@@ -147,26 +145,17 @@ def _from_hub(arguments: Any, name: str, revision: str | None) -> Path | None:
         raise CheckpointError(f"{name} cannot be downloaded: {line}") from error
 
 
-def _check_load_format(arguments: Any) -> None:
-    if arguments.load_format not in {"auto", PLUGIN}:
-        raise _is_quantized("--load-format", arguments.load_format)
-
-
-def _check_quantization(given: str | None) -> None:
-    if given not in {None, PLUGIN}:
-        raise _is_quantized("--quantization", given)
-
-
-def _is_quantized(flag: str, value: object) -> OptionError:
-    return OptionError(
-        f"{flag} {value} is not for a checkpoint of qwen3-ascend, which is quantized and "
-        f"laid out already; leave {flag} out"
-    )
+def _check_unset(what: str, value: object, default: object = None) -> None:
+    if value not in {default, PLUGIN}:
+        raise OptionError(
+            f"{what} {value} is not for a checkpoint of qwen3-ascend, which is quantized and "
+            f"laid out already; leave {what} out"
+        )
 
 
 def _check_options(arguments: Any) -> None:
     """Refuses what vLLM would do to weights that these cannot bear."""
-    _check_quantization(arguments.quantization)
+    _check_unset("--quantization", arguments.quantization)
     if arguments.enable_lora:
         raise OptionError(
             "--enable-lora: adapters are not supported on a checkpoint of qwen3-ascend; merge the "

@@ -27,9 +27,8 @@ def install() -> None:
         return
     register_quantization_config(PLUGIN)(StoredConfig)
     register_model_loader(PLUGIN)(StoredLoader)
-    make_model, make_speculation = (
-        EngineArgs.create_model_config, EngineArgs.create_speculative_config,
-    )  # fmt: skip
+    make_model = EngineArgs.create_model_config
+    make_speculation = EngineArgs.create_speculative_config
 
     @wraps(make_model)
     def create_model_config(self: Any, *args: Any, **keywords: Any) -> Any:
@@ -41,7 +40,7 @@ def install() -> None:
         speculation = make_speculation(self, *args, **keywords)
         draft = getattr(speculation, "draft_model_config", None)
         if draft is not None and draft.quantization == PLUGIN and callable(draft.hf_overrides):
-            draft.hf_overrides = {}  # they are applied, and vLLM 0.23 reads no manifest beside them
+            draft.hf_overrides = {}  # applied by now, and vLLM 0.23 would read no manifest
         return speculation
 
     EngineArgs.create_model_config = create_model_config
