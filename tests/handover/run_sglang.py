@@ -42,6 +42,7 @@ ENGINE: dict[str, Any] = {
     "disable_cuda_graph": True,
     "disable_radix_cache": True,
     "skip_tokenizer_init": True,
+    "log_level": "info",  # by itself it keeps even warnings to itself
 }
 
 

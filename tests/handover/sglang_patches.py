@@ -128,14 +128,16 @@ def define_all() -> None:
     define("torchair.configs.compiler_config", CompilerConfig=SimpleNamespace)
 
 
-def fill_table_of_rules() -> None:
-    """Torch's tracer keeps one rule for each function of torch, in a table that it fills when it is
-    first asked, here by the decorators of SGLang's models. By then SGLang has let torch_npu put its
-    functions in the place of torch.cuda's. So one function has two rules, torch 2.13 refuses, and
-    SGLang goes on without its own Qwen3. A table that was filled before stays as it is."""
-    import torch_npu  # noqa: F401  adds its rules
+def keep_one_rule_for_each_seed() -> None:
+    """Torch's tracer has a rule for each function of torch, by name, and refuses a function with two.
+    SGLang lets torch_npu put its functions in the place of torch.cuda's, and then torch 2.13 finds
+    two rules for torch.npu.manual_seed, models that SGLang decorates cannot be imported, and it goes
+    on with those of transformers. Nothing is traced here, so torch's own rules can go."""
+    from torch._dynamo.trace_rules import torch_name_rule_map
 
-    torch._dynamo.trace_rules.get_torch_obj_rule_map()
+    for rules in torch_name_rule_map:
+        for name in ("manual_seed", "manual_seed_all"):
+            rules.pop(f"torch.cuda.random.{name}", None)
 
 
 def apply() -> None:
@@ -150,4 +152,4 @@ def apply() -> None:
 
 
 define_all()
-fill_table_of_rules()
+keep_one_rule_for_each_seed()
