@@ -141,9 +141,7 @@ class Engines:
         _run(command, self.environment(), place)
         return _report(place)
 
-    def _run_sglang(
-        self, place: Path, model: Path, prompts: Sequence[Any], tokens: int
-    ) -> Report:
+    def _run_sglang(self, place: Path, model: Path, prompts: Sequence[Any], tokens: int) -> Report:
         asked = _written(place, prompts)
         runner = TESTS / "handover/run_sglang.py"
         command = [self.sglang / "bin/python", runner, model, place]

@@ -3,8 +3,9 @@
     SGLANG/bin/python tests/handover/run_sglang.py MODEL FOLDER --prompts prompts.json
         [--tokens 24] [--engine '{"context_length": 512}']
 
-MODEL is a folder that SGLang serves. FOLDER gets `answers.json` (prompts, tokens, log-probabilities),
-`loading-0.json` (see device_work.py) and `weights-0.pt`, every parameter as the device holds it.
+MODEL is a folder that SGLang serves. FOLDER, which is there, gets `answers.json` (prompts, tokens,
+log-probabilities), `loading-0.json` (see device_work.py) and `weights-0.pt`, every parameter as the
+device holds it.
 """
 
 from __future__ import annotations

@@ -4,9 +4,12 @@ These are packages that no registry has and that a container of SGLang brings al
 module defines them, and has to come before torch_npu: ASCEND_SIM_THEN names it to every process.
 
 - `sgl_kernel_npu`, SGLang's kernels: the two that serving a dense Qwen3 calls are written in torch
-  below, after what their sources compute. The others can be imported and say so when called.
-- `torchair`, the graph engine of a CANN, whose libraries torch_npu's copy of it loads. SGLang asks it
-  for a compiler while it is imported, for functions that it then does not compile on an NPU.
+  below, after what their sources compute (sgl-project/sgl-kernel-npu). Neither is part of loading.
+  The others that are asked for at import say so when called.
+- `torchair`, the graph engine of a CANN, whose libraries torch_npu's copy of it loads. SGLang asks
+  it for a compiler while it is imported, for functions that it does not compile on an NPU.
+
+SGLang's other Triton kernels are its own, and run in Triton's interpreter: see run_sglang.py.
 """
 
 from __future__ import annotations
@@ -77,7 +80,8 @@ class AllocateExtension:
         page_size: int,
         _tokens_at_most: int,
     ) -> None:
-        """lengths_before, lengths and last_places [rows], free_pages [pages], places [tokens]."""
+        """lengths_before, lengths and last_places [rows], free_pages [pages], places [tokens]. The
+        last place of a row that has none yet is -1."""
         free = iter(free_pages.tolist())
         found: list[int] = []
         for row in range(rows):
@@ -115,9 +119,7 @@ def define(name: str, **members: object) -> None:
 
 def define_all() -> None:
     kernels = "sgl_kernel_npu"
-    define(
-        f"{kernels}.norm.split_qkv_rmsnorm_rope", split_qkv_rmsnorm_rope=split_qkv_rmsnorm_rope
-    )
+    define(f"{kernels}.norm.split_qkv_rmsnorm_rope", split_qkv_rmsnorm_rope=split_qkv_rmsnorm_rope)
     define(f"{kernels}.mem_cache.allocator", alloc_extend_kernel=AllocateExtension())
     sinks = ("attention_sinks_prefill_triton", "attention_sinks_triton")
     define(f"{kernels}.attention.sinks_attention", **{name: absent(name) for name in sinks})
@@ -129,10 +131,12 @@ def define_all() -> None:
 
 
 def keep_one_rule_for_each_seed() -> None:
-    """Torch's tracer has a rule for each function of torch, by name, and refuses a function with two.
-    SGLang lets torch_npu put its functions in the place of torch.cuda's, and then torch 2.13 finds
-    two rules for torch.npu.manual_seed, models that SGLang decorates cannot be imported, and it goes
-    on with those of transformers. Nothing is traced here, so torch's own rules can go."""
+    """Torch's tracer has a rule for each function of torch, by name, and refuses two for one.
+
+    SGLang lets torch_npu 2.13 put its functions in the place of torch.cuda's. Then torch 2.13 finds
+    two rules for torch.npu.manual_seed, SGLang's Qwen3, which is decorated, cannot be imported, and
+    SGLang goes on with that of transformers. Nothing is traced here, so torch's rules can go.
+    """
     from torch._dynamo.trace_rules import torch_name_rule_map
 
     for rules in torch_name_rule_map:

@@ -1,8 +1,8 @@
-"""Real SGLang on the simulated device loads what `export` writes, bit for bit, and computes of it what
-vllm-ascend computes.
+"""Real SGLang on the simulated device loads what `export` writes, bit for bit, and computes of it
+what vllm-ascend computes.
 
-Its own Qwen3 and its own quantization, native schemes of ModelSlim and compressed-tensors, do; what
-is replaced is in sglang_patches.py.
+Its own Qwen3 does, with its own loaders of ModelSlim's and compressed-tensors' formats. What is
+replaced, and why, is in sglang_patches.py.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def test_tokens_are_those_of_vllm_ascend(
 def test_a_quantized_head_is_read_in_one_format_only(
     engines: Engines, prompts: list[list[int]], checkpoint_with_head: Path, tmp_path: Path
 ) -> None:
-    """SGLang's ModelSlim has no head but a plain one. It says that it has no use for the scales, and
-    takes the codes for weights; docs/exporting.md says so."""
+    """SGLang's ModelSlim loader has no head but a plain one. It warns that it has no use for the
+    scales, and takes the codes for weights; docs/exporting.md says so."""
     few = prompts[::5]
     raw = engines.on_ascend(checkpoint_with_head, few)
     model = exported(checkpoint_with_head, "compressed-tensors", tmp_path)
