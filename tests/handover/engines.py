@@ -135,7 +135,7 @@ class Engines:
     ) -> Report:
         asked = _written(place, prompts)
         runner = TESTS / "handover/run_vllm_ascend.py"
-        command = [self.vllm_ascend / "bin/python", runner, model, place]
+        command: list[object] = [self.vllm_ascend / "bin/python", runner, model, place]
         command += ["--prompts", asked, "--tokens", tokens, "--engine", json.dumps(engine)]
         command += ["--prompt-logprobs", *(["--graphs"] if graphs else [])]
         _run(command, self.environment(), place)
@@ -144,8 +144,9 @@ class Engines:
     def _run_sglang(self, place: Path, model: Path, prompts: Sequence[Any], tokens: int) -> Report:
         asked = _written(place, prompts)
         runner = TESTS / "handover/run_sglang.py"
-        command = [self.sglang / "bin/python", runner, model, place]
-        _run([*command, "--prompts", asked, "--tokens", tokens], self.environment(), place)
+        options = ["--prompts", asked, "--tokens", tokens]
+        command = [self.sglang / "bin/python", runner, model, place, *options]
+        _run(command, self.environment(), place)
         return _report(place)
 
     def environment(self) -> dict[str, str]:
