@@ -64,7 +64,8 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Mapping[str
     for run in range(options.repeat):
         place = folder / f"run-{run}"
         place.mkdir()
-        engines = Engines(Path(), options.vllm_ascend, Path(), options.plugin.resolve(), place)
+        places = (Path(), options.vllm_ascend, Path(), Path(), options.plugin.resolve(), place)
+        engines = Engines(*places)
         for name, model in models(folder, options.layers).items():
             loading = engines.on_ascend(model, PROMPT, tokens=1, skip_tokenizer_init=True).loading[
                 0

@@ -157,6 +157,8 @@ The int8 codes and scales are those of the checkpoint, unchanged; engines find t
         linears = [item for item in items if item.is_linear]
         floats = [item for item in linears if not item.expression.is_quantized]
         ignore = [source for item in floats for source, _ in item.parts]
+        # SGLang 0.5.23 asks for the linear that it fuses of them, and would fill it with noise.
+        ignore += [item.name for item in floats if len(item.parts) > 1]
         targets = [exchange.LINEAR]
         heads = [item for item in linears if item.name == LM_HEAD]
         if not heads:

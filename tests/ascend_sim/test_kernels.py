@@ -167,6 +167,16 @@ def test_linear_with_an_nz_weight(dtype: torch.dtype) -> None:
     assert [entry.name for entry in trace.launches()] == ["aclnnMatmulWeightNz"]
 
 
+def test_foreach_copy_copies_each_pair() -> None:
+    sources = [torch.arange(6).reshape(2, 3), torch.arange(4).flip(0)]
+    targets = [torch.zeros_like(source).npu() for source in sources]
+    ascend_sim.reset_trace()
+    torch._foreach_copy_(targets, [source.npu() for source in sources])
+    for source, target in zip(sources, targets, strict=True):
+        assert torch.equal(target.cpu(), source)
+    assert "aclnnForeachCopy" in [entry.name for entry in trace.launches()]
+
+
 def test_matmul_nd() -> None:
     a, b = torch.randn(2, 3, 8), torch.randn(2, 8, 5)
     near(a.npu() @ b.npu(), torch.einsum("bij,bjk->bik", a.double(), b.double()), 1e-4)

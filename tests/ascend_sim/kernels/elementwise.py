@@ -65,6 +65,15 @@ def copy(target: DeviceTensor, source: DeviceTensor) -> Run:
     return lambda: target.write(source.read().expand(target.layout.size))
 
 
+@aclnn("aclnnForeachCopy", "sources:L targets:L")
+def foreach_copy(sources: list[DeviceTensor], targets: list[DeviceTensor]) -> Run:
+    def run() -> None:
+        for source, target in zip(sources, targets, strict=True):
+            target.write(source.read())
+
+    return run
+
+
 @aclnn("aclnnNpuFormatCast", "source:T target:T")
 def format_cast(source: DeviceTensor, target: DeviceTensor) -> Run:
     return lambda: target.write(source.read())
