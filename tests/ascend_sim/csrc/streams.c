@@ -189,7 +189,7 @@ static int anything_busy_elsewhere(void) {
     return 0;
 }
 
-enum { PATIENCE = 200000, NAP = 50 }; /* ten seconds; collectives have a patience of their own */
+enum { PATIENCE = 1200000, NAP = 50 }; /* a minute, on busy machines; collectives have a patience of their own */
 
 /* Naps while another thread or another process can bring the work on; 0 = nobody can. */
 static int somebody_works(int *naps) {
