@@ -152,7 +152,8 @@ class Engines:
     def environment(self) -> dict[str, str]:
         """For an engine's process: it finds the plugin, the tests and nothing else of ours."""
         paths = ":".join(map(str, (self.plugin, TESTS)))
-        dropped = ("PYTHONPATH", "OMP_NUM_THREADS", "PYTHONHOME", "VIRTUAL_ENV")
+        # With CI set, torch refuses a custom operator of vllm-ascend that it only warns of else.
+        dropped = ("PYTHONPATH", "OMP_NUM_THREADS", "PYTHONHOME", "VIRTUAL_ENV", "CI")
         kept = {name: value for name, value in os.environ.items() if name not in dropped}
         return {**kept, "PYTHONPATH": paths}
 

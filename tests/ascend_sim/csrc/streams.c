@@ -189,7 +189,8 @@ static int anything_busy_elsewhere(void) {
     return 0;
 }
 
-enum { PATIENCE = 1200000, NAP = 50 }; /* a minute, on busy machines; collectives have a patience of their own */
+/* A minute, on busy machines; collectives have a patience of their own. */
+enum { PATIENCE = 1200000, NAP = 50, IDLE_ROUNDS = 20, IDLE_NAP = 1000 };
 
 /* Naps while another thread or another process can bring the work on; 0 = nobody can. */
 static int somebody_works(int *naps) {
@@ -209,7 +210,10 @@ int sim_synchronize(Stream *stream) {
     if (sim_lost()) return sim_lost();
     sim_drain(stream, stream->issued);
     if (stream->done < stream->issued) sim_run_everything();
-    while (stream->done < stream->issued && somebody_works(&naps)) {
+    /* Whoever worked may have ended just before that was asked, and left the rest to this thread. */
+    for (int idle = 0; stream->done < stream->issued && idle < IDLE_ROUNDS;) {
+        idle = somebody_works(&naps) ? 0 : idle + 1;
+        if (idle) usleep(IDLE_NAP);
         sim_drain(stream, stream->issued);
         if (stream->done < stream->issued) sim_run_everything();
     }
