@@ -51,14 +51,16 @@ def test_vllm_on_cpu_loads_the_floats(
     assert found.perplexity == pytest.approx(found.own_perplexity, rel=FLOAT_PERPLEXITY)
 
 
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 def test_vllm_ascend_gives_the_same_tokens_from_every_format(
-    engines: Engines, prompts: list[list[int]], checkpoint: Path, tmp_path: Path
+    engines: Engines, prompts: list[list[int]], checkpoint: Path, tmp_path: Path, graphs: bool
 ) -> None:
     """The raw checkpoint through the plugin, and both exports, which have to be cast."""
     few = prompts[::5]
-    raw = engines.on_ascend(checkpoint, few)
+    raw = engines.on_ascend(checkpoint, few, graphs=graphs)
     for format in ("ascendv1", "compressed-tensors"):
-        report = engines.on_ascend(exported(checkpoint, format, tmp_path), few)
+        model = exported(checkpoint, format, tmp_path)
+        report = engines.on_ascend(model, few, graphs=graphs)
         assert report.tokens == raw.tokens, format
         assert all(loading["format_casts"] > 0 for loading in report.loading), format
 
