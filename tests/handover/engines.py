@@ -21,6 +21,9 @@ TESTS = Path(__file__).parents[1]
 START_SECONDS = 300
 """For an engine to start on a busy machine."""
 
+RUN_SECONDS = 400
+"""For an engine to start, answer and end."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -219,10 +222,16 @@ def _written(place: Path, prompts: Sequence[Any]) -> Path:
 def _run(command: Sequence[object], environment: Mapping[str, str], place: Path) -> None:
     log = place / "log"
     with log.open("w") as out:
-        done = subprocess.run(
-            [str(word) for word in command], env=environment, stdout=out, stderr=out, check=False
-        )
-    assert done.returncode == 0, f"{command}, whose log is {log}:\n{log.read_text()[-6000:]}"
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            env=environment, stdout=out, stderr=out, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(RUN_SECONDS)
+        except subprocess.TimeoutExpired:  # its workers too
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+    assert code == 0, f"{command}, whose log is {log}:\n{log.read_text()[-6000:]}"
 
 
 def _report(place: Path) -> Report:

@@ -97,9 +97,7 @@ class FloatMethod(AscendUnquantizedLinearMethod):
         layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
+        *others: Any,
         **attributes: Any,
     ) -> None:
         layout, outputs = ASCEND_A2_A3.layouts[BF16.name], sum(output_partition_sizes)
@@ -136,9 +134,7 @@ class Int8HeadMethod(LinearMethodBase):
         layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
+        *others: Any,
         **attributes: Any,
     ) -> None:
         """Notes the shape only: the parts are made as they are loaded."""
