@@ -1,10 +1,13 @@
-"""Recipes: which scheme each linear gets. Ordered rules, the first match wins."""
+"""Recipes: which scheme each linear gets, by which quantizer, after which transforms of the model.
+
+Rules are ordered, and the first match wins.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +17,18 @@ from msgspec import Meta
 
 from qwen3_ascend import recipes
 from qwen3_ascend.checkpoint.schemes import Scheme, make_scheme
+from qwen3_ascend.convert.quantizers import QUANTIZERS
+from qwen3_ascend.convert.transforms import TRANSFORMS
 from qwen3_ascend.errors import CheckpointError, RecipeError
 from qwen3_ascend.files.json_file import Name, check_keys, plain, typed
 from qwen3_ascend.files.paths import user_path
 
 SCHEMA = 1
+
+OPTIONAL = ("description", "transforms", "quantizer")
+
+NEAREST = "nearest"
+"""The quantizer of a rule that names none."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class RuleFile:
 
     match: Name
     scheme: str | dict[str, Any]
+    quantizer: str = NEAREST
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,7 @@ class RecipeFile:
     name: Name
     rules: Annotated[tuple[RuleFile, ...], Meta(min_length=1)]
     description: str = ""
+    transforms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,10 +58,12 @@ class Rule:
     Attributes:
         match: a glob on the Hugging Face name of a linear, such as "*.mlp.down_proj".
         scheme: what becomes of it, with its parameters.
+        quantizer: the name of who finds its codes.
     """
 
     match: str
     scheme: Scheme
+    quantizer: str = NEAREST
 
     def matches(self, linear: str) -> bool:
         """Whether the glob fits a linear's name (case matters)."""
@@ -58,12 +72,20 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named list of rules. `verbatim` is what the YAML said; it goes into the manifest."""
+    """A named list of rules.
+
+    Attributes:
+        name, description: for people.
+        rules: the first that matches a linear counts.
+        verbatim: what the YAML said; it goes into the manifest.
+        transforms: names of what makes equivalent weights of the model's first, in this order.
+    """
 
     name: str
     description: str
     rules: tuple[Rule, ...]
     verbatim: Mapping[str, Any]
+    transforms: tuple[str, ...] = ()
 
     def rule_for(self, linear: str) -> Rule:
         """The first rule that matches; RecipeError if none does."""
@@ -103,7 +125,7 @@ class Recipe:
             raise RecipeError(f"{where} is not valid YAML: {reason}") from error
         try:
             said = typed(data, RecipeFile, where)
-            check_keys(data, plain(said), where, optional=("description",))
+            check_keys(data, plain(said), where, optional=OPTIONAL)
         except ValueError as error:
             raise RecipeError(str(error)) from error
         if said.schema != SCHEMA:
@@ -111,7 +133,9 @@ class Recipe:
         rules = tuple(
             _rule(rule, f"{where}.rules[{number}]") for number, rule in enumerate(said.rules)
         )
-        return cls(said.name, said.description, rules, data)
+        for name in said.transforms:
+            _check_name(name, "transform", TRANSFORMS, where)
+        return cls(said.name, said.description, rules, data, said.transforms)
 
 
 def _read(path: Path) -> str:
@@ -125,7 +149,15 @@ def _read(path: Path) -> str:
 
 def _rule(said: RuleFile, where: str) -> Rule:
     scheme = {"name": said.scheme} if isinstance(said.scheme, str) else {**said.scheme}
+    _check_name(said.quantizer, "quantizer", QUANTIZERS, where)
     try:
-        return Rule(said.match, make_scheme(str(scheme.pop("name", "")), scheme))
+        made = make_scheme(str(scheme.pop("name", "")), scheme)
+        return Rule(said.match, made, said.quantizer)
     except CheckpointError as error:
         raise RecipeError(f"{where}: {error}") from error
+
+
+def _check_name(name: str, what: str, known: Collection[str], where: str) -> None:
+    if name not in known:
+        listed = ", ".join(known) or "none"
+        raise RecipeError(f"{where}: unknown {what} {name!r}; this version knows {listed}")

@@ -27,7 +27,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from qwen3_ascend.checkpoint.layout import Cut, Layout, Place, nz_columns
-from qwen3_ascend.checkpoint.schemes.base import TEMPORARY_BYTES, Codes, Input, Scheme
+from qwen3_ascend.checkpoint.schemes.base import TEMPORARY_BYTES, Codes, Input
+from qwen3_ascend.checkpoint.schemes.grid import Grid, IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums
 from qwen3_ascend.files.safetensors import Form
 from qwen3_ascend.native import Kernels
@@ -43,7 +44,7 @@ NZ = Layout("nz", "KN", nz_columns(torch.int8.itemsize))
 
 
 @dataclass(frozen=True)
-class W8A8(Scheme):
+class W8A8(IntegerScheme):
     """weight: int8; scale: float32 [*batch, N]."""
 
     name: ClassVar[str] = "w8a8"
@@ -63,12 +64,14 @@ class W8A8(Scheme):
             "scale": {"outputs": Place(-1, 1)},
         }
 
+    @property
     @override
-    def choose(self, weight: Tensor) -> Codes:
-        values = weight.float()
-        scale = (values.abs().amax(dim=-1) / CODE_MAX).bfloat16().float()
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        return {"weight": round_to_codes(values, scale), "scale": scale}
+    def grid(self) -> Grid:
+        return Grid(8)
+
+    @override
+    def codes(self, integers: Tensor, scales: Tensor) -> Codes:
+        return {"weight": integers, "scale": scales[..., 0]}
 
     @override
     def pack(self, codes: Codes, layout: Layout) -> dict[str, Tensor]:

@@ -1,0 +1,44 @@
+"""What calibration has seen of the inputs of a linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """Of the inputs x [T, K] of one linear, over all tokens of the calibration data.
+
+    Attributes:
+        tokens: T.
+        least, largest: float32 [K], the range of each input.
+        mean_magnitude: float32 [K], the mean of |x|.
+        mean_square: float32 [K], the mean of x^2, which is the diagonal of the Hessian.
+        hessian: float32 [K, K], x'x / T; None if nobody has asked for it.
+    """
+
+    tokens: int
+    least: Tensor
+    largest: Tensor
+    mean_magnitude: Tensor
+    mean_square: Tensor
+    hessian: Tensor | None = None
+
+    @property
+    def magnitude(self) -> Tensor:
+        """The largest |x| of each input, float32 [K]."""
+        return -self.least.minimum(-self.largest)
+
+    def divided(self, factors: Tensor) -> InputStatistics:
+        """The statistics of x / factors, factors being positive [K]."""
+        hessian = self.hessian
+        return InputStatistics(
+            self.tokens,
+            self.least / factors,
+            self.largest / factors,
+            self.mean_magnitude / factors,
+            self.mean_square / factors.square(),
+            None if hessian is None else hessian / factors / factors[:, None],
+        )
