@@ -59,7 +59,7 @@ def stored_tensors(reader: CheckpointReader) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "bf16"])
+@pytest.mark.parametrize("recipe", ["w8a8", "bf16", "w8a16", "w4a16-plain"])
 def test_each_byte_is_copied_once_and_never_cast(checkpoints: dict[str, Path], recipe: str) -> None:
     reader = CheckpointReader(checkpoints[recipe])
     backend = open_backend(reader)
@@ -85,7 +85,7 @@ def test_each_byte_is_copied_once_and_never_cast(checkpoints: dict[str, Path], r
     assert len(model.layers) == 4
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "bf16"])
+@pytest.mark.parametrize("recipe", ["w8a8", "bf16", "w8a16", "w4a16-plain"])
 def test_peak_memory_is_the_bytes_of_the_weights(checkpoints: dict[str, Path], recipe: str) -> None:
     reader = CheckpointReader(checkpoints[recipe])
     backend = open_backend(reader)
@@ -104,11 +104,11 @@ def test_peak_memory_is_the_bytes_of_the_weights(checkpoints: dict[str, Path], r
     assert model.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "bf16"])
+@pytest.mark.parametrize("recipe", ["w8a8", "bf16", "w8a16", "w4a16-plain"])
 def test_all_four_self_checks_hold(checkpoints: dict[str, Path], recipe: str) -> None:
     reader = CheckpointReader(checkpoints[recipe])
     backend = open_backend(reader)
-    assert self_check.layouts_agree(torch.int8 if recipe == "w8a8" else torch.bfloat16)
+    assert self_check.layouts_agree(torch.bfloat16 if recipe == "bf16" else torch.int8)
     for name in reader.manifest.linears:
         linear = reader.linear(name)
         loaded = backend.linear(linear)
