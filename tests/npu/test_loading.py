@@ -22,14 +22,14 @@ from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError, DeviceError
 from qwen3_ascend.runtime.backends.npu import formats, self_check
 from qwen3_ascend.runtime.backends.npu.backend import NpuBackend
-from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, Int8Linear
+from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, Int8Linear, WeightOnlyLinear
 from qwen3_ascend.runtime.model.loader import load_model
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer, Mlp, Qwen3
 from qwen3_ascend.runtime.options import DeviceOptions
 
 pytestmark = pytest.mark.every_mode
 
-MODEL = (Qwen3, DecoderLayer, Mlp, DenseLinear, Int8Linear)
+MODEL = (Qwen3, DecoderLayer, Mlp, DenseLinear, Int8Linear, WeightOnlyLinear)
 
 PADDING = 544
 """torch_npu rounds an allocation up to 512 bytes and adds 32."""
