@@ -129,7 +129,7 @@ def test_packed_codes(per_word: int, batch: tuple[int, ...]) -> None:
 
 
 def test_layouts_that_cannot_be() -> None:
-    for arguments in (("nz", "KN", 0), ("nd", "KN", 0), ("nd", "NK", 32), ("nd", "NK", 0, 0)):
+    for arguments in (("nz", "KN", 0), ("nd", "NK", 32), ("nd", "NK", 0, 0)):
         with pytest.raises(ValueError):
             Layout(*arguments)
     for data in (

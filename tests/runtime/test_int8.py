@@ -22,6 +22,7 @@ from qwen3_ascend.runtime.backends.base import QuantizedActivation
 from qwen3_ascend.runtime.backends.cpu import int8_matmul
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import (
     CANDIDATES,
+    Candidate,
     Product,
     float64,
     is_exact,
@@ -29,7 +30,6 @@ from qwen3_ascend.runtime.backends.cpu.int8_matmul import (
 )
 from qwen3_ascend.runtime.backends.cpu.linears import Int8Linear
 
-Candidate = Callable[[Tensor], Product]
 EXACT = [candidate for candidate in CANDIDATES if is_exact(candidate)]
 EPSILON = 2.0**-24
 SIZES = [(1, 1), (3, 5), (7, 31), (16, 32), (33, 63), (65, 129), (47, 1001), (5, 4097), (9, 25601)]
@@ -55,10 +55,11 @@ def assert_exact(product: Tensor, codes: Tensor, weight: Tensor) -> None:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_products_are_exact(candidate: Candidate, size: tuple[int, int]) -> None:
     weight = draw(*size)
-    product = candidate(weight)
-    for rows in range(1, 10):
-        codes = draw(rows, size[1], seed=rows)
-        assert_exact(product(codes), codes, weight)
+    for offset in (0, 5, -128, 127):
+        product = candidate(weight, offset)
+        for rows in range(1, 10):
+            codes = draw(rows, size[1], seed=rows)
+            assert_exact(product(codes), codes.long() - offset, weight)
 
 
 @pytest.mark.parametrize("candidate", EXACT, ids=lambda candidate: candidate.__name__)
@@ -68,14 +69,16 @@ def test_the_largest_sums(candidate: Candidate, size: tuple[int, int]) -> None:
     signs = torch.tensor([127, -128, 127], dtype=torch.int8)
     for extreme in (127, -127, -128):
         weight = torch.full(size, extreme, dtype=torch.int8)
-        product = candidate(weight)
-        for rows in (1, 2, 3):
-            codes = signs[:rows, None].expand(rows, size[1]).contiguous()
-            assert_exact(product(codes), codes, weight)
+        for offset in (0, -128, 127):
+            product = candidate(weight, offset)
+            for rows in (1, 2, 3):
+                codes = signs[:rows, None].expand(rows, size[1]).contiguous()
+                assert_exact(product(codes), codes.long() - offset, weight)
 
 
-def saturating(weight: Tensor) -> Product:
+def saturating(weight: Tensor, offset: int = 0) -> Product:
     """As vector instructions before VNNI multiply: sums of two products stay within 16 bits."""
+    assert not offset
 
     def product(codes: Tensor) -> Tensor:
         columns = weight.shape[1] // 2 * 2
@@ -92,9 +95,14 @@ def test_a_saturating_kernel_is_found_out() -> None:
     assert not is_exact(saturating)
 
 
+def test_a_kernel_that_is_wrong_with_offsets_only_is_found_out() -> None:
+    assert is_exact(float64)
+    assert not is_exact(lambda weight, offset: float64(weight, offset // 2))
+
+
 def test_the_first_exact_one_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def also_exact(weight: Tensor) -> Product:
-        return float64(weight)
+    def also_exact(weight: Tensor, offset: int) -> Product:
+        return float64(weight, offset)
 
     monkeypatch.setattr(int8_matmul, "CANDIDATES", (saturating, float64, also_exact))
     assert pick_int8_matmul.__wrapped__() is float64
