@@ -88,11 +88,11 @@ def upload_by_cast(stored: Tensor, layout: Layout, outputs: int, inputs: int) ->
     Twice the memory for a moment, and one cast for each weight. Where the device answers with ND
     (a chip without FRACTAL_NZ), the ND tensor is used.
     """
-    plain = layout.unpack(stored, (outputs, inputs))
-    matrix = plain.t().contiguous() if layout.nz_of == "KN" and layout.format == "nz" else plain
-    tensor = matrix.to("npu")
     if layout.format == "nd":
-        return tensor
+        return stored.to("npu")
+    plain = layout.unpack(stored, (outputs, inputs))
+    matrix = plain.t().contiguous() if layout.nz_of == "KN" else plain
+    tensor = matrix.to("npu")
     return torch_npu.npu_format_cast(tensor, ACL_FORMAT_FRACTAL_NZ)
 
 
