@@ -38,6 +38,11 @@ class Piece:
     stop: int
     matrix: int = 0
 
+    def shape(self, matrix: tuple[int, int]) -> tuple[int, int]:
+        """(N, K) of the piece of a matrix (N, K)."""
+        count, (outputs, inputs) = self.stop - self.start, matrix
+        return (count, inputs) if self.axis == "outputs" else (outputs, count)
+
 
 @dataclass(frozen=True)
 class Sums:
