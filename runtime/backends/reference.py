@@ -18,7 +18,7 @@ from typing_extensions import override
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import BF16, W4A8, W8A8, Input, Scheme, W8A8Static
-from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, rescale_groups
+from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, SHIFT, rescale_groups, shift_of
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
 from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias, static_input
 from qwen3_ascend.errors import CheckpointError
@@ -118,19 +118,20 @@ class GroupInt4Linear:
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         codes = linear.codes()
-        self.weight, self.scale = codes["weight"], codes["scale"]
+        self.weight, self.scale, self.shift = codes["weight"], codes["scale"], shift_of(codes)
         self.bias, self.dtype = linear.bias, dtype
 
     def __call__(self, x: Activation) -> Tensor:
         """The product, [T, N]."""
         quantized = as_codes(x)
-        y = rescale_groups(self.products(quantized.codes), self.scale, quantized.scale)
+        products = self.products(quantized.codes)
+        y = rescale_groups(products, self.scale, self.shift, quantized.scale)
         return (y if self.bias is None else y + self.bias.float()).to(self.dtype)
 
     def products(self, codes: Tensor) -> Iterator[Tensor]:
-        """The integer product of codes [T, K] within each group of inputs, [T, N]."""
+        """The integer product of codes [T, K], less 8, within each group of inputs, [T, N]."""
         groups = zip(codes.split(GROUP, 1), self.weight.split(GROUP, 1), strict=True)
-        return (x.double() @ weight.double().t() for x, weight in groups)
+        return ((x.double() - SHIFT) @ weight.double().t() for x, weight in groups)
 
 
 LINEARS: dict[type[Scheme], Callable[[Linear, torch.dtype], DeviceLinear]] = {

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import BF16, W4A8, W8A8, Scheme, W8A8Static
-from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP
+from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, SHIFT
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import Product, pick_int8_matmul
 from qwen3_ascend.runtime.backends.reference import FloatLinear, Loader
 from qwen3_ascend.runtime.backends.reference import GroupInt4Linear as ReferenceGroupInt4Linear
@@ -55,7 +55,7 @@ class GroupInt4Linear(ReferenceGroupInt4Linear):
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         super().__init__(linear, dtype)
         make = pick_int8_matmul()
-        self._products = [make(group.contiguous(), 0) for group in self.weight.split(GROUP, 1)]
+        self._products = [make(group.contiguous(), SHIFT) for group in self.weight.split(GROUP, 1)]
         self.weight = linear.weight
 
     @override

@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import BF16, W4A8, W8A8, Input, Scheme, W8A8Static
-from qwen3_ascend.checkpoint.schemes.w4a8 import CODES_A_WORD, GROUP, PLAIN, SHIFT, shift_offset
+from qwen3_ascend.checkpoint.schemes.w4a8 import CODES_A_WORD, GROUP, PLAIN, SHIFT, shift_of
 from qwen3_ascend.checkpoint.schemes.w8a8_static import StaticInput, folded_bias, static_input
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
@@ -180,7 +180,7 @@ class GroupInt4Linear:
         weight = upload(linear.weight.view(torch.int32), linear.layout, outputs, inputs)
         scale = linear.tensors["scale"].view(torch.int32).long()
         bias = None if linear.bias is None else linear.bias.to("npu")
-        return cls(weight, scale.to("npu"), shift_offset(linear.tensors).to("npu"), bias)
+        return cls(weight, scale.to("npu"), shift_of(linear.tensors).to("npu"), bias)
 
     def __call__(self, x: Activation) -> Tensor:
         """The product, bfloat16 [T, N]."""

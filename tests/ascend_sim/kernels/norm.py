@@ -1,8 +1,9 @@
 """npu_rms_norm, npu_add_rms_norm, npu_add_rms_norm_dynamic_quant, npu_add_rms_norm_quant.
 
 Open in the documentation: whether the norm of the sum is taken before or after the sum is rounded
-to the dtype of x (here: after, so that it is the norm of the residual the operator returns), and
-whether the normed row is rounded before it is quantized (here: it is not).
+to the dtype of x (here: after, so that it is the norm of the residual the operator returns; kernels
+of ops-nn at e5c3fa93 take it before, at least for some shapes), and whether the normed row is
+rounded before it is quantized (here: it is not).
 """
 
 from __future__ import annotations
@@ -212,8 +213,7 @@ def plan_static_quant(
     y1: DeviceTensor,
     total: DeviceTensor,
 ) -> Callable[[], None]:
-    """The norm is that of the sum before it is rounded (add_rms_norm_quant.h: without beta the
-    bfloat16 sum goes to the output only), and is not rounded before it is quantized."""
+    """y = round(norm / scales1 + zero_points1); add_rms_norm_quant.h rounds nothing in between."""
     operator = "npu_add_rms_norm_quant"
     check_static_quant(
         x1.layout, x2.layout, gamma.layout, scales.layout, offsets and offsets.layout
@@ -223,10 +223,11 @@ def plan_static_quant(
     require(y1.layout.dtype is torch.int8, operator, "only int8 output is simulated")
 
     def run() -> None:
-        values = x1.read().float() + x2.read().float()
+        rounded = residual_sum(x1, x2)
+        values = rounded.float()
         normed = values * rms(values, 1, epsilon) * gamma.read().float()
         offset = 0.0 if offsets is None else offsets.read().float()
-        total.write(values)
+        total.write(rounded)
         y1.write(static_codes(normed / scales.read().float(), offset))
 
     return run

@@ -5,17 +5,20 @@ The arithmetic, in this order, with g counting the groups of 256 inputs:
     group scale   = bf16(max|w| / 7)                 exact in bfloat16
     weight code   = clip(round(w / scale), -7, 7)    half to even, in float32
     token scale, token code: as w8a8 has them
-    y             = sum over g of float32(sum of code products, exact) * group scale[g],
-                    in float32, one group after the other;  * token scale
+    y             = (sum over g of float32(sum of (token code - 8) * weight code, exact) * scale[g]
+                     + shift) * token scale
+    shift         = sum over g of 8 * scale[g] * sum of the weight codes of g
 
-A sum within a group is below 2^18, so float32 holds it exactly.
+Both sums over groups are in float32, one group after the other. A sum within a group is below 2^19,
+so float32 holds it exactly.
 
-npu_quant_matmul takes such weights on A2 and A3 as plain [K, N / 8] int32 with group_sizes
-[0, 0, 256], and neither in FRACTAL_NZ nor transposed (CANN's ops-nn at e5c3fa93:
-quant_batch_matmul_v4_msd_tiling.cpp, AnalyzeInputs and AnalyzeAttrs). It splits an input code x into
-16 h + l + 8 with two 4-bit numbers h and l, and leaves the 8 out of its products: what that is, is
-asked for as the argument `offset`, 8 times the sum of code * scale (quant_batch_matmul_v4_msd.h,
-QuantBatchMatmulV4MsdPre). `code_sums` makes it a sum over groups, however the inputs are cut.
+The 8 comes from the kernel. npu_quant_matmul splits an input code x into 16 h + l + 8 with two 4-bit
+numbers h and l and multiplies these; what it leaves out is asked for as the argument `offset`
+(CANN's ops-nn at e5c3fa93: quant_batch_matmul_v4_msd.h, QuantBatchMatmulV4MsdPre). `code_sums`, of
+each group, makes that for every cut of the inputs.
+
+On A2 and A3 it takes such weights as plain [K, N / 8] int32 with group_sizes [0, 0, 256], and neither
+in FRACTAL_NZ nor transposed (quant_batch_matmul_v4_msd_tiling.cpp, AnalyzeInputs and AnalyzeAttrs).
 """
 
 from __future__ import annotations
@@ -106,30 +109,36 @@ class W4A8(IntegerScheme):
     def product(self, codes: Codes, x: Tensor) -> Tensor:
         """The contract of the module docstring, summed in int64."""
         token_codes, token_scale = quantize_tokens(x)
-        weight = codes["weight"].long()
-        groups = zip(token_codes.long().split(GROUP, -1), weight.split(GROUP, -1), strict=True)
-        return rescale_groups((x @ w.t() for x, w in groups), codes["scale"], token_scale)
+        shifted, weight = token_codes.long() - SHIFT, codes["weight"].long()
+        groups = zip(shifted.split(GROUP, -1), weight.split(GROUP, -1), strict=True)
+        products = (x @ w.t() for x, w in groups)
+        return rescale_groups(products, codes["scale"], shift_of(codes), token_scale)
 
 
-def rescale_groups(products: Iterable[Tensor], scale: Tensor, token_scale: Tensor) -> Tensor:
+def rescale_groups(
+    products: Iterable[Tensor], scale: Tensor, shift: Tensor, token_scale: Tensor
+) -> Tensor:
     """The epilogue: integer products [T, N] of each group in order, to float32 [T, N].
 
     Args:
-        products: of integers, exact.
+        products: of codes less 8, exact.
         scale: float32 [K / 256, N].
+        shift: float32 [N].
         token_scale: float32 [T].
     """
-    total = torch.zeros(token_scale.shape[0], scale.shape[-1])
-    for product, group in zip(products, scale, strict=True):
-        total += product.float() * group
-    return total * token_scale[:, None]
+    scaled = (product.float() * group for product, group in zip(products, scale, strict=True))
+    return (_added_up(scaled) + shift) * token_scale[:, None]
 
 
-def shift_offset(tensors: Mapping[str, Tensor]) -> Tensor:
-    """What npu_quant_matmul wants as `offset`, float32 [N]: see the module. Each summand is exact
-    in float32, and they are added in order."""
-    products = SHIFT * tensors["scale"] * tensors["code_sums"].float()
-    total = torch.zeros_like(products[0])
-    for group in products:
-        total += group
+def shift_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """What npu_quant_matmul wants as `offset`, float32 [N]. Each summand is exact in float32: a
+    scale has 8 bits, and a sum 11."""
+    return _added_up(SHIFT * tensors["scale"] * tensors["code_sums"].float())
+
+
+def _added_up(groups: Iterable[Tensor]) -> Tensor:
+    """A sum in order; it begins with zero."""
+    total = torch.zeros(())
+    for group in groups:
+        total = total + group
     return total
