@@ -58,7 +58,6 @@ class Task:
         Raises:
             DamagedSourceError: naming the first value that cannot be stored.
         """
-        item = self.item
         try:
             packed = self._pack_weight(self.pieces[index], kernels)
             if not self.biases or index:
@@ -70,7 +69,6 @@ class Task:
             for name, tensor in self.reads:
                 require_finite(name, tensor)
             raise
-
 
     def _pack_weight(self, piece: Piece, kernels: Kernels) -> Packed:
         """A piece of the weight, for inputs of the range that is known of them."""

@@ -37,11 +37,16 @@ def check_raw_copies(report: Report) -> None:
         for name, found in linears(loading).items():
             assert found["format"] == FRACTAL_NZ, name
         for name, found in loading["parameters"].items():
-            if name.endswith((".weight", ".weight_scale")):
+            if name.endswith((".weight", ".weight_scale", ".deq_scale", ".quant_bias")):
                 assert found["copied_bytes"] == found["stored_bytes"], name
 
 
-@pytest.mark.parametrize("recipe", ["checkpoint", "checkpoint_of_floats", "checkpoint_with_head"])
+@pytest.mark.parametrize("recipe", [
+        "checkpoint",
+        "checkpoint_of_floats",
+        "checkpoint_with_head",
+        "checkpoint_of_static_inputs",
+    ])
 def test_weights_are_copied_once_and_never_cast(
     engines: Engines, prompts: list[list[int]], recipe: str, request: pytest.FixtureRequest
 ) -> None:

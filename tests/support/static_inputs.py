@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,18 +32,14 @@ rules:
 )
 
 
-@dataclass
 class Watched:
     """A linear of floats that notes the range of what it is fed."""
 
-    linear: DeviceLinear
-    least: float = torch.inf
-    largest: float = -torch.inf
-    input: Input = Input.FLOAT
+    input = Input.FLOAT
 
-    @property
-    def weight(self) -> Tensor:
-        return self.linear.weight
+    def __init__(self, linear: DeviceLinear) -> None:
+        self.linear, self.weight = linear, linear.weight
+        self.least, self.largest = torch.inf, -torch.inf
 
     def __call__(self, x: Activation) -> Tensor:
         values = as_float(x)

@@ -295,9 +295,7 @@ class NpuBackend(Backend[LayerKV]):
         if consumer.input is Input.INT8_STATIC:
             added = self._zeros(hidden) if delta is None else delta
             vectors = static_vectors(consumer)
-            return self.capabilities.static_norm_quant.call(
-                hidden, added, weight, epsilon, vectors
-            )
+            return self.capabilities.static_norm_quant.call(hidden, added, weight, epsilon, vectors)
         if delta is None:
             return torch_npu.npu_rms_norm(hidden, weight, epsilon)[0], hidden
         normed, _, total = torch_npu.npu_add_rms_norm(hidden, delta, weight, epsilon)

@@ -159,9 +159,7 @@ class GroupInt4Linear:
 
     input = Input.INT8_PER_TOKEN
 
-    def __init__(
-        self, weight: Tensor, scale: Tensor, offset: Tensor, bias: Tensor | None
-    ) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, offset: Tensor, bias: Tensor | None) -> None:
         self.weight, self.scale, self.offset, self.bias = weight, scale, offset, bias
 
     @classmethod

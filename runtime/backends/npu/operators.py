@@ -24,6 +24,7 @@ CacheWrite = Callable[[Tensor, Tensor, LayerKV, Tensor], None]
 NormQuant = Callable[[Tensor, Tensor | None, Tensor, float], tuple[QuantizedActivation, Tensor]]
 """(hidden, delta, weight, epsilon) -> (the quantized norm of hidden + delta, hidden + delta)."""
 
+
 @dataclass(frozen=True)
 class StaticVectors:
     """How a linear's inputs are quantized, in the forms that operators ask for; on the device.

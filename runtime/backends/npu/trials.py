@@ -105,9 +105,7 @@ def static_norm_quant(config: Qwen3Config) -> Callable[[StaticNormQuant], None]:
                 total = hidden if added is None else hidden + added
                 expected = static_input.quantize(rms_norm(total.float(), weight, epsilon))
                 on_device = None if added is None else added.to("npu")
-                fed, summed = form(
-                    hidden.to("npu"), on_device, weight.to("npu"), epsilon, vectors
-                )
+                fed, summed = form(hidden.to("npu"), on_device, weight.to("npu"), epsilon, vectors)
                 off = int((fed.codes.cpu().int() - expected.int()).abs().max())
                 if off > 1:
                     raise Mismatch(f"of {list(expected.shape)}, codes are up to {off} off")

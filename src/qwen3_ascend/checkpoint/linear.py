@@ -85,7 +85,7 @@ class Linear:
         shape = list(self.shape)
         shape[axis] = sum(count for _, count in spans)
         places = self.places()
-        tensors = {
+        tensors: Mapping[str, Tensor] = {
             suffix: _narrow(suffix, tensor, places[suffix].get(cut), spans, length)
             for suffix, tensor in self.tensors.items()
         }

@@ -13,7 +13,6 @@ from qwen3_ascend.checkpoint.schemes.base import Input, Scheme
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.geometry import CACHE_BLOCK_TOKENS
 
-
 UNLIMITED = sys.maxsize
 
 

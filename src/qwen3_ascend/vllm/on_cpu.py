@@ -13,9 +13,14 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Input, Scheme, W8A8Static
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
-from qwen3_ascend.runtime.backends.base import QuantizedActivation
+from qwen3_ascend.runtime.backends.base import (
+    Activation,
+    QuantizedActivation,
+    StaticActivation,
+    static_input_of,
+)
 from qwen3_ascend.runtime.backends.cpu.linears import LINEARS as PRODUCTS
 from qwen3_ascend.vllm.linears import check_shape, fill_bias, refuse_weights
 
@@ -63,8 +68,13 @@ class ExactMethod(LinearMethodBase):
 
 def product_of(layer: Any, x: Tensor) -> Tensor:
     """The product of a filled layer."""
-    codes, scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
-    y: Tensor = layer.stored_product(QuantizedActivation(codes, scale))
+    rows, product = x.reshape(-1, x.shape[-1]), layer.stored_product
+    fed: Activation = (
+        StaticActivation(static_input_of(product).quantize(rows))
+        if product.input is Input.INT8_STATIC
+        else QuantizedActivation(*quantize_tokens(rows))
+    )
+    y: Tensor = product(fed)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -109,8 +119,12 @@ class FloatMethod(UnquantizedLinearMethod):
 
 PLAIN = UnquantizedLinearMethod
 
-LINEARS: dict[type[Scheme], Any] = {BF16: FloatMethod, W8A8: ExactMethod}
-HEADS: dict[type[Scheme], Any] = {W8A8: ExactMethod}
+LINEARS: dict[type[Scheme], Any] = {
+    BF16: FloatMethod,
+    W8A8: ExactMethod,
+    W8A8Static: ExactMethod,
+}
+HEADS: dict[type[Scheme], Any] = {W8A8: ExactMethod, W8A8Static: ExactMethod}
 
 
 def check_device() -> None:

@@ -254,9 +254,7 @@ def add_rms_norm_quant(
     total: DeviceTensor,
 ) -> Callable[[], None]:
     """`axis` has no effect but with -1, which torch_npu sees to."""
-    return plan_static_quant(
-        x1, x2, gamma, scales1, scales2, offsets1, epsilon, divides, y1, total
-    )
+    return plan_static_quant(x1, x2, gamma, scales1, scales2, offsets1, epsilon, divides, y1, total)
 
 
 @aclnn(
@@ -282,6 +280,4 @@ def add_rms_norm_quant_v2(
     normed: DeviceTensor | None,
 ) -> Callable[[], None]:
     require(beta is None, "npu_add_rms_norm_quant", "beta is not simulated")
-    return plan_static_quant(
-        x1, x2, gamma, scales1, scales2, offsets1, epsilon, divides, y1, total
-    )
+    return plan_static_quant(x1, x2, gamma, scales1, scales2, offsets1, epsilon, divides, y1, total)

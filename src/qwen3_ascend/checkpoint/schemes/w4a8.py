@@ -12,13 +12,14 @@ The arithmetic, in this order, with g counting the groups of 256 inputs:
 Both sums over groups are in float32, one group after the other. A sum within a group is below 2^19,
 so float32 holds it exactly.
 
-The 8 comes from the kernel. npu_quant_matmul splits an input code x into 16 h + l + 8 with two 4-bit
-numbers h and l and multiplies these; what it leaves out is asked for as the argument `offset`
+The 8 comes from the kernel. npu_quant_matmul splits an input code x into 16 h + l + 8 with two
+4-bit numbers h and l and multiplies these; what it leaves out is asked for as the argument `offset`
 (CANN's ops-nn at e5c3fa93: quant_batch_matmul_v4_msd.h, QuantBatchMatmulV4MsdPre). `code_sums`, of
 each group, makes that for every cut of the inputs.
 
-On A2 and A3 it takes such weights as plain [K, N / 8] int32 with group_sizes [0, 0, 256], and neither
-in FRACTAL_NZ nor transposed (quant_batch_matmul_v4_msd_tiling.cpp, AnalyzeInputs and AnalyzeAttrs).
+On A2 and A3 it takes such weights as plain [K, N / 8] int32 with group_sizes [0, 0, 256], and
+neither in FRACTAL_NZ nor transposed (quant_batch_matmul_v4_msd_tiling.cpp: AnalyzeInputs,
+AnalyzeAttrs).
 """
 
 from __future__ import annotations
