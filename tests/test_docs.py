@@ -15,7 +15,7 @@ from support.manifest_schema import manifest_schema, schema_text
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear, quantize
 from qwen3_ascend.checkpoint.manifest import canonical_blake3
-from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W8A8
+from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W4A8, W8A8, W8A8Static, w4a8
 from qwen3_ascend.checkpoint.sharding import shard
 from qwen3_ascend.checkpoint.target import TARGETS
 from qwen3_ascend.convert.export.record import ExportRecord
@@ -110,6 +110,7 @@ def test_the_rules_of_cutting() -> None:
         "`weight`, nz of KN": (quantize(W8A8(), weight, None, Layout("nz", "KN", 32)), words, None),
         "`weight`, nz of NK": (quantize(BF16(), weight, None, Layout("nz", "NK", 16)), None, words),
         "`weight`, nd": (quantize(BF16(), weight, None, ND), None, "per_word"),
+        "`weight`, nd of KN": (quantize(W4A8(), weight, None, w4a8.PLAIN), "per_word", None),
     }
     for row, (linear, of_outputs, of_inputs) in cases.items():
         assert said[row] == (
@@ -119,6 +120,20 @@ def test_the_rules_of_cutting() -> None:
     w8a8 = cases["`weight`, nz of KN"][0]
     assert said["`scale` of w8a8"][0] == place(w8a8, "scale", "outputs", None)
     assert said["`scale` of w8a8"][1].startswith(place(w8a8, "scale", "inputs", None))
+    static = quantize(W8A8Static(), weight, None, Layout("nz", "KN", 32))
+    for suffix in ("deq_scale", "quant_bias"):
+        row = said[f"`{suffix}` of w8a8-static"]
+        assert row[0] == place(static, suffix, "outputs", None)
+        assert row[1].startswith(place(static, suffix, "inputs", None))
+    for suffix in ("input_scale", "input_offset"):
+        assert not static.places()[suffix]
+    assert set(said["`input_scale` and `input_offset` of w8a8-static"]) == {"kept whole"}
+    groups = cases["`weight`, nd of KN"][0]
+    for suffix in ("scale", "code_sums"):
+        assert said["`scale` and `code_sums` of w4a8"] == (
+            place(groups, suffix, "outputs", None),
+            place(groups, suffix, "inputs", None),
+        )
     assert said["`bias`"][0] == place(w8a8, "bias", "outputs", None)
 
 

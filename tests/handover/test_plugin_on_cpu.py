@@ -55,6 +55,16 @@ def test_floats_are_computed_alike(
     assert found.difference <= 1e-5
 
 
+def test_static_inputs_are_computed_alike(
+    engines: Engines, prompts: list[list[int]], checkpoint_of_static_inputs: Path
+) -> None:
+    few = prompts[::4]
+    report = engines.on_cpu(checkpoint_of_static_inputs, few)
+    found = agreement(checkpoint_of_static_inputs, report.answers)
+    check(found, share=0.985)  # codes of a coarser grid move more
+    assert found.difference <= NOISE * rounding_noise(checkpoint_of_static_inputs, few)
+
+
 def test_a_quantized_head_is_computed_with(
     engines: Engines, prompts: list[list[int]], checkpoint_with_head: Path
 ) -> None:
