@@ -192,8 +192,7 @@ def check_static_quant(
     half = x1.dtype is torch.bfloat16 and scales.dtype is torch.bfloat16
     single = scales.dtype is torch.float32
     rule = f"scales1 {scales.dtype} does not go with x1 {x1.dtype}"
-    older = x1.dtype is torch.bfloat16 and not cann.current().single_norm_scales
-    require(half or (single and not older), operator, rule)
+    require(half or single, operator, rule)
     if offsets is not None:
         require_shape(operator, "zero_points1", offsets, scales.size)
         wanted = torch.bfloat16 if half else torch.int32
@@ -218,6 +217,10 @@ def plan_static_quant(
     check_static_quant(
         x1.layout, x2.layout, gamma.layout, scales.layout, offsets and offsets.layout
     )
+    pair = (x1.layout.dtype, scales.layout.dtype)
+    newer = pair == (torch.bfloat16, torch.float32)
+    rule = f"scales1 {pair[1]} does not go with x1 {pair[0]} in CANN {cann.current().name}"
+    require(cann.current().single_norm_scales or not newer, operator, rule)
     require(second is None, operator, "scales2 is not simulated")
     require(divides, operator, "div_mode must be True on A2 and A3")
     require(y1.layout.dtype is torch.int8, operator, "only int8 output is simulated")
