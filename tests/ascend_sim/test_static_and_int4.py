@@ -1,5 +1,5 @@
 """Fixed scales and 4-bit weights: npu_quantize, npu_add_rms_norm_quant, and npu_quant_matmul with
-groups. Each against a reference that is written another way, and every rule that a card enforces."""
+groups. Each against a reference that is written another way, and every rule of a card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ import torch
 import torch_npu
 
 from ascend_sim import cann, nz, trace
-from ascend_sim.test_refusals import FULL, HALF, INT8, INT32, INT64, Cases, as_nz, dev, make, refused
+from ascend_sim.test_refusals import (
+    FULL,
+    HALF,
+    INT8,
+    INT32,
+    INT64,
+    Cases,
+    as_nz,
+    dev,
+    make,
+    refused,
+)
 
 EPSILON = 1e-6
 

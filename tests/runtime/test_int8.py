@@ -14,11 +14,12 @@ from transformers import Qwen3ForCausalLM
 from qwen3_ascend import convert_checkpoint, load
 from qwen3_ascend.checkpoint.layout import ND
 from qwen3_ascend.checkpoint.linear import quantize
-from qwen3_ascend.checkpoint.schemes import W8A8
+from qwen3_ascend.checkpoint.schemes import W4A8, W8A8, InputRange, W8A8Static
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
+from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias, static_input
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime import LLM
-from qwen3_ascend.runtime.backends.base import QuantizedActivation
+from qwen3_ascend.runtime.backends.base import QuantizedActivation, StaticActivation
 from qwen3_ascend.runtime.backends.cpu import int8_matmul
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import (
     CANDIDATES,
@@ -28,7 +29,15 @@ from qwen3_ascend.runtime.backends.cpu.int8_matmul import (
     is_exact,
     pick_int8_matmul,
 )
-from qwen3_ascend.runtime.backends.cpu.linears import Int8Linear
+from qwen3_ascend.runtime.backends.cpu.linears import (
+    GroupInt4Linear,
+    Int8Linear,
+    StaticInt8Linear,
+)
+from qwen3_ascend.runtime.backends.reference import GroupInt4Linear as ReferenceGroupInt4Linear
+from qwen3_ascend.runtime.backends.reference import (
+    StaticInt8Linear as ReferenceStaticInt8Linear,
+)
 
 EXACT = [candidate for candidate in CANDIDATES if is_exact(candidate)]
 EPSILON = 2.0**-24
@@ -137,6 +146,44 @@ def test_a_linear_is_its_reference(size: tuple[int, int], bias: bool) -> None:
         assert bool(((linear.reference(x).double() - shifted).abs() <= bound).all())
         half = Int8Linear(linear, torch.bfloat16)(fed)
         assert torch.equal(half, linear.reference(x).bfloat16())
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("layout", ["w8a8-static", "nd"])
+def test_a_static_linear_is_its_reference(bias: bool, layout: str) -> None:
+    """Bit by bit, in sums beyond what float32 holds: against whole numbers."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(100, 2081, generator=generator).bfloat16()
+    weight[:8] = 2.0
+    offset = torch.randn(100, generator=generator).bfloat16() * 500 if bias else None
+    stored = ASCEND_A2_A3.layouts[layout] if layout != "nd" else ND
+    linear = quantize(W8A8Static(), weight, offset, stored).for_inputs(InputRange(-0.3, 2.2))
+    x = torch.rand(6, 2081, generator=generator) * 3
+    fed = StaticActivation(static_input(linear.tensors).quantize(x))
+    sums = (fed.codes.long() @ linear.codes()["weight"].long().t()) + folded_bias(linear).long()
+    assert int(sums.abs().max()) > 1 << 24
+    expected = sums.float() * linear.tensors["deq_scale"]
+    for kind in (StaticInt8Linear, ReferenceStaticInt8Linear):
+        ours = kind(linear, torch.float32)
+        for rows in (1, 2, 6):
+            assert torch.equal(ours(StaticActivation(fed.codes[:rows])), expected[:rows])
+    if not bias:
+        assert torch.equal(linear.reference(x), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_a_linear_of_groups_is_its_reference(bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 1024, generator=generator).bfloat16()
+    offset = torch.randn(48, generator=generator).bfloat16() if bias else None
+    linear = quantize(W4A8(), weight, offset, ASCEND_A2_A3.layouts["w4a8"])
+    x = torch.randn(6, 1024, generator=generator)
+    codes, scale = quantize_tokens(x)
+    for kind in (GroupInt4Linear, ReferenceGroupInt4Linear):
+        ours = kind(linear, torch.float32)
+        for rows in (1, 6):
+            fed = QuantizedActivation(codes[:rows], scale[:rows])
+            assert torch.equal(ours(fed), linear.reference(x[:rows]))
 
 
 def test_a_token_of_zeros() -> None:
