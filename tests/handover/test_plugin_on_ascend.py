@@ -20,7 +20,7 @@ bf16 may choose either: its rounding is 2^15 times as coarse."""
 
 
 COARSE_TIE = 0.5
-"""The same where one scale serves all tokens: a step between two codes is several times as large."""
+"""The same where one scale serves all tokens: a step between codes is several times as large."""
 
 
 def linears(loading: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
