@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from qwen3_ascend import native, recipes
 from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.checkpoint.schemes import InputRange
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.finished import CHECKPOINT, finished_manifest, is_finished
@@ -36,6 +39,7 @@ def plan_conversion(
     options: ConvertOptions = ConvertOptions(),
     events: Events = Events(),
     output: Path | None = None,
+    ranges: Mapping[str, InputRange] = MappingProxyType({}),
 ) -> tuple[Source, Plan]:
     """Opens a model and plans its conversion from headers alone.
 
@@ -46,6 +50,7 @@ def plan_conversion(
         options: see the fields of ConvertOptions.
         events: is told about downloads.
         output: the folder to be written, in which `low_disk` keeps downloaded weights.
+        ranges: see convert_checkpoint.
 
     Raises:
         UserError: whatever is wrong with the model, the recipe or an option, in one line.
@@ -67,7 +72,7 @@ def plan_conversion(
         alike = {HEAD: EMBEDDING} if finding == "alike" else {}
     plan = make_plan(
         config, source.slots, chosen or _default_recipe(source), options.max_file_bytes,
-        alike=alike, quantization=source.quantization,
+        alike=alike, quantization=source.quantization, ranges=ranges,
     )  # fmt: skip
     for line in notes:  # not before: a refusal is one line
         events.note(line)
@@ -88,6 +93,7 @@ def convert_checkpoint(
     recipe: str | Recipe | None = None,
     options: ConvertOptions = ConvertOptions(),
     events: Events = Events(),
+    ranges: Mapping[str, InputRange] = MappingProxyType({}),
 ) -> Manifest:
     """Converts a model; the output appears whole or not at all.
 
@@ -101,6 +107,8 @@ def convert_checkpoint(
             recipes.DEFAULT, or what the source holds if it is quantized already.
         options: see the fields of ConvertOptions.
         events: is told of the plan, of downloads, and of each finished item.
+        ranges: of the inputs of linears, by names such as "model.layers.0.mlp.down_proj", for
+            schemes that fix beforehand how inputs are quantized.
 
     Returns:
         The manifest of the new checkpoint, with the error figure of every linear.
@@ -116,7 +124,7 @@ def convert_checkpoint(
     source_folder = user_path(model)
     if source_folder.is_dir() and source_folder.resolve() == folder.resolve():
         raise OptionError(f"{folder} is the source itself; choose another output folder")
-    source, plan = plan_conversion(model, recipe, options, events, folder)
+    source, plan = plan_conversion(model, recipe, options, events, folder, ranges)
     budget = Budget.fit(plan.piece_bytes, options.threads, parse_size(options.max_memory))
     carried = source.carried()
     if is_again and not (folder / STAGING).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 
 from qwen3_ascend.checkpoint.manifest import FORMAT_VERSION, canonical_blake3
 from qwen3_ascend.convert.output.journal import Identity
@@ -30,6 +31,7 @@ def identity(
         "revision": provider.revision or "none",
         "recipe": f"{plan.recipe.name} {_short(dict(plan.recipe.verbatim))}",
         "codes of the source": _taken(plan, source),
+        "input ranges": _ranges(plan),
         "source hashes": "yes" if hash_source else "no",
         "output files": files_text(plan.weight_files),
         **{f"source file {name}": _weights(source, name) for name in source.weight_files},
@@ -45,6 +47,12 @@ def _taken(plan: Plan, source: Source) -> str:
     """Which linears keep codes that they came with."""
     names = [item.name for item in plan.items if item.encoding.codes == "taken"]
     return f"{source.quantization.format}, {len(names)} {_short(names)}" if names else "none"
+
+
+def _ranges(plan: Plan) -> str:
+    """Of inputs that are quantized under a fixed scale."""
+    ranges = {item.name: [*astuple(item.inputs)] for item in plan.items if item.inputs}
+    return f"{len(ranges)} {_short(ranges)}" if ranges else "none"
 
 
 def files_text(weight_files: Sequence[WeightFilePlan]) -> str:

@@ -22,7 +22,7 @@ from qwen3_ascend.checkpoint.architecture import (
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import BIAS, stored_forms
-from qwen3_ascend.checkpoint.schemes import BF16, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, Input, InputRange, Scheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
 from qwen3_ascend.convert.encodings import FLOAT, Encoding, check_floats
@@ -57,6 +57,7 @@ class Item:
         encoding: how the source holds its weight.
         weights: the source tensors that its weight is made of.
         source_bytes: of its tensors in the source.
+        inputs: the range of its inputs; None if nobody knows it, or its scheme does not ask.
     """
 
     spec: Spec
@@ -66,6 +67,7 @@ class Item:
     encoding: Encoding
     weights: tuple[str, ...]
     source_bytes: int
+    inputs: InputRange | None = None
 
     @property
     def name(self) -> str:
@@ -119,8 +121,8 @@ class Item:
     @property
     def piece_bytes(self) -> int:
         """Most memory that one piece of it takes while it is under way."""
-        piece, (outputs, inputs) = self.pieces[0], self.matrix
-        weights = (piece.stop - piece.start) * (inputs if piece.axis == "outputs" else outputs)
+        outputs, inputs = self.matrix
+        weights = math.prod(self.pieces[0].shape(self.matrix))
         itemsize = -(-self.source_bytes // (outputs * (inputs + bool(self.biases))))
         taken = self.encoding.temporary_bytes(self.scheme, self.layout, itemsize)
         return max(taken * weights, PIECE_BYTES)
@@ -182,6 +184,7 @@ def make_plan(
     target: Target = ASCEND_A2_A3,
     alike: Mapping[str, str] = MappingProxyType({}),
     quantization: Quantization = NOT_QUANTIZED,
+    ranges: Mapping[str, InputRange] = MappingProxyType({}),
 ) -> Plan:
     """Plans a conversion.
 
@@ -193,6 +196,7 @@ def make_plan(
         target: the chip family that the checkpoint is for.
         alike: see Plan.
         quantization: which linears of the source are quantized already.
+        ranges: of the inputs of linears, by the linear's name, as calibration has found them.
 
     Raises:
         SourceError: a tensor is missing, has a wrong shape or type, or is unknown.
@@ -202,7 +206,7 @@ def make_plan(
     _refuse_strangers(config, slots, quantization)
     spec = _stored_spec(config, recipe)
     items = tuple(
-        _plan_linear(part, slots, recipe, target, quantization)
+        _plan_linear(part, slots, recipe, target, quantization, ranges)
         if isinstance(part, LinearSpec)
         else _plan_tensor(part, slots)
         for part in spec
@@ -305,6 +309,7 @@ def _plan_linear(
     recipe: Recipe,
     target: Target,
     quantization: Quantization,
+    ranges: Mapping[str, InputRange],
 ) -> Item:
     tied = spec.sources == (EMBEDDING,)
     scheme = recipe.rule_for(spec.name if tied else spec.sources[0]).scheme
@@ -317,9 +322,15 @@ def _plan_linear(
             check_floats(f"{source}.{BIAS}", (rows,), slots)
     if refusal := target.refusal(scheme, spec.shape):
         raise RecipeError(f"recipe {recipe.name}: {spec.name}: {refusal}")
+    inputs = ranges.get(spec.name) if scheme.input is Input.INT8_STATIC else None
+    if scheme.input is Input.INT8_STATIC and inputs is None:
+        raise RecipeError(
+            f"recipe {recipe.name}: {spec.name}: {scheme} needs calibration, which finds the range "
+            f"of the linear's inputs; give it the scheme w8a8, which finds ranges at run time"
+        )
     layout = target.layout(scheme, spec.name, spec.shape)
     stored = stored_forms(scheme, spec.shape, layout, spec.bias)
-    item = Item(spec, scheme, layout, stored, encoding, tuple(weights), 0)
+    item = Item(spec, scheme, layout, stored, encoding, tuple(weights), 0, inputs)
     return replace(item, source_bytes=sum(slots[name].nbytes for name in item.reads))
 
 

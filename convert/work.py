@@ -58,9 +58,8 @@ class Task:
         Raises:
             DamagedSourceError: naming the first value that cannot be stored.
         """
-        item = self.item
         try:
-            packed = self.weights.pack_piece(item.scheme, self.pieces[index], item.layout, kernels)
+            packed = self._pack_weight(self.pieces[index], kernels)
             if not self.biases or index:
                 return packed
             bias = stored_bias(torch.cat(self.biases))
@@ -70,6 +69,16 @@ class Task:
             for name, tensor in self.reads:
                 require_finite(name, tensor)
             raise
+
+    def _pack_weight(self, piece: Piece, kernels: Kernels) -> Packed:
+        """A piece of the weight, for inputs of the range that is known of them."""
+        item = self.item
+        packed = self.weights.pack_piece(item.scheme, piece, item.layout, kernels)
+        if item.inputs is None:
+            return packed
+        shape = piece.shape(item.matrix)
+        tensors = item.scheme.for_inputs(packed.tensors, shape, item.layout, item.inputs)
+        return Packed(tensors, packed.sums)
 
 
 def make_task(item: Item, source: Source) -> Task:
@@ -93,19 +102,22 @@ class _Output:
         self._places = item.scheme.places(item.layout)
         self._digests = {suffix: blake3() for suffix in self._forms}
         self._gathered: dict[str, Tensor] = {}
+        self._whole: set[str] = set()
 
     def put(self, piece: Piece, tensors: Mapping[str, Tensor]) -> None:
         """Writes what a piece has become; the pieces come in their order.
 
         A tensor in which a piece is not one range (such as scales for groups of inputs, when the
-        pieces are outputs) is kept until it is whole; such tensors are small.
+        pieces are outputs) is kept until it is whole; such tensors are small. One that no axis
+        divides comes with every piece, and is written with the first.
         """
         for suffix, tensor in tensors.items():
             place = self._places.get(suffix, {}).get(piece.axis)
-            offset = byte_offset(self._forms[suffix], place, piece) if place else 0
-            if offset is not None:
+            if place is None:
+                self._write_whole(suffix, tensor)
+            elif (offset := byte_offset(self._forms[suffix], place, piece)) is not None:
                 self._write(suffix, offset, tensor)
-            elif place is not None:
+            else:
                 self._gather(suffix, place, piece, tensor)
 
     def finish(self) -> dict[str, str]:
@@ -116,6 +128,11 @@ class _Output:
             self._item.stored_name(suffix): digest.hexdigest()
             for suffix, digest in self._digests.items()
         }
+
+    def _write_whole(self, suffix: str, tensor: Tensor) -> None:
+        if suffix not in self._whole:
+            self._whole.add(suffix)
+            self._write(suffix, 0, tensor)
 
     def _write(self, suffix: str, offset: int, tensor: Tensor) -> None:
         data = tensor_bytes(tensor)

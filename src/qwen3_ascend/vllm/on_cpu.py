@@ -13,9 +13,14 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme, W8A8Static
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
-from qwen3_ascend.runtime.backends.base import QuantizedActivation
+from qwen3_ascend.runtime.backends.base import (
+    Activation,
+    QuantizedActivation,
+    StaticActivation,
+    static_input_of,
+)
 from qwen3_ascend.runtime.backends.cpu.linears import LINEARS as PRODUCTS
 from qwen3_ascend.vllm.linears import check_shape, fill_bias, refuse_weights
 
@@ -64,8 +69,12 @@ class ExactMethod(LinearMethodBase):
 def product_of(layer: Any, x: Tensor) -> Tensor:
     """The product of a filled layer."""
     rows, product = x.reshape(-1, x.shape[-1]), layer.stored_product
-    floats = product.input is Input.FLOAT
-    y: Tensor = product(rows if floats else QuantizedActivation(*quantize_tokens(rows)))
+    fed: Activation = rows
+    if product.input is Input.INT8_STATIC:
+        fed = StaticActivation(static_input_of(product).quantize(rows))
+    elif product.input is Input.INT8_PER_TOKEN:
+        fed = QuantizedActivation(*quantize_tokens(rows))
+    y: Tensor = product(fed)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -113,10 +122,16 @@ PLAIN = UnquantizedLinearMethod
 LINEARS: dict[type[Scheme], Any] = {
     BF16: FloatMethod,
     W8A8: ExactMethod,
+    W8A8Static: ExactMethod,
     W8A16: FloatMethod,
     W4A16: FloatMethod,
 }
-HEADS: dict[type[Scheme], Any] = {W8A8: ExactMethod, W8A16: ExactMethod, W4A16: ExactMethod}
+HEADS: dict[type[Scheme], Any] = {
+    W8A8: ExactMethod,
+    W8A8Static: ExactMethod,
+    W8A16: ExactMethod,
+    W4A16: ExactMethod,
+}
 
 
 def check_device() -> None:
