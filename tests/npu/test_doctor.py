@@ -60,7 +60,8 @@ def test_a_wrong_operator_does_not_conform(monkeypatch: pytest.MonkeyPatch) -> N
     swapped = lambda x, dim: right(torch.cat(x.chunk(2, dim)[::-1], dim), dim=dim)  # noqa: E731
     monkeypatch.setattr(torch_npu, "npu_swiglu", swapped)
     wrong = {comparison.name for comparison in compare() if not comparison.ok}
-    assert wrong and all(name.startswith("gated (bf16") for name in wrong)
+    users = ("gated (bf16", "gated (w8a8-static")  # the latter quantizes what it gives
+    assert wrong and all(name.startswith(users) for name in wrong)
 
 
 AREAS = {
