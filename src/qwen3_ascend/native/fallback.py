@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
+from qwen3_ascend.native.butterflies import rotate
 from qwen3_ascend.native.kernels import (
     FLOATS,
     NotFinite,
@@ -80,6 +81,12 @@ class TorchKernels:
             groups = strips[:, start // ROW_BLOCK : -(-stop // ROW_BLOCK)]
             rows = groups.permute(1, 2, 0, 3).flatten(2, 3).flatten(0, 1)
             destination[start:stop] = rows[: stop - start, : destination.shape[1]]
+
+    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        rotate(matrix, 1, signs, base)
+
+    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        rotate(matrix, 0, signs, base)
 
 
 def _blocks(matrix: Tensor, unit: int) -> Iterator[tuple[int, int]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
+from qwen3_ascend.native.butterflies import rotate
 from qwen3_ascend.native.library import Library
 
 LANES = 8
@@ -65,6 +66,18 @@ class Kernels(Protocol):
 
     def unpack_nz_rows(self, strips: Tensor, destination: Tensor) -> None:
         """The inverse: strips [N1, M1, 16, C0] into destination [M, N] of the same dtype."""
+
+    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        """Rotate each block of S neighbours in every row, in place: x becomes H (s * x) / sqrt(S).
+
+        matrix float32 [N, K], K a multiple of S; signs float32 [S] of 1 and -1; base float32
+        [M, M] of 1 and -1, S = M * 2^k, H = base (x) Sylvester's matrix of order 2^k. Additions in
+        this order: pairs 1 apart, 2 apart, ..., 2^(k-1) apart, each a + b and a - b; then rows of
+        the base from its first column to its last; then one product with float32(1 / sqrt(S)).
+        """
+
+    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        """The same for each block of S neighbours in every column; N is a multiple of S."""
 
 
 def check_codes(
@@ -140,6 +153,12 @@ class NativeKernels:
         rows, columns = destination.shape
         target = (rows, columns * size, destination.data_ptr(), destination.stride(0) * size)
         self._run("unpack_nz_rows", strips.data_ptr(), _strip_stride(strips), *target)
+
+    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        rotate(matrix, 1, signs, base)
+
+    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        rotate(matrix, 0, signs, base)
 
     def _run(self, name: str, *arguments: int, position: bool = False) -> None:
         """Call a kernel; with `position` it reports a non-finite weight as its last argument."""
