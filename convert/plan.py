@@ -25,6 +25,7 @@ from qwen3_ascend.checkpoint.linear import BIAS, stored_forms
 from qwen3_ascend.checkpoint.schemes import BF16, Scheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
+from qwen3_ascend.convert.calibration.data import Calibration
 from qwen3_ascend.convert.encodings import FLOAT, Encoding, check_floats
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.options import ConvertOptions
@@ -137,6 +138,7 @@ class Plan:
         ignored: source tensors that are left out, each with the reason.
         alike: of these, the ones that seem to equal a tensor that is stored, by its name; they are
             compared in full once they have been read.
+        calibration: with what; None if nothing has to be known of the inputs of linears.
     """
 
     config: Qwen3Config
@@ -146,6 +148,7 @@ class Plan:
     weight_files: tuple[WeightFilePlan, ...]
     ignored: Mapping[str, str]
     alike: Mapping[str, str]
+    calibration: Calibration | None = None
 
     @property
     def source_bytes(self) -> int:

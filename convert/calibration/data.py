@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +20,7 @@ from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.files.json_file import refuse_pointer
 from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.files.text import size_text
-from qwen3_ascend.runtime.tokenizer import Message, NoTokenizer, Tokenizer, load_tokenizer
+from qwen3_ascend.runtime.tokenizer import Message, Tokenizer, has_vocabulary, load_tokenizer
 
 WINDOW_TOKENS = 512
 """Tokens that are read as one text; of a model with a shorter context as many as that has."""
@@ -52,16 +52,57 @@ class CalibrationText:
 
 
 @dataclass(frozen=True)
-class CalibrationData:
-    """What a conversion is calibrated with.
+class Calibration:
+    """What a conversion will be calibrated with; known before any weight is read.
 
     Attributes:
-        record: what the manifest says of it.
-        windows: token ids, each window read from its beginning.
+        record: what the manifest will say of it.
+        text: None for random token ids.
     """
 
     record: CalibrationRecord
-    windows: tuple[tuple[int, ...], ...]
+    text: CalibrationText | None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return self.record.tokens // self.record.windows
+
+
+def plan_calibration(
+    options: CalibrationOptions,
+    config: Qwen3Config,
+    names: Collection[str],
+    note: Callable[[str], None],
+) -> Calibration:
+    """Reads the texts, and settles how much of them is taken.
+
+    Random token ids take their place where the model has no tokenizer: what quantization loses
+    depends less on the text than on the layer (measured: two thirds of GPTQ's gain is kept).
+
+    Args:
+        options: which file, how many tokens, and the device.
+        config: of the model.
+        names: of its small files.
+        note: is told of what is done instead.
+
+    Raises:
+        OptionError: in one line, if a file cannot be used.
+    """
+    length = min(WINDOW_TOKENS, config.context_length)
+    windows = max(1, options.calibration_tokens // length)
+    device = options.calibration_device
+    text = read_text(options.calibration)
+    if has_vocabulary(names):
+        record = CalibrationRecord(text.name, text.blake3, windows * length, windows, device)
+        return Calibration(record, text)
+    if options.calibration is not None:
+        raise OptionError(
+            f"calibration: the model has no tokenizer to read {text.name} with; leave "
+            f"--calibration out to take random token ids"
+        )
+    note(f"the model has no tokenizer: it is calibrated with {RANDOM}")
+    return Calibration(CalibrationRecord(RANDOM, None, windows * length, windows, device), None)
 
 
 def read_text(file: str | None) -> CalibrationText:
@@ -92,52 +133,31 @@ def read_text(file: str | None) -> CalibrationText:
 
 
 def choose_windows(
-    text: CalibrationText,
-    options: CalibrationOptions,
-    config: Qwen3Config,
-    carried: Mapping[str, bytes],
-    note: Callable[[str], None],
-) -> CalibrationData:
-    """Windows that are spread evenly over a file; the same for the same tokenizer.
-
-    Random token ids take their place where the model has no tokenizer: the statistics of a layer
-    depend less on the text than on the layer.
+    calibration: Calibration, config: Qwen3Config, carried: Mapping[str, bytes]
+) -> tuple[tuple[int, ...], ...]:
+    """Token ids of windows that are spread evenly over the texts; the same for a tokenizer.
 
     Args:
-        text: see read_text.
-        options: how many tokens, and the device.
+        calibration: the texts.
         config: of the model.
         carried: the small files of the model by name, its tokenizer among them.
-        note: is told of what is done instead.
 
     Raises:
         OptionError: if there are too few tokens, or a conversation cannot be rendered.
     """
-    length = min(WINDOW_TOKENS, config.context_length)
-    count = max(1, options.calibration_tokens // length)
+    count, length = calibration.record.windows, calibration.length
+    if calibration.text is None:
+        return _random_windows(count, length, config.vocab_size)
     with unpacked(carried) as folder:
-        tokenizer = load_tokenizer(folder)
-        if isinstance(tokenizer, NoTokenizer):
-            if options.calibration is not None:
-                raise OptionError(
-                    f"calibration: the model has no tokenizer to read {text.name} with; leave "
-                    f"--calibration out to take random token ids"
-                )
-            note(f"the model has no tokenizer: it is calibrated with {RANDOM}")
-            windows = _random_windows(count, length, config.vocab_size)
-            name, blake3 = RANDOM, None
-        else:
-            tokens = _tokens(text, tokenizer)
-            windows = _spread(tokens, count, length, text.name)
-            name, blake3 = text.name, text.blake3
+        tokens = _tokens(calibration.text, load_tokenizer(folder))
+    windows = _spread(tokens, count, length, calibration.text.name)
     largest = max(map(max, windows))
     if largest >= config.vocab_size:
         raise OptionError(
-            f"calibration: the tokenizer makes token {largest} of {name}, but the model has "
-            f"{config.vocab_size}: its tokenizer is that of another model"
+            f"calibration: the tokenizer makes token {largest} of {calibration.text.name}, but the "
+            f"model has {config.vocab_size}: its tokenizer is that of another model"
         )
-    record = CalibrationRecord(name, blake3, count * length, count, options.calibration_device)
-    return CalibrationData(record, windows)
+    return windows
 
 
 def _lines(data: bytes, where: str) -> tuple[Document, ...]:
