@@ -148,9 +148,7 @@ def convert_checkpoint(
             events.note(f"{folder} holds this conversion already: nothing to do")
             return made
     check_usable(carried, source.place, events.note)
-    windows = (
-        choose_windows(plan.calibration, plan.config, carried) if plan.calibration else ()
-    )
+    windows = choose_windows(plan.calibration, plan.config, carried) if plan.calibration else ()
     same = identity(plan, source, carried, options.hash_source)
     if source.provider.revision is not None:
         events.note(f"from {source.provider.repo} @ {source.provider.revision}")

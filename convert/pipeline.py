@@ -26,7 +26,9 @@ from qwen3_ascend.convert.output.writer import OutputWriter
 from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.statistics import InputStatistics
-from qwen3_ascend.convert.work import convert, make_task, stored_blake3
+from qwen3_ascend.convert.transforms.parts import model_parts
+from qwen3_ascend.convert.transforms.whole import ModelChanges
+from qwen3_ascend.convert.work import changed_floats, convert, make_task, stored_blake3
 from qwen3_ascend.errors import DamagedSourceError
 from qwen3_ascend.native import Kernels
 
@@ -50,8 +52,9 @@ class Conversion(Production[Item]):
         self._kernels, self._hash_source = kernels, hash_source
         self._windows, self._statistics = windows, dict[str, InputStatistics]()
         self._readers = Counter(
-            file for item in plan.items for file in source.file_order(item.reads)
-        ) + Counter(source.file_order(plan.alike))
+            file for item in plan.items for file in self._files_of([item])
+        ) + Counter(source.file_order(plan.compared))
+        self._changes = ModelChanges(model_parts(plan.config), plan.transforms, kernels)
         if plan.calibration is not None:  # a stage is read once more, before its items
             for stage in stages(plan):
                 self._readers.update(self._files_of(stage))
@@ -74,11 +77,11 @@ class Conversion(Production[Item]):
 
         parts = stages(self.plan)
         self._expect([item for stage in parts if self.remaining(stage) for item in stage])
-        calibrated_pass(self, parts, self._windows, self._events).run(self.writer.staging)
+        floats = changed_floats(self.source, self._changes)
+        calibrated = calibrated_pass(self, floats, parts, self._windows, self._events)
+        calibrated.run(self.writer.staging)
 
-    def make_stage(
-        self, items: Sequence[Item], statistics: Mapping[str, InputStatistics]
-    ) -> None:
+    def make_stage(self, items: Sequence[Item], statistics: Mapping[str, InputStatistics]) -> None:
         """Makes those items of a stage of a calibrated plan that are not done yet.
 
         Args:
@@ -90,14 +93,17 @@ class Conversion(Production[Item]):
         self._release_files(self._files_of(items))
 
     def _expect(self, items: Sequence[Item]) -> None:
-        self.source.expect([*(name for item in items for name in item.reads), *self.plan.alike])
+        self.source.expect([*(n for item in items for n in item.needs), *self.plan.compared])
 
     def _files_of(self, items: Sequence[Item]) -> list[str]:
-        return self.source.file_order(name for item in items for name in item.reads)
+        return self.source.file_order(name for item in items for name in item.needs)
 
     def _require_equal(self, name: str, stored: str) -> None:
         """Holds a source tensor that is left out against the stored one that takes its place."""
-        if stored_blake3(self.source.read(name)) != self.done[stored].blake3[stored]:
+        changed = self.plan.transforms  # what is stored is then not what was read
+        blake3 = self.done[stored].blake3[stored]
+        expected = stored_blake3(self.source.read(stored)) if changed else blake3
+        if stored_blake3(self.source.read(name)) != expected:
             raise DamagedSourceError(
                 f"config.json ties {name} to {stored}, but the two differ; download the model, "
                 f"and convert that folder: then {name} is kept"
@@ -105,7 +111,7 @@ class Conversion(Production[Item]):
 
     @override
     def task(self, item: Item, file: WeightFileWriter) -> Callable[[], Done]:
-        task = make_task(item, self.source)
+        task = make_task(item, self.source, self._changes)
         advance = partial(self.advance, item.source_bytes // len(task.pieces))
         return partial(convert, task, file, self._kernels, self._hash_source, advance)
 

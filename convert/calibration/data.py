@@ -1,4 +1,4 @@
-"""The texts that a calibrated conversion reads, and the windows of tokens that are taken of them."""
+"""The texts that a calibrated conversion reads, and the windows of tokens that it takes of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch

@@ -15,19 +15,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from qwen3_ascend.checkpoint.architecture import LM_HEAD, model_spec
 from qwen3_ascend.convert.calibration.hidden import HiddenStates
+from qwen3_ascend.convert.calibration.needs import STEP_TOKENS, wanted
 from qwen3_ascend.convert.calibration.recording import Wanted, recorded_layer
+from qwen3_ascend.convert.calibration.written import WrittenWeights
 from qwen3_ascend.convert.events import Events
+from qwen3_ascend.convert.float_model import Changed, FloatModel
 from qwen3_ascend.convert.plan import Item
 from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.runtime import backends
 from qwen3_ascend.runtime.backends.base import as_float
 from qwen3_ascend.runtime.backends.cache import LayerKV
-from qwen3_ascend.runtime.streaming import LayeredModel, LayerStream
+from qwen3_ascend.runtime.options import DeviceOptions
+from qwen3_ascend.runtime.streaming import LayeredModel, LayerStream, StoredModel, one_layer
+
+if TYPE_CHECKING:
+    from qwen3_ascend.convert.pipeline import Conversion
+
 
 class Workshop(Protocol):
     """Where items are made: the conversion, as far as the pass knows it."""
@@ -35,9 +44,7 @@ class Workshop(Protocol):
     def remaining(self, order: Sequence[Item]) -> list[Item]:
         """The items that are not done."""
 
-    def make_stage(
-        self, items: Sequence[Item], statistics: Mapping[str, InputStatistics]
-    ) -> None:
+    def make_stage(self, items: Sequence[Item], statistics: Mapping[str, InputStatistics]) -> None:
         """Makes those items of a stage that are not done yet.
 
         Args:
@@ -61,11 +68,19 @@ class Models:
 
 def calibrated_pass(
     conversion: Conversion,
+    changed: Changed,
     stages: Sequence[Sequence[Item]],
     windows: Sequence[Sequence[int]],
     events: Events,
 ) -> CalibratedPass:
     """The pass of a conversion over windows of tokens.
+
+    Args:
+        conversion: of a plan that is calibrated.
+        changed: what the transforms make of a source tensor.
+        stages: see CalibratedPass.
+        windows: token ids.
+        events: is told what is under way.
 
     Raises:
         DeviceError: if the device cannot be used; says what to do.
@@ -75,9 +90,7 @@ def calibrated_pass(
     config = one_layer(plan.config)
     backend = backends.get(config, device_options(plan.calibration.record.device))
     written = WrittenWeights(plan, conversion.files, conversion.writer.staging)
-    models = Models(
-        FloatModel(conversion.source, backend, conversion.changed), StoredModel(written, backend)
-    )
+    models = Models(FloatModel(conversion.source, backend, changed), StoredModel(written, backend))
     stream = LayerStream(backend, config.rms_norm_eps, windows, STEP_TOKENS)
     return CalibratedPass(conversion, models, stages, wanted(plan), stream, events)
 

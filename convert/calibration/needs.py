@@ -1,4 +1,4 @@
-"""What a plan has to know of the inputs of its linears, and the memory that finding it out takes."""
+"""What a plan has to know of the inputs of its linears, and the memory that this takes."""
 
 from __future__ import annotations
 

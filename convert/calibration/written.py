@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.files.safetensors import MappedFile

@@ -16,7 +16,7 @@ its codes are chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -112,6 +112,12 @@ class Change:
 
 UNCHANGED = Change()
 
+FindChanges = Callable[[], Sequence[Change]]
+"""Finds the changes of the parts of a linear, which may have to look at other weights."""
+
+Floats = Callable[[str], Tensor]
+"""The weight of a linear, norm or embedding as the source has it, by name: [N, K], or [K]."""
+
 
 @dataclass(frozen=True)
 class Changes:
@@ -126,6 +132,12 @@ class Changes:
 
     def __getitem__(self, name: str) -> Change:
         return self.of.get(name, UNCHANGED)
+
+    def weight(self, name: str, floats: Floats, kernels: Kernels) -> Tensor:
+        """A whole weight as it has become: [N, K], or [1, K] of a norm; a view if unchanged."""
+        found = floats(name)
+        matrix = found.view(-1, found.shape[-1])
+        return self[name].weight(matrix, kernels=kernels) if self[name].steps else matrix
 
     def then(self, name: str, *steps: Step) -> Changes:
         """With further steps for one weight."""
@@ -145,16 +157,27 @@ class Changes:
             changes = changes.then(name, Rotate(axis, rotation))
         return changes
 
-    def regained(self, norm: str, gain: Tensor, new: Tensor, *readers: str) -> Changes:
-        """With another gain of a norm, and its readers making up for it.
+    def regained(self, norm: str, gain: Gain, *readers: str) -> Changes:
+        """With another gain of a norm, and every linear that reads it making up for it."""
+        return self.then(norm, Replace(gain.stored)).scaled("inputs", gain.factors, *readers)
 
-        Args:
-            norm: its name.
-            gain: as it is before, float32 [K].
-            new: what it becomes, before it is rounded to bfloat16. Where the gain is zero it stays
-                zero, since nothing could make up for it.
-            readers: every linear that reads the norm.
-        """
-        stored = torch.where(gain == 0, gain, new.to(torch.bfloat16).float())
-        factors = torch.where(stored == 0, torch.ones_like(gain), gain / stored)
-        return self.then(norm, Replace(stored)).scaled("inputs", factors, *readers)
+
+@dataclass(frozen=True, eq=False)
+class Gain:
+    """Another gain of a norm.
+
+    Attributes:
+        stored: float32 [K], exact in bfloat16.
+        factors: float32 [K], by which the inputs of its readers have to be multiplied.
+    """
+
+    stored: Tensor
+    factors: Tensor
+
+    @classmethod
+    def replacing(cls, old: Tensor, wanted: Tensor) -> Gain:
+        """What comes of a gain, float32 [K], that is to become another one, which bfloat16 rounds.
+        Zero stays zero: nothing could make up for it."""
+        rounded = wanted.to(torch.bfloat16).float()
+        stored = torch.where((old == 0) | (rounded == 0), old, rounded)
+        return cls(stored, torch.where(old == 0, torch.ones_like(old), old / stored))

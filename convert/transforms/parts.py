@@ -58,27 +58,53 @@ class LayerParts:
         """The linears whose outputs are added to the residual stream."""
         return self.output, *(mlp.down for mlp in self.mlps)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of it, but for the norms of queries and keys."""
+        norms = (self.input_norm, self.post_attention_norm)
+        return norms + self.attention_readers + self.mlp_readers + self.writers
+
+
+@dataclass(frozen=True)
+class EndParts:
+    """What is before the first layer and after the last one. A head that the embedding serves as
+    has a name of its own here, since it becomes another weight."""
+
+    embedding: str
+    final_norm: str
+    head: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of it."""
+        return self.embedding, self.final_norm, self.head
+
+
+Unit = EndParts | LayerParts
+"""Weights whose changes are found together."""
+
 
 @dataclass(frozen=True)
 class ModelParts:
     """A model.
 
     Attributes:
-        embedding, final_norm, head: its ends. A head that the embedding serves as has a name of its
-            own here, since it becomes another weight.
-        layers: in forward order.
+        ends, layers: its weights; layers in forward order.
         hidden_size: of the residual stream.
         num_heads, num_kv_heads, head_dim: of the attention.
     """
 
-    embedding: str
-    final_norm: str
-    head: str
+    ends: EndParts
     layers: tuple[LayerParts, ...]
     hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """All of it."""
+        return self.ends, *self.layers
 
 
 def model_parts(config: Qwen3Config, experts: int = 0) -> ModelParts:
@@ -89,9 +115,7 @@ def model_parts(config: Qwen3Config, experts: int = 0) -> ModelParts:
         experts: of each layer of a Qwen3-MoE; 0 for a dense model.
     """
     return ModelParts(
-        embedding=EMBEDDING,
-        final_norm="model.norm",
-        head=LM_HEAD,
+        ends=EndParts(EMBEDDING, "model.norm", LM_HEAD),
         layers=tuple(_layer(f"model.layers.{n}", experts) for n in range(config.num_layers)),
         hidden_size=config.hidden_size,
         num_heads=config.num_heads,

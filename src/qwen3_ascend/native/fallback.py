@@ -21,6 +21,7 @@ from qwen3_ascend.native.kernels import (
     check_codes,
     check_matrix,
     check_pack,
+    check_square_sums,
     lane_sums,
 )
 
@@ -87,6 +88,14 @@ class TorchKernels:
 
     def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
         rotate(matrix, 0, signs, base)
+
+    def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
+        check_square_sums(source, axis, sums)
+        lines = source if axis == 0 else source.t()
+        step = max(1, BLOCK_WEIGHTS // max(1, lines.shape[1]))
+        for start in range(0, len(lines), step):
+            squares = lines[start : start + step].double().square_()
+            sums[start : start + step] = lane_sums(squares.contiguous())
 
 
 def _blocks(matrix: Tensor, unit: int) -> Iterator[tuple[int, int]]:

@@ -79,6 +79,12 @@ class Kernels(Protocol):
     def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
         """The same for each block of S neighbours in every column; N is a multiple of S."""
 
+    def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
+        """Write the sums of w^2 of every row (axis 0) or column (axis 1) of source [N, K].
+
+        sums float64 [N] or [K]; in the order of `lane_sums` along the other axis.
+        """
+
 
 def check_codes(
     source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
@@ -91,6 +97,12 @@ def check_codes(
     _check_plain("scales", scales, torch.float32, (rows,))
     _check_plain("signal", signal, torch.float64, (rows,))
     _check_plain("noise", noise, torch.float64, (rows,))
+
+
+def check_square_sums(source: Tensor, axis: int, sums: Tensor) -> None:
+    """Raise ValueError unless the arguments fit square_sums."""
+    check_matrix(source, FLOATS)
+    _check_plain("sums", sums, torch.float64, (source.shape[axis],))
 
 
 def check_pack(matrix: Tensor, strips: Tensor) -> None:
@@ -159,6 +171,11 @@ class NativeKernels:
 
     def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
         rotate(matrix, 0, signs, base)
+
+    def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
+        check_square_sums(source, axis, sums)
+        from qwen3_ascend.native.fallback import TorchKernels
+        TorchKernels().square_sums(source, axis, sums)
 
     def _run(self, name: str, *arguments: int, position: bool = False) -> None:
         """Call a kernel; with `position` it reports a non-finite weight as its last argument."""
