@@ -178,6 +178,7 @@ def run(
         writer.add_file(name, data)
     conversion = Conversion(plan, source, writer, budget, kernels, hash_source, events, windows)
     conversion.run()
+    calibration = None if plan.calibration is None else plan.calibration.record
     record = SourceRecord(
         source.provider.repo, source.hub, source.provider.revision, source.file_entries(),
         conversion.source_hashes(), plan.ignored, source.quantization.format,
@@ -186,7 +187,7 @@ def run(
     weight_files = {file: weights.entry for file, weights in writer.weight_files.items()}
     manifest = Manifest(
         tool_version, plan.target.name, plan.config, plan.recipe.verbatim, record, linears, tensors,
-        weight_files, writer.files, plan.calibration and plan.calibration.record,
+        weight_files, writer.files, calibration,
     )  # fmt: skip
     writer.add_file(report.MODEL_CARD_NAME, report.model_card(manifest))
     manifest = replace(manifest, files=writer.files)

@@ -67,8 +67,8 @@ def low_disk_peak(plan: Plan, source: Source) -> int:
 
     A file is there from its first use to its last, and while it is in use the next one comes.
     """
-    order = stages(plan) if plan.calibration else [[i] for i in working_order(plan, source)]
-    uses = [source.file_order(name for item in items for name in item.needs) for items in order]
+    stage = stages(plan) if plan.calibration else [[i] for i in working_order(plan, source)]
+    uses = [source.file_order(name for item in items for name in item.needs) for items in stage]
     uses.append(source.file_order(plan.compared))
     order = list(dict.fromkeys(name for names in uses for name in names))
     first = {name: index for index, names in reversed([*enumerate(uses)]) for name in names}

@@ -266,7 +266,7 @@ class Manifest:
                 tensors=section("tensors", StoredTensor),
                 weight_files=section("weight_files", FileEntry),
                 files=section("files", FileEntry),
-                calibration=typed(data.get("calibration"), CalibrationRecord | None, "calibration"),
+                calibration=_calibration(data),
             )
             check_keys(data, found.to_json(), "it")
             if data["recipe_blake3"] != canonical_blake3(data["recipe"]):
@@ -282,6 +282,12 @@ def _recipe(data: object) -> dict[str, Any]:
     recipe = typed(data, dict[str, object], "recipe")
     typed(recipe.get("name"), Name, "recipe.name")
     return recipe
+
+
+def _calibration(data: Mapping[str, Any]) -> CalibrationRecord | None:
+    if "calibration" not in data:
+        return None
+    return typed(data["calibration"], CalibrationRecord, "calibration")
 
 
 def canonical_blake3(data: Any) -> str:
