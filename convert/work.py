@@ -111,9 +111,9 @@ def changed_floats(source: Source, changes: ModelChanges) -> Callable[[str, Tens
 
     def changed(name: str, tensor: Tensor) -> Tensor:
         part, _, suffix = name.rpartition(".")
-        (change,) = changes.of((part,), partial(floats_of, source))
-        if not change.steps:
+        if part not in changes.touched:
             return tensor
+        (change,) = changes.of((part,), partial(floats_of, source))
         if suffix == BIAS:
             return change.bias(tensor, changes.kernels)
         matrix = tensor.view(-1, tensor.shape[-1])

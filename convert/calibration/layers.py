@@ -13,11 +13,11 @@ the staging folder. Where they are lost, the layers that are written make them a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from qwen3_ascend.checkpoint.architecture import LM_HEAD, model_spec
 from qwen3_ascend.convert.calibration.hidden import HiddenStates
@@ -53,19 +53,6 @@ class Workshop(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Models:
-    """The two models that the pass goes through.
-
-    Attributes:
-        floats: as equivalent floats, before its weights are quantized.
-        written: what has been written of it so far.
-    """
-
-    floats: LayeredModel
-    written: LayeredModel
-
-
 def calibrated_pass(
     conversion: Conversion,
     changed: Changed,
@@ -90,9 +77,9 @@ def calibrated_pass(
     config = one_layer(plan.config)
     backend = backends.get(config, device_options(plan.calibration.record.device))
     written = WrittenWeights(plan, conversion.files, conversion.writer.staging)
-    models = Models(FloatModel(conversion.source, backend, changed), StoredModel(written, backend))
+    floats = FloatModel(conversion.source, backend, changed)
     stream = LayerStream(backend, config.rms_norm_eps, windows, STEP_TOKENS)
-    return CalibratedPass(conversion, models, stages, wanted(plan), stream, events)
+    return CalibratedPass(conversion, floats, written, stages, wanted(plan), stream, events)
 
 
 def device_options(device: str) -> DeviceOptions:
@@ -106,7 +93,8 @@ class CalibratedPass:
     def __init__(
         self,
         workshop: Workshop,
-        models: Models,
+        floats: LayeredModel,
+        written: WrittenWeights,
         stages: Sequence[Sequence[Item]],
         wanted: Mapping[str, Wanted],
         stream: LayerStream[LayerKV],
@@ -114,27 +102,32 @@ class CalibratedPass:
     ) -> None:
         """Args:
         workshop: where items are made; what an earlier run has done is taken up already.
-        models: on the backend of the stream.
+        floats: the model before its weights are quantized, on the backend of the stream.
+        written: what has been written of it so far.
         stages: the items before the first layer, of each layer, and after the last one.
         wanted: what is to be known of the inputs of which linears, by name.
         stream: of the calibration data.
         events: is told what is under way.
         """
-        self._workshop, self._models, self._stages = workshop, models, stages
-        self._wanted, self._stream, self._events = wanted, stream, events
-        self._spec = model_spec(models.written.config)
+        self._workshop, self._floats, self._weights = workshop, floats, written
+        self._stages, self._wanted = stages, wanted
+        self._stream, self._events = stream, events
+        self._spec = model_spec(written.config)
 
     def run(self, staging: Path) -> None:
         """Makes all items; the states between layers are kept in a folder."""
         before, *layers, after = self._stages
         self._workshop.make_stage(before, {})
-        with torch.inference_mode():
-            embedded = self._stream.embed(self._models.written.embedding())
-        hidden = HiddenStates(staging, embedded)
+        hidden = HiddenStates(staging, self._embedded())
         hidden.take_up(self._complete(layers))
         for number in range(hidden.layer, len(layers)):
             self._make_layer(number, layers[number], hidden)
         self._workshop.make_stage(after, self._head_statistics(hidden))
+
+    def _embedded(self) -> list[Tensor]:
+        """The states before the first layer: only the rows that occur are read."""
+        table, backend = self._weights.tensor(self._spec.embedding.name), self._stream.backend
+        return [backend.upload(table[step.tokens.long()]) for step in self._stream.steps]
 
     def _complete(self, layers: Sequence[Sequence[Item]]) -> int:
         """How many layers are done, each with all its items."""
@@ -147,7 +140,7 @@ class CalibratedPass:
         statistics = self._observed(number, hidden, f"{place}: observed") if missing else {}
         self._workshop.make_stage(items, statistics)
         with torch.inference_mode():
-            layer = self._models.written.layer(number)
+            layer = StoredModel(self._weights, self._stream.backend).layer(number)
             for index, states in enumerate(self._stream.through(layer, hidden.steps)):
                 hidden.steps[index] = states
                 self._events.working(f"{place}: passed")
@@ -157,7 +150,7 @@ class CalibratedPass:
         """What the linears of a layer of floats are fed."""
         spec = self._spec.layers[number]
         with torch.inference_mode():
-            layer, recorders = recorded_layer(self._models.floats.layer(number), spec, self._wanted)
+            layer, recorders = recorded_layer(self._floats.layer(number), spec, self._wanted)
             for _ in self._stream.through(layer, hidden.steps) if recorders else ():
                 self._events.working(what)
             return {name: recorder.statistics() for name, recorder in recorders.items()}
@@ -168,7 +161,7 @@ class CalibratedPass:
             return {}
         recorder, stream = self._wanted[LM_HEAD].recorder(), self._stream
         with torch.inference_mode():
-            norm = self._models.floats.final_norm()
+            norm = self._floats.final_norm()
             consumer = stream.backend.dense(norm[None])  # any that wants floats
             for states in hidden.steps:
                 x, _ = stream.backend.add_norm(states, None, norm, stream.epsilon, consumer)
