@@ -58,9 +58,7 @@ class Quantizer(Protocol):
     needs: Needs
     uses: Needs
 
-    def prepare(
-        self, grid: Grid, statistics: InputStatistics | None, kernels: Kernels
-    ) -> Choose:
+    def prepare(self, grid: Grid, statistics: InputStatistics | None, kernels: Kernels) -> Choose:
         """Does once what all outputs of a linear share.
 
         Args:

@@ -60,9 +60,7 @@ class Gptq(Quantizer):
     uses: Needs = Needs.HESSIAN
 
     @override
-    def prepare(
-        self, grid: Grid, statistics: InputStatistics | None, kernels: Kernels
-    ) -> Choose:
+    def prepare(self, grid: Grid, statistics: InputStatistics | None, kernels: Kernels) -> Choose:
         if statistics is None or statistics.hessian is None:
             raise ValueError("GPTQ needs the Hessian of a linear's inputs")
         order = statistics.hessian.diagonal().argsort(stable=True)

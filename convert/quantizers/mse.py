@@ -47,9 +47,7 @@ class Mse(Quantizer):
     uses: Needs = Needs.SQUARES
 
     @override
-    def prepare(
-        self, grid: Grid, statistics: InputStatistics | None, kernels: Kernels
-    ) -> Choose:
+    def prepare(self, grid: Grid, statistics: InputStatistics | None, kernels: Kernels) -> Choose:
         def choose(weight: Tensor) -> Chosen:
             scales = searched_scales(weight, grid, statistics, kernels)
             return Chosen(grid.nearest(weight, scales), scales)

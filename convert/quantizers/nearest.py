@@ -21,9 +21,7 @@ class Nearest(Quantizer):
     uses: Needs = Needs.NOTHING
 
     @override
-    def prepare(
-        self, grid: Grid, statistics: InputStatistics | None, kernels: Kernels
-    ) -> Choose:
+    def prepare(self, grid: Grid, statistics: InputStatistics | None, kernels: Kernels) -> Choose:
         def choose(weight: Tensor) -> Chosen:
             scales = grid.widest_scales(weight)
             return Chosen(grid.nearest(weight, scales), scales)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
+from qwen3_ascend.native.butterflies import rotate
 from qwen3_ascend.native.kernels import (
     FLOATS,
     LEAST_SEARCHED,
@@ -22,7 +23,11 @@ from qwen3_ascend.native.kernels import (
     check_codes,
     check_matrix,
     check_pack,
+<<<<<<< HEAD
     check_search,
+=======
+    check_square_sums,
+>>>>>>> transforms
     lane_sums,
 )
 
@@ -84,6 +89,7 @@ class TorchKernels:
             rows = groups.permute(1, 2, 0, 3).flatten(2, 3).flatten(0, 1)
             destination[start:stop] = rows[: stop - start, : destination.shape[1]]
 
+<<<<<<< HEAD
     def search_scales(
         self,
         source: Tensor,
@@ -118,6 +124,21 @@ class TorchKernels:
             codes[:, column] = code
             weight.sub_(code * step).div_(factor[column, column])
             errors[:, column + 1 :] -= weight[:, None] * factor[column, column + 1 :]
+=======
+    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        rotate(matrix, 1, signs, base)
+
+    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        rotate(matrix, 0, signs, base)
+
+    def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
+        check_square_sums(source, axis, sums)
+        lines = source if axis == 0 else source.t()
+        step = max(1, BLOCK_WEIGHTS // max(1, lines.shape[1]))
+        for start in range(0, len(lines), step):
+            squares = lines[start : start + step].double().square_()
+            sums[start : start + step] = lane_sums(squares.contiguous())
+>>>>>>> transforms
 
 
 def _blocks(matrix: Tensor, unit: int) -> Iterator[tuple[int, int]]:
