@@ -23,11 +23,8 @@ from qwen3_ascend.native.kernels import (
     check_codes,
     check_matrix,
     check_pack,
-<<<<<<< HEAD
     check_search,
-=======
     check_square_sums,
->>>>>>> transforms
     lane_sums,
 )
 
@@ -89,7 +86,6 @@ class TorchKernels:
             rows = groups.permute(1, 2, 0, 3).flatten(2, 3).flatten(0, 1)
             destination[start:stop] = rows[: stop - start, : destination.shape[1]]
 
-<<<<<<< HEAD
     def search_scales(
         self,
         source: Tensor,
@@ -124,7 +120,7 @@ class TorchKernels:
             codes[:, column] = code
             weight.sub_(code * step).div_(factor[column, column])
             errors[:, column + 1 :] -= weight[:, None] * factor[column, column + 1 :]
-=======
+
     def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
         rotate(matrix, 1, signs, base)
 
@@ -138,7 +134,6 @@ class TorchKernels:
         for start in range(0, len(lines), step):
             squares = lines[start : start + step].double().square_()
             sums[start : start + step] = lane_sums(squares.contiguous())
->>>>>>> transforms
 
 
 def _blocks(matrix: Tensor, unit: int) -> Iterator[tuple[int, int]]:

@@ -114,6 +114,7 @@ class Kernels(Protocol):
             code = clip(round(w_j / s_j), least, largest)
             error_j = (w_j - code * s_j) / factor_jj
             w_k = w_k - error_j * factor_jk        for all k > j
+        """
 
     def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
         """Rotate each block of S neighbours in every row, in place: x becomes H (s * x) / sqrt(S).
@@ -278,6 +279,7 @@ class NativeKernels:
     def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
         check_square_sums(source, axis, sums)
         from qwen3_ascend.native.fallback import TorchKernels
+
         TorchKernels().square_sums(source, axis, sums)
 
     def _run(self, name: str, *arguments: int, position: bool = False) -> None:
