@@ -50,7 +50,8 @@ class Conversion(Production[Item]):
         super().__init__(plan.items, writer, budget.threads, events)
         self.plan, self.source = plan, source
         self._kernels, self._hash_source = kernels, hash_source
-        self._windows, self._statistics = windows, dict[str, InputStatistics]()
+        self._windows = windows
+        self._statistics: dict[str, InputStatistics] = {}
         self._readers = Counter(
             file for item in plan.items for file in self._files_of([item])
         ) + Counter(source.file_order(plan.compared))
@@ -111,7 +112,7 @@ class Conversion(Production[Item]):
 
     @override
     def task(self, item: Item, file: WeightFileWriter) -> Callable[[], Done]:
-        task = make_task(item, self.source, self._changes)
+        task = make_task(item, self.source, self._changes, self._statistics.pop(item.name, None))
         advance = partial(self.advance, item.source_bytes // len(task.pieces))
         return partial(convert, task, file, self._kernels, self._hash_source, advance)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from qwen3_ascend.checkpoint.architecture import EMBEDDING, LM_HEAD, LinearSpec, layer_spec
+from qwen3_ascend.checkpoint.architecture import LM_HEAD, LinearSpec, layer_spec
 from qwen3_ascend.checkpoint.schemes import Input
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.convert.calibration.recording import Wanted
 from qwen3_ascend.convert.plan import Item, Plan
-from qwen3_ascend.convert.quantizers import QUANTIZERS, Needs, Quantizer
+from qwen3_ascend.convert.quantizers import QUANTIZERS, Needs
 
 STEP_TOKENS = 1024
 """Tokens of a step: what lies between the linears of a layer is in memory for so many."""
@@ -17,14 +17,14 @@ FLOAT_BYTES = 4
 
 def needs_data(plan: Plan) -> bool:
     """Whether a recipe cannot do without calibration."""
-    return any(_least(plan, item) > Needs.NOTHING for item in _chosen(plan))
+    return any(_least(item) > Needs.NOTHING for item in _chosen(plan))
 
 
 def wanted(plan: Plan) -> dict[str, Wanted]:
     """What is to be known of the inputs of which linears, by name, if there is calibration."""
     found: dict[str, Wanted] = {}
     for item in _chosen(plan):
-        needs = _most(plan, item)
+        needs = _most(item)
         if needs > Needs.NOTHING:
             found[item.name] = Wanted(needs, item.scheme.input)
     return found
@@ -55,7 +55,7 @@ def states_bytes(plan: Plan) -> int:
 
 def _hessians(plan: Plan) -> list[Item]:
     """The linears whose Hessian is recorded."""
-    return [item for item in _chosen(plan) if _most(plan, item) >= Needs.HESSIAN]
+    return [item for item in _chosen(plan) if _most(item) >= Needs.HESSIAN]
 
 
 def _hessian_weights(inputs: list[int]) -> int:
@@ -72,17 +72,12 @@ def _chosen(plan: Plan) -> list[Item]:
     ]
 
 
-def _least(plan: Plan, item: Item) -> Needs:
+def _least(item: Item) -> Needs:
     """What has to be known: static scales of activations are found of the range of the inputs."""
     static = Needs.SQUARES if item.scheme.input is Input.INT8_STATIC else Needs.NOTHING
-    return max(static, _quantizer(plan, item).needs)
+    return max(static, QUANTIZERS[item.quantizer].needs)
 
 
-def _most(plan: Plan, item: Item) -> Needs:
+def _most(item: Item) -> Needs:
     """What is made use of."""
-    return max(_least(plan, item), _quantizer(plan, item).uses)
-
-
-def _quantizer(plan: Plan, item: Item) -> Quantizer:
-    tied = item.parts == (EMBEDDING,)
-    return QUANTIZERS[plan.recipe.rule_for(item.name if tied else item.parts[0]).quantizer]
+    return max(_least(item), QUANTIZERS[item.quantizer].uses)
