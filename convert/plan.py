@@ -253,9 +253,7 @@ def make_plan(
     return Plan(stored, recipe, target, items, weight_files, ignored, alike, transforms)
 
 
-def _stored_spec(
-    config: Qwen3Config, recipe: Recipe, transforms: Sequence[Transform]
-) -> ModelSpec:
+def _stored_spec(config: Qwen3Config, recipe: Recipe, transforms: Sequence[Transform]) -> ModelSpec:
     """The weights that are stored: a tied head that is quantized, or becomes another weight than
     the embedding, is one of its own, made of the embedding."""
     spec, unties = model_spec(config), any(transform.unties for transform in transforms)

@@ -175,6 +175,7 @@ class NativeKernels:
     def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
         check_square_sums(source, axis, sums)
         from qwen3_ascend.native.fallback import TorchKernels
+
         TorchKernels().square_sums(source, axis, sums)
 
     def _run(self, name: str, *arguments: int, position: bool = False) -> None:
