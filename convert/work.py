@@ -76,7 +76,7 @@ class Task:
             packed = self.weights.pack_piece(item.scheme, self.pieces[index], item.layout, kernels)
             if not self.biases or index:
                 return packed
-            bias = stored_bias(torch.cat(changed_biases(self.biases, self.changes, kernels)))
+            bias = stored_bias(torch.cat([*changed_biases(self.biases, self.changes, kernels)]))
             kernels.check_finite(bias[None])
             return Packed({**packed.tensors, BIAS: bias}, packed.sums)
 

@@ -98,29 +98,42 @@ class ModelChanges:
             return self._found[unit]
 
 
-def transformed(
+def state_changes(
     state: Mapping[str, Tensor], model: ModelParts, transforms: Sequence[Transform]
-) -> dict[str, Tensor]:
-    """A state dict of the same function, float32: for a model that fits into memory.
+) -> Changes:
+    """The changes of a model that fits into memory.
 
     Args:
-        state: tensors by the names of transformers; of a tied head it may hold none.
+        state: tensors by the names of transformers; of a tied head it need hold none.
         model: its parts.
         transforms: in their order.
     """
-    head = f"{model.ends.head}.weight"
-    whole = dict(state)
-    if any(transform.unties for transform in transforms):
-        whole.setdefault(head, state[f"{model.ends.embedding}.weight"])
-    changes: dict[str, Change] = {}
+    found: dict[str, Change] = {}
     for unit in model.units:
-        changes |= unit_changes(model, unit, transforms, lambda n: whole[f"{n}.weight"]).of
+        found |= unit_changes(model, unit, transforms, lambda name: state[f"{name}.weight"]).of
+    return Changes(found)
+
+
+def changed_state(
+    state: Mapping[str, Tensor], model: ModelParts, changes: Changes
+) -> dict[str, Tensor]:
+    """A model that fits into memory after changes: float32, the same function.
+
+    Args:
+        state: tensors by the names of transformers.
+        model: its parts. If its head changes and the state holds none, since it is tied to the
+            embedding, the result has one.
+        changes: of its weights.
+    """
+    whole = dict(state)
+    if changes[model.ends.head].steps:
+        embedding = state[f"{model.ends.embedding}.weight"]
+        whole.setdefault(f"{model.ends.head}.weight", embedding)
     return {name: _changed(name, tensor, changes) for name, tensor in whole.items()}
 
 
-def _changed(name: str, tensor: Tensor, changes: Mapping[str, Change]) -> Tensor:
+def _changed(name: str, tensor: Tensor, changes: Changes) -> Tensor:
     linear, _, suffix = name.rpartition(".")
-    change = changes.get(linear, Change())
     if suffix == "bias":
-        return change.bias(tensor)
-    return change.weight(tensor.view(-1, tensor.shape[-1])).view(tensor.shape)
+        return changes[linear].bias(tensor)
+    return changes[linear].weight(tensor.view(-1, tensor.shape[-1])).view(tensor.shape)
