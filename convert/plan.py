@@ -269,12 +269,9 @@ def _check_rules(config: Qwen3Config, recipe: Recipe, quantization: Quantization
 
 def _check_parts(linear: LinearSpec, quantization: Quantization) -> None:
     """A fused linear is taken as a whole, or chosen as a whole; engines refuse the rest as well."""
-    schemes = {source: quantization.encoding(source).scheme for source in linear.sources}
-    if len({*schemes.values()}) > 1:
-        said = ", ".join(
-            f"{source.rpartition('.')[2]}: {scheme or 'floats'}"
-            for source, scheme in schemes.items()
-        )
+    kinds = {source: quantization.encoding(source).kind for source in linear.sources}
+    if len({*kinds.values()}) > 1:
+        said = ", ".join(f"{source.rpartition('.')[2]}: {kind}" for source, kind in kinds.items())
         raise SourceError(
             f"{linear.name} is one fused linear, but the source holds its parts differently "
             f"({said}): quantize all of them alike"
