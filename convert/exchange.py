@@ -119,6 +119,9 @@ COMPRESSED_TENSORS = "compressed-tensors"
 INT_QUANTIZED = "int-quantized"
 """Its format for int8 codes that are stored as int8."""
 
+FLOAT_QUANTIZED = "float-quantized"
+"""Its format for float8 codes."""
+
 LINEAR = "Linear"
 """The class of modules that stands for every linear but the output projection."""
 
