@@ -27,7 +27,6 @@ from qwen3_ascend.errors import SourceError
 from qwen3_ascend.files.json_file import indented, read_json_object
 from qwen3_ascend.files.safetensors import TensorSlot
 
-
 Read = Callable[[Collection[str], Mapping[str, TensorSlot]], Quantization]
 
 
