@@ -13,7 +13,7 @@ from qwen3_ascend.checkpoint.linear import BIAS, Linear, stored_bias
 from qwen3_ascend.checkpoint.manifest import LinearEntry
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes.pieces import Piece, Sums, sqnr_db
-from qwen3_ascend.convert.encodings import read_weights
+from qwen3_ascend.convert.encodings import Encoding, read_weights
 from qwen3_ascend.convert.output.weight_file import tensor_bytes
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.weights import Weights
@@ -108,7 +108,7 @@ def _linear_problems(
 
 def _weight_names(entry: LinearEntry, source: Source) -> list[str]:
     """The source tensors that a linear's weight is made of."""
-    encoding, inputs = source.quantization.encoding(entry.parts[0][0]), entry.shape[-1]
+    encoding, inputs = _encoding(entry, source), entry.shape[-1]
     try:
         return [
             f"{part}.{suffix}"
@@ -123,7 +123,19 @@ def _weights(entry: LinearEntry, source: Source) -> Weights:
     """The weight of a linear as the source has it."""
     parts = [part for part, _ in entry.parts]
     tensors = {name: source.read(name) for name in _weight_names(entry, source)}
-    return read_weights(source.quantization.encoding(parts[0]), parts, tensors)
+    return read_weights(_encoding(entry, source), parts, tensors)
+
+
+def _encoding(entry: LinearEntry, source: Source) -> Encoding:
+    """How the source's tensors were read for a linear."""
+    kept = entry.scheme if entry.codes == "taken" else None
+    found = source.quantization.encoding(entry.parts[0][0]).under(kept)
+    if found is None or found.codes != entry.codes:
+        raise CheckpointError(
+            f"linear {entry.parts[0][0]} is {entry.codes}, which it cannot be of this source: it "
+            f"is another model"
+        )
+    return found
 
 
 def _measure(

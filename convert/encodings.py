@@ -63,6 +63,11 @@ class Encoding(ABC):
         """Where the codes of a linear come from, as the manifest says it."""
         return "chosen" if self.scheme is None else "taken"
 
+    def under(self, scheme: Scheme | None) -> Encoding | None:
+        """How the same tensors are read for a linear that is to be stored under a scheme, or (None)
+        of which floats are wanted; None if that cannot be."""
+        return self if self.scheme in (None, scheme) else None
+
     @abstractmethod
     def suffixes(
         self, linear: str, shape: tuple[int, int], slots: Mapping[str, TensorSlot]
@@ -253,20 +258,21 @@ def require_finite_scales(name: str, scales: Tensor) -> None:
         )
 
 
-def require_scales(name: str, scales: Tensor, largest_code: float) -> None:
+def require_scales(name: str, scales: Tensor, largest_code: float, signed: bool = False) -> None:
     """DamagedSourceError naming the first scale that no tool writes.
 
     Args:
         name: of the tensor.
         scales: floats of any shape.
         largest_code: the largest magnitude that is multiplied by them.
+        signed: whether they may be negative.
     """
     require_finite_scales(name, scales)
     most = torch.finfo(torch.bfloat16).max / largest_code
-    wrong = (scales <= 0) | (scales.float() > most)
+    wrong = (scales == 0 if signed else scales <= 0) | (scales.float().abs() > most)
     if bool(wrong.any()):
         place, value = first_place(wrong, scales)
-        why = "weights are beyond bfloat16 with it" if value > 0 else "scales are positive"
+        why = "weights are beyond bfloat16 with it" if abs(value) > most else "no scale is that"
         raise DamagedSourceError(
             f"tensor {name} holds {value} at {place}, but {why}; the source is damaged, download "
             f"it again"

@@ -16,6 +16,9 @@ activations int8 with a scale for each token. So nothing but the type of the sca
 *fp8* is the format of the models that Qwen and DeepSeek publish as FP8: float8_e4m3fn weights with
 a scale for each block of them. Source: `FineGrainedFP8Config` and integrations/finegrained_fp8.py
 of transformers 5.24.
+
+*gptq* and *awq* are what AutoGPTQ, gptqmodel and AutoAWQ write: integers that are packed into int32
+words. See convert/packed.py.
 """
 
 from __future__ import annotations
@@ -116,6 +119,9 @@ QUANTIZATION_CONFIG = "quantization_config"
 COMPRESSED_TENSORS = "compressed-tensors"
 """Its quant_method; and the format's name, as options and the manifest have it."""
 
+PACK_QUANTIZED = "pack-quantized"
+"""Its format for integers that are packed into int32."""
+
 INT_QUANTIZED = "int-quantized"
 """Its format for int8 codes that are stored as int8."""
 
@@ -178,6 +184,15 @@ bfloat16. A weight is its code times its scale, whatever the name says."""
 
 FP8_TYPE = torch.float8_e4m3fn
 """Type of the codes [N, K]; it has no infinity, and 0x7F and 0xFF are NaN."""
+
+
+# GPTQ and AWQ
+
+GPTQ = "gptq"
+"""Its quant_method; and the format's name, as the manifest has it."""
+
+AWQ = "awq"
+"""The same of AWQ."""
 
 
 # Int8, of both

@@ -80,10 +80,7 @@ class TakenWeights(Weights):
 
     @override
     def has_codes(self, stored: Linear, piece: Piece) -> bool:
-        found, expected = stored.codes(), self._codes(piece)
-        return found.keys() == expected.keys() and all(
-            torch.equal(_bits(found[suffix]), _bits(expected[suffix])) for suffix in expected
-        )
+        return same_codes(stored.codes(), self._codes(piece))
 
     def _codes(self, piece: Piece) -> Codes:
         """The codes of a piece: views if it lies in one part, else copies."""
@@ -108,6 +105,13 @@ class TakenWeights(Weights):
                 found.append(part.narrow("outputs", [(start, stop - start)]))
             row += outputs
         return found
+
+
+def same_codes(found: Codes, expected: Codes) -> bool:
+    """Whether two weights are the same, bit by bit."""
+    return found.keys() == expected.keys() and all(
+        torch.equal(_bits(found[suffix]), _bits(expected[suffix])) for suffix in expected
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -19,11 +19,14 @@ from qwen3_ascend.convert.exchange import (
     INT8_PER_TOKEN,
     INT_QUANTIZED,
     LINEAR,
+    PACK_QUANTIZED,
     QUANTIZATION_CONFIG,
     WEIGHT_SCALE,
     WEIGHT_ZERO_POINT,
 )
 from qwen3_ascend.convert.fp8 import Fp8Encoding
+from qwen3_ascend.convert.packed import COMPRESSED, PackedEncoding
+from qwen3_ascend.convert.source.packed import decoding_notes
 from qwen3_ascend.convert.source.quantization import Quantization
 from qwen3_ascend.errors import ConfigError
 from qwen3_ascend.files.json_file import Size, typed
@@ -39,7 +42,7 @@ FORMATS = (INT_QUANTIZED, FLOAT_QUANTIZED, "naive-quantized")
 MIXED = "mixed-precision"
 """The format of the whole, if the groups have formats of their own."""
 
-COMPRESSED = "compressed"
+IS_COMPRESSED = "compressed"
 """The status of weights that are stored as codes."""
 
 DENSE = "dense"
@@ -118,7 +121,7 @@ def read_section(config: Mapping[str, Any], linears: Collection[str], where: str
         if target is not None and _match(linear, ignore) is None:
             name = groups[target]
             encodings[linear] = _group_encoding(section, name, place)
-    return Quantization(COMPRESSED_TENSORS, encodings)
+    return Quantization(COMPRESSED_TENSORS, encodings, decoding_notes(encodings.values()))
 
 
 def _match(linear: str, targets: Iterable[str]) -> str | None:
@@ -148,12 +151,12 @@ def _check_model(section: Section, place: str) -> None:
     for key, value in refused.items():
         if value:
             raise ConfigError(f"{place}: {key} is set, which is not supported; {ADVICE}")
-    if section.quantization_status not in (None, COMPRESSED):
+    if section.quantization_status not in (None, IS_COMPRESSED):
         raise ConfigError(
             f"{place}: quantization_status is {section.quantization_status!r} and not "
-            f"{COMPRESSED!r}: the model was not saved to be read; save it compressed"
+            f"{IS_COMPRESSED!r}: the model was not saved to be read; save it compressed"
         )
-    if section.format not in (*FORMATS, MIXED):
+    if section.format not in (*FORMATS, PACK_QUANTIZED, MIXED):
         raise ConfigError(_no_format(place, section.format))
 
 
@@ -166,12 +169,14 @@ def _sparsity(section: Section) -> dict[str, Any] | None:
 def _group_encoding(section: Section, name: str, model: str) -> Encoding:
     """How the linears of a group are held; refuses what can neither be taken nor decoded."""
     group, place = section.config_groups[name], f"{model}: {name}"
-    if group.format not in (None, *FORMATS):
+    if group.format not in (None, *FORMATS, PACK_QUANTIZED):
         raise ConfigError(_no_format(place, group.format))
     if group.output_activations:
         raise ConfigError(f"{place}: output_activations are quantized; {NO_SCHEME}; {ADVICE}")
-    is_float = (group.weights or {}).get("type") == FLOAT8["type"]
-    if is_float and (group.format or section.format) != INT_QUANTIZED:
+    form, is_float = group.format or section.format, (group.weights or {}).get("type") == "float"
+    if form == PACK_QUANTIZED:
+        return _packed_encoding(group, place, model)
+    if is_float and form != INT_QUANTIZED:
         return _float8_encoding(group, place, model)
     _check_arguments(group.weights, INT8_PER_CHANNEL, f"{place}: weights")
     _check_arguments(group.input_activations, INT8_PER_TOKEN, f"{place}: input_activations")
@@ -183,8 +188,7 @@ def _float8_encoding(group: Group, place: str, model: str) -> Encoding:
     needs no tensors of its own."""
     said = group.weights or {}
     _check_arguments(said, FLOAT8, f"{place}: weights")
-    if group.input_activations is not None:
-        _check_arguments(group.input_activations, {"dynamic": True}, f"{place}: input_activations")
+    _check_dynamic(group, place)
     blocks = {"tensor": (None, None), "channel": (1, None), "block": said.get("block_structure")}
     strategy = str(said.get("strategy")).lower()
     try:
@@ -192,6 +196,32 @@ def _float8_encoding(group: Group, place: str, model: str) -> Encoding:
     except ValueError as error:
         raise ConfigError(f"{error}; {NO_SCHEME}; {ADVICE}") from error
     return Fp8Encoding(model, WEIGHT_SCALE, rows, columns)
+
+
+def _packed_encoding(group: Group, place: str, model: str) -> Encoding:
+    """Packed integers; as for floats, activations do not matter to them."""
+    said = group.weights or {}
+    _check_arguments(said, {"type": "int", "dynamic": False}, f"{place}: weights")
+    _check_dynamic(group, place)
+    bits, strategy = said.get("num_bits", DEFAULTS["num_bits"]), str(said.get("strategy")).lower()
+    size = None if strategy == "channel" else said.get("group_size")
+    if bits not in (4, 8) or strategy not in ("channel", "group") or size in (0, -1):
+        raise ConfigError(
+            f"{place}: weights: num_bits {bits}, strategy {strategy!r}, group_size {size}: "
+            f"{NO_SCHEME}; {ADVICE}"
+        )
+    encoding = PackedEncoding(
+        model, COMPRESSED_TENSORS, COMPRESSED, bits, size,
+        symmetric=said.get("symmetric", DEFAULTS["symmetric"]) is True,
+        ordered=said.get("actorder") in ("group", True),
+    )  # fmt: skip
+    return encoding.taken()
+
+
+def _check_dynamic(group: Group, place: str) -> None:
+    """Refuses activations that need tensors of their own."""
+    if group.input_activations is not None:
+        _check_arguments(group.input_activations, {"dynamic": True}, f"{place}: input_activations")
 
 
 def _check_arguments(said: Mapping[str, Any] | None, wanted: Mapping[str, Any], place: str) -> None:

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_ascend.convert.exchange import HUGGINGFACE_WEIGHTS, QUANTIZATION_CONFIG, WeightNames
+from qwen3_ascend.convert.source import compressed_tensors, fp8, packed
 from qwen3_ascend.convert.source.ascendv1 import (
     ascend_section,
     description_file,
     read_description,
     weight_names,
 )
-from qwen3_ascend.convert.source.compressed_tensors import is_compressed_tensors, read_section
-from qwen3_ascend.convert.source.fp8 import is_fp8
-from qwen3_ascend.convert.source.fp8 import read_section as read_fp8_section
 from qwen3_ascend.convert.source.provider import Provider
 from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
 from qwen3_ascend.errors import SourceError
@@ -74,7 +72,7 @@ def recognise(
         SourceError: if it tells of two quantized models.
     """
     description = description_file(names, place)
-    if description is not None and is_compressed_tensors(config):
+    if description is not None and compressed_tensors.is_compressed_tensors(config):
         raise SourceError(
             f"{place} holds {description} of ModelSlim, and its config.json is of "
             f"compressed-tensors: remove the one that is not meant"
@@ -88,13 +86,15 @@ def recognise(
             return read_description(read_json_object(path), said or {}, linears, str(path))
 
         return SourceFormat(keys, weight_names(names, place), described)
-    if is_compressed_tensors(config):
-        return SourceFormat(
-            (QUANTIZATION_CONFIG,), read=lambda linears, _: read_section(config, linears, where)
-        )
-    if is_fp8(config):
+    if compressed_tensors.is_compressed_tensors(config):
         return SourceFormat(
             (QUANTIZATION_CONFIG,),
-            read=lambda linears, slots: read_fp8_section(config, linears, slots, where),
+            read=lambda linears, _: compressed_tensors.read_section(config, linears, where),
+        )
+    by_tensors = fp8 if fp8.is_fp8(config) else packed if packed.packed_format(config) else None
+    if by_tensors is not None:
+        return SourceFormat(
+            (QUANTIZATION_CONFIG,),
+            read=lambda linears, slots: by_tensors.read_section(config, linears, slots, where),
         )
     return SourceFormat()

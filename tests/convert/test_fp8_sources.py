@@ -247,7 +247,7 @@ VALUES: dict[str, tuple[str, Callable[[Tensor], Any], list[str]]] = {
     "a code": (f"{UP}.weight", lambda t: t.view(torch.uint8)[7, 3].fill_(0x7F),
                ["holds nan at [7, 3]", "damaged"]),
     "a scale of zero": (f"{UP}.weight_scale_inv", lambda t: t[0, 0].fill_(0.0),
-                        ["holds 0.0 at [0, 0]", "positive"]),
+                        ["holds 0.0 at [0, 0]", "no scale is that"]),
     "a negative scale": (f"{UP}.weight_scale_inv", lambda t: t[0, 0].fill_(-1.0), ["holds -1.0"]),
     "no number": (f"{UP}.weight_scale_inv", lambda t: t[0, 0].fill_(float("nan")), ["holds nan"]),
     "a large scale": (f"{UP}.weight_scale_inv", lambda t: t[0, 0].fill_(1e37),
