@@ -44,7 +44,7 @@ def plan_conversion(
     Args:
         model: a local folder or a Hub id such as "Qwen/Qwen3-8B".
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe. Default:
-            recipes.DEFAULT, or what the source holds if it is quantized already.
+            recipes.DEFAULT, or what the source holds if it has codes that can be taken.
         options: see the fields of ConvertOptions.
         events: is told about downloads.
         output: the folder to be written, in which `low_disk` keeps downloaded weights.
@@ -92,7 +92,7 @@ def _calibration(
 
 def _default_recipe(source: Source) -> Recipe:
     """The recipe of who asks for none."""
-    if source.quantization.format is None:
+    if not source.quantization.has_codes:
         return Recipe.load(recipes.DEFAULT)
     return source.quantization.recipe(linear_names(source.config))
 
@@ -121,7 +121,7 @@ def convert_checkpoint(
         output: a folder that does not exist, is empty, holds what this conversion would make, or
             may be replaced (`overwrite`).
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe. Default:
-            recipes.DEFAULT, or what the source holds if it is quantized already.
+            recipes.DEFAULT, or what the source holds if it has codes that can be taken.
         options: see the fields of ConvertOptions.
         events: is told of the plan, of downloads, and of each finished item.
 

@@ -41,7 +41,7 @@ FORMAT_VERSION = 1
 Hub = Annotated[str, Meta(pattern="^(huggingface|modelscope)$")]
 """Where models are published; text, since options are text."""
 
-QuantizedFormat = Annotated[str, Meta(pattern="^(ascendv1|compressed-tensors)$")]
+QuantizedFormat = Annotated[str, Meta(pattern="^(ascendv1|compressed-tensors|fp8|gptq|awq)$")]
 """In which format a source was quantized already; text, like Hub."""
 
 T = TypeVar("T")

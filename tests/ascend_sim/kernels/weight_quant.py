@@ -62,7 +62,7 @@ def check_operands(x: Layout, weight: Layout, group: int, out: Layout) -> None:
 @cache
 def check_nz(x: Layout, weight: Layout, scale: Layout, group: int) -> None:
     if not weight.nz:
-        return
+        return None
     require(min(weight.size) > 1, OPERATOR, "an NZ weight must not have a dim of 1")
     if weight.dtype is torch.int8:
         require(group == 0, OPERATOR, "an int8 NZ weight has a scale for each output")
