@@ -8,6 +8,7 @@ parts of one buffer.
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
-from qwen3_ascend.native.butterflies import rotate
+from qwen3_ascend.native.butterflies import check_rotation
 from qwen3_ascend.native.library import Library
 
 LANES = 8
+
+ROTATED_COLUMNS = 16
+"""Columns that the compiled kernel rotates together, in a scratch."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPE_CODES = {torch.int8: 0, torch.uint8: 0, **{dtype: i + 1 for i, dtype in enumerate(FLOATS)}}
@@ -85,6 +89,12 @@ class Kernels(Protocol):
         sums float64 [N] or [K]; in the order of `lane_sums` along the other axis.
         """
 
+    def error_bf16(self, source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor) -> None:
+        """Write sums of w^2 and of (w - w')^2 of every row of source [N, K], float64 [N].
+
+        stored bfloat16 [N, K], contiguous: w'. In the order of `lane_sums`.
+        """
+
 
 def check_codes(
     source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
@@ -103,6 +113,14 @@ def check_square_sums(source: Tensor, axis: int, sums: Tensor) -> None:
     """Raise ValueError unless the arguments fit square_sums."""
     check_matrix(source, FLOATS)
     _check_plain("sums", sums, torch.float64, (source.shape[axis],))
+
+
+def check_rounded(source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor) -> None:
+    """Raise ValueError unless the arguments fit error_bf16."""
+    check_matrix(source, FLOATS)
+    _check_plain("stored", stored, torch.bfloat16, tuple(source.shape))
+    for name, sums in (("signal", signal), ("noise", noise)):
+        _check_plain(name, sums, torch.float64, (source.shape[0],))
 
 
 def check_pack(matrix: Tensor, strips: Tensor) -> None:
@@ -167,18 +185,24 @@ class NativeKernels:
         self._run("unpack_nz_rows", strips.data_ptr(), _strip_stride(strips), *target)
 
     def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
-        rotate(matrix, 1, signs, base)
+        check_rotation(matrix, 1, signs, base)
+        self._run("rotate_inputs", *_turned(matrix, signs, base))
 
     def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
-        rotate(matrix, 0, signs, base)
+        check_rotation(matrix, 0, signs, base)
+        scratch = torch.empty(len(signs) * ROTATED_COLUMNS)
+        self._run("rotate_outputs", *_turned(matrix, signs, base), scratch.data_ptr())
 
     def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
         check_square_sums(source, axis, sums)
-        from qwen3_ascend.native.fallback import TorchKernels
+        self._run("square_sums", *_matrix(source), axis, sums.data_ptr())
 
-        TorchKernels().square_sums(source, axis, sums)
+    def error_bf16(self, source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor) -> None:
+        check_rounded(source, stored, signal, noise)
+        sums = (signal.data_ptr(), noise.data_ptr())
+        self._run("error_bf16", *_matrix(source), stored.data_ptr(), *sums)
 
-    def _run(self, name: str, *arguments: int, position: bool = False) -> None:
+    def _run(self, name: str, *arguments: float, position: bool = False) -> None:
         """Call a kernel; with `position` it reports a non-finite weight as its last argument."""
         place = (ctypes.c_int64 * 2)()
         status = self.library.call(name, *arguments, *([place] if position else []))
@@ -191,6 +215,15 @@ class NativeKernels:
 def _matrix(source: Tensor) -> tuple[int, int, int, int, int]:
     rows, columns = source.shape
     return _DTYPE_CODES[source.dtype], source.data_ptr(), rows, columns, source.stride(0)
+
+
+def _turned(
+    matrix: Tensor, signs: Tensor, base: Tensor
+) -> tuple[int, int, int, int, int, int, int, float]:
+    rows, columns = matrix.shape
+    factor = 1.0 / math.sqrt(len(signs))
+    turn = (signs.data_ptr(), len(signs), base.data_ptr(), len(base), factor)
+    return matrix.data_ptr(), rows, columns, *turn
 
 
 def _strip_stride(strips: Tensor) -> int:
