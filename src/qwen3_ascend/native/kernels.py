@@ -74,7 +74,7 @@ class Kernels(Protocol):
     def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
         """Rotate each block of S neighbours in every row, in place: x becomes H (s * x) / sqrt(S).
 
-        matrix float32 [N, K], K a multiple of S; signs float32 [S] of 1 and -1; base float32
+        matrix float32 [N, K], K a multiple of S; signs float32 [S], or other factors; base float32
         [M, M] of 1 and -1, S = M * 2^k, H = base (x) Sylvester's matrix of order 2^k. Additions in
         this order: pairs 1 apart, 2 apart, ..., 2^(k-1) apart, each a + b and a - b; then rows of
         the base from its first column to its last; then one product with float32(1 / sqrt(S)).
