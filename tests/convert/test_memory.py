@@ -10,6 +10,9 @@ from pathlib import Path
 from support import tiny_models
 from support.quantized_sources import int8_weights, quantize, write_ascendv1
 
+from qwen3_ascend.convert import plan_conversion
+from qwen3_ascend.convert.budget import Budget
+
 WATCHED = """
 import json, re, sys, threading, time
 from pathlib import Path
@@ -66,6 +69,20 @@ def test_large_tensors_are_never_whole(tmp_path: Path) -> None:
         private, mapped = watched("export", tmp_path / recipe, tmp_path / f"{recipe}-{name}", name)
         assert private < 96 << 20, name
         assert mapped < 100 << 20, name
+
+
+def test_a_quantizer_keeps_to_the_plan(tmp_path: Path) -> None:
+    """Integers of whole linears are in memory, and counted; floats are not."""
+    source = tiny_models.write(tmp_path / "source", BIG, tokenizer=False)
+    recipe = tmp_path / "mse.yaml"
+    recipe.write_text(
+        "{schema: 1, name: x, rules: [{match: lm_head, scheme: w4a16, quantizer: mse},"
+        " {match: '*', scheme: w8a8, quantizer: mse}]}"
+    )
+    plan = plan_conversion(source, str(recipe))[1]
+    counted = Budget.fit(plan.piece_bytes, 2, 256 << 20).working_bytes
+    private, _ = watched("convert", source, tmp_path / "out", str(recipe))
+    assert 40e6 < private < counted < 256 << 20
 
 
 def test_codes_that_are_taken_are_never_whole(tmp_path: Path) -> None:
