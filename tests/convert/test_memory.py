@@ -76,7 +76,8 @@ def test_a_quantizer_keeps_to_the_plan(tmp_path: Path) -> None:
     source = tiny_models.write(tmp_path / "source", BIG, tokenizer=False)
     recipe = tmp_path / "mse.yaml"
     recipe.write_text(
-        "{schema: 1, name: x, rules: [{match: lm_head, scheme: w4a16, quantizer: mse},"
+        "{schema: 1, name: x, rules: [{match: lm_head, scheme: bf16},"
+        " {match: '*.o_proj', scheme: w4a16, quantizer: mse},"
         " {match: '*', scheme: w8a8, quantizer: mse}]}"
     )
     plan = plan_conversion(source, str(recipe))[1]
