@@ -68,6 +68,7 @@ def finished_manifest(
         ),
         "files of weights": ({n: f.size for n, f in found.source.files.items()}, sizes),
         "configuration": (found.model, plan.config),
+        "calibration": (found.calibration, plan.calibration and plan.calibration.record),
         "small files": (_hashes(found), {n: bytes_blake3(data) for n, data in carried.items()}),
         "output files": (_forms(found), _planned_forms(plan)),
         "hashes of the source": (bool(found.source.tensors), hash_source),

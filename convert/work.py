@@ -148,6 +148,22 @@ def make_task(
     return Task(item, reads, weights, biases, item.pieces, find, statistics)
 
 
+def changed_floats(source: Source, changes: ModelChanges) -> Callable[[str, Tensor], Tensor]:
+    """(name of a source tensor, its float32 value) -> what transforms make of it, float32."""
+
+    def changed(name: str, tensor: Tensor) -> Tensor:
+        part, _, suffix = name.rpartition(".")
+        if part not in changes.touched:
+            return tensor
+        (change,) = changes.of((part,), partial(floats_of, source))
+        if suffix == BIAS:
+            return change.bias(tensor, changes.kernels)
+        matrix = tensor.view(-1, tensor.shape[-1])
+        return change.weight(matrix, kernels=changes.kernels).view(tensor.shape)
+
+    return changed
+
+
 def floats_of(source: Source, name: str) -> Tensor:
     """The weight of a linear, norm or embedding of floats, as the source has it."""
     return source.read(f"{name}.{WEIGHT}")
