@@ -77,7 +77,7 @@ def test_a_quantizer_keeps_to_the_plan(tmp_path: Path) -> None:
     recipe = tmp_path / "mse.yaml"
     recipe.write_text(
         "{schema: 1, name: x, rules: [{match: lm_head, scheme: bf16},"
-        " {match: '*.o_proj', scheme: w4a16, quantizer: mse},"
+        " {match: '*.o_proj', scheme: {name: w4a16, group: 32}, quantizer: mse},"
         " {match: '*', scheme: w8a8, quantizer: mse}]}"
     )
     plan = plan_conversion(source, str(recipe))[1]

@@ -23,14 +23,14 @@ from qwen3_ascend.checkpoint.schemes import pieces
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import sqnr_db
 from qwen3_ascend.convert import plan_conversion, weights
-from qwen3_ascend.convert.plan import Item, require_data
-from qwen3_ascend.convert.quantizers import QUANTIZERS, Needs
+from qwen3_ascend.convert.plan import Item
+from qwen3_ascend.convert.quantizers import QUANTIZERS
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.transforms.parts import model_parts
 from qwen3_ascend.convert.transforms.whole import ModelChanges, transformed
 from qwen3_ascend.convert.weights import ChosenWeights
 from qwen3_ascend.convert.work import Task, make_task
-from qwen3_ascend.errors import RecipeError, SourceError
+from qwen3_ascend.errors import SourceError
 
 SCHEMES = ("w8a8", "{name: w4a16, group: 32}")
 KERNELS = native.best()
@@ -198,10 +198,6 @@ def test_a_weight_that_is_not_finite(scheme: str, tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "no data": (
-        ["{match: '*', scheme: w8a8, quantizer: gptq}"],
-        ["model.layers.0.self_attn.qkv_proj", "gptq needs calibration data", "mse needs none"],
-    ),
     "no integers": (
         ["{match: '*.o_proj', scheme: bf16, quantizer: mse}", "{match: '*', scheme: w8a8}"],
         ["quantizer mse to model.layers.0.self_attn.o_proj", "bf16 has no integers"],
@@ -224,14 +220,6 @@ def test_refusals(rules: list[str], mentions: list[str], tiny_source: Path, tmp_
     done = run("convert", tiny_source, tmp_path / "out", "--recipe", path)
     done.one_line_error("bad", *mentions)
     assert not (tmp_path / "out").exists()
-
-
-def test_data_is_enough(tiny_source: Path) -> None:
-    plan = plan_conversion(tiny_source, recipe("w8a8", "mse"))[1]
-    wanting = replace(plan, items=tuple(replace(item, quantizer="gptq") for item in plan.items))
-    require_data(wanting, Needs.HESSIAN)
-    with pytest.raises(RecipeError, match="gptq needs calibration data"):
-        require_data(wanting, Needs.SQUARES)
 
 
 def test_codes_that_are_taken_stay(tmp_path: Path) -> None:
