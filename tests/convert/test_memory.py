@@ -12,6 +12,7 @@ from support.command_line import run
 from support.quantized_sources import int8_weights, quantize, write_ascendv1
 
 from qwen3_ascend.convert import ConvertOptions, plan_conversion
+from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.conversion import plan_budget
 
 WATCHED = """
@@ -94,6 +95,21 @@ def test_calibration_keeps_to_what_is_planned(tmp_path: Path) -> None:
     assert planned / 4 < private < planned, (private, planned)
     done = run("convert", source, tmp_path / "little", "--recipe", recipe, "--max-memory", "200MiB")
     done.one_line_error("max_memory", "this model needs", "MiB")
+
+
+def test_a_quantizer_keeps_to_the_plan(tmp_path: Path) -> None:
+    """Integers of whole linears are in memory, and counted; floats are not."""
+    source = tiny_models.write(tmp_path / "source", BIG, tokenizer=False)
+    recipe = tmp_path / "mse.yaml"
+    recipe.write_text(
+        "{schema: 1, name: x, rules: [{match: lm_head, scheme: bf16},"
+        " {match: '*.o_proj', scheme: {name: w4a16, group: 32}, quantizer: mse},"
+        " {match: '*', scheme: w8a8, quantizer: mse}]}"
+    )
+    plan = plan_conversion(source, str(recipe))[1]
+    counted = Budget.fit(plan.piece_bytes, 2, 256 << 20).working_bytes
+    private, _ = watched("convert", source, tmp_path / "out", str(recipe))
+    assert 40e6 < private < counted < 256 << 20
 
 
 def test_codes_that_are_taken_are_never_whole(tmp_path: Path) -> None:
