@@ -7,7 +7,6 @@ would give other last bits on another processor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from qwen3_ascend.convert.calibration.sealed import DIGITS, is_sealed, write_sealed
-from qwen3_ascend.convert.transforms.changes import Change, Changes, Replace, Scale
+from qwen3_ascend.convert.transforms.changes import Changes, Replace, Scale
 from qwen3_ascend.errors import CheckpointError
 
 FACTORS_NAME = "qwen3_ascend_factors.safetensors"
@@ -62,14 +61,6 @@ def _step(kind: str, values: Tensor, where: str) -> Scale | Replace:
     if kind == "outputs" or kind == "inputs":
         return Scale(kind, values)
     raise CheckpointError(f"{where} holds {kind}, which is no factor; convert again")
-
-
-def joined(changes: Mapping[str, Change], more: Changes) -> Changes:
-    """Changes, each followed by what calibration has found."""
-    whole = Changes(dict(changes))
-    for name, change in more.of.items():
-        whole = whole.then(name, *change.steps)
-    return whole
 
 
 class KeptFactors:
