@@ -105,9 +105,10 @@ def _linear_problems(
         yield f"linear {name}: {_text(found)} against the source, but the manifest says " + _text(
             entry.sqnr_db
         )
-    if linear.bias is not None:
-        if not torch.equal(stored_bias(origin.bias(name, entry)), linear.bias):
-            yield f"linear {name}: its bias differs from the source's"
+    if linear.bias is not None and not torch.equal(
+        stored_bias(origin.bias(name, entry)), linear.bias
+    ):
+        yield f"linear {name}: its bias differs from the source's"
 
 
 def _weight_names(entry: LinearEntry, source: Source) -> list[str]:
