@@ -84,7 +84,7 @@ def _calibration(
     could use."""
     said = options.calibration
     if needs_data(plan) or (said is not None and wanted(plan)):
-        return plan_calibration(options, plan.config, source.names, notes.append)
+        return plan_calibration(options, plan.config, source.names)
     if said is not None:
         notes.append(f"recipe {plan.recipe.name} needs no calibration: {said} is not read")
     return None
@@ -148,7 +148,11 @@ def convert_checkpoint(
             events.note(f"{folder} holds this conversion already: nothing to do")
             return made
     check_usable(carried, source.place, events.note)
-    windows = choose_windows(plan.calibration, plan.config, carried) if plan.calibration else ()
+    windows = (
+        choose_windows(plan.calibration, plan.config, carried, events.note)
+        if plan.calibration
+        else ()
+    )
     same = identity(plan, source, carried, options.hash_source)
     if source.provider.revision is not None:
         events.note(f"from {source.provider.repo} @ {source.provider.revision}")

@@ -36,7 +36,7 @@ from qwen3_ascend.convert.recipe import NEAREST, Recipe, Rule
 from qwen3_ascend.convert.source.foreign import tensor_hint
 from qwen3_ascend.convert.source.names import HEAD
 from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
-from qwen3_ascend.convert.transforms import TRANSFORMS, Transform
+from qwen3_ascend.convert.transforms import TRANSFORMS, FittedTransform, Transform
 from qwen3_ascend.convert.transforms.parts import model_parts
 from qwen3_ascend.convert.transforms.whole import Touched, touched
 from qwen3_ascend.convert.weights import CHUNK_BYTES, chunk_outputs
@@ -257,7 +257,7 @@ def make_plan(
     """
     _check_rules(config, recipe, quantization)
     _refuse_strangers(config, slots, quantization)
-    transforms = tuple(TRANSFORMS[name] for name in recipe.transforms)
+    transforms = _transforms(recipe)
     spec = _stored_spec(config, recipe, transforms)
     made = (
         _plan_linear(part, slots, recipe, target, quantization)
@@ -271,6 +271,18 @@ def make_plan(
     weight_files = fill_files([item.forms for item in items], parse_size(max_file_bytes), STEM)
     stored = replace(config, tie_word_embeddings=spec.lm_head is None)
     return Plan(stored, recipe, target, items, weight_files, ignored, alike, transforms)
+
+
+def _transforms(recipe: Recipe) -> tuple[Transform, ...]:
+    """Calibration sees the inputs of a layer as the transforms that need no data leave them."""
+    named = tuple(TRANSFORMS[name] for name in recipe.transforms)
+    for name, before, after in zip(recipe.transforms, named, named[1:], strict=False):
+        if isinstance(before, FittedTransform) and not isinstance(after, FittedTransform):
+            raise RecipeError(
+                f"recipe {recipe.name}: the transform {name} needs data, and comes after those "
+                f"that need none"
+            )
+    return named
 
 
 def _stored_spec(config: Qwen3Config, recipe: Recipe, transforms: Sequence[Transform]) -> ModelSpec:
