@@ -174,10 +174,10 @@ class _Origin:
 
 def _changes(reader: CheckpointReader, kernels: native.Kernels) -> ModelChanges:
     manifest = reader.manifest
-    named = manifest.recipe.get("transforms", ())
+    named = manifest.transforms
     if unknown := [name for name in named if name not in TRANSFORMS]:
         raise CheckpointError(
-            f"its weights were changed by {', '.join(unknown)}, which cannot be done again here"
+            f"its weights were changed by {', '.join(unknown)}, which this version does not know"
         )
     transforms = [TRANSFORMS[name] for name in named]
     changes = ModelChanges(model_parts(manifest.model), transforms, kernels)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen3_ascend import native, recipes
+from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.calibration.data import Calibration, choose_windows, plan_calibration
@@ -28,7 +29,7 @@ from qwen3_ascend.convert.source.transfer import Transfer
 from qwen3_ascend.convert.usable import check_usable
 from qwen3_ascend.errors import CheckpointError, OptionError, os_errors
 from qwen3_ascend.files.paths import user_path
-from qwen3_ascend.files.text import parse_size
+from qwen3_ascend.files.text import parse_size, size_text
 from qwen3_ascend.version import __version__
 
 
@@ -72,6 +73,12 @@ def plan_conversion(
         alike=alike, quantization=source.quantization,
     )  # fmt: skip
     calibration = _calibration(plan, options, source, notes)
+    if config.tie_word_embeddings and any(transform.unties for transform in plan.transforms):
+        (head,) = (item for item in plan.items if item.name == LM_HEAD)
+        notes.append(
+            f"the embedding and the tied output projection become different weights: the latter is "
+            f"stored as well, {size_text(head.nbytes)}"
+        )
     for line in notes:  # not before: a refusal is one line
         events.note(line)
     return source, replace(plan, calibration=calibration)

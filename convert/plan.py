@@ -165,13 +165,14 @@ class Item:
         return chosen + max(choosing, packing)
 
     def _changed_bytes(self, piece: Piece) -> int:
-        """Memory of the changed weights that are known together, float32, and of a copy."""
+        """Memory of the changed weights that are known together, float32: all, of which pieces are
+        views, or those of a piece and of the blocks at its ends, and a copy of the piece."""
         outputs, inputs = self.matrix
-        together = outputs
-        if piece.axis == "outputs" and self.block:
-            around = piece.stop - piece.start + 2 * (self.block - 1)
-            together = min(around // self.block * self.block, outputs)
-        return 2 * torch.float32.itemsize * together * inputs if self.block else 0
+        if not self.block:
+            return 0
+        around = 2 * (piece.stop - piece.start) + 2 * (self.block - 1)
+        together = outputs if piece.axis == "inputs" else min(around, outputs)
+        return torch.float32.itemsize * together * inputs
 
 
 @dataclass(frozen=True)

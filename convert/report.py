@@ -27,7 +27,7 @@ tags: [qwen3, ascend, fractal_nz, {recipe}]
 
 Written by qwen3-ascend {version} from `{repo}`{revision} with the recipe `{recipe}`: the linear
 weights lie in FRACTAL_NZ and load without a format cast. `qwen3_ascend.json` tells what was done to
-every tensor and holds a BLAKE3 hash of every byte.{taken}{calibrated}
+every tensor and holds a BLAKE3 hash of every byte.{taken}{changed}{calibrated}
 
     qwen3-ascend verify .
     qwen3-ascend generate . --prompt "Hello"
@@ -113,6 +113,7 @@ def model_card(manifest: Manifest) -> bytes:
         version=manifest.tool_version,
         revision=revision,
         taken=_taken_text(manifest),
+        changed=_changed_text(manifest),
         calibrated=_calibrated_text(manifest),
     )
     return text.encode()
@@ -132,6 +133,16 @@ def _taken_text(manifest: Manifest) -> str:
 def _calibrated_text(manifest: Manifest) -> str:
     """What the model card says of calibration."""
     return f" Calibrated with {manifest.calibration}." if manifest.calibration else ""
+
+
+def _changed_text(manifest: Manifest) -> str:
+    """What the model card says of transforms."""
+    if not manifest.transforms:
+        return ""
+    return (
+        f" The weights are those of an equivalent model ({', '.join(manifest.transforms)}), not "
+        f"those of the source."
+    )
 
 
 def _row_key(item: Item) -> tuple[str, str, str, str]:

@@ -183,6 +183,12 @@ class Manifest:
     files: Mapping[str, FileEntry]
     calibration: CalibrationRecord | None = None
 
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """What has made equivalent weights of the source's, in this order; see docs/transforms.md.
+        Whoever computes with the checkpoint need not know: it is a Qwen3 like any other."""
+        return tuple(self.recipe.get("transforms", ()))
+
     def stored(self) -> dict[str, StoredTensor]:
         """Every stored tensor by its name in the weight files."""
         return dict(self.tensors) | {
@@ -281,6 +287,7 @@ class Manifest:
 def _recipe(data: object) -> dict[str, Any]:
     recipe = typed(data, dict[str, object], "recipe")
     typed(recipe.get("name"), Name, "recipe.name")
+    typed(recipe.get("transforms", []), tuple[str, ...], "recipe.transforms")
     return recipe
 
 
