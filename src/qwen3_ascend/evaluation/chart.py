@@ -68,7 +68,8 @@ def lines(series: Sequence[Series], x_name: str, y_name: str) -> Element:
         for at, value, said in one.points:
             group.append(_mark(number, x(at), y(value), f"{one.name}, {said}"))
         plot.append(group)
-    return element("figure", _legend([one.name for one in series]), plot, _caption(y_name))
+    legend = _legend([one.name for one in series])
+    return element("figure", _caption(f"{y_name}, by {x_name}"), legend, plot)
 
 
 def bars(values: Mapping[str, float], said: Mapping[str, str], name: str) -> Element:
@@ -94,7 +95,7 @@ def bars(values: Mapping[str, float], said: Mapping[str, str], name: str) -> Ele
         plot.append(_text(label - 8, top + 11, key, "end"))
         plot.append(_text(x(value) + 6, top + 11, said[key], "start"))
     plot.append(group)
-    return element("figure", plot, _caption(name))
+    return element("figure", _caption(name), plot)
 
 
 def whisker(value: float, low: float, high: float, reach: float) -> Element:

@@ -38,7 +38,7 @@ def table(header: tuple[str, ...], rows: list[tuple[Node, ...]], numbers: int = 
         ]
 
     body = [element("tr", *cells("td", row)) for row in rows]
-    head = element("thead", element("tr", *cells("th", header)))
+    head = element("thead", element("tr", *cells("th", header))) if any(header) else None
     return element("div", element("table", head, element("tbody", *body)), class_="wide")
 
 

@@ -143,7 +143,7 @@ def _peak(said: Comparison) -> str:
 
 
 def _verdict(said: Comparison) -> Element:
-    return element("span", said.verdict, class_=said.verdict.replace(" ", "-"))
+    return element("span", words.verdict_text(said), class_=said.verdict.replace(" ", "-"))
 
 
 def _reaches(comparisons: list[Comparison], names: list[str]) -> Element | None:
