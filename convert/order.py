@@ -12,11 +12,11 @@ def working_order(plan: Plan, source: Source) -> list[Item]:
     Only one thread can hash a tensor: a large one that begins last would keep the others waiting.
     What lies in two files comes first of those in the second one, so that the first can go.
     """
-    order = source.file_order(name for item in plan.items for name in item.reads)
+    order = source.file_order(name for item in plan.items for name in item.needs)
     place = {file: index for index, file in enumerate(order)}
 
     def key(item: Item) -> tuple[int, bool, int]:
-        places = [place[file] for file in source.file_order(item.reads)]
+        places = [place[file] for file in source.file_order(item.needs)]
         return max(places), len(places) == 1, -item.source_bytes
 
     return sorted(plan.items, key=key)

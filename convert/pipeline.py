@@ -24,6 +24,8 @@ from qwen3_ascend.convert.output.weight_file import WeightFileWriter
 from qwen3_ascend.convert.output.writer import OutputWriter
 from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.convert.transforms.parts import model_parts
+from qwen3_ascend.convert.transforms.whole import ModelChanges
 from qwen3_ascend.convert.work import convert, make_task, stored_blake3
 from qwen3_ascend.errors import DamagedSourceError
 from qwen3_ascend.native import Kernels
@@ -46,21 +48,25 @@ class Conversion(Production[Item]):
         self.plan, self.source = plan, source
         self._kernels, self._hash_source = kernels, hash_source
         self._readers = Counter(
-            file for item in plan.items for file in source.file_order(item.reads)
-        ) + Counter(source.file_order(plan.alike))
+            file for item in plan.items for file in source.file_order(item.needs)
+        ) + Counter(source.file_order(plan.compared))
+        self._changes = ModelChanges(model_parts(plan.config), plan.transforms, kernels)
 
     def run(self) -> None:
         """Takes up what is left of an earlier run and does the rest."""
         self.take_up()
         todo = self.remaining(working_order(self.plan, self.source))
-        self.source.expect([*(name for item in todo for name in item.reads), *self.plan.alike])
+        self.source.expect([*(n for item in todo for n in item.needs), *self.plan.compared])
         self.make(todo)
         for name, stored in self.plan.alike.items():
             self._require_equal(name, stored)
 
     def _require_equal(self, name: str, stored: str) -> None:
         """Holds a source tensor that is left out against the stored one that takes its place."""
-        if stored_blake3(self.source.read(name)) != self.done[stored].blake3[stored]:
+        changed = self.plan.transforms  # what is stored is then not what was read
+        blake3 = self.done[stored].blake3[stored]
+        expected = stored_blake3(self.source.read(stored)) if changed else blake3
+        if stored_blake3(self.source.read(name)) != expected:
             raise DamagedSourceError(
                 f"config.json ties {name} to {stored}, but the two differ; download the model, "
                 f"and convert that folder: then {name} is kept"
@@ -68,7 +74,7 @@ class Conversion(Production[Item]):
 
     @override
     def task(self, item: Item, file: WeightFileWriter) -> Callable[[], Done]:
-        task = make_task(item, self.source)
+        task = make_task(item, self.source, self._changes)
         advance = partial(self.advance, item.source_bytes // len(task.pieces))
         return partial(convert, task, file, self._kernels, self._hash_source, advance)
 
@@ -78,7 +84,7 @@ class Conversion(Production[Item]):
 
     @override
     def release(self, item: Item) -> None:
-        for name in self.source.file_order(item.reads):
+        for name in self.source.file_order(item.needs):
             self._readers[name] -= 1
             if not self._readers[name]:
                 self.source.release(name)

@@ -33,6 +33,9 @@ from qwen3_ascend.convert.recipe import Recipe, Rule
 from qwen3_ascend.convert.source.foreign import tensor_hint
 from qwen3_ascend.convert.source.names import HEAD
 from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
+from qwen3_ascend.convert.transforms import TRANSFORMS, Transform
+from qwen3_ascend.convert.transforms.parts import model_parts
+from qwen3_ascend.convert.transforms.whole import Touched, touched
 from qwen3_ascend.errors import RecipeError, SourceError
 from qwen3_ascend.files.safetensors import Form, TensorSlot
 from qwen3_ascend.files.text import parse_size
@@ -57,6 +60,9 @@ class Item:
         encoding: how the source holds its weight.
         weights: the source tensors that its weight is made of.
         source_bytes: of its tensors in the source.
+        block: how many neighbouring outputs have to be known together, since a transform mixes
+            them; 0 if its weight stays as it is.
+        consults: further source tensors, which decide how its weight is changed.
     """
 
     spec: Spec
@@ -66,6 +72,8 @@ class Item:
     encoding: Encoding
     weights: tuple[str, ...]
     source_bytes: int
+    block: int = 0
+    consults: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -97,6 +105,17 @@ class Item:
         """All source tensors that it is made of."""
         return (*self.weights, *self.biases)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """All source tensors that have to be there to make it."""
+        return tuple(dict.fromkeys((*self.reads, *self.consults)))
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """What a transform calls the weights that are stacked: those of the source, but for a head
+        that is made of the embedding and becomes another weight."""
+        return (LM_HEAD,) if self.name == LM_HEAD else self.parts
+
     def stored_name(self, suffix: str) -> str:
         """The full name of a stored tensor."""
         return self.name if isinstance(self.spec, TensorSpec) else f"{self.name}.{suffix}"
@@ -122,8 +141,19 @@ class Item:
         piece, (outputs, inputs) = self.pieces[0], self.matrix
         weights = (piece.stop - piece.start) * (inputs if piece.axis == "outputs" else outputs)
         itemsize = -(-self.source_bytes // (outputs * (inputs + bool(self.biases))))
+        if self.block:
+            itemsize = torch.float32.itemsize
         taken = self.encoding.temporary_bytes(self.scheme, self.layout, itemsize)
-        return max(taken * weights, PIECE_BYTES)
+        return max(taken * weights, PIECE_BYTES) + self._changed_bytes(piece)
+
+    def _changed_bytes(self, piece: Piece) -> int:
+        """Memory of the changed weights that are known together, float32, and of a copy."""
+        outputs, inputs = self.matrix
+        together = outputs
+        if piece.axis == "outputs" and self.block:
+            around = piece.stop - piece.start + 2 * (self.block - 1)
+            together = min(around // self.block * self.block, outputs)
+        return 2 * torch.float32.itemsize * together * inputs if self.block else 0
 
 
 @dataclass(frozen=True)
@@ -137,6 +167,7 @@ class Plan:
         ignored: source tensors that are left out, each with the reason.
         alike: of these, the ones that seem to equal a tensor that is stored, by its name; they are
             compared in full once they have been read.
+        transforms: that make equivalent weights first.
     """
 
     config: Qwen3Config
@@ -146,6 +177,12 @@ class Plan:
     weight_files: tuple[WeightFilePlan, ...]
     ignored: Mapping[str, str]
     alike: Mapping[str, str]
+    transforms: tuple[Transform, ...] = ()
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Source tensors that are read once more in the end, to hold one against another."""
+        return (*self.alike, *(self.alike.values() if self.transforms else ()))
 
     @property
     def source_bytes(self) -> int:
@@ -200,24 +237,29 @@ def make_plan(
     """
     _check_rules(config, recipe, quantization)
     _refuse_strangers(config, slots, quantization)
-    spec = _stored_spec(config, recipe)
-    items = tuple(
+    transforms = tuple(TRANSFORMS[name] for name in recipe.transforms)
+    spec = _stored_spec(config, recipe, transforms)
+    made = (
         _plan_linear(part, slots, recipe, target, quantization)
         if isinstance(part, LinearSpec)
         else _plan_tensor(part, slots)
         for part in spec
     )
+    changes = touched(model_parts(config), transforms)
+    items = tuple(_changed(item, changes, recipe, quantization) for item in made)
     ignored = _unread(config, items, slots)
     weight_files = fill_files([item.forms for item in items], parse_size(max_file_bytes), STEM)
     stored = replace(config, tie_word_embeddings=spec.lm_head is None)
-    return Plan(stored, recipe, target, items, weight_files, ignored, alike)
+    return Plan(stored, recipe, target, items, weight_files, ignored, alike, transforms)
 
 
-def _stored_spec(config: Qwen3Config, recipe: Recipe) -> ModelSpec:
-    """The weights that are stored: a tied head that is quantized becomes one of its own, made of
-    the embedding, which stays as it is."""
-    spec = model_spec(config)
-    if spec.lm_head or recipe.rule_for(LM_HEAD).scheme == BF16():
+def _stored_spec(
+    config: Qwen3Config, recipe: Recipe, transforms: Sequence[Transform]
+) -> ModelSpec:
+    """The weights that are stored: a tied head that is quantized, or becomes another weight than
+    the embedding, is one of its own, made of the embedding."""
+    spec, unties = model_spec(config), any(transform.unties for transform in transforms)
+    if spec.lm_head or (recipe.rule_for(LM_HEAD).scheme == BF16() and not unties):
         return spec
     return replace(spec, lm_head=lm_head_spec(config, EMBEDDING))
 
@@ -321,6 +363,23 @@ def _plan_linear(
     stored = stored_forms(scheme, spec.shape, layout, spec.bias)
     item = Item(spec, scheme, layout, stored, encoding, tuple(weights), 0)
     return replace(item, source_bytes=sum(slots[name].nbytes for name in item.reads))
+
+
+def _changed(
+    item: Item, changes: Mapping[str, Touched], recipe: Recipe, quantization: Quantization
+) -> Item:
+    """An item with what transforms will do to it."""
+    found = [changes[name] for name in item.changed if name in changes]
+    if not found:
+        return item
+    if item.encoding != FLOAT:
+        raise RecipeError(
+            f"recipe {recipe.name}: its transforms ({', '.join(recipe.transforms)}) change "
+            f"{item.parts[0]}, which the source holds as {item.encoding.scheme} "
+            f"({quantization.format}): codes cannot be changed; convert the original model"
+        )
+    consults = dict.fromkeys(f"{name}.{WEIGHT}" for touch in found for name in touch.consults)
+    return replace(item, block=max(touch.block for touch in found), consults=tuple(consults))
 
 
 def _unread(

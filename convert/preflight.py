@@ -63,8 +63,8 @@ def low_disk_peak(plan: Plan, source: Source) -> int:
 
     A file is there from its first use to its last, and while it is in use the next one comes.
     """
-    uses = [source.file_order(item.reads) for item in working_order(plan, source)]
-    uses.append(source.file_order(plan.alike))
+    uses = [source.file_order(item.needs) for item in working_order(plan, source)]
+    uses.append(source.file_order(plan.compared))
     order = list(dict.fromkeys(name for names in uses for name in names))
     first = {name: index for index, names in reversed([*enumerate(uses)]) for name in names}
     last = {name: index for index, names in enumerate(uses) for name in names}

@@ -17,6 +17,8 @@ from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import Codes, Scheme
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums
+from qwen3_ascend.convert.transforms.changes import FindChanges
+from qwen3_ascend.convert.transforms.stack import ChangedStack
 from qwen3_ascend.native import Kernels
 
 
@@ -43,6 +45,10 @@ class Weights(ABC):
     def has_codes(self, stored: Linear, piece: Piece) -> bool:
         """Whether a stored piece holds the source's codes; True of a source that has none."""
 
+    @abstractmethod
+    def changed(self, find: FindChanges, kernels: Kernels) -> Weights:
+        """These weights after a change of each part."""
+
 
 @dataclass(frozen=True)
 class ChosenWeights(Weights):
@@ -65,6 +71,10 @@ class ChosenWeights(Weights):
     @override
     def has_codes(self, stored: Linear, piece: Piece) -> bool:
         return True
+
+    @override
+    def changed(self, find: FindChanges, kernels: Kernels) -> Weights:
+        return ChosenWeights(ChangedStack(self.stack.parts, find, kernels))
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,10 @@ class TakenWeights(Weights):
         return found.keys() == expected.keys() and all(
             torch.equal(_bits(found[suffix]), _bits(expected[suffix])) for suffix in expected
         )
+
+    @override
+    def changed(self, find: FindChanges, kernels: Kernels) -> Weights:
+        raise AssertionError("the plan refuses to change codes")
 
     def _codes(self, piece: Piece) -> Codes:
         """The codes of a piece: views if it lies in one part, else copies."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from blake3 import blake3
@@ -15,10 +16,13 @@ from qwen3_ascend.checkpoint.linear import BIAS, byte_offset, stored_bias, store
 from qwen3_ascend.checkpoint.schemes import BF16
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Sums, sqnr_db
 from qwen3_ascend.convert.encodings import read_weights
+from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.weight_file import WeightFileWriter, tensor_bytes
 from qwen3_ascend.convert.plan import Item
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.convert.transforms.changes import FindChanges
+from qwen3_ascend.convert.transforms.whole import ModelChanges
 from qwen3_ascend.convert.weights import Weights
 from qwen3_ascend.errors import DamagedSourceError
 from qwen3_ascend.native import Kernels, NotFinite
@@ -37,6 +41,7 @@ class Task:
         weights: those of its weight.
         biases: those of the bias's parts.
         pieces: how the weight is divided.
+        changes: gives what transforms do to each part; None if they leave the item as it is.
     """
 
     item: Item
@@ -44,12 +49,13 @@ class Task:
     weights: Weights
     biases: tuple[Tensor, ...]
     pieces: tuple[Piece, ...]
+    changes: FindChanges | None = None
 
     @property
     def is_verbatim(self) -> bool:
         """Whether what is stored is, byte by byte, the one source tensor."""
         item = self.item
-        plain = item.scheme == BF16() and item.layout == ND
+        plain = item.scheme == BF16() and item.layout == ND and not item.block
         return plain and len(self.reads) == 1 and self.reads[0][1].dtype == torch.bfloat16
 
     def pack(self, index: int, kernels: Kernels) -> Packed:
@@ -63,25 +69,55 @@ class Task:
             packed = self.weights.pack_piece(item.scheme, self.pieces[index], item.layout, kernels)
             if not self.biases or index:
                 return packed
-            bias = stored_bias(torch.cat(self.biases))
+            bias = stored_bias(torch.cat(changed_biases(self.biases, self.changes, kernels)))
             kernels.check_finite(bias[None])
             return Packed({**packed.tensors, BIAS: bias}, packed.sums)
         except NotFinite:
             for name, tensor in self.reads:
                 require_finite(name, tensor)
-            raise
+            if self.changes is None:
+                raise
+            raise DamagedSourceError(
+                f"the transforms of the recipe make weights of {item.name} that are beyond "
+                f"bfloat16: convert with a recipe without transforms"
+            ) from None
 
 
-def make_task(item: Item, source: Source) -> Task:
+def make_task(item: Item, source: Source, changes: ModelChanges) -> Task:
     """Reads an item's source tensors, which waits for their files.
+
+    Args:
+        item: what is to be made.
+        source: of the model.
+        changes: what transforms do to the model.
 
     Raises:
         DamagedSourceError: if a small tensor of the weight holds what cannot be right.
     """
+    for name in item.consults:
+        source.read(name)
     values = {name: source.read(name) for name in item.reads}
     weights = read_weights(item.encoding, item.parts, {name: values[name] for name in item.weights})
     biases = tuple(values[name] for name in item.biases)
-    return Task(item, tuple(values.items()), weights, biases, item.pieces)
+    if not item.block:
+        return Task(item, tuple(values.items()), weights, biases, item.pieces)
+    find = partial(changes.of, item.changed, partial(floats_of, source))
+    weights = weights.changed(find, changes.kernels)
+    return Task(item, tuple(values.items()), weights, biases, item.pieces, find)
+
+
+def floats_of(source: Source, name: str) -> Tensor:
+    """The weight of a linear, norm or embedding of floats, as the source has it."""
+    return source.read(f"{name}.{WEIGHT}")
+
+
+def changed_biases(
+    biases: Sequence[Tensor], changes: FindChanges | None, kernels: Kernels
+) -> Sequence[Tensor]:
+    """The biases [N] of the parts of a linear after the changes of these parts."""
+    if changes is None:
+        return biases
+    return [change.bias(b, kernels) for change, b in zip(changes(), biases, strict=True)]
 
 
 class _Output:

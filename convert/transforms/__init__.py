@@ -2,5 +2,15 @@
 
 from __future__ import annotations
 
-TRANSFORMS: tuple[str, ...] = ()
+from qwen3_ascend.convert.transforms.base import Transform
+from qwen3_ascend.convert.transforms.changes import Change, Changes
+from qwen3_ascend.convert.transforms.cle import Cle
+from qwen3_ascend.convert.transforms.rotate import RotateModel
+
+TRANSFORMS: dict[str, Transform] = {
+    "cle": Cle(),
+    "rotate": RotateModel(),
+}
 """By the name that a recipe says."""
+
+__all__ = ["TRANSFORMS", "Change", "Changes", "Cle", "RotateModel", "Transform"]

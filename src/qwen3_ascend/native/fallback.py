@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
+from qwen3_ascend.native.butterflies import rotate
 from qwen3_ascend.native.kernels import (
     FLOATS,
     NotFinite,
     check_codes,
     check_matrix,
     check_pack,
+    check_square_sums,
     lane_sums,
 )
 
@@ -80,6 +82,20 @@ class TorchKernels:
             groups = strips[:, start // ROW_BLOCK : -(-stop // ROW_BLOCK)]
             rows = groups.permute(1, 2, 0, 3).flatten(2, 3).flatten(0, 1)
             destination[start:stop] = rows[: stop - start, : destination.shape[1]]
+
+    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        rotate(matrix, 1, signs, base)
+
+    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        rotate(matrix, 0, signs, base)
+
+    def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
+        check_square_sums(source, axis, sums)
+        lines = source if axis == 0 else source.t()
+        step = max(1, BLOCK_WEIGHTS // max(1, lines.shape[1]))
+        for start in range(0, len(lines), step):
+            squares = lines[start : start + step].double().square_()
+            sums[start : start + step] = lane_sums(squares.contiguous())
 
 
 def _blocks(matrix: Tensor, unit: int) -> Iterator[tuple[int, int]]:

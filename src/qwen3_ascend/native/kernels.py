@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
+from qwen3_ascend.native.butterflies import rotate
 from qwen3_ascend.native.library import Library
 
 LANES = 8
@@ -66,6 +67,24 @@ class Kernels(Protocol):
     def unpack_nz_rows(self, strips: Tensor, destination: Tensor) -> None:
         """The inverse: strips [N1, M1, 16, C0] into destination [M, N] of the same dtype."""
 
+    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        """Rotate each block of S neighbours in every row, in place: x becomes H (s * x) / sqrt(S).
+
+        matrix float32 [N, K], K a multiple of S; signs float32 [S] of 1 and -1; base float32
+        [M, M] of 1 and -1, S = M * 2^k, H = base (x) Sylvester's matrix of order 2^k. Additions in
+        this order: pairs 1 apart, 2 apart, ..., 2^(k-1) apart, each a + b and a - b; then rows of
+        the base from its first column to its last; then one product with float32(1 / sqrt(S)).
+        """
+
+    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        """The same for each block of S neighbours in every column; N is a multiple of S."""
+
+    def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
+        """Write the sums of w^2 of every row (axis 0) or column (axis 1) of source [N, K].
+
+        sums float64 [N] or [K]; in the order of `lane_sums` along the other axis.
+        """
+
 
 def check_codes(
     source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
@@ -78,6 +97,12 @@ def check_codes(
     _check_plain("scales", scales, torch.float32, (rows,))
     _check_plain("signal", signal, torch.float64, (rows,))
     _check_plain("noise", noise, torch.float64, (rows,))
+
+
+def check_square_sums(source: Tensor, axis: int, sums: Tensor) -> None:
+    """Raise ValueError unless the arguments fit square_sums."""
+    check_matrix(source, FLOATS)
+    _check_plain("sums", sums, torch.float64, (source.shape[axis],))
 
 
 def check_pack(matrix: Tensor, strips: Tensor) -> None:
@@ -140,6 +165,17 @@ class NativeKernels:
         rows, columns = destination.shape
         target = (rows, columns * size, destination.data_ptr(), destination.stride(0) * size)
         self._run("unpack_nz_rows", strips.data_ptr(), _strip_stride(strips), *target)
+
+    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        rotate(matrix, 1, signs, base)
+
+    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        rotate(matrix, 0, signs, base)
+
+    def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
+        check_square_sums(source, axis, sums)
+        from qwen3_ascend.native.fallback import TorchKernels
+        TorchKernels().square_sums(source, axis, sums)
 
     def _run(self, name: str, *arguments: int, position: bool = False) -> None:
         """Call a kernel; with `position` it reports a non-finite weight as its last argument."""

@@ -70,13 +70,16 @@ class BF16(Scheme):
         """Rounds to bfloat16, which is exact for a bfloat16 source."""
         if layout == NZ and piece.axis == "inputs":
             weight = _pack_strips(source, piece, kernels)
+            if source.is_all(torch.bfloat16):
+                return Packed({"weight": weight}, None)
+            matrix = source.piece(piece)
         else:
-            matrix = source.piece(piece).to(torch.bfloat16)
-            kernels.check_finite(matrix)
-            weight = layout.pack(matrix)
-        if source.is_all(torch.bfloat16):
-            return Packed({"weight": weight}, None)
-        matrix = source.piece(piece)
+            matrix = source.piece(piece)
+            rounded = matrix.to(torch.bfloat16)
+            kernels.check_finite(rounded)
+            weight = layout.pack(rounded)
+            if source.is_all(torch.bfloat16):
+                return Packed({"weight": weight}, None)
         decoded = layout.unpack(weight, matrix.shape)
         return Packed({"weight": weight}, measured(matrix, decoded, piece.axis))
 

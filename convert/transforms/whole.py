@@ -1,0 +1,126 @@
+"""The changes of a whole model: found unit by unit, when they are first asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend import native
+from qwen3_ascend.convert.transforms.base import Transform
+from qwen3_ascend.convert.transforms.changes import Change, Changes, Floats
+from qwen3_ascend.convert.transforms.parts import ModelParts, Unit
+from qwen3_ascend.native import Kernels
+
+
+@dataclass(frozen=True)
+class Touched:
+    """What is known of the change of a weight from headers.
+
+    Attributes:
+        block: how many neighbouring outputs have to be known together.
+        consults: names of the weights that decide the change.
+    """
+
+    block: int
+    consults: tuple[str, ...]
+
+
+def touched(model: ModelParts, transforms: Sequence[Transform]) -> dict[str, Touched]:
+    """The weights that transforms change, by name.
+
+    Raises:
+        RecipeError: if a transform cannot change a model of this shape.
+    """
+    found: dict[str, Touched] = {}
+    for unit in model.units:
+        consults = tuple(dict.fromkeys(n for t in transforms for n in t.consults(model, unit)))
+        for transform in transforms:
+            for name, block in transform.touches(model, unit).items():
+                before = found[name].block if name in found else 1
+                # One is a multiple of the other: both are of the same axis.
+                found[name] = Touched(max(before, block), consults)
+    return found
+
+
+def unit_changes(
+    model: ModelParts,
+    unit: Unit,
+    transforms: Sequence[Transform],
+    floats: Floats,
+    kernels: Kernels | None = None,
+) -> Changes:
+    """What transforms, in their order, make of one unit of a model."""
+    changes = Changes()
+    for transform in transforms:
+        changes = transform.change(model, unit, floats, changes, kernels or native.best())
+    return changes
+
+
+class ModelChanges:
+    """Finds the changes of each unit once; threads that want the same one wait for it.
+
+    What is kept are factors, one for each channel: some megabytes of the largest model.
+
+    Attributes:
+        kernels: that it computes with.
+        touched: what is known before any weight is.
+    """
+
+    def __init__(
+        self, model: ModelParts, transforms: Sequence[Transform], kernels: Kernels
+    ) -> None:
+        self.kernels = kernels
+        self.touched = touched(model, transforms)
+        self._model, self._transforms = model, transforms
+        self._units = {name: unit for unit in model.units for name in unit.names}
+        self._found: dict[Unit, Changes] = {}
+        self._locks = {unit: threading.Lock() for unit in model.units}
+
+    def of(self, names: Sequence[str], floats: Floats) -> list[Change]:
+        """The changes of some weights.
+
+        Args:
+            names: of one unit.
+            floats: gives what the unit consults.
+        """
+        return [self._changes(self._units[name], floats)[name] for name in names]
+
+    def _changes(self, unit: Unit, floats: Floats) -> Changes:
+        with self._locks[unit]:
+            if unit not in self._found:
+                self._found[unit] = unit_changes(
+                    self._model, unit, self._transforms, floats, self.kernels
+                )
+            return self._found[unit]
+
+
+def transformed(
+    state: Mapping[str, Tensor], model: ModelParts, transforms: Sequence[Transform]
+) -> dict[str, Tensor]:
+    """A state dict of the same function, float32: for a model that fits into memory.
+
+    Args:
+        state: tensors by the names of transformers; of a tied head it may hold none.
+        model: its parts.
+        transforms: in their order.
+    """
+    head = f"{model.ends.head}.weight"
+    whole = dict(state)
+    if any(transform.unties for transform in transforms):
+        whole.setdefault(head, state[f"{model.ends.embedding}.weight"])
+    changes: dict[str, Change] = {}
+    for unit in model.units:
+        changes |= unit_changes(model, unit, transforms, lambda n: whole[f"{n}.weight"]).of
+    return {name: _changed(name, tensor, changes) for name, tensor in whole.items()}
+
+
+def _changed(name: str, tensor: Tensor, changes: Mapping[str, Change]) -> Tensor:
+    linear, _, suffix = name.rpartition(".")
+    change = changes.get(linear, Change())
+    if suffix == "bias":
+        return change.bias(tensor)
+    return change.weight(tensor.view(-1, tensor.shape[-1])).view(tensor.shape)
