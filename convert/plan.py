@@ -359,7 +359,7 @@ def _plan_linear(
             check_floats(f"{source}.{BIAS}", (rows,), slots)
     if refusal := target.refusal(scheme, spec.shape):
         raise RecipeError(f"recipe {recipe.name}: {spec.name}: {refusal}")
-    layout = target.layout(scheme, spec.name)
+    layout = target.layout(scheme, spec.name, spec.shape)
     stored = stored_forms(scheme, spec.shape, layout, spec.bias)
     item = Item(spec, scheme, layout, stored, encoding, tuple(weights), 0)
     return replace(item, source_bytes=sum(slots[name].nbytes for name in item.reads))

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Input, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.memory import available_memory
@@ -88,6 +88,8 @@ class Int8Linear:
 LINEARS: dict[type[Scheme], Callable[[Linear, torch.dtype], DeviceLinear]] = {
     BF16: FloatLinear.load,
     W8A8: Int8Linear,
+    W8A16: FloatLinear.load,
+    W4A16: FloatLinear.load,
 }
 
 

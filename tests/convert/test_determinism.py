@@ -107,7 +107,7 @@ def put_together(scheme: Scheme, source: Stack, layout: Layout, kernels: native.
     return linear
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(1, 70), min_size=1, max_size=3), st.integers(1, 90),
     st.sampled_from([*sorted(SCHEMES), GroupInt4.name]), st.booleans(), st.integers(1, 9000),

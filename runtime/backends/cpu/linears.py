@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Scheme
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import Product, pick_int8_matmul
 from qwen3_ascend.runtime.backends.reference import FloatLinear, Loader
 from qwen3_ascend.runtime.backends.reference import Int8Linear as ReferenceInt8Linear
@@ -29,4 +29,6 @@ class Int8Linear(ReferenceInt8Linear):
 LINEARS: dict[type[Scheme], Loader] = {
     BF16: FloatLinear.load,
     W8A8: Int8Linear,
+    W8A16: FloatLinear.load,
+    W4A16: FloatLinear.load,
 }
