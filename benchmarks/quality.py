@@ -23,6 +23,7 @@ that was broken off goes on; `--again` measures anew what failed.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import hashlib
 import json
 import math
@@ -38,9 +39,9 @@ from typing import Any
 
 import random_model
 import torch
+from peers import own
 from peers.checkpoints import PeerModel
 from peers.models import MODELS, Model
-from peers.own import convert, open_checkpoint
 from peers.scoring import Interval, Score, Scorer
 
 ROOT = Path(__file__).parents[1]
@@ -66,41 +67,54 @@ class Method:
         peer: who does it.
         name: the peer's script's word for it, or our recipe.
         settings: for people.
+        calibrated: whether our recipe is given the calibration text.
+        decoded: our checkpoint through the arithmetic of the peers' rows, to show that it is fair.
     """
 
     row: str
     peer: str
     name: str
     settings: str
+    calibrated: bool = True
+    decoded: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Where its result is kept, below its peer's."""
+        return f"{self.name}-decoded" if self.decoded else self.name
 
 
 LLM_COMPRESSOR, MSMODELSLIM, AUTO_ROUND = "llm-compressor", "msmodelslim", "auto-round"
 
 METHODS = (
-    Method("w8a8", OURS, "w8a8", "recipe w8a8"),
-    Method("w8a8", OURS, "w8a8-plain", "recipe w8a8-plain"),
+    Method("w8a8", OURS, "w8a8", "recipe w8a8", False),
+    Method("w8a8", OURS, "w8a8-nearest", "nearest", False),
+    Method("w8a8", OURS, "w8a8-nearest", "nearest, in the peers' arithmetic", False, True),
+    Method("w8a8", OURS, "w8a8-cle", "cle, nearest", False),
+    Method("w8a8", OURS, "w8a8-cle-rotate", "cle, rotate, nearest", False),
     Method("w8a8", LLM_COMPRESSOR, "rtn-w8a8", "QuantizationModifier"),
     Method("w8a8", LLM_COMPRESSOR, "spinquant-w8a8", "SpinQuant R1 and R2, QuantizationModifier"),
     Method("w8a8", MSMODELSLIM, "minmax-w8a8", "minmax"),
     Method("w8a8", AUTO_ROUND, "rtn-w8a8", "0 iterations, disable_opt_rtn"),
     Method("w8a8-calibrated", OURS, "w8a8-calibrated", "recipe w8a8-calibrated"),
+    Method("w8a8-calibrated", OURS, "w8a8-cle-rotate-smooth", "cle, rotate, smooth, nearest"),
     Method("w8a8-calibrated", LLM_COMPRESSOR, "smoothquant-w8a8", "SmoothQuant 0.5"),
-    Method(
-        "w8a8-calibrated", LLM_COMPRESSOR, "smoothquant-gptq-w8a8", "SmoothQuant 0.8 and GPTQ"
-    ),
+    Method("w8a8-calibrated", LLM_COMPRESSOR, "smoothquant-gptq-w8a8", "SmoothQuant 0.8, GPTQ"),
     Method("w8a8-calibrated", MSMODELSLIM, "smooth-w8a8", "iter_smooth 0.5, minmax"),
     Method("w8a8-calibrated", AUTO_ROUND, "tuned-w8a8", "200 iterations"),
     Method("w8a8-static", OURS, "w8a8-static", "recipe w8a8-static"),
     Method(
         "w8a8-static", LLM_COMPRESSOR, "smoothquant-gptq-static",
-        "SmoothQuant 0.8 and GPTQ, asymmetric minmax",
+        "SmoothQuant 0.8, GPTQ, asymmetric minmax",
     ),
     Method("w8a8-static", MSMODELSLIM, "smooth-static", "iter_smooth 0.5, asymmetric minmax"),
     *(
         method
         for group in (128, 64, 32)
         for method in (
-            Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}", "recipe w4a16"),
+            Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-nearest", "nearest", False),
+            Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-mse", "mse"),
+            Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-gptq", "gptq"),
             Method(f"w4a16-g{group}", LLM_COMPRESSOR, f"gptq-g{group}", "GPTQ"),
             Method(f"w4a16-g{group}", AUTO_ROUND, f"opt-rtn-g{group}", "0 iterations: opt-RTN"),
             Method(f"w4a16-g{group}", AUTO_ROUND, f"tuned-g{group}", "200 iterations"),
@@ -122,9 +136,16 @@ class Result:
 def main() -> None:
     """See the module docstring."""
     options = parse()
-    chosen = [method for method in METHODS if method.row in options.rows]
-    chosen = [method for method in chosen if method.peer in options.peers]
-    print(f"{random_model.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    chosen = [
+        method
+        for method in METHODS
+        if method.row in options.rows
+        and method.peer in options.peers
+        and any(fnmatch.fnmatch(method.name, pattern) for pattern in options.methods)
+    ]
+    print(
+        f"{random_model.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     versions = {peer: version(peer) for peer in dict.fromkeys(method.peer for method in chosen)}
     for peer, said in versions.items():
         print(f"{peer} {said}")
@@ -144,10 +165,11 @@ def measure(
     texts = folder / "calibration.json"
     said = {"tokens": model.calibration, "texts": model.calibration_texts}
     texts.write_text(json.dumps(said))
+    texts.with_suffix(".txt").write_text("".join(model.calibration_texts))
     scorer: list[Scorer] = []
     found = {}
     for method in methods:
-        place = folder / f"{method.peer}-{identity(method.peer)}" / method.name
+        place = folder / f"{method.peer}-{identity(method.peer)}" / method.folder
         kept = read_result(place, model, options.again)
         if kept is None:
             print(f"{model.name}: {method.peer} {method.name}", flush=True)
@@ -164,37 +186,42 @@ def run(
 ) -> Result:  # fmt: skip
     """Quantizes, unless that was done before, and scores."""
     place.mkdir(parents=True, exist_ok=True)
-    output, started = place / "checkpoint", time.perf_counter()
+    output, taken = place / "checkpoint", place / "seconds"
     try:
         if not output.exists():
-            quantize(method, model, output, texts, options.minutes)
-        seconds = time.perf_counter() - started
-        if method.peer == OURS:
-            candidate, bits = open_checkpoint(output)
-        else:
-            candidate = PeerModel(output, dynamic="w8a8" in method.row)
-            bits = candidate.bits_per_weight()
-        return Result(scorer.score(candidate), bits, seconds, "")
+            taken.write_text(str(quantize(method, model, output, texts, options.minutes)))
+        candidate = opened(method, output)
+        score, bits = scorer.score(candidate), candidate.bits_per_weight()
     except Failed as error:
-        return Result(None, math.nan, time.perf_counter() - started, str(error))
+        return Result(None, math.nan, math.nan, str(error))
+    if method.peer == OURS:  # soon made anew, and by another version
+        shutil.rmtree(output)
+    return Result(score, bits, float(taken.read_text()), "")
+
+
+def opened(method: Method, output: Path) -> own.OwnModel | PeerModel:
+    """A checkpoint, to be scored."""
+    if method.peer == OURS:
+        return own.OwnDecoded(output) if method.decoded else own.OwnModel(output)
+    return PeerModel(output, dynamic=method.row.startswith("w8a8"))
 
 
 class Failed(Exception):
     """A method that made no checkpoint; the message says why in a line."""
 
 
-def quantize(method: Method, model: Model, output: Path, texts: Path, minutes: float) -> None:
-    """Makes the checkpoint; Failed if that does not succeed in time."""
+def quantize(method: Method, model: Model, output: Path, texts: Path, minutes: float) -> float:
+    """Makes the checkpoint, which takes the returned seconds; Failed if it is not made in time."""
     unfinished = output.with_name("unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     log = output.with_name("log")
     if method.peer == OURS:
-        command = convert(method.name, model.folder, unfinished, texts)
+        text = texts.with_suffix(".txt") if method.calibrated else None
+        command = own.command(method.name, model.folder, unfinished, text)
     else:
         command = peer_command(method, model.folder, unfinished, texts)
-    if command is None:
-        raise Failed("not run: this version has no such recipe")
     print("   ", *command, flush=True)
+    started = time.perf_counter()
     with log.open("w") as out:
         try:
             done = subprocess.run(
@@ -206,6 +233,7 @@ def quantize(method: Method, model: Model, output: Path, texts: Path, minutes: f
     if done.returncode:
         raise Failed(reason(log.read_text(errors="replace")))
     unfinished.rename(output)
+    return time.perf_counter() - started
 
 
 def peer_command(method: Method, model: Path, output: Path, texts: Path) -> list[str]:
@@ -272,7 +300,9 @@ def read_result(place: Path, model: Model, again: bool) -> Result | None:
     said = data.pop("score")
     if said is None:
         return Result(None, **data)
-    intervals = {key: Interval(*said.pop(key).values()) for key in ("divergence", "perplexity_change")}
+    intervals = {
+        key: Interval(*said.pop(key).values()) for key in ("divergence", "perplexity_change")
+    }
     return Result(Score(**intervals, **said), **data)
 
 
@@ -321,6 +351,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--peers", nargs="+", choices=peers, default=peers)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--methods", nargs="+", default=["*"], help="patterns of their names")
     parser.add_argument("--windows", type=int, default=16, help="of 512 tokens, to score")
     parser.add_argument("--minutes", type=float, default=120, help="that a method may take")
     parser.add_argument("--again", action="store_true", help="try anew what failed")

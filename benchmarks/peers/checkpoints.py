@@ -28,8 +28,10 @@ from qwen3_ascend.checkpoint.schemes import Input
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.convert.source.config_file import read_config
 from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_float
+from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
 from qwen3_ascend.runtime.model.loader import make_layer
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer
+from qwen3_ascend.runtime.streaming import one_layer
 
 CODES_IN_WORD = 8
 """4-bit codes in an int32, the first one in the lowest bits."""
@@ -83,6 +85,7 @@ class PeerModel:
         dynamic: whether linears without static scales round their inputs to int8 for each token.
         """
         self.config = _config(folder)
+        self.backend = CpuBackend(one_layer(self.config), torch.float32)
         self.spec = model_spec(self.config)
         self._inputs: Inputs = per_token if dynamic else unchanged
         self._files = _index(folder)
@@ -207,4 +210,3 @@ def _config(folder: Path) -> Qwen3Config:
     data: dict[str, Any] = json.loads((folder / "config.json").read_text())
     data.pop("quantization_config", None)
     return read_config(data)
-

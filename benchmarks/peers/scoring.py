@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
-from qwen3_ascend.runtime.backends.base import DeviceLinear
-from qwen3_ascend.runtime.backends.reference import ReferenceBackend
+from qwen3_ascend.runtime.backends.base import Backend, DeviceLinear
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer
-from qwen3_ascend.runtime.streaming import LayerStream, one_layer
+from qwen3_ascend.runtime.streaming import LayerStream
 
 RESAMPLES = 2000
 LEAST_WINDOWS = 8
@@ -25,6 +24,8 @@ class Layers(Protocol):
     """A model that is read a layer at a time."""
 
     config: Qwen3Config
+    backend: Backend[Any]
+    """Computes it; made for `one_layer` of the configuration."""
 
     def embedding(self) -> Tensor:
         """The embedding table [vocab, hidden]."""
@@ -75,8 +76,6 @@ class Scorer:
         windows: of the text, all of one length.
         """
         self.windows = windows
-        backend = ReferenceBackend(one_layer(reference.config), torch.float32)
-        self._stream = LayerStream(backend, reference.config.rms_norm_eps, windows)
         self._log_probabilities = list(self._rows(reference))
 
     def score(self, candidate: Layers) -> Score:
@@ -106,13 +105,14 @@ class Scorer:
     def _rows(self, model: Layers) -> Iterator[Tensor]:
         """Log-probabilities float32 [tokens - 1, vocab] of each window."""
         with torch.inference_mode():
-            hidden = self._stream.embed(model.embedding())
+            stream = LayerStream(model.backend, model.config.rms_norm_eps, self.windows)
+            hidden = stream.embed(model.embedding())
             for number in range(model.config.num_layers):
-                hidden = list(self._stream.through(model.layer(number), hidden))
+                hidden = list(stream.through(model.layer(number), hidden))
             norm, head = model.final_norm(), model.head()
             states = torch.cat(hidden).split([len(window) for window in self.windows])
             for window in states:
-                logits = torch.cat(list(self._stream.logits(window[:-1], norm, head)))
+                logits = torch.cat(list(stream.logits(window[:-1], norm, head)))
                 yield logits.log_softmax(-1)
 
 
