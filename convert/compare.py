@@ -160,7 +160,9 @@ class _Origin:
     def bias(self, name: str, entry: LinearEntry) -> Tensor:
         """The bias of a linear, of all its parts."""
         parts = [_read(self.source, f"{part}.{BIAS}", (rows,)) for part, rows in entry.parts]
-        return torch.cat([*changed_biases(parts, self._find(_changed_parts(name, entry)), self.kernels)])
+        return torch.cat(
+            [*changed_biases(parts, self._find(_changed_parts(name, entry)), self.kernels)]
+        )
 
     def _find(self, parts: Sequence[str]) -> FindChanges | None:
         if not any(part in self.changes.touched for part in parts):

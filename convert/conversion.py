@@ -15,7 +15,7 @@ from qwen3_ascend.convert.options import ConvertOptions
 from qwen3_ascend.convert.output.weight_file import STAGING
 from qwen3_ascend.convert.output.writer import OutputWriter, check_output
 from qwen3_ascend.convert.pipeline import run
-from qwen3_ascend.convert.plan import Plan, make_plan
+from qwen3_ascend.convert.plan import Plan, make_plan, require_data
 from qwen3_ascend.convert.preflight import LOW_DISK_FOLDER, check_machine, disk_advice, disk_needs
 from qwen3_ascend.convert.recipe import Recipe
 from qwen3_ascend.convert.source import Source, open_source
@@ -69,6 +69,7 @@ def plan_conversion(
         config, source.slots, chosen or _default_recipe(source), options.max_file_bytes,
         alike=alike, quantization=source.quantization,
     )  # fmt: skip
+    require_data(plan)
     for line in notes:  # not before: a refusal is one line
         events.note(line)
     return source, plan

@@ -24,6 +24,7 @@ from qwen3_ascend.convert.output.weight_file import WeightFileWriter
 from qwen3_ascend.convert.output.writer import OutputWriter
 from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.convert.statistics import InputStatistics
 from qwen3_ascend.convert.transforms.parts import model_parts
 from qwen3_ascend.convert.transforms.whole import ModelChanges
 from qwen3_ascend.convert.work import convert, make_task, stored_blake3
@@ -47,6 +48,7 @@ class Conversion(Production[Item]):
         super().__init__(plan.items, writer, budget.threads, events)
         self.plan, self.source = plan, source
         self._kernels, self._hash_source = kernels, hash_source
+        self._statistics: Mapping[str, InputStatistics] = {}
         self._readers = Counter(
             file for item in plan.items for file in source.file_order(item.needs)
         ) + Counter(source.file_order(plan.compared))
@@ -74,7 +76,7 @@ class Conversion(Production[Item]):
 
     @override
     def task(self, item: Item, file: WeightFileWriter) -> Callable[[], Done]:
-        task = make_task(item, self.source, self._changes)
+        task = make_task(item, self.source, self._changes, self._statistics.get(item.name))
         advance = partial(self.advance, item.source_bytes // len(task.pieces))
         return partial(convert, task, file, self._kernels, self._hash_source, advance)
 

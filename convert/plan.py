@@ -23,19 +23,22 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import BIAS, stored_forms
 from qwen3_ascend.checkpoint.schemes import BF16, Scheme
+from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
 from qwen3_ascend.convert.encodings import FLOAT, Encoding, check_floats
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.options import ConvertOptions
 from qwen3_ascend.convert.output.weight_file import WeightFilePlan, fill_files
-from qwen3_ascend.convert.recipe import Recipe, Rule
+from qwen3_ascend.convert.quantizers import QUANTIZERS, Needs
+from qwen3_ascend.convert.recipe import NEAREST, Recipe, Rule
 from qwen3_ascend.convert.source.foreign import tensor_hint
 from qwen3_ascend.convert.source.names import HEAD
 from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
 from qwen3_ascend.convert.transforms import TRANSFORMS, Transform
 from qwen3_ascend.convert.transforms.parts import model_parts
 from qwen3_ascend.convert.transforms.whole import Touched, touched
+from qwen3_ascend.convert.weights import CHUNK_BYTES, chunk_outputs
 from qwen3_ascend.errors import RecipeError, SourceError
 from qwen3_ascend.files.safetensors import Form, TensorSlot
 from qwen3_ascend.files.text import parse_size
@@ -63,6 +66,7 @@ class Item:
         block: how many neighbouring outputs have to be known together, since a transform mixes
             them; 0 if its weight stays as it is.
         consults: further source tensors, which decide how its weight is changed.
+        quantizer: the name of who chooses its codes, if they are chosen.
     """
 
     spec: Spec
@@ -74,6 +78,7 @@ class Item:
     source_bytes: int
     block: int = 0
     consults: tuple[str, ...] = ()
+    quantizer: str = NEAREST
 
     @property
     def name(self) -> str:
@@ -144,7 +149,19 @@ class Item:
         if self.block:
             itemsize = torch.float32.itemsize
         taken = self.encoding.temporary_bytes(self.scheme, self.layout, itemsize)
-        return max(taken * weights, PIECE_BYTES) + self._changed_bytes(piece)
+        packing = max(taken * weights, PIECE_BYTES) + self._changed_bytes(piece)
+        return packing if self.quantizer == NEAREST else self._quantized_bytes(packing)
+
+    def _quantized_bytes(self, packing: int) -> int:
+        """Memory of a linear whose codes are chosen together, before they are packed: its integers
+        and scales, what the quantizer needs, and a chunk."""
+        assert isinstance(self.scheme, IntegerScheme)
+        outputs, inputs = self.matrix
+        chosen = outputs * (inputs + torch.float32.itemsize * self.scheme.grid.groups(inputs))
+        chunk = Piece("outputs", 0, min(chunk_outputs(inputs), outputs))
+        shared = QUANTIZERS[self.quantizer].shared_bytes(inputs)
+        choosing = shared + chunk.stop * inputs * CHUNK_BYTES + self._changed_bytes(chunk)
+        return chosen + max(choosing, packing)
 
     def _changed_bytes(self, piece: Piece) -> int:
         """Memory of the changed weights that are known together, float32, and of a copy."""
@@ -253,9 +270,7 @@ def make_plan(
     return Plan(stored, recipe, target, items, weight_files, ignored, alike, transforms)
 
 
-def _stored_spec(
-    config: Qwen3Config, recipe: Recipe, transforms: Sequence[Transform]
-) -> ModelSpec:
+def _stored_spec(config: Qwen3Config, recipe: Recipe, transforms: Sequence[Transform]) -> ModelSpec:
     """The weights that are stored: a tied head that is quantized, or becomes another weight than
     the embedding, is one of its own, made of the embedding."""
     spec, unties = model_spec(config), any(transform.unties for transform in transforms)
@@ -292,20 +307,45 @@ def _check_rules(config: Qwen3Config, recipe: Recipe, quantization: Quantization
         used += rules
         for source, rule in zip(linear.sources, rules, strict=True):
             _check_taken(source, rule, recipe, quantization)
-        if len({rule.scheme for rule in rules}) > 1:
-            said = ", ".join(
-                f"{source.rpartition('.')[2]}: {rule.scheme}"
-                for source, rule in zip(linear.sources, rules, strict=True)
-            )
-            raise RecipeError(
-                f"recipe {recipe.name}: {linear.name} is one fused linear, but its parts are "
-                f"given different schemes ({said})"
-            )
+            _check_quantizer(source, rule, recipe)
+        _check_alike(linear, rules, recipe)
     for number, rule in enumerate(recipe.rules, 1):
         if not any(rule is other for other in used):  # two rules may be equal
             raise RecipeError(
                 f"recipe {recipe.name}: rule {number} ({rule.match!r}) decides nothing: no linear "
                 f"matches it, or earlier rules match them all"
+            )
+
+
+def _check_alike(linear: LinearSpec, rules: Sequence[Rule], recipe: Recipe) -> None:
+    """The parts of a fused linear have one scheme, and one quantizer finds their codes."""
+    for what in ("scheme", "quantizer"):
+        given = [str(getattr(rule, what)) for rule in rules]
+        if len({*given}) > 1:
+            names = (source.rpartition(".")[2] for source in linear.sources)
+            said = ", ".join(f"{name}: {one}" for name, one in zip(names, given, strict=True))
+            raise RecipeError(
+                f"recipe {recipe.name}: {linear.name} is one fused linear, but its parts are "
+                f"given different {what}s ({said})"
+            )
+
+
+def _check_quantizer(linear: str, rule: Rule, recipe: Recipe) -> None:
+    if rule.quantizer != NEAREST and not isinstance(rule.scheme, IntegerScheme):
+        raise RecipeError(
+            f"recipe {recipe.name} gives the quantizer {rule.quantizer} to {linear}, whose scheme "
+            f"{rule.scheme} has no integers to choose: leave the quantizer out"
+        )
+
+
+def require_data(plan: Plan, known: Needs = Needs.NOTHING) -> None:
+    """RecipeError naming the first linear whose quantizer cannot do with what is known of its
+    inputs."""
+    for item in plan.items:
+        if QUANTIZERS[item.quantizer].needs > known:
+            raise RecipeError(
+                f"recipe {plan.recipe.name}: {item.name}: the quantizer {item.quantizer} needs "
+                f"calibration data, of which this conversion has none; mse needs none"
             )
 
 
@@ -349,8 +389,8 @@ def _plan_linear(
     quantization: Quantization,
 ) -> Item:
     tied = spec.sources == (EMBEDDING,)
-    scheme = recipe.rule_for(spec.name if tied else spec.sources[0]).scheme
-    weights: list[str] = []
+    rule = recipe.rule_for(spec.name if tied else spec.sources[0])
+    scheme, weights = rule.scheme, list[str]()
     encoding = quantization.encoding(spec.sources[0])
     for source, rows in zip(spec.sources, spec.parts, strict=True):
         suffixes = encoding.suffixes(source, (rows, spec.inputs), slots)
@@ -361,7 +401,8 @@ def _plan_linear(
         raise RecipeError(f"recipe {recipe.name}: {spec.name}: {refusal}")
     layout = target.layout(scheme, spec.name, spec.shape)
     stored = stored_forms(scheme, spec.shape, layout, spec.bias)
-    item = Item(spec, scheme, layout, stored, encoding, tuple(weights), 0)
+    quantizer = rule.quantizer if encoding.codes == "chosen" else NEAREST
+    item = Item(spec, scheme, layout, stored, encoding, tuple(weights), 0, quantizer=quantizer)
     return replace(item, source_bytes=sum(slots[name].nbytes for name in item.reads))
 
 

@@ -9,6 +9,7 @@ from qwen3_ascend.checkpoint.describe import dims, layout_text
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.plan import Item, Plan
+from qwen3_ascend.convert.recipe import NEAREST
 from qwen3_ascend.files.json_file import plain
 from qwen3_ascend.files.text import size_text
 
@@ -127,6 +128,8 @@ def _taken_text(manifest: Manifest) -> str:
 def _row_key(item: Item) -> tuple[str, str, str, str]:
     name = ".".join("*" if part.isdigit() else part for part in item.name.split("."))
     scheme = f"{item.scheme}, taken" if item.encoding.codes == "taken" else str(item.scheme)
+    if item.quantizer != NEAREST:
+        scheme = f"{item.scheme}, {item.quantizer}"
     return (name, dims(item.spec.shape), scheme, layout_text(item.layout))
 
 
@@ -138,5 +141,6 @@ def _item_json(item: Item) -> dict[str, Any]:
         "shape": list(item.spec.shape),
         "scheme": item.scheme.to_json(),
         "codes": item.encoding.codes,
+        "quantizer": item.quantizer,
         "layout": plain(item.layout),
     }

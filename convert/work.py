@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,17 +15,21 @@ from torch import Tensor
 from qwen3_ascend.checkpoint.layout import ND, Place
 from qwen3_ascend.checkpoint.linear import BIAS, byte_offset, stored_bias, stored_forms
 from qwen3_ascend.checkpoint.schemes import BF16
+from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Sums, sqnr_db
 from qwen3_ascend.convert.encodings import read_weights
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.weight_file import WeightFileWriter, tensor_bytes
 from qwen3_ascend.convert.plan import Item
+from qwen3_ascend.convert.quantizers import QUANTIZERS, UselessStatistics
+from qwen3_ascend.convert.recipe import NEAREST
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.convert.statistics import InputStatistics
 from qwen3_ascend.convert.transforms.changes import FindChanges
 from qwen3_ascend.convert.transforms.whole import ModelChanges
 from qwen3_ascend.convert.weights import Weights
-from qwen3_ascend.errors import DamagedSourceError
+from qwen3_ascend.errors import DamagedSourceError, SourceError
 from qwen3_ascend.native import Kernels, NotFinite
 
 ROWS_AT_A_TIME = 256
@@ -42,6 +47,7 @@ class Task:
         biases: those of the bias's parts.
         pieces: how the weight is divided.
         changes: gives what transforms do to each part; None if they leave the item as it is.
+        statistics: of the linear's inputs, if there was calibration.
     """
 
     item: Item
@@ -50,6 +56,7 @@ class Task:
     biases: tuple[Tensor, ...]
     pieces: tuple[Piece, ...]
     changes: FindChanges | None = None
+    statistics: InputStatistics | None = None
 
     @property
     def is_verbatim(self) -> bool:
@@ -65,13 +72,41 @@ class Task:
             DamagedSourceError: naming the first value that cannot be stored.
         """
         item = self.item
-        try:
+        with self._naming_values():
             packed = self.weights.pack_piece(item.scheme, self.pieces[index], item.layout, kernels)
             if not self.biases or index:
                 return packed
             bias = stored_bias(torch.cat(changed_biases(self.biases, self.changes, kernels)))
             kernels.check_finite(bias[None])
             return Packed({**packed.tensors, BIAS: bias}, packed.sums)
+
+    def quantized(self, kernels: Kernels, advance: Callable[[], None]) -> Task:
+        """The task with the codes of its whole weight, if its quantizer chooses them together.
+
+        Raises:
+            DamagedSourceError: naming the first value that cannot be stored.
+            SourceError: if nothing can be made of the statistics of the linear's inputs.
+        """
+        item = self.item
+        if item.quantizer == NEAREST:
+            return self
+        assert isinstance(item.scheme, IntegerScheme)
+        quantizer = QUANTIZERS[item.quantizer]
+        try:
+            choose = quantizer.prepare(item.scheme.grid, self.statistics, kernels)
+        except UselessStatistics as error:
+            raise SourceError(
+                f"{item.name}: {error}; is the model finite on the calibration data?"
+            ) from error
+        with self._naming_values():
+            return replace(self, weights=self.weights.quantized(choose, kernels, advance))
+
+    @contextmanager
+    def _naming_values(self) -> Iterator[None]:
+        """Turns a weight that is not finite into an error that names its tensor and place."""
+        item = self.item
+        try:
+            yield
         except NotFinite:
             for name, tensor in self.reads:
                 require_finite(name, tensor)
@@ -83,13 +118,19 @@ class Task:
             ) from None
 
 
-def make_task(item: Item, source: Source, changes: ModelChanges) -> Task:
+def make_task(
+    item: Item,
+    source: Source,
+    changes: ModelChanges,
+    statistics: InputStatistics | None = None,
+) -> Task:
     """Reads an item's source tensors, which waits for their files.
 
     Args:
         item: what is to be made.
         source: of the model.
         changes: what transforms do to the model.
+        statistics: of the linear's inputs, if there was calibration.
 
     Raises:
         DamagedSourceError: if a small tensor of the weight holds what cannot be right.
@@ -99,11 +140,12 @@ def make_task(item: Item, source: Source, changes: ModelChanges) -> Task:
     values = {name: source.read(name) for name in item.reads}
     weights = read_weights(item.encoding, item.parts, {name: values[name] for name in item.weights})
     biases = tuple(values[name] for name in item.biases)
-    if not item.block:
-        return Task(item, tuple(values.items()), weights, biases, item.pieces)
-    find = partial(changes.of, item.changed, partial(floats_of, source))
-    weights = weights.changed(find, changes.kernels)
-    return Task(item, tuple(values.items()), weights, biases, item.pieces, find)
+    find = None
+    if item.block:
+        find = partial(changes.of, item.changed, partial(floats_of, source))
+        weights = weights.changed(find, changes.kernels)
+    reads = tuple(values.items())
+    return Task(item, reads, weights, biases, item.pieces, find, statistics)
 
 
 def floats_of(source: Source, name: str) -> Tensor:
@@ -180,11 +222,13 @@ def convert(
         file: that takes the tensors.
         kernels: to pack with.
         hash_source: note the hash of every source tensor as well.
-        advance: called before each piece; it may raise to end the work.
+        advance: called before each piece, and before each chunk of a linear whose codes are
+            chosen together; it may raise to end the work.
 
     Raises:
         CheckpointError: if the source is damaged or the disk refuses.
     """
+    task = task.quantized(kernels, advance)
     output = _Output(task.item, file)
     origin = _Origin(task) if hash_source and not task.is_verbatim else None
     sums: list[Sums] = []

@@ -67,7 +67,9 @@ class _Equalizer:
     def pair(self, changes: Changes, writer: str, reader: str) -> Changes:
         """Between each output of one linear and the input that it becomes."""
         rows = self._mean_squares(changes, writer, 0)
-        return _moved(changes, writer, reader, _factors(rows, self._mean_squares(changes, reader, 1)))
+        return _moved(
+            changes, writer, reader, _factors(rows, self._mean_squares(changes, reader, 1))
+        )
 
     def values(self, changes: Changes, model: ModelParts, layer: LayerParts) -> Changes:
         """Between the values and the inputs of the output projection, a group for each of them."""

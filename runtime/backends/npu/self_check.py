@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from qwen3_ascend.checkpoint.layout import nz_pack
+from qwen3_ascend.checkpoint.layout import nz_pack, pack_words
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.linears import NpuLinear
@@ -41,9 +41,12 @@ def layouts_agree(dtype: torch.dtype) -> bool | None:
 
 def reads_back(linear: Linear, loaded: NpuLinear) -> bool:
     """S2 for one loaded linear."""
-    plain = linear.codes()["weight"]
-    expected = plain.t() if linear.layout.nz_of == "KN" else plain
-    return torch.equal(formats.cast_to_nd(loaded.weight).cpu(), expected)
+    plain, layout = linear.codes()["weight"], linear.layout
+    expected, weight = plain.t() if layout.nz_of == "KN" else plain, loaded.weight
+    if layout.per_word > 1:  # a cast knows bytes, but no words of int4
+        expected = pack_words(expected, layout.per_word).view(torch.int8)
+        weight = weight.view(torch.int8)
+    return torch.equal(formats.cast_to_nd(weight).cpu(), expected)
 
 
 def kernel_sees_weight(linear: Linear, loaded: NpuLinear) -> bool:

@@ -20,6 +20,12 @@ from qwen3_ascend.native.library import Library
 
 LANES = 8
 
+BLOCK_COLUMNS = 128
+"""Columns whose codes are chosen together when errors are made up for."""
+
+LEAST_SEARCHED = 2.0**-100
+"""The widest scale of a group that is searched: below, reciprocals overflow."""
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPE_CODES = {torch.int8: 0, torch.uint8: 0, **{dtype: i + 1 for i, dtype in enumerate(FLOATS)}}
 _CHECK_FINITE, _TO_BF16 = 1, 2
@@ -66,6 +72,49 @@ class Kernels(Protocol):
 
     def unpack_nz_rows(self, strips: Tensor, destination: Tensor) -> None:
         """The inverse: strips [N1, M1, 16, C0] into destination [M, N] of the same dtype."""
+
+    def search_scales(
+        self,
+        source: Tensor,
+        importance: Tensor,
+        width: int,
+        integers: tuple[int, int],
+        ratios: Tensor,
+        scales: Tensor,
+    ) -> None:
+        """Find the scale of each group that leaves the least error; the first, if several do.
+
+        source float32 [N, K], finite; importance float32 [K], of the square of each input's error;
+        width: inputs of a group, the last may be shorter; integers: the least and the largest;
+        ratios float32 [R]: of the scale under which no weight is clipped, to be tried; scales
+        float32 [N, ceil(K/width)], bfloat16 values. That widest scale is max|w| / largest, or, if
+        there is one integer more below, w / least for the w of largest magnitude. A group whose
+        widest scale is below LEAST_SEARCHED, or that has no finite error, keeps it.
+
+        With q(s) = clip(round(w * (1 / s)), least, largest) the error of s is the sum of
+        (q(s) * s - w)^2 * importance, each step in float32, added up in float64 in the order of
+        `lane_sums`.
+        """
+
+    def compensate_block(
+        self,
+        weights: Tensor,
+        scales: Tensor,
+        factor: Tensor,
+        integers: tuple[int, int],
+        codes: Tensor,
+        errors: Tensor,
+    ) -> None:
+        """Choose codes column by column; later columns make up for the errors of earlier ones.
+
+        weights float32 [N, B], B at most BLOCK_COLUMNS, rows may be strided; scales float32
+        [N, B]; factor float32 [B, B], of which the upper triangle is read, rows may be strided;
+        codes int8 [N, B]; errors float32 [N, B]. For each column j in turn, in float32:
+
+            code = clip(round(w_j / s_j), least, largest)
+            error_j = (w_j - code * s_j) / factor_jj
+            w_k = w_k - error_j * factor_jk        for all k > j
+        """
 
     def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
         """Rotate each block of S neighbours in every row, in place: x becomes H (s * x) / sqrt(S).
@@ -123,6 +172,33 @@ def check_pack(matrix: Tensor, strips: Tensor) -> None:
         raise ValueError(f"no conversion from {matrix.dtype} to {strips.dtype}")
 
 
+def check_search(
+    source: Tensor, importance: Tensor, width: int, ratios: Tensor, scales: Tensor
+) -> None:
+    """Raise ValueError unless the arguments fit search_scales."""
+    check_matrix(source, (torch.float32,))
+    rows, columns = source.shape
+    if width < 1:
+        raise ValueError(f"a group has at least one input, not {width}")
+    _check_plain("importance", importance, torch.float32, (columns,))
+    _check_plain("ratios", ratios, torch.float32, (len(ratios),))
+    _check_plain("scales", scales, torch.float32, (rows, -(-columns // width)))
+
+
+def check_block(
+    weights: Tensor, scales: Tensor, factor: Tensor, codes: Tensor, errors: Tensor
+) -> None:
+    """Raise ValueError unless the arguments fit compensate_block."""
+    check_matrix(weights, (torch.float32,))
+    check_matrix(factor, (torch.float32,))
+    rows, columns = weights.shape
+    if columns > BLOCK_COLUMNS or tuple(factor.shape) != (columns, columns):
+        raise ValueError(f"no factor {tuple(factor.shape)} for {columns} columns")
+    _check_plain("scales", scales, torch.float32, (rows, columns))
+    _check_plain("codes", codes, torch.int8, (rows, columns))
+    _check_plain("errors", errors, torch.float32, (rows, columns))
+
+
 @dataclass(frozen=True)
 class NativeKernels:
     """The compiled kernels. Stateless: one object serves every thread."""
@@ -166,6 +242,34 @@ class NativeKernels:
         target = (rows, columns * size, destination.data_ptr(), destination.stride(0) * size)
         self._run("unpack_nz_rows", strips.data_ptr(), _strip_stride(strips), *target)
 
+    def search_scales(
+        self,
+        source: Tensor,
+        importance: Tensor,
+        width: int,
+        integers: tuple[int, int],
+        ratios: Tensor,
+        scales: Tensor,
+    ) -> None:
+        check_search(source, importance, width, ratios, scales)
+        tried = (ratios.data_ptr(), len(ratios), scales.data_ptr())
+        matrix = _matrix(source)[1:]
+        self._run("search_scales", *matrix, importance.data_ptr(), width, *integers, *tried)
+
+    def compensate_block(
+        self,
+        weights: Tensor,
+        scales: Tensor,
+        factor: Tensor,
+        integers: tuple[int, int],
+        codes: Tensor,
+        errors: Tensor,
+    ) -> None:
+        check_block(weights, scales, factor, codes, errors)
+        given = (scales.data_ptr(), factor.data_ptr(), factor.stride(0))
+        found = (codes.data_ptr(), errors.data_ptr())
+        self._run("compensate_block", *_matrix(weights)[1:], *given, *integers, *found)
+
     def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
         rotate(matrix, 1, signs, base)
 
@@ -175,6 +279,7 @@ class NativeKernels:
     def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
         check_square_sums(source, axis, sums)
         from qwen3_ascend.native.fallback import TorchKernels
+
         TorchKernels().square_sums(source, axis, sums)
 
     def _run(self, name: str, *arguments: int, position: bool = False) -> None:

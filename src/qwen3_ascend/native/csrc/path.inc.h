@@ -9,7 +9,8 @@
  *     ascending order from 0.0, then lanes are added 4 apart, 2 apart, 1 apart.
  * The terms of the sums are float64 and, for the codes that quantize() writes, exact: a weight has
  * at most 24 significant bits, code * scale at most 16, their difference at most 24 (a multiple of
- * the weight's last bit, and no larger than the weight), a square at most 48.
+ * the weight's last bit, and no larger than the weight), a square at most 48. The terms of a search
+ * for scales are float32, added in the same order in float64.
  */
 #include "kernels.h"
 
@@ -493,4 +494,141 @@ static int unpack(const uint8_t *strips, int64_t strip_stride, int64_t rows, int
     return STATUS_OK;
 }
 
-const struct path_table PATH_TABLE = {find, quantize, measure, pack, unpack};
+/* ---- search of scales ---- */
+
+/* The widest scale that is searched: below, reciprocals overflow. */
+#define LEAST_SEARCHED 0x1p-100f
+
+INLINE float stored_scale(float exact)
+{
+    float scale = widen_bf16(narrow_bf16(exact));
+    return scale == 0.0f ? 1.0f : scale;
+}
+
+/* The whole number next to it, half to even, between two whole numbers of at most 2^22. */
+INLINE float nearest_integer(float exact, struct integers integers)
+{
+    const float magic = 0x1.8p23f, least = (float)integers.least, most = (float)integers.most;
+    exact = exact > least ? exact : least;
+    exact = exact < most ? exact : most;
+    return exact + magic - magic;
+}
+
+/* The share of one weight: float32 steps, widened at the end. */
+INLINE double error_term(float weight, float importance, float scale, float inverse,
+                         struct integers integers)
+{
+    float error = nearest_integer(weight * inverse, integers) * scale - weight;
+    return (double)(error * error * importance);
+}
+
+LOOP double group_error(const float *weights, const float *importance, int64_t count, float scale,
+                        struct integers integers)
+{
+    double lanes[LANES] = {0};
+    float inverse = 1.0f / scale;
+    int64_t whole = count / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            lanes[lane] +=
+                error_term(weights[i + lane], importance[i + lane], scale, inverse, integers);
+    for (int64_t i = whole; i < count; i++)
+        lanes[i - whole] += error_term(weights[i], importance[i], scale, inverse, integers);
+    return add_lanes(lanes);
+}
+
+/* The scale under which no weight is clipped, before it is rounded. */
+INLINE float widest_scale(const float *weights, int64_t count, struct integers integers)
+{
+    uint32_t largest = largest_magnitude(weights, DTYPE_FP32, count);
+    if (-integers.least <= integers.most) return bits_float(largest) / (float)integers.most;
+    for (int64_t i = 0; i < count; i++)
+        if ((float_bits(weights[i]) & 0x7fffffffu) == largest)
+            return weights[i] / (float)integers.least;
+    return 0.0f;
+}
+
+/* The first of the scales with the least error. */
+INLINE float searched_scale(const float *weights, const float *importance, int64_t count,
+                            struct search search)
+{
+    float widest = widest_scale(weights, count, search.integers);
+    float best = stored_scale(widest);
+    double least = bits_float(0x7f800000u);
+    if (-LEAST_SEARCHED < widest && widest < LEAST_SEARCHED) return best;
+    for (int64_t i = 0; i < search.count; i++) {
+        float scale = stored_scale(widest * search.ratios[i]);
+        double error = group_error(weights, importance, count, scale, search.integers);
+        if (error < least) least = error, best = scale;
+    }
+    return best;
+}
+
+static int search(struct matrix source, struct search search, float *scales)
+{
+    int64_t groups = (source.columns + search.width - 1) / search.width;
+    for (int64_t row = 0; row < source.rows; row++)
+        for (int64_t group = 0; group < groups; group++) {
+            int64_t column = group * search.width;
+            int64_t count = smaller(search.width, source.columns - column);
+            scales[row * groups + group] =
+                searched_scale((const float *)element(source, row, column),
+                               search.importance + column, count, search);
+        }
+    return STATUS_OK;
+}
+
+/* ---- codes whose errors the columns behind them make up for ---- */
+
+/* Rows of a block that are worked on together: each column of a tile is a few vectors. */
+enum { BLOCK_ROWS = 32 };
+
+/* Turns a column into its errors; notes its codes. */
+LOOP void code_column(float *column, const float *scales, float diagonal, struct integers integers,
+                      float *codes)
+{
+    for (int row = 0; row < BLOCK_ROWS; row++) {
+        codes[row] = nearest_integer(column[row] / scales[row], integers);
+        column[row] = (column[row] - codes[row] * scales[row]) / diagonal;
+    }
+}
+
+/* Takes a column's errors, times its row of the factor, off the columns behind it. */
+LOOP void spread_column(const float *errors, const float *factor, int64_t count, float *columns)
+{
+    for (int64_t i = 0; i < count; i++)
+        for (int row = 0; row < BLOCK_ROWS; row++)
+            columns[i * BLOCK_ROWS + row] -= errors[row] * factor[i];
+}
+
+INLINE void compensate_rows(struct block block, int64_t first, int64_t rows, int8_t *codes,
+                            float *errors)
+{
+    float tile[BLOCK_COLUMNS][BLOCK_ROWS], scales[BLOCK_COLUMNS][BLOCK_ROWS];
+    float found[BLOCK_COLUMNS][BLOCK_ROWS];
+    for (int64_t column = 0; column < block.columns; column++)
+        for (int64_t row = 0; row < BLOCK_ROWS; row++) {
+            int64_t from = first + smaller(row, rows - 1); /* the last rows once more as padding */
+            tile[column][row] = block.weights[from * block.weights_stride + column];
+            scales[column][row] = block.scales[from * block.columns + column];
+        }
+    for (int64_t column = 0; column < block.columns; column++) {
+        const float *factor = block.factor + column * (block.factor_stride + 1);
+        code_column(tile[column], scales[column], factor[0], block.integers, found[column]);
+        spread_column(tile[column], factor + 1, block.columns - column - 1, tile[column + 1]);
+    }
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t column = 0; column < block.columns; column++) {
+            codes[(first + row) * block.columns + column] = (int8_t)found[column][row];
+            errors[(first + row) * block.columns + column] = tile[column][row];
+        }
+}
+
+static int compensate(struct block block, int8_t *codes, float *errors)
+{
+    for (int64_t row = 0; row < block.rows; row += BLOCK_ROWS)
+        compensate_rows(block, row, smaller(BLOCK_ROWS, block.rows - row), codes, errors);
+    return STATUS_OK;
+}
+
+const struct path_table PATH_TABLE = {find, quantize, measure, pack, unpack, search, compensate};
