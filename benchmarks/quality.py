@@ -33,7 +33,8 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,18 @@ import torch
 from peers import own
 from peers.checkpoints import PeerModel
 from peers.models import MODELS, Model
-from peers.scoring import Interval, Score, Scorer
+from peers.scoring import Score, score
+
+from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.errors import UserError
+from qwen3_ascend.evaluation.options import EvaluationOptions
+from qwen3_ascend.evaluation.result import Interval
+from qwen3_ascend.evaluation.subject import Subject, open_backend, open_subject
+from qwen3_ascend.runtime.tokenizer import NoTokenizer
 
 ROOT = Path(__file__).parents[1]
 OURS = "qwen3-ascend"
+ON_CPU = EvaluationOptions(device="cpu")
 
 ROWS = {
     "w8a8": "W8A8, no data",
@@ -166,44 +175,55 @@ def measure(
     said = {"tokens": model.calibration, "texts": model.calibration_texts}
     texts.write_text(json.dumps(said))
     texts.with_suffix(".txt").write_text("".join(model.calibration_texts))
-    scorer: list[Scorer] = []
     found = {}
     for method in methods:
         place = folder / f"{method.peer}-{identity(method.peer)}" / method.folder
         kept = read_result(place, model, options.again)
         if kept is None:
             print(f"{model.name}: {method.peer} {method.name}", flush=True)
-            scorer = scorer or [Scorer(PeerModel(model.folder, dynamic=False), model.scored)]
-            kept = run(method, model, place, texts, scorer[0], options)
+            kept = run(method, model, place, texts, options)
             write_result(place, model, kept)
         found[method] = kept
     return found
 
 
 def run(
-    method: Method, model: Model, place: Path, texts: Path, scorer: Scorer,
-    options: argparse.Namespace,
-) -> Result:  # fmt: skip
+    method: Method, model: Model, place: Path, texts: Path, options: argparse.Namespace
+) -> Result:
     """Quantizes, unless that was done before, and scores."""
     place.mkdir(parents=True, exist_ok=True)
     output, taken = place / "checkpoint", place / "seconds"
     try:
         if not output.exists():
             taken.write_text(str(quantize(method, model, output, texts, options.minutes)))
-        candidate = opened(method, output)
-        score, bits = scorer.score(candidate), candidate.bits_per_weight()
-    except Failed as error:
+        with open_subject(str(model.folder), ON_CPU) as source, opened(method, output) as candidate:
+            found = score(source, candidate, model.scored)
+        bits = bits_per_weight(method, output)
+    except (Failed, UserError) as error:
         return Result(None, math.nan, math.nan, str(error))
     if method.peer == OURS:  # soon made anew, and by another version
         shutil.rmtree(output)
-    return Result(score, bits, float(taken.read_text()), "")
+    return Result(found, bits, float(taken.read_text()), "")
 
 
-def opened(method: Method, output: Path) -> own.OwnModel | PeerModel:
+@contextmanager
+def opened(method: Method, output: Path) -> Iterator[Subject]:
     """A checkpoint, to be scored."""
     if method.peer == OURS:
-        return own.OwnDecoded(output) if method.decoded else own.OwnModel(output)
-    return PeerModel(output, dynamic=method.row.startswith("w8a8"))
+        with open_subject(str(output), ON_CPU) as subject:
+            decoded = own.DecodedModel(CheckpointReader(output), subject.backend)
+            yield replace(subject, model=decoded) if method.decoded else subject
+        return
+    model = PeerModel(output, dynamic=method.row.startswith("w8a8"))
+    backend = open_backend(model.config, ON_CPU)
+    yield Subject(method.peer, None, 0, 0, model, backend, NoTokenizer(output), None)
+
+
+def bits_per_weight(method: Method, output: Path) -> float:
+    """What is stored for a weight of the linears of the layers."""
+    if method.peer == OURS:
+        return own.bits_per_weight(output)
+    return PeerModel(output, dynamic=False).bits_per_weight()
 
 
 class Failed(Exception):
@@ -316,9 +336,8 @@ def print_table(methods: list[Method], columns: dict[str, dict[Method, Result]])
     """A table in Markdown for each model, and the reasons of those that failed."""
     failures = []
     for name, results in columns.items():
-        scores = [result.score for result in results.values() if result.score]
-        base = f": {scores[0].tokens} tokens, perplexity {scores[0].reference_perplexity:.2f}"
-        print(f"\n{name}{base if scores else ''}\n")
+        perplexities = [result.score.perplexity for result in results.values() if result.score]
+        print(f"\n{name}, perplexity {perplexities[0] if perplexities else math.nan:.2f}\n")
         print("| row | who | settings | bits | KL, 1e-3 nats | perplexity | seconds |")
         print("|---|---|---|---|---|---|---|")
         for method in sorted(methods, key=lambda method: list(ROWS).index(method.row)):
@@ -335,11 +354,17 @@ def _figures(result: Result) -> tuple[str, ...]:
         return "", "-", "-", ""
     kl, change = result.score.divergence, result.score.perplexity_change
     return (
-        f"{result.bits:.3f}",
-        f"{1e3 * kl.mean:.3g} [{1e3 * kl.low:.3g}, {1e3 * kl.high:.3g}]",
-        f"{100 * change.mean:+.2f} % [{100 * change.low:+.2f}, {100 * change.high:+.2f}]",
+        f"{result.bits:.2f}",
+        f"{1e3 * kl.value:.3g}{_ends(kl, 1e3, '.3g')}",
+        f"{100 * change.value:+.2f} %{_ends(change, 100, '+.2f')}",
         f"{result.seconds:.0f}",
     )
+
+
+def _ends(found: Interval, scale: float, form: str) -> str:
+    if found.low is None or found.high is None:
+        return ""
+    return f" [{scale * found.low:{form}}, {scale * found.high:{form}}]"
 
 
 def parse() -> argparse.Namespace:

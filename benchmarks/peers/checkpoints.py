@@ -28,10 +28,8 @@ from qwen3_ascend.checkpoint.schemes import Input
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.convert.source.config_file import read_config
 from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_float
-from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
 from qwen3_ascend.runtime.model.loader import make_layer
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer
-from qwen3_ascend.runtime.streaming import one_layer
 
 CODES_IN_WORD = 8
 """4-bit codes in an int32, the first one in the lowest bits."""
@@ -77,7 +75,7 @@ class FakeQuantizedLinear:
 
 
 class PeerModel:
-    """The layers of a peer's checkpoint, one at a time."""
+    """The model of a peer's checkpoint, as a LayeredModel on the CPU in float32."""
 
     def __init__(self, folder: Path, dynamic: bool) -> None:
         """Args:
@@ -85,7 +83,6 @@ class PeerModel:
         dynamic: whether linears without static scales round their inputs to int8 for each token.
         """
         self.config = _config(folder)
-        self.backend = CpuBackend(one_layer(self.config), torch.float32)
         self.spec = model_spec(self.config)
         self._inputs: Inputs = per_token if dynamic else unchanged
         self._files = _index(folder)

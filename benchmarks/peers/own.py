@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from peers.checkpoints import FakeQuantizedLinear, Part, per_token, unchanged
 from torch import Tensor
@@ -16,11 +15,10 @@ from qwen3_ascend.checkpoint.architecture import LM_HEAD, LinearSpec, TensorSpec
 from qwen3_ascend.checkpoint.linear import BIAS
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import Input
-from qwen3_ascend.runtime.backends.base import DeviceLinear
-from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
-from qwen3_ascend.runtime.model.loader import load_layer, make_layer
+from qwen3_ascend.runtime.backends.base import Backend, DeviceLinear
+from qwen3_ascend.runtime.model.loader import make_layer
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer
-from qwen3_ascend.runtime.streaming import one_layer
+from qwen3_ascend.runtime.streaming import StoredModel
 
 HEAD: dict[str, Any] = {"match": "lm_head", "scheme": "bf16"}
 
@@ -64,58 +62,39 @@ def command(name: str, model: Path, output: Path, text: Path | None) -> list[str
     return [*words, "--recipe", said, *(["--calibration", str(text)] if text else [])]
 
 
-class OwnModel:
-    """The layers of a converted checkpoint in the real runtime: its own integer arithmetic."""
+class DecodedModel(StoredModel):
+    """A converted checkpoint in the arithmetic of the peers' rows: shows that it is a fair one."""
 
-    def __init__(self, folder: Path) -> None:
-        """Reads the manifest."""
-        self._reader = CheckpointReader(folder)
-        self.config = self._reader.config
-        self.backend = CpuBackend(one_layer(self.config), torch.float32)
-        self.spec = model_spec(self.config)
-
-    def embedding(self) -> Tensor:
-        """The embedding table, float32 [vocab, hidden]."""
-        return self._plain(self.spec.embedding)
+    def __init__(self, weights: CheckpointReader, backend: Backend[Any]) -> None:
+        """Args:
+        weights: the checkpoint.
+        backend: computes in float32.
+        """
+        super().__init__(weights, backend)
+        self._reader, self._spec = weights, model_spec(weights.config)
 
     def layer(self, number: int) -> DecoderLayer:
-        """A decoder layer, counted from 0."""
-        return load_layer(self._reader, self.backend, self.spec.layers[number])
-
-    def final_norm(self) -> Tensor:
-        """The weight [hidden] of the norm before the output projection."""
-        return self._plain(self.spec.final_norm)
-
-    def head(self) -> DeviceLinear:
-        """The output projection."""
-        if self.spec.lm_head is None:
-            return self.backend.dense(self.embedding())
-        return self.backend.linear(self._reader.linear(self.spec.lm_head.name))
-
-    def bits_per_weight(self) -> float:
-        """What the linears of the layers take, scales included."""
-        linears = [spec for spec in self.spec.linears if spec.name != LM_HEAD]
-        bits = 8 * sum(
-            tensor.nbytes
-            for spec in linears
-            for name, tensor in self._reader.linear(spec.name).tensors.items()
-            if name != BIAS
-        )
-        return bits / sum(spec.outputs * spec.inputs for spec in linears)
-
-    def _plain(self, spec: TensorSpec) -> Tensor:
-        return self.backend.upload(self._reader.tensor(spec.name))
-
-
-class OwnDecoded(OwnModel):
-    """The same through the arithmetic of the peers' rows: shows that it is a fair one."""
-
-    def layer(self, number: int) -> DecoderLayer:
-        """A decoder layer of decoded weights."""
-        return make_layer(self.spec.layers[number], self._decoded, self._plain)
+        """See LayeredModel."""
+        return make_layer(self._spec.layers[number], self._decoded, self._plain)
 
     def _decoded(self, spec: LinearSpec) -> DeviceLinear:
         linear = self._reader.linear(spec.name)
         inputs = per_token if linear.scheme.input is Input.INT8_PER_TOKEN else unchanged
         bias = None if linear.bias is None else linear.bias.float()
         return FakeQuantizedLinear([Part(linear.dequantize(), bias, inputs, 0)])
+
+    def _plain(self, spec: TensorSpec) -> Tensor:
+        return self._reader.tensor(spec.name).float()
+
+
+def bits_per_weight(folder: Path) -> float:
+    """What the linears of the layers of a checkpoint take, scales included."""
+    reader = CheckpointReader(folder)
+    linears = [spec for spec in model_spec(reader.config).linears if spec.name != LM_HEAD]
+    bits = 8 * sum(
+        tensor.nbytes
+        for spec in linears
+        for name, tensor in reader.linear(spec.name).tensors.items()
+        if name != BIAS
+    )
+    return bits / sum(spec.outputs * spec.inputs for spec in linears)
