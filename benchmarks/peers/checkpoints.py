@@ -66,6 +66,7 @@ class FakeQuantizedLinear:
         parts: their outputs follow each other.
         """
         self.parts = parts
+        self.weight = parts[0].weight  # for a prefetch, which a CPU has none of
 
     def __call__(self, x: Activation) -> Tensor:
         """The product, [T, N]."""
@@ -196,7 +197,7 @@ def static_inputs(tensors: Mapping[str, Tensor]) -> Inputs | None:
 
 
 def _index(folder: Path) -> dict[str, Path]:
-    found = {}
+    found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             found |= dict.fromkeys(opened.keys(), file)

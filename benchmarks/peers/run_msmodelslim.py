@@ -95,9 +95,10 @@ def main() -> None:
         (folder / "texts.jsonl").write_text("\n".join(lines))
         config = folder / "practice.yaml"
         config.write_text(yaml.safe_dump(practice(METHODS[method], folder / "texts.jsonl")))
-        command = [Path(sys.executable).with_name("msmodelslim"), "quant", "--device", "cpu"]
-        command += ["--model_type", MODEL_TYPE, "--model_path", folder / "model"]
-        command += ["--save_path", output, "--config_path", config, "--trust_remote_code", "False"]
+        program = str(Path(sys.executable).with_name("msmodelslim"))
+        command = [program, "quant", "--device", "cpu", "--config_path", str(config)]
+        command += ["--model_type", MODEL_TYPE, "--model_path", str(folder / "model")]
+        command += ["--save_path", output, "--trust_remote_code", "False"]
         subprocess.run(command, check=True)
 
 
