@@ -15,6 +15,7 @@ from qwen3_ascend.checkpoint.linear import BIAS, Linear, stored_bias
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes.pieces import Piece, Sums, sqnr_db
+from qwen3_ascend.convert.calibration.factors import FACTORS_NAME, read_factors
 from qwen3_ascend.convert.encodings import read_weights
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.weight_file import tensor_bytes
@@ -57,7 +58,7 @@ def compare(
     if manifest.source.format != source.quantization.format:
         was, now = manifest.source.format or "floats", source.quantization.format or "floats"
         return [f"the checkpoint was made of a source of {was}, and this one is of {now}"]
-    origin = _Origin(source, _changes(manifest, kernels), kernels)
+    origin = _Origin(source, _changes(reader, kernels), kernels)
     source.expect(origin.needed(manifest))
     for name, stored in manifest.tensors.items():
         if not _equal(origin.tensor(name, stored.shape), reader.tensor(name), count):
@@ -170,14 +171,19 @@ class _Origin:
         return partial(self.changes.of, parts, partial(floats_of, self.source))
 
 
-def _changes(manifest: Manifest, kernels: native.Kernels) -> ModelChanges:
+def _changes(reader: CheckpointReader, kernels: native.Kernels) -> ModelChanges:
+    manifest = reader.manifest
     named = manifest.recipe.get("transforms", ())
     if unknown := [name for name in named if name not in TRANSFORMS]:
         raise CheckpointError(
             f"its weights were changed by {', '.join(unknown)}, which cannot be done again here"
         )
     transforms = [TRANSFORMS[name] for name in named]
-    return ModelChanges(model_parts(manifest.model), transforms, kernels)
+    changes = ModelChanges(model_parts(manifest.model), transforms, kernels)
+    if FACTORS_NAME in manifest.files:
+        path = reader.folder / FACTORS_NAME
+        changes.add(read_factors(path.read_bytes(), str(path)))
+    return changes
 
 
 def _changed_parts(name: str, entry: LinearEntry) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from qwen3_ascend import native, recipes
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.convert.budget import Budget
+from qwen3_ascend.convert.calibration.data import Calibration, choose_windows, plan_calibration
+from qwen3_ascend.convert.calibration.needs import calibration_bytes, needs_data, wanted
 from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.finished import CHECKPOINT, finished_manifest, is_finished
 from qwen3_ascend.convert.identity import identity
@@ -15,7 +17,7 @@ from qwen3_ascend.convert.options import ConvertOptions
 from qwen3_ascend.convert.output.weight_file import STAGING
 from qwen3_ascend.convert.output.writer import OutputWriter, check_output
 from qwen3_ascend.convert.pipeline import run
-from qwen3_ascend.convert.plan import Plan, make_plan, require_data
+from qwen3_ascend.convert.plan import Plan, make_plan
 from qwen3_ascend.convert.preflight import LOW_DISK_FOLDER, check_machine, disk_advice, disk_needs
 from qwen3_ascend.convert.recipe import Recipe
 from qwen3_ascend.convert.source import Source, open_source
@@ -69,10 +71,23 @@ def plan_conversion(
         config, source.slots, chosen or _default_recipe(source), options.max_file_bytes,
         alike=alike, quantization=source.quantization,
     )  # fmt: skip
-    require_data(plan)
+    calibration = _calibration(plan, options, source, notes)
     for line in notes:  # not before: a refusal is one line
         events.note(line)
-    return source, plan
+    return source, replace(plan, calibration=calibration)
+
+
+def _calibration(
+    plan: Plan, options: ConvertOptions, source: Source, notes: list[str]
+) -> Calibration | None:
+    """With what a plan is calibrated; None if its recipe needs no data, and none is given that it
+    could use."""
+    said = options.calibration
+    if needs_data(plan) or (said is not None and wanted(plan)):
+        return plan_calibration(options, plan.config, source.names)
+    if said is not None:
+        notes.append(f"recipe {plan.recipe.name} needs no calibration: {said} is not read")
+    return None
 
 
 def _default_recipe(source: Source) -> Recipe:
@@ -80,6 +95,13 @@ def _default_recipe(source: Source) -> Recipe:
     if source.quantization.format is None:
         return Recipe.load(recipes.DEFAULT)
     return source.quantization.recipe(linear_names(source.config))
+
+
+def plan_budget(plan: Plan, options: ConvertOptions) -> Budget:
+    """How much of a plan is under way at a time; OptionError if the memory is too little."""
+    return Budget.fit(
+        plan.piece_bytes, options.threads, parse_size(options.max_memory), calibration_bytes(plan)
+    )
 
 
 @os_errors(CheckpointError)
@@ -118,7 +140,7 @@ def convert_checkpoint(
     if source_folder.is_dir() and source_folder.resolve() == folder.resolve():
         raise OptionError(f"{folder} is the source itself; choose another output folder")
     source, plan = plan_conversion(model, recipe, options, events, folder)
-    budget = Budget.fit(plan.piece_bytes, options.threads, parse_size(options.max_memory))
+    budget = plan_budget(plan, options)
     carried = source.carried()
     if is_again and not (folder / STAGING).exists():
         with source:
@@ -126,6 +148,11 @@ def convert_checkpoint(
             events.note(f"{folder} holds this conversion already: nothing to do")
             return made
     check_usable(carried, source.place, events.note)
+    windows = (
+        choose_windows(plan.calibration, plan.config, carried, events.note)
+        if plan.calibration
+        else ()
+    )
     same = identity(plan, source, carried, options.hash_source)
     if source.provider.revision is not None:
         events.note(f"from {source.provider.repo} @ {source.provider.revision}")
@@ -152,5 +179,5 @@ def convert_checkpoint(
             events.note(f"continuing: {done} of {total} items were done before")
         return run(
             plan, source, carried, writer, budget, native.best(), __version__,
-            options.hash_source, events,
+            options.hash_source, events, windows,
         )  # fmt: skip

@@ -30,6 +30,7 @@ def identity(
         "revision": provider.revision or "none",
         "recipe": f"{plan.recipe.name} {_short(dict(plan.recipe.verbatim))}",
         "codes of the source": _taken(plan, source),
+        "calibration": _calibration(plan),
         "source hashes": "yes" if hash_source else "no",
         "output files": files_text(plan.weight_files),
         **{f"source file {name}": _weights(source, name) for name in source.weight_files},
@@ -45,6 +46,14 @@ def _taken(plan: Plan, source: Source) -> str:
     """Which linears keep codes that they came with."""
     names = [item.name for item in plan.items if item.encoding.codes == "taken"]
     return f"{source.quantization.format}, {len(names)} {_short(names)}" if names else "none"
+
+
+def _calibration(plan: Plan) -> str:
+    """The texts, and how much of them is read where."""
+    if plan.calibration is None:
+        return "none"
+    record = plan.calibration.record
+    return f"{record}, {record.blake3[:DIGITS] if record.blake3 else 'no file'}"
 
 
 def files_text(weight_files: Sequence[WeightFilePlan]) -> str:

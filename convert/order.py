@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qwen3_ascend.checkpoint.architecture import model_spec
 from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.convert.source import Source
 
@@ -20,3 +21,15 @@ def working_order(plan: Plan, source: Source) -> list[Item]:
         return max(places), len(places) == 1, -item.source_bytes
 
     return sorted(plan.items, key=key)
+
+
+def stages(plan: Plan) -> list[list[Item]]:
+    """The items of a calibrated plan in groups that are converted one after the other: before the
+    first layer, each layer, after the last one; of each the largest first."""
+    spec = model_spec(plan.config)
+    number = {part.name: n for n, layer in enumerate(spec.layers, 1) for part in layer}
+    number[spec.embedding.name] = 0
+    groups: list[list[Item]] = [[] for _ in range(len(spec.layers) + 2)]
+    for item in sorted(plan.items, key=lambda item: -item.source_bytes):
+        groups[number.get(item.name, -1)].append(item)
+    return groups

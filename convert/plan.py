@@ -26,11 +26,12 @@ from qwen3_ascend.checkpoint.schemes import BF16, Scheme
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
+from qwen3_ascend.convert.calibration.data import Calibration
 from qwen3_ascend.convert.encodings import FLOAT, Encoding, check_floats
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.options import ConvertOptions
 from qwen3_ascend.convert.output.weight_file import WeightFilePlan, fill_files
-from qwen3_ascend.convert.quantizers import QUANTIZERS, Needs
+from qwen3_ascend.convert.quantizers import QUANTIZERS
 from qwen3_ascend.convert.recipe import NEAREST, Recipe, Rule
 from qwen3_ascend.convert.source.foreign import tensor_hint
 from qwen3_ascend.convert.source.names import HEAD
@@ -185,6 +186,7 @@ class Plan:
         alike: of these, the ones that seem to equal a tensor that is stored, by its name; they are
             compared in full once they have been read.
         transforms: that make equivalent weights first.
+        calibration: with what; None if nothing has to be known of the inputs of linears.
     """
 
     config: Qwen3Config
@@ -195,6 +197,7 @@ class Plan:
     ignored: Mapping[str, str]
     alike: Mapping[str, str]
     transforms: tuple[Transform, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def compared(self) -> tuple[str, ...]:
@@ -336,17 +339,6 @@ def _check_quantizer(linear: str, rule: Rule, recipe: Recipe) -> None:
             f"recipe {recipe.name} gives the quantizer {rule.quantizer} to {linear}, whose scheme "
             f"{rule.scheme} has no integers to choose: leave the quantizer out"
         )
-
-
-def require_data(plan: Plan, known: Needs = Needs.NOTHING) -> None:
-    """RecipeError naming the first linear whose quantizer cannot do with what is known of its
-    inputs."""
-    for item in plan.items:
-        if QUANTIZERS[item.quantizer].needs > known:
-            raise RecipeError(
-                f"recipe {plan.recipe.name}: {item.name}: the quantizer {item.quantizer} needs "
-                f"calibration data, of which this conversion has none; mse needs none"
-            )
 
 
 def _check_parts(linear: LinearSpec, quantization: Quantization) -> None:

@@ -27,7 +27,7 @@ tags: [qwen3, ascend, fractal_nz, {recipe}]
 
 Written by qwen3-ascend {version} from `{repo}`{revision} with the recipe `{recipe}`: the linear
 weights lie in FRACTAL_NZ and load without a format cast. `qwen3_ascend.json` tells what was done to
-every tensor and holds a BLAKE3 hash of every byte.{taken}
+every tensor and holds a BLAKE3 hash of every byte.{taken}{calibrated}
 
     qwen3-ascend verify .
     qwen3-ascend generate . --prompt "Hello"
@@ -81,6 +81,8 @@ def plan_totals(plan: Plan, budget: Budget) -> list[str]:
         f"in {len(plan.weight_files)} file(s)",
         f"peak memory about {size_text(budget.working_bytes)} beyond Python with torch loaded",
     ]
+    if plan.calibration is not None:
+        lines.append(f"calibrated with {plan.calibration.record}")
     return lines + [f"leaves out {name}: {reason}" for name, reason in plan.ignored.items()]
 
 
@@ -90,6 +92,7 @@ def plan_json(plan: Plan, budget: Budget) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "items": [_item_json(item) for item in plan.items],
         "files": [file.file for file in plan.weight_files],
+        "calibration": None if plan.calibration is None else plain(plan.calibration.record),
         "ignored": dict(plan.ignored),
         "parameters": plan.parameters,
         "source_bytes": plan.source_bytes,
@@ -110,6 +113,7 @@ def model_card(manifest: Manifest) -> bytes:
         version=manifest.tool_version,
         revision=revision,
         taken=_taken_text(manifest),
+        calibrated=_calibrated_text(manifest),
     )
     return text.encode()
 
@@ -123,6 +127,11 @@ def _taken_text(manifest: Manifest) -> str:
         f" The source was quantized already ({manifest.source.format}): the codes and scales of "
         f"{count} linears are its own."
     )
+
+
+def _calibrated_text(manifest: Manifest) -> str:
+    """What the model card says of calibration."""
+    return f" Calibrated with {manifest.calibration}." if manifest.calibration else ""
 
 
 def _row_key(item: Item) -> tuple[str, str, str, str]:

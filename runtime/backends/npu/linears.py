@@ -117,7 +117,10 @@ class WeightOnlyLinear:
 
     @classmethod
     def load(cls, linear: Linear, upload: Upload) -> WeightOnlyLinear:
-        """Puts a stored linear on the device."""
+        """Puts a stored linear on the device; CheckpointError if the kernel does not take it, as
+        it may be for a rank's part of one that it takes."""
+        if refusal := ASCEND_A2_A3.refusal(linear.scheme, linear.shape):
+            raise CheckpointError(f"a linear cannot be loaded: {refusal}")
         weight = upload(linear.weight, linear.layout, *linear.shape[-2:])
         if linear.layout.format == "nd" and linear.layout.nz_of == "NK":
             weight = weight.t()
