@@ -320,10 +320,8 @@ def read_result(place: Path, model: Model, again: bool) -> Result | None:
     said = data.pop("score")
     if said is None:
         return Result(None, **data)
-    intervals = {
-        key: Interval(*said.pop(key).values()) for key in ("divergence", "perplexity_change")
-    }
-    return Result(Score(**intervals, **said), **data)
+    intervals = (Interval(**said[key]) for key in ("divergence", "perplexity_change"))
+    return Result(Score(*intervals, said["perplexity"]), **data)
 
 
 def write_result(place: Path, model: Model, result: Result) -> None:
