@@ -68,7 +68,7 @@ def allocate(costs: Mapping[str, Sequence[Cost]], budget: int) -> dict[str, int]
 
 
 def _steps(costs: Mapping[str, Sequence[Cost]], hulls: Mapping[str, list[int]]) -> list[_Step]:
-    """All pieces of the hulls. Gains a bit fall along each hull, so that sorting keeps its order."""
+    """All pieces of the hulls. The gain a bit falls along a hull: sorting keeps its order."""
     steps = []
     for linear, hull in hulls.items():
         for before, after in zip(hull, hull[1:], strict=False):
