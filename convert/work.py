@@ -247,7 +247,7 @@ def convert(
     task = task.quantized(kernels, advance)
     output = _Output(task.item, file)
     origin = _Origin(task) if hash_source and not task.is_verbatim else None
-    sums: list[Sums] = []
+    errors = _Errors(task.pieces)
     for index, piece in enumerate(task.pieces):
         advance()
         packed = task.pack(index, kernels)
@@ -255,12 +255,32 @@ def convert(
         if origin is not None:
             origin.advance(piece)
         if packed.sums is not None:
-            sums.append(packed.sums)
+            errors.add(packed.sums)
     stored = output.finish()
     source = origin.hashes() if origin else {}
     if hash_source and task.is_verbatim:
         source = dict(zip((name for name, _ in task.reads), stored.values(), strict=True))
-    return Done(task.item.name, stored, source, sqnr_db(sums))
+    return Done(task.item.name, stored, source, errors.sqnr_db())
+
+
+class _Errors:
+    """The error sums of all pieces, in memory of their own from the beginning: small tensors that
+    outlive the large ones of their piece would keep the allocator from using that memory again."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        lines = sum(piece.stop - piece.start for piece in pieces)
+        self._sums, self._count = torch.empty(2, lines, dtype=torch.float64), 0
+
+    def add(self, sums: Sums) -> None:
+        """Those of the next piece."""
+        lines = slice(self._count, self._count + len(sums.signal))
+        self._sums[0, lines], self._sums[1, lines] = sums.signal, sums.noise
+        self._count = lines.stop
+
+    def sqnr_db(self) -> float | None:
+        """The figure of all pieces that lost anything."""
+        signal, noise = self._sums[:, : self._count]
+        return sqnr_db([Sums(signal, noise)] if self._count else [])
 
 
 class _Origin:

@@ -29,6 +29,13 @@ FILES = {name: (DATA / name).read_bytes() for name in ("tokenizer.json", "tokeni
 CHAT = [{"role": "user", "content": "Explain ebb."}, {"role": "assistant", "content": "It falls."}]
 
 
+PARTS = (
+    "def ", "fn ", "SELECT", "All human beings", "Alle Menschen", "Tous les êtres",
+    "Todos los seres", "人人生而自由", "すべての人間", "Все люди", "يولد جميع الناس",
+)  # fmt: skip
+"""Of the shipped texts: three languages of code, and eight of people."""
+
+
 @pytest.fixture
 def config() -> Qwen3Config:
     return read_config(read_json_object(DATA / "config.json"), "config.json", lambda line: None)
@@ -51,13 +58,12 @@ def test_the_shipped_texts() -> None:
     assert text.name == SHIPPED and len(text.documents) - len(said) >= 12
     everything = "".join(said)
     assert len(everything.encode()) > 120_000
-    for part in ("def ", "fn ", "SELECT", "Alle Menschen", "人人生而自由", "すべての人間", "Все люди",
-                 "يولد جميع الناس", "Todos los seres", "Tous les êtres", "All human beings"):  # fmt: skip
+    for part in PARTS:
         assert part in everything
 
 
 def test_windows_are_spread_over_the_whole_text(config: Qwen3Config, tmp_path: Path) -> None:
-    """They are what transformers makes of the text, begin at equal distances, and do not overlap."""
+    """They are what transformers makes of the text, at equal distances, and do not overlap."""
     file = tmp_path / "text.txt"
     file.write_text((DATA / "heldout.txt").read_text()[:60000])
     found = windows_of(config, file, 4096 + 511)
