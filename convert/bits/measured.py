@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen3_ascend import native
-from qwen3_ascend.convert.bits.ladder import Ladder, ladders
+from qwen3_ascend.convert.bits.ladder import ladders
 from qwen3_ascend.convert.bits.measuring import Measuring
 from qwen3_ascend.convert.bits.sensitivities import Sensitivities
 from qwen3_ascend.convert.calibration.data import Calibration, choose_windows, plan_calibration
@@ -78,19 +78,23 @@ def sensitivities_of(
         raise OptionError(f"recipe {plan.recipe.name} has no linear that can be raised")
     carried = source.carried()
     texts = _texts(plan, source, options, events)
-    known = _known(file, Sensitivities(_identity(plan, texts, source, carried), texts.record.tokens))
+    known = _known(
+        file, Sensitivities(_identity(plan, texts, source, carried), texts.record.tokens)
+    )
     left = [ladder for ladder in found if ladder.item.name not in known.linears]
     if not left:
         return known
     check_usable(carried, source.place, events.note)
     windows = choose_windows(texts, plan.config, carried)
     events.note(f"measuring {len(left)} linears of {len(found)}; what is done is kept in {file}")
+    events.begun(sum(ladder.item.source_bytes for ladder in left))
     measuring = _measuring(source, plan, texts, windows, events)
-    last = _last_of_layers(left)
-    for name, losses in measuring.run(left):
-        known = known.and_of(name, losses)
-        if name in last:
-            known.save(file)
+    nbytes = {ladder.item.name: ladder.item.source_bytes for ladder in left}
+    for layer in measuring.run(left):
+        for name, losses in layer.items():
+            known = known.and_of(name, losses)
+            events.done(name, nbytes[name])
+        known.save(file)
     return known
 
 
@@ -133,9 +137,3 @@ def _measuring(
     source.expect(floats.reads)
     stream = LayerStream(backend, plan.config.rms_norm_eps, windows, STEP_TOKENS)
     return Measuring(floats, stream, wanted(plan), kernels, events.working)
-
-
-def _last_of_layers(found: list[Ladder]) -> set[str]:
-    """The last linear of each layer: the file is written then."""
-    last = {ladder.item.name.split(".self_attn.")[0].split(".mlp.")[0]: ladder.item.name for ladder in found}
-    return {*last.values()}

@@ -62,8 +62,8 @@ class Measuring:
         self._layers = model_spec(floats.config).layers
 
     @torch.inference_mode()
-    def run(self, ladders: Sequence[Ladder]) -> Iterator[tuple[str, list[Loss]]]:
-        """What each linear loses, in the order of the model, a layer at a time.
+    def run(self, ladders: Sequence[Ladder]) -> Iterator[Mapping[str, Sequence[Loss]]]:
+        """What each linear of a layer loses, layer by layer, by its name.
 
         Args:
             ladders: of the linears that are wanted; layers without any are only passed.
@@ -82,7 +82,7 @@ class Measuring:
                     [*self._stream.through(variant, states)]
                     for variant in self._variants(number, here, known)
                 ]
-                yield from self._losses(here, self._finished(number + 1, changed), reference)
+                yield self._losses(here, self._finished(number + 1, changed), reference)
             states = after
 
     def _variants(
@@ -125,13 +125,15 @@ class Measuring:
 
     def _losses(
         self, ladders: Sequence[Ladder], finished: Sequence[States], reference: States
-    ) -> Iterator[tuple[str, list[Loss]]]:
+    ) -> dict[str, list[Loss]]:
         divergences = iter(self._divergences(finished, reference))
-        for ladder in ladders:
-            lossy = _lossy(ladder)
-            yield ladder.item.name, [
-                Loss.of(rung, next(divergences) if rung in lossy else 0.0) for rung in ladder.rungs
+        return {
+            ladder.item.name: [
+                Loss.of(rung, next(divergences) if rung in _lossy(ladder) else 0.0)
+                for rung in ladder.rungs
             ]
+            for ladder in ladders
+        }
 
     def _divergences(self, variants: Sequence[States], reference: States) -> list[float]:
         """Mean KL(reference || variant) over all tokens, in nats, of each variant."""

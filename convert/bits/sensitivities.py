@@ -24,6 +24,9 @@ from qwen3_ascend.files.json_file import (
     typed,
 )
 
+SENSITIVITIES = "sensitivities.json"
+"""Its name in a checkpoint that was made of it."""
+
 FORMAT = "qwen3-ascend sensitivities"
 
 
@@ -79,6 +82,11 @@ class Sensitivities:
     @classmethod
     def load(cls, path: Path) -> Sensitivities:
         """Reads a file; UserError, in one line, if it is not what `save` writes."""
+        if not path.exists():
+            raise OptionError(
+                f"sensitivities: {path} does not exist; measure first, with "
+                f"`qwen3-ascend sensitivity`"
+            )
         data = read_json_object(path)
         try:
             found = typed(data, cls, str(path))

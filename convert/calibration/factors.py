@@ -8,14 +8,10 @@ gives other last bits on another processor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from qwen3_ascend.convert.calibration.sealed import DIGITS, is_sealed, write_sealed
-from qwen3_ascend.convert.transforms.changes import Changes, Replace, Scale, Step
+from qwen3_ascend.convert.transforms.changes import Changes, Replace, Scale
 from qwen3_ascend.errors import CheckpointError
 
 FACTORS_NAME = "qwen3_ascend_factors.safetensors"
