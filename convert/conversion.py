@@ -8,6 +8,8 @@ from pathlib import Path
 from qwen3_ascend import native, recipes
 from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.convert.bits.mixing import mixed_recipe
+from qwen3_ascend.convert.bits.sensitivities import SENSITIVITIES, Sensitivities
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.calibration.data import Calibration, choose_windows, plan_calibration
 from qwen3_ascend.convert.calibration.needs import calibration_bytes, needs_data, wanted
@@ -68,10 +70,17 @@ def plan_conversion(
             config = replace(config, tie_word_embeddings=False)
             notes.append(f"config.json ties {HEAD} to the embedding, but it differs: it is kept")
         alike = {HEAD: EMBEDDING} if finding == "alike" else {}
-    plan = make_plan(
-        config, source.slots, chosen or _default_recipe(source), options.max_file_bytes,
-        alike=alike, quantization=source.quantization,
-    )  # fmt: skip
+
+    def planned(recipe: Recipe) -> Plan:
+        return make_plan(
+            config, source.slots, recipe, options.max_file_bytes,
+            alike=alike, quantization=source.quantization,
+        )  # fmt: skip
+
+    plan = planned(chosen or _default_recipe(source))
+    if options.target_bpw is not None:
+        known = Sensitivities.load(sensitivities_file(options, output))
+        plan = planned(mixed_recipe(plan, known, options.target_bpw))
     calibration = _calibration(plan, options, source, notes)
     if config.tie_word_embeddings and any(transform.unties for transform in plan.transforms):
         (head,) = (item for item in plan.items if item.name == LM_HEAD)
@@ -111,6 +120,35 @@ def plan_budget(plan: Plan, options: ConvertOptions) -> Budget:
     )
 
 
+def sensitivities_file(options: ConvertOptions, output: Path | None) -> Path:
+    """Where the sensitivities of a conversion are: where the user says, or beside the output."""
+    if options.sensitivities is not None:
+        return user_path(options.sensitivities)
+    if output is None:
+        raise OptionError("target_bpw: say in which file the sensitivities are")
+    return output.with_name(f"{output.name}.{SENSITIVITIES}")
+
+
+def _measure(
+    model: str | Path,
+    output: Path,
+    recipe: str | Recipe | None,
+    options: ConvertOptions,
+    events: Events,
+) -> None:
+    """Measures what is not measured yet of the model that a conversion is to give more bits."""
+    # Imported here, because what is not measured needs no model that computes.
+    from qwen3_ascend.convert.bits.measured import measure_sensitivities
+
+    if options.low_disk:
+        raise OptionError(
+            "low_disk: measuring for target_bpw reads the model many times; download it first"
+        )
+    as_said = replace(options, target_bpw=None, sensitivities=None)
+    file = sensitivities_file(options, output)
+    measure_sensitivities(model, file, recipe, as_said, events)
+
+
 @os_errors(CheckpointError)
 def convert_checkpoint(
     model: str | Path,
@@ -146,9 +184,13 @@ def convert_checkpoint(
     source_folder = user_path(model)
     if source_folder.is_dir() and source_folder.resolve() == folder.resolve():
         raise OptionError(f"{folder} is the source itself; choose another output folder")
+    if options.target_bpw is not None:
+        _measure(model, folder, recipe, options, events)
     source, plan = plan_conversion(model, recipe, options, events, folder)
     budget = plan_budget(plan, options)
     carried = source.carried()
+    if options.target_bpw is not None:
+        carried |= {SENSITIVITIES: sensitivities_file(options, folder).read_bytes()}
     if is_again and not (folder / STAGING).exists():
         with source:
             made = finished_manifest(folder, plan, source, carried, options.hash_source)

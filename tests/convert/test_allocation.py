@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from qwen3_ascend.convert.allocation import Cost, allocate
+from qwen3_ascend.convert.bits.allocation import Cost, allocate
 
 
 def _every(costs: dict[str, list[Cost]], budget: int) -> float | None:
