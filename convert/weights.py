@@ -32,6 +32,10 @@ class Weights(ABC):
         """
 
     @abstractmethod
+    def floats(self) -> Tensor:
+        """The whole weight that they stand for, float32 [N, K]."""
+
+    @abstractmethod
     def errors(self, stored: Linear, piece: Piece, kernels: Kernels) -> Sums | None:
         """What `pack_piece` reported, measured again from the stored bytes of the piece."""
 
@@ -49,6 +53,10 @@ class ChosenWeights(Weights):
     @override
     def pack_piece(self, scheme: Scheme, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
         return scheme.pack_piece(self.stack, piece, layout, kernels)
+
+    @override
+    def floats(self) -> Tensor:
+        return torch.cat([part.float() for part in self.stack.parts])
 
     @override
     def errors(self, stored: Linear, piece: Piece, kernels: Kernels) -> Sums | None:
@@ -73,6 +81,10 @@ class TakenWeights(Weights):
     def pack_piece(self, scheme: Scheme, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
         """The plan has seen to it that the scheme is the one whose codes these are."""
         return Packed(scheme.pack(self._codes(piece), layout), None)
+
+    @override
+    def floats(self) -> Tensor:
+        return torch.cat([part.dequantize() for part in self.parts])
 
     @override
     def errors(self, stored: Linear, piece: Piece, kernels: Kernels) -> Sums | None:

@@ -113,8 +113,8 @@ class ReferenceBackend(Backend[LayerKV]):
         return make_linear(LINEARS, linear, self)
 
     @override
-    def tied_head(self, embedding: Tensor) -> DeviceLinear:
-        return FloatLinear(embedding, None)
+    def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
+        return FloatLinear(weight, bias)
 
     @override
     def allocate_cache(self, bounds: StepBounds) -> tuple[LayerKV, ...]:
