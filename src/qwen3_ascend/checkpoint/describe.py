@@ -44,7 +44,8 @@ def layout_text(layout: Layout) -> str:
 
 def _linear_row(name: str, entry: LinearEntry) -> tuple[str, str, str, str, str, str]:
     error = "exact" if entry.sqnr_db is None else f"{entry.sqnr_db:.2f}"
-    error = "taken" if entry.codes == "taken" else error
+    if entry.codes == "taken":
+        error = "taken" if entry.sqnr_db is None else f"taken, {error}"
     nbytes = sum(tensor.nbytes for tensor in entry.tensors.values())
     shape, layout = dims(entry.shape), layout_text(entry.layout)
     return (name, shape, str(entry.scheme), layout, error, size_text(nbytes))
