@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from qwen3_ascend import native, recipes
 from qwen3_ascend.checkpoint.manifest import Manifest
-from qwen3_ascend.checkpoint.schemes import InputRange
 from qwen3_ascend.convert.budget import Budget
+from qwen3_ascend.convert.calibration.data import Calibration, choose_windows, plan_calibration
+from qwen3_ascend.convert.calibration.needs import calibration_bytes, needs_data, wanted
 from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.finished import CHECKPOINT, finished_manifest, is_finished
 from qwen3_ascend.convert.identity import identity
@@ -39,7 +38,6 @@ def plan_conversion(
     options: ConvertOptions = ConvertOptions(),
     events: Events = Events(),
     output: Path | None = None,
-    ranges: Mapping[str, InputRange] = MappingProxyType({}),
 ) -> tuple[Source, Plan]:
     """Opens a model and plans its conversion from headers alone.
 
@@ -50,7 +48,6 @@ def plan_conversion(
         options: see the fields of ConvertOptions.
         events: is told about downloads.
         output: the folder to be written, in which `low_disk` keeps downloaded weights.
-        ranges: see convert_checkpoint.
 
     Raises:
         UserError: whatever is wrong with the model, the recipe or an option, in one line.
@@ -72,11 +69,25 @@ def plan_conversion(
         alike = {HEAD: EMBEDDING} if finding == "alike" else {}
     plan = make_plan(
         config, source.slots, chosen or _default_recipe(source), options.max_file_bytes,
-        alike=alike, quantization=source.quantization, ranges=ranges,
+        alike=alike, quantization=source.quantization,
     )  # fmt: skip
+    calibration = _calibration(plan, options, source, notes)
     for line in notes:  # not before: a refusal is one line
         events.note(line)
-    return source, plan
+    return source, replace(plan, calibration=calibration)
+
+
+def _calibration(
+    plan: Plan, options: ConvertOptions, source: Source, notes: list[str]
+) -> Calibration | None:
+    """With what a plan is calibrated; None if its recipe needs no data, and none is given that it
+    could use."""
+    said = options.calibration
+    if needs_data(plan) or (said is not None and wanted(plan)):
+        return plan_calibration(options, plan.config, source.names)
+    if said is not None:
+        notes.append(f"recipe {plan.recipe.name} needs no calibration: {said} is not read")
+    return None
 
 
 def _default_recipe(source: Source) -> Recipe:
@@ -86,6 +97,13 @@ def _default_recipe(source: Source) -> Recipe:
     return source.quantization.recipe(linear_names(source.config))
 
 
+def plan_budget(plan: Plan, options: ConvertOptions) -> Budget:
+    """How much of a plan is under way at a time; OptionError if the memory is too little."""
+    return Budget.fit(
+        plan.piece_bytes, options.threads, parse_size(options.max_memory), calibration_bytes(plan)
+    )
+
+
 @os_errors(CheckpointError)
 def convert_checkpoint(
     model: str | Path,
@@ -93,7 +111,6 @@ def convert_checkpoint(
     recipe: str | Recipe | None = None,
     options: ConvertOptions = ConvertOptions(),
     events: Events = Events(),
-    ranges: Mapping[str, InputRange] = MappingProxyType({}),
 ) -> Manifest:
     """Converts a model; the output appears whole or not at all.
 
@@ -107,8 +124,6 @@ def convert_checkpoint(
             recipes.DEFAULT, or what the source holds if it is quantized already.
         options: see the fields of ConvertOptions.
         events: is told of the plan, of downloads, and of each finished item.
-        ranges: of the inputs of linears, by names such as "model.layers.0.mlp.down_proj", for
-            schemes that fix beforehand how inputs are quantized.
 
     Returns:
         The manifest of the new checkpoint, with the error figure of every linear.
@@ -124,8 +139,8 @@ def convert_checkpoint(
     source_folder = user_path(model)
     if source_folder.is_dir() and source_folder.resolve() == folder.resolve():
         raise OptionError(f"{folder} is the source itself; choose another output folder")
-    source, plan = plan_conversion(model, recipe, options, events, folder, ranges)
-    budget = Budget.fit(plan.piece_bytes, options.threads, parse_size(options.max_memory))
+    source, plan = plan_conversion(model, recipe, options, events, folder)
+    budget = plan_budget(plan, options)
     carried = source.carried()
     if is_again and not (folder / STAGING).exists():
         with source:
@@ -133,6 +148,11 @@ def convert_checkpoint(
             events.note(f"{folder} holds this conversion already: nothing to do")
             return made
     check_usable(carried, source.place, events.note)
+    windows = (
+        choose_windows(plan.calibration, plan.config, carried, events.note)
+        if plan.calibration
+        else ()
+    )
     same = identity(plan, source, carried, options.hash_source)
     if source.provider.revision is not None:
         events.note(f"from {source.provider.repo} @ {source.provider.revision}")
@@ -159,5 +179,5 @@ def convert_checkpoint(
             events.note(f"continuing: {done} of {total} items were done before")
         return run(
             plan, source, carried, writer, budget, native.best(), __version__,
-            options.hash_source, events,
+            options.hash_source, events, windows,
         )  # fmt: skip

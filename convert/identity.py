@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 
 from qwen3_ascend.checkpoint.manifest import FORMAT_VERSION, canonical_blake3
 from qwen3_ascend.convert.output.journal import Identity
@@ -31,7 +30,7 @@ def identity(
         "revision": provider.revision or "none",
         "recipe": f"{plan.recipe.name} {_short(dict(plan.recipe.verbatim))}",
         "codes of the source": _taken(plan, source),
-        "input ranges": _ranges(plan),
+        "calibration": _calibration(plan),
         "source hashes": "yes" if hash_source else "no",
         "output files": files_text(plan.weight_files),
         **{f"source file {name}": _weights(source, name) for name in source.weight_files},
@@ -49,10 +48,12 @@ def _taken(plan: Plan, source: Source) -> str:
     return f"{source.quantization.format}, {len(names)} {_short(names)}" if names else "none"
 
 
-def _ranges(plan: Plan) -> str:
-    """Of inputs that are quantized under a fixed scale."""
-    ranges = {item.name: [*astuple(item.inputs)] for item in plan.items if item.inputs}
-    return f"{len(ranges)} {_short(ranges)}" if ranges else "none"
+def _calibration(plan: Plan) -> str:
+    """The texts, and how much of them is read where."""
+    if plan.calibration is None:
+        return "none"
+    record = plan.calibration.record
+    return f"{record}, {record.blake3[:DIGITS] if record.blake3 else 'no file'}"
 
 
 def files_text(weight_files: Sequence[WeightFilePlan]) -> str:

@@ -9,6 +9,8 @@ from qwen3_ascend.options import check_options, option
 
 HUBS = ("huggingface", "modelscope")
 
+DEVICES = ("cpu", "npu")
+
 EXPORT_FORMATS = ("ascendv1", "compressed-tensors", "huggingface")
 
 
@@ -51,7 +53,26 @@ class WritingOptions:
 
 
 @dataclass(frozen=True)
-class ConvertOptions(WritingOptions):
+class CalibrationOptions:
+    """Options of recipes that look at what texts do to the inputs of linears."""
+
+    calibration: str | None = option(
+        None,
+        'Texts to calibrate with: plain UTF-8 text, or a .jsonl file of {"text": ...} and '
+        '{"messages": [...]}. Recipes that need none leave it aside.',
+        metavar="FILE",
+        unset="texts in eight languages, code and conversations, which ship with the package",
+    )
+    calibration_tokens: int = option(
+        16384, "Tokens to calibrate with, in windows of 512 spread over the texts.", least=1
+    )
+    calibration_device: str = option(
+        "cpu", "Where calibration computes; everything else runs on the CPU.", choices=DEVICES
+    )
+
+
+@dataclass(frozen=True)
+class ConvertOptions(WritingOptions, CalibrationOptions):
     """Options of a conversion; each field says what it is for.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor
 from qwen3_ascend.checkpoint.architecture import model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import quantize
-from qwen3_ascend.checkpoint.schemes import SCHEMES, Input, InputRange
+from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W4A16, InputRange, Scheme
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime.backends.base import (
     Activation,
@@ -55,6 +55,9 @@ INPUTS = InputRange(-2.5, 4.5)
 
 CONSUMER_OUTPUTS = 64
 """Of a linear that is there to be fed, and never multiplies."""
+
+EXAMINED: tuple[Scheme, ...] = (*(make() for make in SCHEMES.values()), W4A16(64), W4A16(32))
+"""Every scheme; w4a16 with each group, of which 32 has another layout."""
 
 DIVIDED = (ASCEND_A2_A3.largest_dimension + 33, 128)
 """(outputs, inputs) of a linear that integer kernels take in parts only, as a quantized output
@@ -104,13 +107,13 @@ def cases(
 ) -> Iterator[Case]:
     """Every operation of two backends in the shapes of a model; nothing is computed yet."""
     pair = _Pair(definition, device, config)
-    for scheme, kind in SCHEMES.items():
-        divided = () if kind.input is Input.FLOAT else (DIVIDED,)
-        for outputs, inputs in (*linear_shapes(config), *divided):
-            if ASCEND_A2_A3.refusal(kind(), (outputs, inputs)):
-                continue  # no converter writes such a linear
-            name = f"linear ({scheme}, [{outputs}, {inputs}])"
-            yield Case(name, functools.partial(pair.linear, scheme, outputs, inputs))
+    for scheme in EXAMINED:
+        divided = () if isinstance(scheme, BF16) else (DIVIDED,)
+        for shape in (*linear_shapes(config), *divided):
+            if ASCEND_A2_A3.refusal(scheme, shape) is None:
+                name = f"linear ({scheme}, {list(shape)})"
+                yield Case(name, functools.partial(pair.linear, scheme, *shape))
+    for scheme in {scheme.input: scheme for scheme in reversed(EXAMINED)}.values():
         yield Case(f"what a linear is fed ({scheme})", functools.partial(pair.fed, scheme))
     yield Case("attention", pair.attention)
 
@@ -131,7 +134,7 @@ class _Pair:
         self.backends, self.config = (definition, device), config
         self._random = torch.Generator().manual_seed(0)
 
-    def linear(self, scheme: str, outputs: int, inputs: int) -> Iterator[Comparison]:
+    def linear(self, scheme: Scheme, outputs: int, inputs: int) -> Iterator[Comparison]:
         """One linear, fed the same by both."""
         linears = self._linears(scheme, outputs, inputs)
         ones = torch.ones(inputs).bfloat16()
@@ -141,7 +144,7 @@ class _Pair:
             name = f"linear ({scheme}, [{outputs}, {inputs}], {rows} tokens)"
             yield self._compare(name, linears, _product(fed))
 
-    def fed(self, scheme: str) -> Iterator[Comparison]:
+    def fed(self, scheme: Scheme) -> Iterator[Comparison]:
         """What is fused into the input of a linear."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         consumers = self._linears(scheme, CONSUMER_OUTPUTS, hidden)
@@ -187,10 +190,10 @@ class _Pair:
             return Comparison(name, float(abs(operator.sub(*codes)).max()), 1.0)
         return _difference(name, expected, as_float(actual), 2 * BF16_UNIT)
 
-    def _linears(self, scheme: str, outputs: int, inputs: int) -> tuple[DeviceLinear, ...]:
+    def _linears(self, scheme: Scheme, outputs: int, inputs: int) -> tuple[DeviceLinear, ...]:
         """A random linear on both backends."""
         weight = self._normal(outputs, inputs) / inputs**0.5
-        linear = quantize(SCHEMES[scheme](), weight, None, ASCEND_A2_A3.layouts[scheme])
+        linear = quantize(scheme, weight, None, ASCEND_A2_A3.layout(scheme, "", weight.shape))
         linear = linear.for_inputs(INPUTS)
         return tuple(backend.linear(linear) for backend in self.backends)
 
@@ -234,7 +237,7 @@ class _AttentionSide:
     def _run(self, qkv: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         backend, head_dim = self.backend, self.config.head_dim
         ones = backend.upload(torch.ones(head_dim))
-        consumer = backend.tied_head(ones[None])  # any that wants floats
+        consumer = backend.dense(ones[None])  # any that wants floats
         with torch.inference_mode():
             step = backend.open_step(step_inputs(batch, ASCEND_A2_A3.block_size))
             query = backend.norm_rope_write(backend.upload(qkv), ones, ones, 1e-6, step, self.cache)

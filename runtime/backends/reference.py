@@ -17,7 +17,16 @@ from typing_extensions import override
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W4A8, W8A8, Input, Scheme, W8A8Static
+from qwen3_ascend.checkpoint.schemes import (
+    BF16,
+    W4A8,
+    W4A16,
+    W8A8,
+    W8A16,
+    Input,
+    Scheme,
+    W8A8Static,
+)
 from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, SHIFT, rescale_groups, shift_of
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
 from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias, static_input
@@ -139,6 +148,8 @@ LINEARS: dict[type[Scheme], Callable[[Linear, torch.dtype], DeviceLinear]] = {
     W8A8: Int8Linear,
     W8A8Static: StaticInt8Linear,
     W4A8: GroupInt4Linear,
+    W8A16: FloatLinear.load,
+    W4A16: FloatLinear.load,
 }
 
 
@@ -159,8 +170,8 @@ class ReferenceBackend(Backend[LayerKV]):
         return make_linear(LINEARS, linear, self)
 
     @override
-    def tied_head(self, embedding: Tensor) -> DeviceLinear:
-        return FloatLinear(embedding, None)
+    def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
+        return FloatLinear(weight, bias)
 
     @override
     def allocate_cache(self, bounds: StepBounds) -> tuple[LayerKV, ...]:

@@ -9,7 +9,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W4A8, W8A8, Scheme, W8A8Static
+from qwen3_ascend.checkpoint.schemes import (
+    BF16,
+    W4A8,
+    W4A16,
+    W8A8,
+    W8A16,
+    Scheme,
+    W8A8Static,
+)
 from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, SHIFT
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import Product, pick_int8_matmul
 from qwen3_ascend.runtime.backends.reference import FloatLinear, Loader
@@ -69,4 +77,6 @@ LINEARS: dict[type[Scheme], Loader] = {
     W8A8: Int8Linear,
     W8A8Static: StaticInt8Linear,
     W4A8: GroupInt4Linear,
+    W8A16: FloatLinear.load,
+    W4A16: FloatLinear.load,
 }

@@ -1,4 +1,4 @@
-"""Linears on the device: one kernel for bf16, one for w8a8."""
+"""Linears on the device: one kernel for bf16, one for w8a8, one for w8a16 and w4a16."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W4A8, W8A8, Input, Scheme, W8A8Static
-from qwen3_ascend.checkpoint.schemes.w4a8 import CODES_A_WORD, GROUP, PLAIN, SHIFT, shift_of
+from qwen3_ascend.checkpoint.schemes import (
+    BF16,
+    W4A8,
+    W4A16,
+    W8A8,
+    W8A16,
+    Input,
+    Scheme,
+    W8A8Static,
+)
+from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, SHIFT, shift_of
 from qwen3_ascend.checkpoint.schemes.w8a8_static import StaticInput, folded_bias, static_input
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
@@ -36,6 +45,10 @@ class NpuLinear(DeviceLinear, Protocol):
     def probe(self, rows: Tensor) -> Tensor:
         """The weights [R, N] of some inputs [R], as the kernel itself reads them: the codes of an
         integer weight, int8, or a float weight, bfloat16. On the CPU."""
+
+
+Load = Callable[[Linear, Upload], NpuLinear]
+"""Puts a stored linear on the device."""
 
 
 class DenseLinear:
@@ -167,15 +180,12 @@ class GroupInt4Linear:
         """Puts a stored linear on the device.
 
         Raises:
-            CheckpointError: if its outputs, or a rank's part of them, do not fill words.
+            CheckpointError: if the kernel does not take it, as it may be for a rank's part of one
+                that it takes.
         """
-        outputs, inputs = linear.shape[-2:]
-        if outputs % CODES_A_WORD or linear.layout != PLAIN:
-            raise CheckpointError(
-                f"npu_quant_matmul reads 4-bit weights as rows of [K, N] with N a multiple of "
-                f"{CODES_A_WORD}, and this is {list(linear.shape)} in {linear.layout}"
-            )
-        weight = upload(linear.weight.view(torch.int32), linear.layout, outputs, inputs)
+        if refusal := ASCEND_A2_A3.refusal(linear.scheme, linear.shape):
+            raise CheckpointError(f"a linear cannot be loaded: {refusal}")
+        weight = upload(linear.weight, linear.layout, *linear.shape[-2:])
         scale = linear.tensors["scale"].view(torch.int32).long()
         bias = None if linear.bias is None else linear.bias.to("npu")
         return cls(weight, scale.to("npu"), shift_of(linear.tensors).to("npu"), bias)
@@ -209,6 +219,50 @@ class GroupInt4Linear:
         return y.cpu().to(torch.int8)
 
 
+class WeightOnlyLinear:
+    """w8a16 and w4a16: npu_weight_quant_batchmatmul reads [K, N] and decodes it on the way.
+
+    It is left at its precise mode: the other one, which it offers for few tokens and int4 in
+    FRACTAL_NZ, is faster and loses accuracy, and nobody has measured how much of either.
+    """
+
+    input = Input.FLOAT
+
+    def __init__(self, weight: Tensor, scale: Tensor, group: int, bias: Tensor | None) -> None:
+        """`group` inputs share a scale; 0 if all do."""
+        self.weight, self.scale, self.group, self.bias = weight, scale, group, bias
+
+    @classmethod
+    def load(cls, linear: Linear, upload: Upload) -> WeightOnlyLinear:
+        """Puts a stored linear on the device; CheckpointError if the kernel does not take it, as
+        it may be for a rank's part of one that it takes."""
+        if refusal := ASCEND_A2_A3.refusal(linear.scheme, linear.shape):
+            raise CheckpointError(f"a linear cannot be loaded: {refusal}")
+        weight = upload(linear.weight, linear.layout, *linear.shape[-2:])
+        if linear.layout.format == "nd" and linear.layout.nz_of == "NK":
+            weight = weight.t()
+        group = linear.scheme.group if isinstance(linear.scheme, W4A16) else 0
+        bias = None if linear.bias is None else linear.bias.float().to("npu")
+        return cls(weight, linear.tensors["scale"].to("npu"), group, bias)
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, bfloat16 [T, N]."""
+        return self._product(as_float(x), self.scale, self.bias)
+
+    def probe(self, rows: Tensor) -> Tensor:
+        """See NpuLinear. A one-hot activation picks one input; with scales of 1 the bf16 result is
+        the code itself, which bf16 holds exactly."""
+        one_hot = _one_hot(rows, self.weight.shape[0], torch.bfloat16).to("npu")
+        codes = self._product(one_hot, torch.ones_like(self.scale), None)
+        return codes.cpu().to(torch.int8)
+
+    def _product(self, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch_npu.npu_weight_quant_batchmatmul(
+            x, self.weight, scale, bias=bias, antiquant_group_size=self.group
+        )
+        return y
+
+
 class DividedLinear:
     """A linear with more outputs than a kernel takes: parts of them, one after the other. Each is
     a range of the stored bytes, and a weight of its own on the device.
@@ -233,27 +287,11 @@ class DividedLinear:
 class DividedStaticLinear(DividedLinear):
     """The same of linears with a static input, which all parts share."""
 
-    def __init__(self, parts: tuple[StaticInt8Linear, ...]) -> None:
+    def __init__(self, parts: tuple[NpuLinear, ...]) -> None:
         super().__init__(parts)
-        self.static_input, self.vectors = parts[0].static_input, parts[0].vectors
-
-
-def load_int8(linear: Linear, upload: Upload) -> NpuLinear:
-    """Puts a w8a8 linear on the device, in parts if npu_quant_matmul does not take it as one."""
-    parts = [Int8Linear.load(part, upload) for part in _parts(linear)]
-    return parts[0] if len(parts) == 1 else DividedLinear(tuple(parts))
-
-
-def load_static_int8(linear: Linear, upload: Upload) -> NpuLinear:
-    """The same of w8a8-static."""
-    parts = [StaticInt8Linear.load(part, upload) for part in _parts(linear)]
-    return parts[0] if len(parts) == 1 else DividedStaticLinear(tuple(parts))
-
-
-def _parts(linear: Linear) -> tuple[Linear, ...]:
-    """A linear as npu_quant_matmul takes it."""
-    most = ASCEND_A2_A3.largest_dimension
-    return (linear,) if linear.shape[-2] <= most else linear.divide_outputs(most)
+        first = parts[0]
+        assert isinstance(first, StaticInt8Linear), "parts of another scheme"
+        self.static_input, self.vectors = first.static_input, first.vectors
 
 
 def static_vectors(consumer: DeviceLinear) -> StaticVectors:
@@ -262,10 +300,28 @@ def static_vectors(consumer: DeviceLinear) -> StaticVectors:
     return consumer.vectors
 
 
-LINEARS: dict[type[Scheme], Callable[[Linear, Upload], NpuLinear]] = {
+Join = Callable[[tuple[NpuLinear, ...]], NpuLinear]
+"""Makes one linear of parts."""
+
+
+def in_parts(load: Load, join: Join = DividedLinear) -> Load:
+    """Puts a linear on the device, in parts if its kernel does not take it as one."""
+
+    def divided(linear: Linear, upload: Upload) -> NpuLinear:
+        most = ASCEND_A2_A3.largest_dimension
+        if linear.shape[-2] <= most:
+            return load(linear, upload)
+        return join(tuple(load(part, upload) for part in linear.divide_outputs(most)))
+
+    return divided
+
+
+LINEARS: dict[type[Scheme], Load] = {
     BF16: DenseLinear.load,
-    W8A8: load_int8,
-    W8A8Static: load_static_int8,
+    W8A8: in_parts(Int8Linear.load),
+    W8A8Static: in_parts(StaticInt8Linear.load, DividedStaticLinear),
+    W8A16: in_parts(WeightOnlyLinear.load),
+    W4A16: in_parts(WeightOnlyLinear.load),
     W4A8: GroupInt4Linear.load,
 }
 

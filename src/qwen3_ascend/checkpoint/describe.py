@@ -19,6 +19,7 @@ def inspect_lines(manifest: Manifest) -> list[str]:
         f"context {model.context_length}",
         f"from {source.repo}{revision}{form}, recipe {manifest.recipe['name']}, "
         f"qwen3-ascend {manifest.tool_version}",
+        *([f"calibrated with {manifest.calibration}"] if manifest.calibration else []),
         f"{len(stored)} tensors, {size_text(sum(t.nbytes for t in stored.values()))} "
         f"in {len(manifest.weight_files)} file(s)",
         "",

@@ -8,6 +8,7 @@ import click
 from qwen3_ascend.cli.checking import doctor, inspect, verify
 from qwen3_ascend.cli.converting import convert
 from qwen3_ascend.cli.environment import settle_libraries
+from qwen3_ascend.cli.evaluating import evaluate, report
 from qwen3_ascend.cli.exporting import export
 from qwen3_ascend.cli.generating import generate
 from qwen3_ascend.cli.serving import serve
@@ -27,6 +28,8 @@ def main() -> None:
     qwen3-ascend generate out/ --prompt "..."    run the result
     qwen3-ascend serve out/                      the same behind OpenAI's interface, to try it
     qwen3-ascend export out/ to/ --format F      the same integers for another engine
+    qwen3-ascend eval out/ --text FILE           how much quality it has kept
+    qwen3-ascend report out/ -o report.html      a page about it
     qwen3-ascend inspect out/                    what is in it
     qwen3-ascend verify out/                     re-hash every byte
     qwen3-ascend doctor                          check this machine's NPU
@@ -34,5 +37,5 @@ def main() -> None:
     settle_libraries()
 
 
-for command in (convert, generate, serve, export, inspect, verify, doctor):
+for command in (convert, generate, serve, export, evaluate, report, inspect, verify, doctor):
     main.add_command(command)

@@ -21,7 +21,7 @@ from qwen3_ascend.cli.terminal import progress_bar, to_stderr
 from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.options import ConvertOptions
 from qwen3_ascend.files.paths import user_path
-from qwen3_ascend.files.text import parse_size, size_text, table
+from qwen3_ascend.files.text import size_text, table
 
 if TYPE_CHECKING:
     from qwen3_ascend.convert.budget import Budget
@@ -102,6 +102,10 @@ class Watch(Events):
         self._bar.update(nbytes)
 
     @override
+    def working(self, what: str) -> None:
+        self._bar.set_postfix_str(what)
+
+    @override
     def note(self, line: str) -> None:
         if not self._quiet:
             to_stderr(line)
@@ -116,10 +120,10 @@ def _show_plan(
     as_json: bool,
 ) -> None:
     from qwen3_ascend.convert import plan_conversion, preflight, report
-    from qwen3_ascend.convert.budget import Budget
+    from qwen3_ascend.convert.conversion import plan_budget
 
     source, plan = plan_conversion(model, recipe, options, events, output)
-    budget = Budget.fit(plan.piece_bytes, options.threads, parse_size(options.max_memory))
+    budget = plan_budget(plan, options)
     disk = preflight.disk_needs(plan, source, output)
     if as_json:
         needs = {"disk": {need.what: need.nbytes for need in disk}}

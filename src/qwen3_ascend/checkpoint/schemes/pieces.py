@@ -8,7 +8,7 @@ belong; the bytes do not depend on how the linear was divided.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -96,7 +96,7 @@ class Stack:
             found = self._outputs(piece)
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def outputs(self, piece: Piece, unit: int) -> list[Tensor]:
+    def outputs(self, piece: Piece, unit: int) -> Iterable[Tensor]:
         """A piece of outputs as matrices of a multiple of `unit` rows each, but for the last one:
         views of the parts if those end at such multiples, else one copy."""
         found = self._outputs(piece)
