@@ -82,6 +82,7 @@ class Packed:
     """
 
     is_quantized: ClassVar[bool] = True
+    undivided: ClassVar[tuple[str, ...]] = ()
     bits: int
     group: int | None = None
 
@@ -126,6 +127,9 @@ class StaticInt8:
             exchange.QUANT_BIAS: folded_bias(linear),
             **{suffix: codes[suffix].float() for suffix in self.undivided},
         }
+
+    def constants(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        return {}
 
 
 class Format(ABC):
