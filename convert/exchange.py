@@ -1,4 +1,4 @@
-"""The names of the two formats in which quantized models are exchanged; nothing else spells them.
+"""The names of the formats in which quantized models are exchanged; nothing else spells them.
 
 *AscendV1* is what ModelSlim (msmodelslim) writes and vllm-ascend, SGLang and MindIE read: plain
 tensors beside a description that gives a type to each of them. Source: ascendv1.py of msmodelslim
@@ -12,6 +12,13 @@ Both name tensors as transformers does and fuse nothing: a linear such as
 "model.layers.0.self_attn.q_proj" has the tensors "<linear>.weight", "<linear>.weight_scale", ...
 For int8 both state the same arithmetic as our scheme w8a8: weight = code * scale of its output,
 activations int8 with a scale for each token. So nothing but the type of the scale changes.
+
+*fp8* is the format of the models that Qwen and DeepSeek publish as FP8: float8_e4m3fn weights with
+a scale for each block of them. Source: `FineGrainedFP8Config` and integrations/finegrained_fp8.py
+of transformers 5.24.
+
+*gptq* and *awq* are what AutoGPTQ, gptqmodel and AutoAWQ write: integers that are packed into int32
+words. See convert/packed.py.
 """
 
 from __future__ import annotations
@@ -127,11 +134,14 @@ QUANTIZATION_CONFIG = "quantization_config"
 COMPRESSED_TENSORS = "compressed-tensors"
 """Its quant_method; and the format's name, as options and the manifest have it."""
 
+PACK_QUANTIZED = "pack-quantized"
+"""Its format for integers that are packed into int32."""
+
 INT_QUANTIZED = "int-quantized"
 """Its format for int8 codes that are stored as int8."""
 
-PACK_QUANTIZED = "pack-quantized"
-"""Its format for weights alone: codes of 4 or 8 bits along the inputs, in int32."""
+FLOAT_QUANTIZED = "float-quantized"
+"""Its format for float8 codes."""
 
 WEIGHT_PACKED, WEIGHT_SHAPE = "weight_packed", "weight_shape"
 """Suffixes of such codes, and of the shape (N, K), int64 [2]."""
@@ -230,7 +240,29 @@ def packed_tensors(codes: Codes, bits: int) -> dict[str, Tensor]:
     }
 
 
-# Both
+# fp8
+
+FP8 = "fp8"
+"""Its quant_method; and the format's name, as the manifest has it."""
+
+WEIGHT_SCALE_INV = "weight_scale_inv"
+"""Suffix of the scales, [ceil(N / rows of a block), ceil(K / columns of a block)] in float32 or
+bfloat16. A weight is its code times its scale, whatever the name says."""
+
+FP8_TYPE = torch.float8_e4m3fn
+"""Type of the codes [N, K]; it has no infinity, and 0x7F and 0xFF are NaN."""
+
+
+# GPTQ and AWQ
+
+GPTQ = "gptq"
+"""Its quant_method; and the format's name, as the manifest has it."""
+
+AWQ = "awq"
+"""The same of AWQ."""
+
+
+# Int8, of both
 
 
 def int8_forms(shape: Sequence[int], scale: torch.dtype, offset: bool = False) -> dict[str, Form]:

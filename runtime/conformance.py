@@ -237,7 +237,7 @@ class _AttentionSide:
     def _run(self, qkv: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         backend, head_dim = self.backend, self.config.head_dim
         ones = backend.upload(torch.ones(head_dim))
-        consumer = backend.tied_head(ones[None])  # any that wants floats
+        consumer = backend.dense(ones[None])  # any that wants floats
         with torch.inference_mode():
             step = backend.open_step(step_inputs(batch, ASCEND_A2_A3.block_size))
             query = backend.norm_rope_write(backend.upload(qkv), ones, ones, 1e-6, step, self.cache)

@@ -7,20 +7,69 @@ before the next layer is loaded.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Generic
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor
 
+from qwen3_ascend.checkpoint.architecture import model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.runtime.backends.base import Backend, Cache, DeviceLinear, StepBounds
 from qwen3_ascend.runtime.backends.cache import SCRATCH_BLOCK
 from qwen3_ascend.runtime.backends.step import StepInputs
+from qwen3_ascend.runtime.model.loader import WeightSource, load_layer
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer, decoder_layer
 
 LOGIT_ROWS = 256
 """Rows of logits at a time: 152 MB of float32 for Qwen3's vocabulary."""
+
+
+class LayeredModel(Protocol):
+    """A model whose weights come onto a device when they are asked for, and go with the caller's
+    reference to them."""
+
+    @property
+    def config(self) -> Qwen3Config:
+        """The configuration of the model."""
+
+    def embedding(self) -> Tensor:
+        """The embedding table [vocab, hidden]."""
+
+    def layer(self, number: int) -> DecoderLayer:
+        """A decoder layer, counted from 0."""
+
+    def final_norm(self) -> Tensor:
+        """The weight [hidden] of the norm before the output projection."""
+
+    def head(self) -> DeviceLinear:
+        """The output projection; a tied one is made of the embedding."""
+
+
+class StoredModel:
+    """The model of a converted checkpoint, as a LayeredModel."""
+
+    def __init__(self, weights: WeightSource, backend: Backend[Any]) -> None:
+        self.config, self._weights, self._backend = weights.config, weights, backend
+        self._spec = model_spec(self.config)
+
+    def embedding(self) -> Tensor:
+        """See LayeredModel."""
+        return self._backend.upload(self._weights.tensor(self._spec.embedding.name))
+
+    def layer(self, number: int) -> DecoderLayer:
+        """See LayeredModel."""
+        return load_layer(self._weights, self._backend, self._spec.layers[number])
+
+    def final_norm(self) -> Tensor:
+        """See LayeredModel."""
+        return self._backend.upload(self._weights.tensor(self._spec.final_norm.name))
+
+    def head(self) -> DeviceLinear:
+        """See LayeredModel."""
+        if self._spec.lm_head is None:
+            return self._backend.dense(self.embedding())
+        return self._backend.linear(self._weights.linear(self._spec.lm_head.name))
 
 
 class LayerStream(Generic[Cache]):
@@ -48,6 +97,21 @@ class LayerStream(Generic[Cache]):
         blocks = max(int(step.block_table.max()) + 1 for step in self.steps)
         batch = max(len(step.context_lens) for step in self.steps)
         (self._cache,) = backend.allocate_cache(StepBounds(batch, block_size, blocks))
+
+    def read(
+        self, model: LayeredModel, progress: Callable[[], None] = lambda: None
+    ) -> list[Tensor]:
+        """The hidden states [T, hidden] of each step after the last layer of a model.
+
+        Args:
+            model: of the configuration that the backend was made for.
+            progress: called after each layer.
+        """
+        hidden = self.embed(model.embedding())
+        for number in range(model.config.num_layers):
+            hidden = [*self.through(model.layer(number), hidden)]
+            progress()
+        return hidden
 
     def embed(self, table: Tensor) -> list[Tensor]:
         """The hidden states [T, hidden] of each step before the first layer.

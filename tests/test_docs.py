@@ -133,7 +133,7 @@ def test_the_rules_of_cutting() -> None:
         "`weight`, nz of KN": (quantize(W8A8(), weight, None, Layout("nz", "KN", 32)), words, None),
         "`weight`, nz of NK": (quantize(BF16(), weight, None, Layout("nz", "NK", 16)), None, words),
         "`weight`, nd of NK": (quantize(BF16(), weight, None, ND), None, "per_word"),
-        "`weight`, nd of KN": (quantize(W4A8(), weight, None, w4a8.PLAIN), "per_word", None),
+        "`weight`, nd of KN": (quantize(W4A16(32), weight, None, w4a16.ROWS), "per_word", None),
     }
     for row, (linear, of_outputs, of_inputs) in cases.items():
         assert said[row] == (
@@ -144,20 +144,20 @@ def test_the_rules_of_cutting() -> None:
     of_outputs, of_inputs = said["`scale` of w8a8 and w8a16"]
     assert of_outputs == place(w8a8, "scale", "outputs", None)
     assert of_inputs.startswith(place(w8a8, "scale", "inputs", None))
-    int4 = quantize(W4A16(32), weight, None, w4a16.ROWS)
+    int4 = cases["`weight`, nd of KN"][0]
     assert said["`scale` of w4a16"] == (
         place(int4, "scale", "outputs", None),
         place(int4, "scale", "inputs", "group"),
     )
     static = quantize(W8A8Static(), weight, None, Layout("nz", "KN", 32))
     for suffix in ("deq_scale", "quant_bias"):
-        of_static = said[f"`{suffix}` of w8a8-static"]
-        assert of_static[0] == place(static, suffix, "outputs", None)
-        assert of_static[1].startswith(place(static, suffix, "inputs", None))
+        row = said[f"`{suffix}` of w8a8-static"]
+        assert row[0] == place(static, suffix, "outputs", None)
+        assert row[1].startswith(place(static, suffix, "inputs", None))
     for suffix in ("input_scale", "input_offset"):
         assert not static.places()[suffix]
     assert set(said["`input_scale` and `input_offset` of w8a8-static"]) == {"kept whole"}
-    groups = cases["`weight`, nd of KN"][0]
+    groups = quantize(W4A8(), weight, None, w4a8.ROWS)
     for suffix in ("scale", "code_sums"):
         assert said["`scale` and `code_sums` of w4a8"] == (
             place(groups, suffix, "outputs", None),

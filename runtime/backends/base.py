@@ -153,8 +153,9 @@ class Backend(Protocol[Cache]):
     def linear(self, linear: Linear) -> DeviceLinear:
         """A stored linear on the device; CheckpointError if it has no kernel for the scheme."""
 
-    def tied_head(self, embedding: Tensor) -> DeviceLinear:
-        """The output projection that an uploaded embedding [vocab, hidden] serves as, uncopied."""
+    def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
+        """A linear of floats that were uploaded, uncopied: a weight [N, K], such as the embedding
+        that serves as output projection, and a bias [N]."""
 
     def allocate_cache(self, bounds: StepBounds) -> tuple[Cache, ...]:
         """The key/value cache, one for each layer, with the blocks of the bounds at least."""

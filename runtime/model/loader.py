@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -49,7 +50,7 @@ def load_model(
     lm_head = (
         backend.linear(source.linear(spec.lm_head.name))
         if spec.lm_head
-        else backend.tied_head(embedding)
+        else backend.dense(embedding)
     )
     backend.finish_loading()
     return Qwen3(config, backend, embedding, tuple(layers), final_norm, lm_head)
@@ -57,13 +58,19 @@ def load_model(
 
 def load_layer(source: WeightSource, backend: Backend[Cache], spec: LayerSpec) -> DecoderLayer:
     """Puts the weights of one layer on the backend's device."""
+    return make_layer(
+        spec,
+        lambda linear: backend.linear(source.linear(linear.name)),
+        lambda norm: backend.upload(source.tensor(norm.name)),
+    )
 
-    def linear(spec: LinearSpec) -> DeviceLinear:
-        return backend.linear(source.linear(spec.name))
 
-    def norm(spec: TensorSpec) -> Tensor:
-        return backend.upload(source.tensor(spec.name))
-
+def make_layer(
+    spec: LayerSpec,
+    linear: Callable[[LinearSpec], DeviceLinear],
+    norm: Callable[[TensorSpec], Tensor],
+) -> DecoderLayer:
+    """A layer, of whatever puts its linears and its norms on the device."""
     return DecoderLayer(
         input_norm=norm(spec.input_norm),
         qkv=linear(spec.qkv),

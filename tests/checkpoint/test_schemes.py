@@ -47,9 +47,14 @@ CASES: list[tuple[Scheme, Layout]] = [
 
 
 NOISE = {
-    "bf16": 0.0, "w8a8": 0.01, "w8a8-static": 0.01, "w8a16": 0.01, "w4a8": 0.25, "w4a16": 0.13,
+    "bf16": 0.0,
+    "w8a8": 0.01,
+    "w8a8-static": 0.01,
+    "w8a16": 0.01,
+    "w4a8": 0.25,
+    "w4a16": 0.13,
     "group-int4": 0.15,
-}  # fmt: skip
+}
 """Errors of random weights, relative to their norm."""
 
 

@@ -26,7 +26,7 @@ from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
 
 NZ = ASCEND_A2_A3.layouts["w8a8-static"]
-LAYOUTS = (NZ, Layout("nz", "NK", 32), ND, Layout("nd", "KN"))
+LAYOUTS = (NZ, Layout("nz", "NK", 32), ND)
 INPUTS = InputRange(-0.7, 2.9)
 
 
@@ -122,7 +122,7 @@ def test_what_is_stored(layout: Layout, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("cut", ["outputs", "inputs"])
-@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_cut_is_what_the_cut_weight_becomes(cut: Cut, layout: Layout, world: int) -> None:
     weight, bias = random(256, 512), random(256, seed=1)
     weight[:, ::32] = 4.0  # every piece of a row then has the scale of the whole row

@@ -14,14 +14,14 @@ from support import tiny_models
 from support.command_line import run
 from support.folders import contents
 from support.group_scheme import NZ, GroupInt4
-from support.static_inputs import STATIC
+from support.static_inputs import write_static
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CompressedTensorsConfig, Qwen3ForCausalLM
 
 from qwen3_ascend import ConvertOptions, convert_checkpoint
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.checkpoint.schemes import SCHEMES, InputRange
+from qwen3_ascend.checkpoint.schemes import SCHEMES
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.convert import WritingOptions, export_checkpoint
 from qwen3_ascend.convert.export import item as export_item
@@ -130,19 +130,12 @@ def test_every_element_is_the_checkpoints(name: str, checkpoint: Path, tmp_path:
     assert set(record.tensors) == set(expected(checkpoint, name)) and verify_export(out).ok
 
 
-STATIC_NAMES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-
-
 @pytest.mark.parametrize("changes", [FORMS["biased"], FORMS["untied"]], ids=["biased", "untied"])
 def test_static_inputs_as_modelslim_writes_them(changes: dict[str, Any], tmp_path: Path) -> None:
     """The formulas of on_w8a8_static in msmodelslim 26.1.0, on what it would have chosen."""
-    source = tiny_models.write(tmp_path / "source", tiny_models.config(**changes))
-    ranges = {
-        f"model.layers.{layer}.{name}": InputRange(-2.0, 5.0 + layer)
-        for layer in range(2)
-        for name in STATIC_NAMES
-    }
-    convert_checkpoint(source, tmp_path / "made", STATIC, ranges=ranges)
+    data = tiny_models.config(**changes)
+    source = tiny_models.write(tmp_path / "source", data, tokenizer=False)
+    write_static(source, tmp_path / "made", tokens=64)
     export_checkpoint(tmp_path / "made", tmp_path / "out", "ascendv1")
     found = tensors(tmp_path / "out")
     described = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())

@@ -9,43 +9,28 @@ import torch
 from support import tiny_models
 from support.command_line import run
 from support.folders import finished_weights
-from support.static_inputs import STATIC, write_static
+from support.static_inputs import write_static
 
 from qwen3_ascend import ConvertOptions, SamplingParams, convert_checkpoint, load
 from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.checkpoint.schemes import W4A8, InputRange, W8A8Static, pieces
+from qwen3_ascend.checkpoint.schemes import W4A8, W8A8Static, pieces
+from qwen3_ascend.checkpoint.schemes.w8a8_static import static_input
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.checkpoint.verify import verify
 from qwen3_ascend.convert import export_checkpoint
 from qwen3_ascend.errors import OptionError, RecipeError
 
 DATA = tiny_models.DATA
-NAMES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-RANGES = {
-    f"model.layers.{layer}.{name}": InputRange(-1.0 - layer, 3.0 + number)
-    for layer in range(2)
-    for number, name in enumerate(NAMES)
-}
 
 
 @pytest.fixture(scope="module")
-def static(tiny_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained model with ranges of its own; not to be changed."""
+def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model, calibrated; not to be changed."""
     out = tmp_path_factory.mktemp("static") / "out"
-    write_static(DATA, tiny_bf16, out)
+    write_static(DATA, out)
     return out
-
-
-def test_without_ranges_it_is_refused(tmp_path: Path) -> None:
-    rule = (
-        r"model\.layers\.0\.self_attn\.qkv_proj: w8a8-static needs calibration, which finds the "
-        r"range of the linear's inputs; give it the scheme w8a8"
-    )
-    with pytest.raises(RecipeError, match=rule):
-        convert_checkpoint(DATA, tmp_path / "out", STATIC)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -55,32 +40,39 @@ def test_what_is_stored(small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(pieces, "PIECE_BYTES", 2048)
     data = tiny_models.config(attention_bias=True)
     weights = tiny_models.tensors(data)
-    source = tiny_models.write(tmp_path / "source", data, weights)
-    convert_checkpoint(source, tmp_path / "out", STATIC, ranges=RANGES)
+    source = tiny_models.write(tmp_path / "source", data, weights, tokenizer=False)
+    write_static(source, tmp_path / "out", tokens=64)
     assert verify(tmp_path / "out").ok
     reader = CheckpointReader(tmp_path / "out")
-    for name, inputs in RANGES.items():
-        linear, entry = reader.linear(name), reader.manifest.linears[name]
-        parts = [part for part, _ in entry.parts]
+    scales = set()
+    for name, entry in reader.manifest.linears.items():
+        linear, parts = reader.linear(name), [part for part, _ in entry.parts]
+        if entry.scheme != W8A8Static():
+            continue
         whole = torch.cat([weights[f"{part}.weight"] for part in parts])
-        bias = None
-        if f"{parts[0]}.bias" in weights:
-            bias = torch.cat([weights[f"{part}.bias"] for part in parts])
-        made = quantize(W8A8Static(), whole, bias, ASCEND_A2_A3.layouts["w8a8-static"])
-        for suffix, tensor in made.for_inputs(inputs).tensors.items():
-            assert torch.equal(linear.tensors[suffix], tensor), (name, suffix)
-        assert linear.tensors["quant_bias"].any()
+        made = quantize(W8A8Static(), whole, None, ASCEND_A2_A3.layouts["w8a8-static"])
+        held, codes = linear.codes(), made.codes()
+        assert torch.equal(held["weight"], codes["weight"])
+        scale, offset = held["input_scale"], held["input_offset"].int()
+        reciprocal = (1 / scale).bfloat16().float()
+        assert torch.equal(held["deq_scale"], codes["deq_scale"] / reciprocal)
+        assert torch.equal(held["quant_bias"], -offset * codes["weight"].int().sum(1))
+        assert held["quant_bias"].any() and (linear.bias is None) != ("attn" in name)
+        scales.add(float(scale))
+    assert len(scales) == 8  # each linear has a range of its own
 
 
-def test_other_ranges_are_another_conversion(tmp_path: Path) -> None:
-    source = tiny_models.write(tmp_path / "source")
-    convert_checkpoint(source, tmp_path / "out", STATIC, ranges=RANGES)
-    before = finished_weights(tmp_path / "out")
-    convert_checkpoint(source, tmp_path / "out", STATIC, ranges=RANGES)
-    wider = {name: InputRange(-9, 9) for name in RANGES}
-    convert_checkpoint(source, tmp_path / "wider", STATIC, ranges=wider)
-    assert finished_weights(tmp_path / "out") == before
-    assert finished_weights(tmp_path / "wider") != before
+def test_ranges_are_those_of_the_inputs(static: Path, tiny_bf16: Path) -> None:
+    """The first linear's, found another way: norms of embedded calibration tokens."""
+    reader = CheckpointReader(tiny_bf16)
+    table = reader.tensor("model.embed_tokens.weight").float()
+    weight = reader.tensor("model.layers.0.input_layernorm.weight").float()
+    normed = table * torch.rsqrt(table.square().mean(-1, keepdim=True) + 1e-6) * weight
+    linear = CheckpointReader(static).linear("model.layers.0.self_attn.qkv_proj")
+    made = static_input(linear.tensors)
+    steps = torch.tensor([-128 - made.offset, 127 - made.offset]) / made.reciprocal
+    assert normed.min() * 1.01 <= steps[0] <= normed.min() / 4
+    assert normed.max() / 4 <= steps[1] <= normed.max() * 1.01
 
 
 def test_errors_are_measured_again(static: Path) -> None:
@@ -113,7 +105,7 @@ def test_int4_of_the_trained_model(tmp_path: Path) -> None:
     assert len(entries) == 4 * manifest.model.num_layers
     for entry in entries:
         outputs, inputs = entry.shape
-        assert entry.tensors["weight"].shape == (inputs, outputs // 2)
+        assert entry.tensors["weight"].shape == (inputs, outputs // 8)
         nbytes = sum(tensor.nbytes for tensor in entry.tensors.values())
         assert 8 * nbytes / (outputs * inputs) == 4 + (32 + 16) / 256
     answers = load(tmp_path / "out", "cpu").generate(

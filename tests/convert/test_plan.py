@@ -135,7 +135,7 @@ def test_what_may_be_left_out_is_said() -> None:
         (rules(("*", W4A16())), {"hidden_size": 128},
          r"qkv_proj: .*\[\d+, 128\].*more inputs than a group of 128 has; give it a smaller"),
         (rules(("lm_head", W4A16(32)), ("*", "bf16")), {"vocab_size": 321},
-         r"lm_head: .*wants a multiple of 8 outputs for int4 weights; give it the scheme w8a16"),
+         r"lm_head: .*321 is no multiple of eight; give it the scheme w8a16"),
     ],
 )  # fmt: skip
 def test_recipes_that_do_not_fit(recipe: Recipe, changes: dict[str, Any], message: str) -> None:

@@ -60,12 +60,10 @@ def checkpoint_of_floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_of_static_inputs(
-    checkpoint_of_floats: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def checkpoint_of_static_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model, whose inputs are quantized under fixed scales and offsets."""
     output = tmp_path_factory.mktemp("checkpoints") / "w8a8-static"
-    write_static(DATA, checkpoint_of_floats, output)
+    write_static(DATA, output)
     return output
 
 

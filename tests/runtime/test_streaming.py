@@ -9,12 +9,10 @@ import torch
 from support.tiny_models import DATA
 
 from qwen3_ascend import load
-from qwen3_ascend.checkpoint.architecture import model_spec
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.convert.conversion import convert_checkpoint
 from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
-from qwen3_ascend.runtime.model.loader import load_layer
-from qwen3_ascend.runtime.streaming import LayerStream, one_layer
+from qwen3_ascend.runtime.streaming import LayerStream, StoredModel, one_layer
 
 TEXTS = [[3, 5, 8], list(range(40, 340)), [7], list(range(9, 138))]
 
@@ -27,19 +25,13 @@ def test_logits_of_each_text_are_those_of_the_whole_model(
     convert_checkpoint(DATA, tmp_path / "out", recipe)
     reader = CheckpointReader(tmp_path / "out")
     config = reader.config
-    spec, backend = model_spec(config), CpuBackend(one_layer(config), torch.float32)
+    backend = CpuBackend(one_layer(config), torch.float32)
+    model = StoredModel(reader, backend)
     stream = LayerStream(backend, config.rms_norm_eps, TEXTS, step_tokens)
-    embedding = backend.upload(reader.tensor(spec.embedding.name))
-    hidden = stream.embed(embedding)
-    for layer in spec.layers:
-        hidden = [*stream.through(load_layer(reader, backend, layer), hidden)]
-    norm = backend.upload(reader.tensor(spec.final_norm.name))
-    head = (
-        backend.linear(reader.linear(spec.lm_head.name))
-        if spec.lm_head
-        else backend.tied_head(embedding)
+    norm, head = model.final_norm(), model.head()
+    found = torch.cat(
+        [rows for states in stream.read(model) for rows in stream.logits(states, norm, head)]
     )
-    found = torch.cat([rows for states in hidden for rows in stream.logits(states, norm, head)])
     llm = load(tmp_path / "out", device="cpu", dtype="float32")
     expected = torch.cat([llm.logits(text) for text in TEXTS])
     difference = (found - expected).abs()

@@ -174,8 +174,8 @@ class NpuBackend(Backend[LayerKV]):
         return loaded
 
     @override
-    def tied_head(self, embedding: Tensor) -> DeviceLinear:
-        return DenseLinear(embedding, None)
+    def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
+        return DenseLinear(weight, bias)
 
     @override
     def allocate_cache(self, bounds: StepBounds) -> tuple[LayerKV, ...]:

@@ -79,9 +79,10 @@ def layout_checks() -> Iterator[tuple[str, bool | None]]:
     for shape in ((1024, 512), (1000, 200)):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         for scheme in EXAMINED:
-            if ASCEND_A2_A3.refusal(scheme, shape) is None:
-                layout = ASCEND_A2_A3.layout(scheme, "", shape)
-                yield from _linear_checks(quantize(scheme, weight, None, layout))
+            if ASCEND_A2_A3.refusal(scheme, shape):
+                continue
+            layout = ASCEND_A2_A3.layout(scheme, "", shape)
+            yield from _linear_checks(quantize(scheme, weight, None, layout))
 
 
 def _linear_checks(linear: Linear) -> Iterator[tuple[str, bool]]:

@@ -101,13 +101,15 @@ def upload_by_cast(stored: Tensor, layout: Layout, outputs: int, inputs: int) ->
     Twice the memory for a moment, and one cast for each weight. Where the device answers with ND
     (a chip without FRACTAL_NZ), the ND tensor is used. Words of int4, which no cast knows, stay ND.
     """
-    if layout.format == "nd":
-        return stored.to("npu")
-    plain = layout.unpack(stored, (outputs, inputs))
     if layout.per_word > 1:
-        return dataclasses.replace(layout, format="nd", c0=0).pack(plain).to("npu")
-    matrix = plain.t().contiguous() if layout.nz_of == "KN" else plain
-    return torch_npu.npu_format_cast(matrix.to("npu"), ACL_FORMAT_FRACTAL_NZ)
+        by_row = dataclasses.replace(layout, format="nd", c0=0)
+        return by_row.pack(layout.unpack(stored, (outputs, inputs))).to("npu")
+    plain = layout.unpack(stored, (outputs, inputs))
+    matrix = plain.t().contiguous() if layout.nz_of == "KN" and layout.format == "nz" else plain
+    tensor = matrix.to("npu")
+    if layout.format == "nd":
+        return tensor
+    return torch_npu.npu_format_cast(tensor, ACL_FORMAT_FRACTAL_NZ)
 
 
 def raw_bytes(tensor: Tensor) -> Tensor:

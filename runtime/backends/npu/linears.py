@@ -22,7 +22,7 @@ from qwen3_ascend.checkpoint.schemes import (
     Scheme,
     W8A8Static,
 )
-from qwen3_ascend.checkpoint.schemes.w4a8 import CODES_A_WORD, GROUP, PLAIN, SHIFT, shift_of
+from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, SHIFT, shift_of
 from qwen3_ascend.checkpoint.schemes.w8a8_static import StaticInput, folded_bias, static_input
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
@@ -180,15 +180,12 @@ class GroupInt4Linear:
         """Puts a stored linear on the device.
 
         Raises:
-            CheckpointError: if its outputs, or a rank's part of them, do not fill words.
+            CheckpointError: if the kernel does not take it, as it may be for a rank's part of one
+                that it takes.
         """
-        outputs, inputs = linear.shape[-2:]
-        if outputs % CODES_A_WORD or linear.layout != PLAIN:
-            raise CheckpointError(
-                f"npu_quant_matmul reads 4-bit weights as rows of [K, N] with N a multiple of "
-                f"{CODES_A_WORD}, and this is {list(linear.shape)} in {linear.layout}"
-            )
-        weight = upload(linear.weight.view(torch.int32), linear.layout, outputs, inputs)
+        if refusal := ASCEND_A2_A3.refusal(linear.scheme, linear.shape):
+            raise CheckpointError(f"a linear cannot be loaded: {refusal}")
+        weight = upload(linear.weight, linear.layout, *linear.shape[-2:])
         scale = linear.tensors["scale"].view(torch.int32).long()
         bias = None if linear.bias is None else linear.bias.to("npu")
         return cls(weight, scale.to("npu"), shift_of(linear.tensors).to("npu"), bias)
@@ -301,31 +298,11 @@ class DividedLinear:
 class DividedStaticLinear(DividedLinear):
     """The same of linears with a static input, which all parts share."""
 
-    def __init__(self, parts: tuple[StaticInt8Linear, ...]) -> None:
+    def __init__(self, parts: tuple[NpuLinear, ...]) -> None:
         super().__init__(parts)
-        self.static_input, self.vectors = parts[0].static_input, parts[0].vectors
-
-
-def in_parts(load: Load) -> Load:
-    """Puts a linear on the device, in parts if its kernel does not take it as one."""
-
-    def divided(linear: Linear, upload: Upload) -> NpuLinear:
-        parts = tuple(load(part, upload) for part in _parts(linear))
-        return parts[0] if len(parts) == 1 else DividedLinear(parts)
-
-    return divided
-
-
-def load_static_int8(linear: Linear, upload: Upload) -> NpuLinear:
-    """The same of w8a8-static."""
-    parts = tuple(StaticInt8Linear.load(part, upload) for part in _parts(linear))
-    return parts[0] if len(parts) == 1 else DividedStaticLinear(parts)
-
-
-def _parts(linear: Linear) -> tuple[Linear, ...]:
-    """A linear as kernels take it."""
-    most = ASCEND_A2_A3.largest_dimension
-    return (linear,) if linear.shape[-2] <= most else linear.divide_outputs(most)
+        first = parts[0]
+        assert isinstance(first, StaticInt8Linear), "parts of another scheme"
+        self.static_input, self.vectors = first.static_input, first.vectors
 
 
 def static_vectors(consumer: DeviceLinear) -> StaticVectors:
@@ -334,13 +311,29 @@ def static_vectors(consumer: DeviceLinear) -> StaticVectors:
     return consumer.vectors
 
 
+Join = Callable[[tuple[NpuLinear, ...]], NpuLinear]
+"""Makes one linear of parts."""
+
+
+def in_parts(load: Load, join: Join = DividedLinear) -> Load:
+    """Puts a linear on the device, in parts if its kernel does not take it as one."""
+
+    def divided(linear: Linear, upload: Upload) -> NpuLinear:
+        most = ASCEND_A2_A3.largest_dimension
+        if linear.shape[-2] <= most:
+            return load(linear, upload)
+        return join(tuple(load(part, upload) for part in linear.divide_outputs(most)))
+
+    return divided
+
+
 LINEARS: dict[type[Scheme], Load] = {
     BF16: DenseLinear.load,
     W8A8: in_parts(Int8Linear.load),
-    W8A8Static: load_static_int8,
+    W8A8Static: in_parts(StaticInt8Linear.load, DividedStaticLinear),
     W8A16: in_parts(WeightOnlyLinear.load),
-    W4A8: GroupInt4Linear.load,
     W4A16: in_parts(WeightOnlyLinear.load),
+    W4A8: GroupInt4Linear.load,
 }
 
 

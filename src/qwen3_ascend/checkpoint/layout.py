@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -147,7 +147,8 @@ class Layout:
     Attributes:
         format: "nz", or "nd" for plain row-major.
         nz_of: which matrix is stored: "KN" (the contiguous transpose, what npu_quant_matmul reads
-            on A2/A3) or "NK" (the weight as it is, what F.linear reads).
+            on A2/A3) or "NK" (the weight as it is, what F.linear reads). "NK" for "nd", unless its
+            words hold several codes.
             The hardware does not reject a wrong orientation, so every holder states it.
         c0: strip width in stored words; 0 for "nd".
         per_word: neighbouring columns of the stored matrix in one stored word: 1, or for int4 codes
@@ -162,6 +163,8 @@ class Layout:
     def __post_init__(self) -> None:
         if (self.format == "nz") != (self.c0 > 0):
             raise ValueError(f"{self}: a strip width belongs to nz, and only to nz")
+        if self.format == "nd" and self.nz_of != "NK" and self.per_word == 1:
+            raise ValueError(f"{self}: a plain layout is always [N, K]")
         if self.per_word not in (1, *WORDS):
             raise ValueError(f"{self}: a word holds 1, 2, 4 or 8 codes")
 
@@ -201,12 +204,11 @@ class Layout:
         with one code a word: nothing is unpacked, since padding is zero."""
         if self.per_word > 1:
             raise ValueError(f"{self}: codes that share a word cannot be summed as they lie")
-        axes = {cut: self.place(cut).axis for cut in get_args(Cut)}
+        inputs = self.place("inputs").axis
         if self.format == "nd":
-            return stored.sum(axes["inputs"], dtype=torch.int32)
-        along = {axes["inputs"], -1 if axes["inputs"] == -4 else -2}
-        blocks = stored.sum(tuple(along), dtype=torch.int32)
-        return blocks.flatten(-2)[..., : shape[-2]]
+            return stored.sum(inputs, dtype=torch.int32)
+        within = -1 if inputs == -4 else -2
+        return stored.sum((inputs, within), dtype=torch.int32).flatten(-2)[..., : shape[-2]]
 
     def place(self, cut: Cut) -> Place:
         """Where the axis that a cut divides lies in the stored tensor."""

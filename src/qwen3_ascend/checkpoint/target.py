@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.layout import ND, Layout
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, bf16, w4a8, w4a16, w8a8, w8a16
+from qwen3_ascend.checkpoint.schemes import BF16, W4A8, W4A16, bf16, w4a8, w4a16, w8a8, w8a16
 from qwen3_ascend.checkpoint.schemes.base import Input, Scheme
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.geometry import CACHE_BLOCK_TOKENS
 
-UNLIMITED = sys.maxsize
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Sizes of a weight that the kernel of a scheme takes.
-
-    Attributes:
-        inputs, outputs: how many at most; what is above in outputs alone may be divided instead.
-        inputs_unit, outputs_unit: what they have to be multiples of.
-        beside: in which form, for a refusal.
-        instead: the scheme that takes what this one does not.
-    """
-
-    inputs: int = UNLIMITED
-    outputs: int = UNLIMITED
-    inputs_unit: int = 1
-    outputs_unit: int = 1
-    beside: str = ""
-    instead: str = "bf16"
+MOST_GROUPED_INPUTS = 29576
+"""See _grouped_refusal."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +28,6 @@ class Target:
             So is w4a16 in shapes that its kernel does not take in FRACTAL_NZ.
         largest_dimension: of a quantized weight that one kernel takes. More outputs are divided by
             the runtime; more inputs are refused.
-        limits: of the weights of a scheme that has more of them than the largest dimension.
         head_sizes: that attention over the paged cache takes.
         block_size: tokens of a key/value block.
     """
@@ -56,7 +36,6 @@ class Target:
     chips: str
     layouts: Mapping[str, Layout]
     largest_dimension: int
-    limits: Mapping[str, Limits]
     head_sizes: tuple[int, ...]
     block_size: int
 
@@ -75,33 +54,16 @@ class Target:
             return f"{self.name} has no kernel for the scheme {scheme.name}, only for {known}"
         if isinstance(scheme, BF16):
             return None
-        floats = scheme.input is Input.FLOAT
-        operator = "npu_weight_quant_batchmatmul" if floats else "npu_quant_matmul"
-        limits, (outputs, inputs) = self.limits.get(scheme.name, Limits()), shape[-2:]
-        for size, most, what in (
-            (inputs, min(limits.inputs, self.largest_dimension), "inputs"),
-            (outputs, limits.outputs, "outputs"),
-        ):
-            if size > most:
-                return (
-                    f"it is {list(shape)}, but {operator} refuses more {what} than {most}"
-                    f"{limits.beside}; give it the scheme {limits.instead}"
-                )
-        for size, unit, what in (
-            (inputs, limits.inputs_unit, "inputs"),
-            (outputs, limits.outputs_unit, "outputs"),
-        ):
-            if size % unit:
-                return (
-                    f"it is {list(shape)}, but {operator} wants a multiple of {unit} {what}"
-                    f"{limits.beside}; give it the scheme {limits.instead}"
-                )
-        if isinstance(scheme, W4A16) and inputs <= scheme.group:
+        if shape[-1] > self.largest_dimension:
+            floats = scheme.input is Input.FLOAT
+            operator = "npu_weight_quant_batchmatmul" if floats else "npu_quant_matmul"
             return (
-                f"it is {list(shape)}, but {operator} wants more inputs than a group of "
-                f"{scheme.group} has; give it a smaller group, or the scheme w8a16"
+                f"it is {list(shape)}, but {operator} refuses more inputs than "
+                f"{self.largest_dimension}; give it the scheme bf16"
             )
-        return None
+        if isinstance(scheme, W4A8):
+            return _grouped_refusal(shape)
+        return _int4_refusal(scheme, shape) if isinstance(scheme, W4A16) else None
 
 
 def takes_int4_nz(scheme: W4A16, shape: Sequence[int]) -> bool:
@@ -114,6 +76,44 @@ def takes_int4_nz(scheme: W4A16, shape: Sequence[int]) -> bool:
     return scheme.group in (64, 128) and inputs % scheme.group == 0 and outputs % 64 == 0
 
 
+def _int4_refusal(scheme: W4A16, shape: Sequence[int]) -> str | None:
+    """Why the operator takes a weight in no layout: it wants whole words of eight outputs, and
+    groups that are smaller than a row."""
+    *_, outputs, inputs = shape
+    if outputs % 8:
+        return (
+            f"it is {list(shape)}, but npu_weight_quant_batchmatmul takes int4 eight outputs to a "
+            f"word, and {outputs} is no multiple of eight; give it the scheme w8a16"
+        )
+    if inputs <= scheme.group:
+        return (
+            f"it is {list(shape)}, but npu_weight_quant_batchmatmul wants more inputs than a group "
+            f"of {scheme.group} has; give it a smaller group, or the scheme w8a16"
+        )
+    return None
+
+
+def _grouped_refusal(shape: Sequence[int]) -> str | None:
+    """Why npu_quant_matmul does not take int4 weights with groups beside int8 activations.
+
+    CANN's ops-nn at e5c3fa93, aclnn_quant_matmul_v5.cpp: CheckA8W4KDim, MAX_SHAPE_SIZE_A8W4_INT; N
+    in whole words. More outputs than a dimension may have are not divided for it.
+    """
+    *_, outputs, inputs = shape
+    for wrong, rule in (
+        (inputs % w4a8.GROUP, f"a multiple of {w4a8.GROUP} inputs"),
+        (inputs > MOST_GROUPED_INPUTS, f"at most {MOST_GROUPED_INPUTS} inputs"),
+        (outputs % 8, "a multiple of eight outputs"),
+        (outputs > ASCEND_A2_A3.largest_dimension, "at most 65535 outputs"),
+    ):
+        if wrong:
+            return (
+                f"it is {list(shape)}, but npu_quant_matmul wants {rule} beside 4-bit weights; "
+                f"give it the scheme w8a8"
+            )
+    return None
+
+
 ASCEND_A2_A3 = Target(
     name="ascend-a2-a3",
     chips="Atlas A2 (910B) and A3 (910_93)",
@@ -122,25 +122,12 @@ ASCEND_A2_A3 = Target(
         "w8a8": w8a8.NZ,
         "w8a8-static": w8a8.NZ,
         "w8a16": w8a16.NZ,
-        "w4a8": w4a8.PLAIN,
+        "w4a8": w4a8.ROWS,
         "w4a16": w4a16.NZ,
     },
     # npu_quant_matmul refuses a larger last dimension, npu_weight_quant_batchmatmul a larger N or K
     # (torch_npu's documentation of the operators).
     largest_dimension=65535,
-    # CANN's ops-nn at e5c3fa93, aclnn_quant_matmul_v5.cpp: CheckA8W4KDim, MAX_SHAPE_SIZE_A8W4_INT;
-    # eight outputs to an int32.
-    limits={
-        "w4a8": Limits(
-            inputs=29576,
-            outputs=65535,
-            inputs_unit=w4a8.GROUP,
-            outputs_unit=w4a8.CODES_A_WORD,
-            beside=" for 4-bit weights",
-            instead="w8a8",
-        ),
-        "w4a16": Limits(outputs_unit=8, beside=" for int4 weights", instead="w8a16"),
-    },
     # The TND layout of npu_fused_infer_attention_score (192/128 aside, which is no Qwen3).
     head_sizes=(128,),
     block_size=CACHE_BLOCK_TOKENS,

@@ -275,9 +275,9 @@ PLAIN = AscendUnquantizedLinearMethod
 LINEARS: dict[type[Scheme], Any] = {
     BF16: FloatMethod,
     W8A8: Int8Method,
-    W8A8Static: StaticInt8Method,
     W8A16: WeightOnlyMethod,
     W4A16: WeightOnlyMethod,
+    W8A8Static: StaticInt8Method,
 }
 HEADS: dict[type[Scheme], Any] = {W8A8: HeadMethod, W8A16: HeadMethod, W4A16: HeadMethod}
 

@@ -8,9 +8,9 @@ belong; the bytes do not depend on how the linear was divided.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -70,18 +70,41 @@ class Packed:
     sums: Sums | None
 
 
+Ranges = slice | tuple[slice, slice]
+"""Rows of a matrix, or rows and columns."""
+
+
+class Matrix(Protocol):
+    """A float matrix that is asked for ranges of its rows and columns: a tensor, or what makes them
+    of something else when they are asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(rows, columns)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the elements."""
+
+    def __getitem__(self, ranges: Ranges, /) -> Tensor:
+        """The elements of the ranges."""
+
+    def float(self) -> Tensor:
+        """All elements in float32."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """Float matrices [N_i, K] that form one [N, K] when stacked; the stack is never made."""
 
-    parts: tuple[Tensor, ...]
+    parts: tuple[Matrix, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
-    def starts(self) -> Iterator[tuple[int, Tensor]]:
+    def starts(self) -> Iterator[tuple[int, Matrix]]:
         """Each part with the row of the stack at which it begins."""
         row = 0
         for part in self.parts:
@@ -96,7 +119,7 @@ class Stack:
             found = self._outputs(piece)
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def outputs(self, piece: Piece, unit: int) -> list[Tensor]:
+    def outputs(self, piece: Piece, unit: int) -> Iterable[Tensor]:
         """A piece of outputs as matrices of a multiple of `unit` rows each, but for the last one:
         views of the parts if those end at such multiples, else one copy."""
         found = self._outputs(piece)

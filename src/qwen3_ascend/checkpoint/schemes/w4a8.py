@@ -44,16 +44,13 @@ GROUP = 256
 SHIFT = 8
 """What npu_quant_matmul leaves out of every input code."""
 
-CODES_A_WORD = 8
-"""4-bit codes in an int32, the outputs of one input in a row."""
-
-PLAIN = Layout("nd", "KN", per_word=2)
-"""Rows of [K, N], two outputs to a byte: as bytes, the int32 [K, N / 8] of the operator."""
+ROWS = Layout("nd", "KN", per_word=8)
+"""[K, N] row by row, eight outputs to an int32."""
 
 
 @dataclass(frozen=True)
 class W4A8(IntegerScheme):
-    """weight: int4, two to an int8; scale: float32 [*batch, K / 256, N];
+    """weight: int4, eight to an int32; scale: float32 [*batch, K / 256, N];
     code_sums: int16 [*batch, K / 256, N]."""
 
     name: ClassVar[str] = "w4a8"
@@ -64,7 +61,7 @@ class W4A8(IntegerScheme):
         *batch, outputs, inputs = shape
         groups = (*batch, self.grid.groups(inputs), outputs)
         return {
-            "weight": Form(torch.int8, layout.storage_shape(shape)),
+            "weight": Form(layout.code_type, layout.storage_shape(shape)),
             "scale": Form(torch.float32, groups),
             "code_sums": Form(torch.int16, groups),
         }
