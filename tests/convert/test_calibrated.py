@@ -90,7 +90,7 @@ def test_linears_are_fed_what_transformers_feeds_them(
     reader = CheckpointReader(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(DATA, dtype=torch.float32)
     planned = plan_calibration(TOKENS, manifest.model, ["tokenizer.json"])
-    files = {path.name: path.read_bytes() for path in DATA.glob("*.json*")}
+    files = {name: (DATA / name).read_bytes() for name in tiny_models.TOKENIZER_FILES}
     windows = torch.tensor(choose_windows(planned, manifest.model, files, print))
     fed: dict[str, Tensor] = {}
     for name, module in model.named_modules():
