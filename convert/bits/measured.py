@@ -85,7 +85,7 @@ def sensitivities_of(
     if not left:
         return known
     check_usable(carried, source.place, events.note)
-    windows = choose_windows(texts, plan.config, carried)
+    windows = choose_windows(texts, plan.config, carried, events.note)
     events.note(f"measuring {len(left)} linears of {len(found)}; what is done is kept in {file}")
     events.begun(sum(ladder.item.source_bytes for ladder in left))
     measuring = _measuring(source, plan, texts, windows, events)
@@ -100,7 +100,7 @@ def sensitivities_of(
 
 def _texts(plan: Plan, source: Source, options: ConvertOptions, events: Events) -> Calibration:
     least = replace(options, calibration_tokens=min(TOKENS, options.calibration_tokens))
-    return plan_calibration(least, plan.config, source.names, events.note)
+    return plan_calibration(least, plan.config, source.names)
 
 
 def _identity(

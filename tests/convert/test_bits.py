@@ -68,8 +68,8 @@ def test_a_loss_is_that_of_a_conversion_of_this_linear_alone(
     convert_checkpoint(DATA, tmp_path / "one", str(tmp_path / "one.yaml"))
     convert_checkpoint(DATA, tmp_path / "floats", "bf16")
     source = open_source(str(DATA))
-    texts = plan_calibration(OPTIONS, source.config, source.names, lambda line: None)
-    (window,) = choose_windows(texts, source.config, source.carried())
+    texts = plan_calibration(OPTIONS, source.config, source.names)
+    (window,) = choose_windows(texts, source.config, source.carried(), print)
     floats, one = (
         load(tmp_path / name, device="cpu", dtype="float32").logits(window).log_softmax(-1)
         for name in ("floats", "one")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen3_ascend.checkpoint.layout import Layout
+from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.files.text import size_text, table
 
@@ -39,7 +39,7 @@ def dims(shape: tuple[int, ...]) -> str:
 
 
 def layout_text(layout: Layout) -> str:
-    return layout.format if layout.format == "nd" else f"nz of {layout.nz_of}"
+    return "nd" if layout == ND else f"{layout.format} of {layout.nz_of}"
 
 
 def _linear_row(name: str, entry: LinearEntry) -> tuple[str, str, str, str, str, str]:

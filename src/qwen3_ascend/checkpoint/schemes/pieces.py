@@ -38,6 +38,11 @@ class Piece:
     stop: int
     matrix: int = 0
 
+    def shape(self, matrix: tuple[int, int]) -> tuple[int, int]:
+        """(N, K) of the piece of a matrix (N, K)."""
+        count, (outputs, inputs) = self.stop - self.start, matrix
+        return (count, inputs) if self.axis == "outputs" else (outputs, count)
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -141,13 +146,14 @@ def divide(
     Args:
         shape: logical [*batch, N, K].
         forms: of its stored tensors, by suffix.
-        places: where its axes lie in each of them.
+        places: where its axes lie in each of them; one that no axis divides does not matter.
 
     Returns:
         Pieces of about PIECE_BYTES along the outermost axis of the stored weight; whole matrices
         if a stored tensor cannot be told from such a piece.
     """
     *batch, outputs, inputs = shape
+    places = {suffix: place for suffix, place in places.items() if place}
     matrices = range(math.prod(batch))
     axis = next((cut for cut in get_args(Cut) if _divides(cut, len(batch), forms, places)), None)
     if axis is None:
