@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import ND, Place
 from qwen3_ascend.checkpoint.linear import BIAS, byte_offset, stored_bias, stored_forms
-from qwen3_ascend.checkpoint.schemes import BF16
+from qwen3_ascend.checkpoint.schemes import BF16, Input
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Sums, sqnr_db
 from qwen3_ascend.convert.encodings import read_weights
@@ -71,14 +71,24 @@ class Task:
         Raises:
             DamagedSourceError: naming the first value that cannot be stored.
         """
-        item = self.item
         with self._naming_values():
-            packed = self.weights.pack_piece(item.scheme, self.pieces[index], item.layout, kernels)
+            packed = self._pack_weight(self.pieces[index], kernels)
             if not self.biases or index:
                 return packed
-            bias = stored_bias(torch.cat(changed_biases(self.biases, self.changes, kernels)))
+            bias = stored_bias(torch.cat([*changed_biases(self.biases, self.changes, kernels)]))
             kernels.check_finite(bias[None])
             return Packed({**packed.tensors, BIAS: bias}, packed.sums)
+
+    def _pack_weight(self, piece: Piece, kernels: Kernels) -> Packed:
+        """A piece of the weight, for inputs of the range that calibration has found."""
+        item = self.item
+        packed = self.weights.pack_piece(item.scheme, piece, item.layout, kernels)
+        if item.scheme.input is not Input.INT8_STATIC or item.encoding.codes == "taken":
+            return packed
+        assert self.statistics is not None, "the plan has seen to it that there is calibration"
+        shape, inputs = piece.shape(item.matrix), self.statistics.range
+        tensors = item.scheme.for_inputs(packed.tensors, shape, item.layout, inputs)
+        return Packed(tensors, packed.sums)
 
     def quantized(self, kernels: Kernels, advance: Callable[[], None]) -> Task:
         """The task with the codes of its whole weight, if its quantizer chooses them together.
@@ -187,19 +197,22 @@ class _Output:
         self._places = item.scheme.places(item.layout)
         self._digests = {suffix: blake3() for suffix in self._forms}
         self._gathered: dict[str, Tensor] = {}
+        self._whole: set[str] = set()
 
     def put(self, piece: Piece, tensors: Mapping[str, Tensor]) -> None:
         """Writes what a piece has become; the pieces come in their order.
 
         A tensor in which a piece is not one range (such as scales for groups of inputs, when the
-        pieces are outputs) is kept until it is whole; such tensors are small.
+        pieces are outputs) is kept until it is whole; such tensors are small. One that no axis
+        divides comes with every piece, and is written with the first.
         """
         for suffix, tensor in tensors.items():
             place = self._places.get(suffix, {}).get(piece.axis)
-            offset = byte_offset(self._forms[suffix], place, piece) if place else 0
-            if offset is not None:
+            if place is None:
+                self._write_whole(suffix, tensor)
+            elif (offset := byte_offset(self._forms[suffix], place, piece)) is not None:
                 self._write(suffix, offset, tensor)
-            elif place is not None:
+            else:
                 self._gather(suffix, place, piece, tensor)
 
     def finish(self) -> dict[str, str]:
@@ -210,6 +223,11 @@ class _Output:
             self._item.stored_name(suffix): digest.hexdigest()
             for suffix, digest in self._digests.items()
         }
+
+    def _write_whole(self, suffix: str, tensor: Tensor) -> None:
+        if suffix not in self._whole:
+            self._whole.add(suffix)
+            self._write(suffix, 0, tensor)
 
     def _write(self, suffix: str, offset: int, tensor: Tensor) -> None:
         data = tensor_bytes(tensor)
@@ -247,7 +265,7 @@ def convert(
     task = task.quantized(kernels, advance)
     output = _Output(task.item, file)
     origin = _Origin(task) if hash_source and not task.is_verbatim else None
-    sums: list[Sums] = []
+    errors = _Errors(task.pieces)
     for index, piece in enumerate(task.pieces):
         advance()
         packed = task.pack(index, kernels)
@@ -255,12 +273,32 @@ def convert(
         if origin is not None:
             origin.advance(piece)
         if packed.sums is not None:
-            sums.append(packed.sums)
+            errors.add(packed.sums)
     stored = output.finish()
     source = origin.hashes() if origin else {}
     if hash_source and task.is_verbatim:
         source = dict(zip((name for name, _ in task.reads), stored.values(), strict=True))
-    return Done(task.item.name, stored, source, sqnr_db(sums))
+    return Done(task.item.name, stored, source, errors.sqnr_db())
+
+
+class _Errors:
+    """The error sums of all pieces, in memory of their own from the beginning: small tensors that
+    outlive the large ones of their piece would keep the allocator from using that memory again."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        lines = sum(piece.stop - piece.start for piece in pieces)
+        self._sums, self._count = torch.empty(2, lines, dtype=torch.float64), 0
+
+    def add(self, sums: Sums) -> None:
+        """Those of the next piece."""
+        lines = slice(self._count, self._count + len(sums.signal))
+        self._sums[0, lines], self._sums[1, lines] = sums.signal, sums.noise
+        self._count = lines.stop
+
+    def sqnr_db(self) -> float | None:
+        """The figure of all pieces that lost anything."""
+        signal, noise = self._sums[:, : self._count]
+        return sqnr_db([Sums(signal, noise)] if self._count else [])
 
 
 class _Origin:

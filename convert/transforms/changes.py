@@ -91,18 +91,20 @@ class Change:
             float32 [n, K], contiguous, of its own memory.
         """
         changed = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        waiting: Tensor | None = None  # factors of inputs that the next rotation can multiply with
         for step in self.steps:
-            if isinstance(step, Replace):
-                changed.copy_(step.gain)
-            elif isinstance(step, Rotate):
-                whole = kernels or native.best()
-                turn = step.rotation
-                (turn.of_inputs if step.axis == "inputs" else turn.of_outputs)(changed, whole)
-            elif step.axis == "inputs":
-                changed.mul_(step.factors)
-            else:
+            if isinstance(step, Scale) and step.axis == "inputs":
+                waiting = step.factors if waiting is None else waiting * step.factors
+            elif isinstance(step, Scale):
                 changed.mul_(step.factors[start : start + len(changed), None])
-        return changed
+            elif isinstance(step, Replace):
+                changed.copy_(step.gain)
+            elif step.axis == "outputs":
+                step.rotation.of_outputs(changed, kernels or native.best())
+            else:
+                step.rotation.of_inputs(changed, kernels or native.best(), waiting)
+                waiting = None
+        return changed if waiting is None else changed.mul_(waiting)
 
     def bias(self, bias: Tensor, kernels: Kernels | None = None) -> Tensor:
         """The bias [N] of a linear, float32: what its outputs become."""

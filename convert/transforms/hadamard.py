@@ -20,7 +20,7 @@ from qwen3_ascend.errors import RecipeError
 from qwen3_ascend.native import Kernels
 
 MOST_IN_BASE = 512
-"""The largest factor that is no power of two: such a one costs as many additions for each weight."""
+"""The largest factor that is no power of two: it costs as many additions for each weight."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,22 @@ class Rotation:
         while len(sylvester) * len(self.base) < self.size:
             top = torch.cat([sylvester, sylvester], 1)
             sylvester = torch.cat([top, torch.cat([sylvester, -sylvester], 1)])
-        whole = torch.kron(self.base.double(), sylvester)
+        whole: Tensor = torch.kron(self.base.double(), sylvester)
         return whole * self.signs.double() / self.size**0.5
 
-    def of_inputs(self, weight: Tensor, kernels: Kernels) -> None:
-        """Rotates the rows of a float32 matrix [N, K] in place; K is a multiple of the size."""
-        kernels.rotate_inputs(weight, self.signs, self.base)
+    def of_inputs(self, weight: Tensor, kernels: Kernels, factors: Tensor | None = None) -> None:
+        """Rotates the rows of a float32 matrix [N, K] in place; K is a multiple of the size.
+
+        Args:
+            weight: the matrix.
+            kernels: to compute with.
+            factors: float32 [K] that the inputs are multiplied by first.
+        """
+        if factors is not None and len(factors) != self.size:
+            weight.mul_(factors)
+            factors = None
+        signs = self.signs if factors is None else self.signs * factors
+        kernels.rotate_inputs(weight, signs, self.base)
 
     def of_outputs(self, weight: Tensor, kernels: Kernels) -> None:
         """Rotates the columns of a float32 matrix [N, K] in place; N is a multiple of the size."""

@@ -14,7 +14,7 @@ from qwen3_ascend.checkpoint.schemes.pieces import Piece, Stack
 from qwen3_ascend.convert.transforms.changes import Change, FindChanges
 from qwen3_ascend.native import Kernels
 
-CHUNK_WEIGHTS = 1 << 16
+CHUNK_WEIGHTS = 1 << 18
 """Weights that are changed and packed together: as float32 they stay in a core's cache."""
 
 

@@ -6,12 +6,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from qwen3_ascend import native
 from qwen3_ascend.convert.transforms.base import Transform
-from qwen3_ascend.convert.transforms.changes import Change, Changes, Floats
+from qwen3_ascend.convert.transforms.changes import Change, Changes, Floats, Step
 from qwen3_ascend.convert.transforms.parts import ModelParts, Unit
 from qwen3_ascend.native import Kernels
 
@@ -78,6 +77,7 @@ class ModelChanges:
         self._model, self._transforms = model, transforms
         self._units = {name: unit for unit in model.units for name in unit.names}
         self._found: dict[Unit, Changes] = {}
+        self._fitted: dict[str, Change] = {}
         self._locks = {unit: threading.Lock() for unit in model.units}
 
     def of(self, names: Sequence[str], floats: Floats) -> list[Change]:
@@ -87,7 +87,21 @@ class ModelChanges:
             names: of one unit.
             floats: gives what the unit consults.
         """
-        return [self._changes(self._units[name], floats)[name] for name in names]
+        return [
+            self._changes(self._units[name], floats)[name].then(*self._more(name)) for name in names
+        ]
+
+    def unit(self, unit: Unit, floats: Floats) -> Changes:
+        """The changes of all weights of a unit."""
+        return Changes(dict(zip(unit.names, self.of(unit.names, floats), strict=True)))
+
+    def add(self, fitted: Changes) -> None:
+        """Adds what calibration has found to the changes of some weights."""
+        self._fitted |= fitted.of
+
+    def _more(self, name: str) -> tuple[Step, ...]:
+        change = self._fitted.get(name)
+        return () if change is None else change.steps
 
     def _changes(self, unit: Unit, floats: Floats) -> Changes:
         with self._locks[unit]:
@@ -98,29 +112,42 @@ class ModelChanges:
             return self._found[unit]
 
 
-def transformed(
+def state_changes(
     state: Mapping[str, Tensor], model: ModelParts, transforms: Sequence[Transform]
-) -> dict[str, Tensor]:
-    """A state dict of the same function, float32: for a model that fits into memory.
+) -> Changes:
+    """The changes of a model that fits into memory.
 
     Args:
-        state: tensors by the names of transformers; of a tied head it may hold none.
+        state: tensors by the names of transformers; of a tied head it need hold none.
         model: its parts.
         transforms: in their order.
     """
-    head = f"{model.ends.head}.weight"
-    whole = dict(state)
-    if any(transform.unties for transform in transforms):
-        whole.setdefault(head, state[f"{model.ends.embedding}.weight"])
-    changes: dict[str, Change] = {}
+    found: dict[str, Change] = {}
     for unit in model.units:
-        changes |= unit_changes(model, unit, transforms, lambda n: whole[f"{n}.weight"]).of
+        found |= unit_changes(model, unit, transforms, lambda name: state[f"{name}.weight"]).of
+    return Changes(found)
+
+
+def changed_state(
+    state: Mapping[str, Tensor], model: ModelParts, changes: Changes
+) -> dict[str, Tensor]:
+    """A model that fits into memory after changes: float32, the same function.
+
+    Args:
+        state: tensors by the names of transformers.
+        model: its parts. If its head changes and the state holds none, since it is tied to the
+            embedding, the result has one.
+        changes: of its weights.
+    """
+    whole = dict(state)
+    if changes[model.ends.head].steps:
+        embedding = state[f"{model.ends.embedding}.weight"]
+        whole.setdefault(f"{model.ends.head}.weight", embedding)
     return {name: _changed(name, tensor, changes) for name, tensor in whole.items()}
 
 
-def _changed(name: str, tensor: Tensor, changes: Mapping[str, Change]) -> Tensor:
+def _changed(name: str, tensor: Tensor, changes: Changes) -> Tensor:
     linear, _, suffix = name.rpartition(".")
-    change = changes.get(linear, Change())
     if suffix == "bias":
-        return change.bias(tensor)
-    return change.weight(tensor.view(-1, tensor.shape[-1])).view(tensor.shape)
+        return changes[linear].bias(tensor)
+    return changes[linear].weight(tensor.view(-1, tensor.shape[-1])).view(tensor.shape)

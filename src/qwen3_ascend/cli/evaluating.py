@@ -99,17 +99,9 @@ def _hold_bound(found: Evaluation, max_kl: float | None) -> None:
     "--eval", "evaluated", type=UserPath(), metavar="FILE", help="What `eval --save` has written."
 )
 @click.option(
-    "--sensitivities",
-    type=UserPath(),
-    metavar="FILE",
-    help="What each linear costs.  [default: sensitivities.json in OUT, if there is one]",
-)
-@click.option(
     "--output", "-o", type=UserPath(), required=True, metavar="PAGE.html", help="The page to write."
 )
-def report(
-    checkpoint: Path, evaluated: Path | None, sensitivities: Path | None, output: Path
-) -> None:
+def report(checkpoint: Path, evaluated: Path | None, output: Path) -> None:
     """Write one HTML page about OUT: what it is, errors layer by layer, and how good it is.
 
     The page needs no network and no other file.
@@ -120,5 +112,5 @@ def report(
     """
     from qwen3_ascend.evaluation import write_report
 
-    write_report(checkpoint, output, evaluated=evaluated, sensitivities=sensitivities)
+    write_report(checkpoint, output, evaluated=evaluated)
     click.echo(f"{output}: open it in a browser")

@@ -14,17 +14,15 @@ BLOCK_WEIGHTS = 1 << 18
 def check_rotation(matrix: Tensor, axis: int, signs: Tensor, base: Tensor) -> None:
     """Raise ValueError unless the arguments are what `Kernels.rotate_inputs` (axis 1) or
     `rotate_outputs` (axis 0) takes."""
-    if matrix.dtype is not torch.float32 or matrix.dim() != 2 or not matrix.is_contiguous():
-        raise ValueError(f"need a contiguous float32 matrix, not {matrix.dtype} {matrix.shape}")
-    size, order = len(signs), len(base)
+    size, order = signs.numel(), base.shape[0]
     doublings = size // max(order, 1)
-    if base.shape != (order, order) or order * doublings != size or doublings & doublings - 1:
-        raise ValueError(f"a base of {list(base.shape)} does not make a rotation of {size}")
     for name, tensor in (("matrix", matrix), ("signs", signs), ("base", base)):
         if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
-            raise ValueError(f"{name} must be float32 on the CPU")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous")
+            raise ValueError(f"{name} must be float32 on the CPU, not {tensor.dtype}")
+        if tensor.dim() != (1 if tensor is signs else 2) or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, and not {list(tensor.shape)}")
+    if base.shape[1] != order or order * doublings != size or doublings & doublings - 1:
+        raise ValueError(f"a base of {list(base.shape)} does not make a rotation of {size}")
     if size == 0 or matrix.shape[axis] % size:
         raise ValueError(f"{list(matrix.shape)} has no whole blocks of {size} along axis {axis}")
 

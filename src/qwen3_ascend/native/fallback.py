@@ -23,6 +23,7 @@ from qwen3_ascend.native.kernels import (
     check_codes,
     check_matrix,
     check_pack,
+    check_rounded,
     check_search,
     check_square_sums,
     lane_sums,
@@ -134,6 +135,13 @@ class TorchKernels:
         for start in range(0, len(lines), step):
             squares = lines[start : start + step].double().square_()
             sums[start : start + step] = lane_sums(squares.contiguous())
+
+    def error_bf16(self, source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor) -> None:
+        check_rounded(source, stored, signal, noise)
+        for start, stop in _blocks(source, 1):
+            exact = source[start:stop].double()
+            signal[start:stop] = lane_sums(exact.square())
+            noise[start:stop] = lane_sums(exact.sub_(stored[start:stop].double()).square_())
 
 
 def _blocks(matrix: Tensor, unit: int) -> Iterator[tuple[int, int]]:

@@ -8,6 +8,7 @@ parts of one buffer.
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
-from qwen3_ascend.native.butterflies import rotate
+from qwen3_ascend.native.butterflies import check_rotation
 from qwen3_ascend.native.library import Library
 
 LANES = 8
+
+ROTATED_COLUMNS = 16
+"""Columns that the compiled kernel rotates together, in a scratch."""
 
 BLOCK_COLUMNS = 128
 """Columns whose codes are chosen together when errors are made up for."""
@@ -119,7 +123,7 @@ class Kernels(Protocol):
     def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
         """Rotate each block of S neighbours in every row, in place: x becomes H (s * x) / sqrt(S).
 
-        matrix float32 [N, K], K a multiple of S; signs float32 [S] of 1 and -1; base float32
+        matrix float32 [N, K], K a multiple of S; signs float32 [S], or other factors; base float32
         [M, M] of 1 and -1, S = M * 2^k, H = base (x) Sylvester's matrix of order 2^k. Additions in
         this order: pairs 1 apart, 2 apart, ..., 2^(k-1) apart, each a + b and a - b; then rows of
         the base from its first column to its last; then one product with float32(1 / sqrt(S)).
@@ -132,6 +136,12 @@ class Kernels(Protocol):
         """Write the sums of w^2 of every row (axis 0) or column (axis 1) of source [N, K].
 
         sums float64 [N] or [K]; in the order of `lane_sums` along the other axis.
+        """
+
+    def error_bf16(self, source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor) -> None:
+        """Write sums of w^2 and of (w - w')^2 of every row of source [N, K], float64 [N].
+
+        stored bfloat16 [N, K], contiguous: w'. In the order of `lane_sums`.
         """
 
 
@@ -152,6 +162,14 @@ def check_square_sums(source: Tensor, axis: int, sums: Tensor) -> None:
     """Raise ValueError unless the arguments fit square_sums."""
     check_matrix(source, FLOATS)
     _check_plain("sums", sums, torch.float64, (source.shape[axis],))
+
+
+def check_rounded(source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor) -> None:
+    """Raise ValueError unless the arguments fit error_bf16."""
+    check_matrix(source, FLOATS)
+    _check_plain("stored", stored, torch.bfloat16, tuple(source.shape))
+    for name, sums in (("signal", signal), ("noise", noise)):
+        _check_plain(name, sums, torch.float64, (source.shape[0],))
 
 
 def check_pack(matrix: Tensor, strips: Tensor) -> None:
@@ -271,18 +289,24 @@ class NativeKernels:
         self._run("compensate_block", *_matrix(weights)[1:], *given, *integers, *found)
 
     def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
-        rotate(matrix, 1, signs, base)
+        check_rotation(matrix, 1, signs, base)
+        self._run("rotate_inputs", *_turned(matrix, signs, base))
 
     def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
-        rotate(matrix, 0, signs, base)
+        check_rotation(matrix, 0, signs, base)
+        scratch = torch.empty(len(signs) * ROTATED_COLUMNS)
+        self._run("rotate_outputs", *_turned(matrix, signs, base), scratch.data_ptr())
 
     def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
         check_square_sums(source, axis, sums)
-        from qwen3_ascend.native.fallback import TorchKernels
+        self._run("square_sums", *_matrix(source), axis, sums.data_ptr())
 
-        TorchKernels().square_sums(source, axis, sums)
+    def error_bf16(self, source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor) -> None:
+        check_rounded(source, stored, signal, noise)
+        sums = (signal.data_ptr(), noise.data_ptr())
+        self._run("error_bf16", *_matrix(source), stored.data_ptr(), *sums)
 
-    def _run(self, name: str, *arguments: int, position: bool = False) -> None:
+    def _run(self, name: str, *arguments: float, position: bool = False) -> None:
         """Call a kernel; with `position` it reports a non-finite weight as its last argument."""
         place = (ctypes.c_int64 * 2)()
         status = self.library.call(name, *arguments, *([place] if position else []))
@@ -295,6 +319,15 @@ class NativeKernels:
 def _matrix(source: Tensor) -> tuple[int, int, int, int, int]:
     rows, columns = source.shape
     return _DTYPE_CODES[source.dtype], source.data_ptr(), rows, columns, source.stride(0)
+
+
+def _turned(
+    matrix: Tensor, signs: Tensor, base: Tensor
+) -> tuple[int, int, int, int, int, int, int, float]:
+    rows, columns = matrix.shape
+    factor = 1.0 / math.sqrt(len(signs))
+    turn = (signs.data_ptr(), len(signs), base.data_ptr(), len(base), factor)
+    return matrix.data_ptr(), rows, columns, *turn
 
 
 def _strip_stride(strips: Tensor) -> int:

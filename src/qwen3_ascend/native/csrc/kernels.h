@@ -16,7 +16,7 @@
 #endif
 
 /* Raised when a signature below changes; the Python side refuses any other number. */
-#define QWEN3_ASCEND_ABI 5
+#define QWEN3_ASCEND_ABI 6
 
 enum status { STATUS_OK = 0, STATUS_NOT_FINITE = 1, STATUS_BAD_ARGUMENT = 2, STATUS_NO_PATH = 3 };
 enum dtype { DTYPE_BYTE = 0, DTYPE_BF16 = 1, DTYPE_FP16 = 2, DTYPE_FP32 = 3 };
@@ -37,6 +37,16 @@ struct matrix {
 struct error_sums {
     double *signal, *noise;
 };
+
+/* H (s * x) * factor in blocks of `size`: signs s, H = base of `order` (x) Sylvester's matrix. */
+struct rotation {
+    const float *signs, *base;
+    int64_t size, order;
+    float factor;
+};
+
+/* Columns that are rotated together, in a scratch of [size][ROTATED_COLUMNS]; the largest order. */
+enum { ROTATED_COLUMNS = 16, MOST_ORDER = 512 };
 
 /* The integers of a scheme. */
 struct integers {
@@ -75,6 +85,11 @@ struct path_table {
                 int64_t padded_rows, int64_t *position);
     int (*unpack)(const uint8_t *strips, int64_t strip_stride, int64_t rows, int64_t row_bytes,
                   uint8_t *destination, int64_t row_stride);
+    void (*rotate_inputs)(float *data, int64_t rows, int64_t columns, struct rotation rotation);
+    void (*rotate_outputs)(float *data, int64_t rows, int64_t columns, struct rotation rotation,
+                           float *scratch);
+    void (*square_sums)(struct matrix source, int by_column, double *sums);
+    void (*rounding_errors)(struct matrix source, const uint16_t *stored, struct error_sums sums);
     int (*search)(struct matrix source, struct search search, float *scales);
     int (*compensate)(struct block block, int8_t *codes, float *errors);
 };
