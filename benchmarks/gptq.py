@@ -1,16 +1,20 @@
-"""GPTQ of decoder layers in Qwen3-0.6B shapes: time and memory, ours against llm-compressor's.
+"""GPTQ of Qwen3-0.6B's shapes: time and memory, ours against llm-compressor's.
 
     python benchmarks/gptq.py                         one layer, 8192 tokens, int4 in groups of 128
     python benchmarks/gptq.py --model 8b --tokens 16384
+    python benchmarks/gptq.py --whole --layers 2      a model of two layers, from folder to folder
 
-Both sides get the same weights (bfloat16, normal) and the same inputs of the four fused linears:
-correlated, with channels of very different sizes, as a model's are. Each reads them from mapped
-files in a process of its own, gathers the Hessians in steps of 1024 tokens, and quantizes all
-linears of the layer: llm-compressor by its GPTQModifier with its defaults (groups fixed, inputs in
+Of a layer, both sides get the same weights (bfloat16, normal) and the same inputs of the four
+fused linears: correlated, with channels of very different sizes, as a model's are. Each reads them
+from mapped files in a process of its own, gathers the Hessians in steps of 1024 tokens, and
+quantizes all linears: llm-compressor by its GPTQModifier with its defaults (groups fixed, inputs in
 the order of the Hessian's diagonal, scales of the widest weights), driven as its pipeline does; we
-as a conversion does, with scales that are searched for. The two run in turn, --repeat times, and
-the fastest of each counts, because other work on the machine only ever adds. Neither packs or
-writes anything; running the model is no part of it.
+as a conversion does, with scales that are searched for. Neither packs or writes anything.
+
+Of a whole model, both read a folder with random weights, calibrate with random tokens in windows of
+512, layer by layer, and write what their engines load: llm-compressor by its oneshot, we by
+convert_checkpoint. The two run in turn, --repeat times, and the fastest of each counts, because
+other work on the machine only ever adds; the seconds of processors tell more on a busy one.
 
 Private memory is what no file backs (RssAnon), beyond what the process had with everything
 imported. The error is that of the products, tr(dW H dW') / tr(W H W'), over the whole layer: what
@@ -24,6 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 STEP = 1024
+WINDOW = 512
 GROUP = 128
 
 Linears = dict[str, tuple[int, tuple[int, ...]]]
@@ -206,9 +212,7 @@ class Peer:
             linear = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
             linear.weight = torch.nn.Parameter(weight, requires_grad=False)
             self._model[name.replace(".", "-")] = linear
-        scheme = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
-        group = {"targets": ["Linear"], "weights": {**scheme, "group_size": GROUP}}
-        self._modifier = GPTQModifier(config_groups={"group_0": group})
+        self._modifier = GPTQModifier(config_groups=int4())
         self._state, self._event, self._inputs = State(model=self._model), Event(), inputs
         self._modifier.on_initialize(self._state)
         self._modifier.on_calibration_start(self._state, self._event)
@@ -261,15 +265,69 @@ def child(side: str, folder: Path) -> None:
     print(json.dumps({**figures, "memory": memory}))
 
 
+def whole_child(side: str, folder: Path, tokens: int) -> None:
+    """The same for a whole model."""
+    work = {"ours": convert_all, "llm-compressor": oneshot_all}[side](folder, tokens)
+    watch, started, cpu = Watch(), time.perf_counter(), time.process_time()
+    work()
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    figures = {"hessians": 0.0, "quantizing": seconds, "cpu": cpu, "memory": watch.end()}
+    shutil.rmtree(folder / "made")
+    print(json.dumps(figures))
+
+
+def convert_all(folder: Path, tokens: int) -> Callable[[], object]:
+    """Our conversion."""
+    from qwen3_ascend import ConvertOptions, convert_checkpoint
+    from qwen3_ascend.convert.recipe import Recipe
+
+    rules = [
+        {"match": "lm_head", "scheme": "bf16"},
+        {"match": "*", "scheme": {"name": "w4a16", "group": GROUP}, "quantizer": "gptq"},
+    ]
+    recipe = Recipe.parse(json.dumps({"schema": 1, "name": "gptq", "rules": rules}), "gptq")
+    options = ConvertOptions(calibration_tokens=tokens, max_memory="8GiB")
+    return partial(convert_checkpoint, folder / "source", folder / "made", recipe, options)
+
+
+def oneshot_all(folder: Path, tokens: int) -> Callable[[], object]:
+    """llm-compressor's pipeline."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from transformers import AutoModelForCausalLM
+
+    def work() -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.bfloat16)
+        windows = torch.randint(model.config.vocab_size, (tokens // WINDOW, WINDOW)).tolist()
+        masks = [[1] * WINDOW for _ in windows]
+        data = Dataset.from_dict({"input_ids": windows, "attention_mask": masks})
+        modifier = GPTQModifier(config_groups=int4(), ignore=["lm_head"])
+        oneshot(
+            model=model, recipe=[modifier], dataset=data, max_seq_length=WINDOW,
+            num_calibration_samples=len(windows),
+        )  # fmt: skip
+        model.save_pretrained(folder / "made", save_compressed=True)
+
+    return work
+
+
+def int4() -> dict[str, dict[str, object]]:
+    """The peer's words for symmetric int4 weights in groups."""
+    scheme = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    return {"group_0": {"targets": ["Linear"], "weights": {**scheme, "group_size": GROUP}}}
+
+
 def load(file: Path) -> dict[str, Tensor]:
     """Tensors of a mapped file, in their order, as views of it."""
     with safe_open(file, "pt") as opened:
         return {name: opened.get_tensor(name) for name in sorted(opened.keys())}
 
 
-def measure(side: str, python: Path, folder: Path) -> Figures:
+def measure(side: str, python: Path, folder: Path, given: argparse.Namespace) -> Figures:
     """One run in a process of its own."""
-    command = [python, __file__, "--child", side, "--folder", folder]
+    command = [python, __file__, "--child", side, "--folder", folder, "--tokens", str(given.tokens)]
+    command += ["--whole"] if given.whole else []
     paths = [str(ROOT / "benchmarks")]
     if side == "ours":
         paths.append(os.environ.get("PYTHONPATH", ""))
@@ -314,13 +372,18 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=random_model.SHAPES, default="0.6b")
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--whole", action="store_true", help="a model, from folder to folder")
+    parser.add_argument("--layers", type=int, help="of a whole model; default all")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has llmcompressor")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
+    if given.child and given.whole:
+        whole_child(given.child, given.folder, given.tokens)
+    elif given.child:
         child(given.child, given.folder)
+    if given.child:
         return
     pythons = {
         "ours": Path(sys.executable), "llm-compressor": given.peer_python or environment()
@@ -333,16 +396,22 @@ def compare(
     given: argparse.Namespace, folder: Path, pythons: dict[str, Path]
 ) -> dict[str, list[Figures]]:
     """Runs both sides in turn."""
-    make_data(linears(given.model), given.tokens, folder)
+    what = "a layer"
+    if given.whole:
+        data = random_model.config(given.model, given.layers)
+        what = f"{data['num_hidden_layers']} layers, embedding and head"
+        random_model.ensure(folder / "source", data)
+    else:
+        make_data(linears(given.model), given.tokens, folder)
     print(
-        f"a layer of {given.model}, {given.tokens} tokens, int4 in groups of {GROUP}; "
+        f"{what} of {given.model}, {given.tokens} tokens, int4 in groups of {GROUP}; "
         f"{random_model.processor()}, {len(os.sched_getaffinity(0))} processors, "
         f"load {os.getloadavg()[0]:.1f}"
     )
     runs: dict[str, list[Figures]] = {side: [] for side in pythons}
     for _ in range(given.repeat):
         for side, python in pythons.items():
-            runs[side].append(measure(side, python, folder))
+            runs[side].append(measure(side, python, folder, given))
     return runs
 
 
@@ -350,11 +419,11 @@ def report(runs: dict[str, list[Figures]], folder: Path) -> None:
     """Prints the fastest run of each side, and the ratios."""
     best = {side: min(found, key=lambda run: run.seconds) for side, found in runs.items()}
     for side, run in best.items():
-        print(
-            f"{side:15} {run.seconds:7.2f} s ({run.hessians:.2f} Hessians, {run.quantizing:.2f} "
-            f"quantizing; {run.cpu:.2f} of processors), {run.memory / 2**20:.0f} MiB, error "
-            f"{100 * product_error(folder, side):.3f} %"
-        )
+        parts, error = f"{run.cpu:.2f} of processors", ""
+        if (folder / "inputs.safetensors").exists():
+            parts = f"{run.hessians:.2f} Hessians, {run.quantizing:.2f} quantizing; {parts}"
+            error = f", error {100 * product_error(folder, side):.3f} %"
+        print(f"{side:15} {run.seconds:7.2f} s ({parts}), {run.memory / 2**20:.0f} MiB{error}")
     ours, theirs = best.values()
     print(
         f"llm-compressor / ours: {theirs.seconds / ours.seconds:.1f} x the time (quantizing alone "
