@@ -113,7 +113,7 @@ def test_two_models_with_one_reference(out: Path, found: Evaluation, tmp_path: P
     convert_checkpoint(DATA, tmp_path / "w8a8")
     both = evaluate(tmp_path / "w8a8", TEXT, against=DATA, compare=out, options=OPTIONS)
     assert both.comparison is not None and both.kl_difference is not None
-    assert both.other_comparison == found.comparison
+    assert both.other_comparison is not None and both.other_comparison == found.comparison
     assert both.kl_difference.value == pytest.approx(
         both.other_comparison.kl.value - both.comparison.kl.value, rel=1e-6
     )
@@ -201,7 +201,8 @@ def test_a_reference_without_a_tokenizer_is_read_with_the_models(
     bare = shutil.copytree(DATA, tmp_path / "bare")
     for name in tiny_models.TOKENIZER_FILES:
         (bare / name).unlink()
-    assert evaluate(out, TEXT, against=bare, options=OPTIONS).comparison == found.comparison
+    said = evaluate(out, TEXT, against=bare, options=OPTIONS).comparison
+    assert said is not None and said == found.comparison
 
 
 def test_weights_that_are_damaged_or_not_finite_are_named(out: Path, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ class _Side:
     def kl(self) -> Values:
         """The mean KL of each window."""
         assert self.scores.kl is not None
-        return self.scores.kl.mean(1, dtype=np.float64)
+        return np.asarray(self.scores.kl.mean(1, dtype=np.float64))
 
 
 def _estimate(values: Values, scale: Callable[[float], float] = float) -> Interval:

@@ -86,7 +86,7 @@ def _tiles(manifest: Manifest, found: Evaluation | None) -> Element:
     return element("div", *tiles, class_="tiles")
 
 
-def _quality(found: Evaluation) -> Iterator[Node]:
+def _quality(found: Evaluation) -> Iterator[Node | None]:
     """What was measured on a text."""
     yield element("h2", "Quality")
     noted = words.caution(found)
