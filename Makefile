@@ -158,6 +158,7 @@ paired_run = ASCEND_SIM_CANN=$(CANN_$(1)) OMP_NUM_THREADS=1 TORCH_DEVICE_BACKEND
 simulated-wheels: $(PAIRED:%=simulated-%)  ## the same with torch_npu 2.8, 2.9, 2.10, of the CANN each is for
 
 include tests/handover/handover.mk
+include benchmarks/peers/peers.mk
 
 clean:  ## remove the environments and what they built
 	rm -rf $(VENV) $(SIM) $(WHEELS:%=$(SIM)-%) out build src/*.egg-info

@@ -53,7 +53,7 @@ class SyntheticWeights:
         weight = torch.randn(spec.outputs, spec.inputs, generator=_generator(name))
         weight = (weight / math.sqrt(spec.inputs)).bfloat16()
         scheme = SCHEMES["bf16" if name == LM_HEAD else self.scheme]()
-        return quantize(scheme, weight, None, ASCEND_A2_A3.layout(scheme, name))
+        return quantize(scheme, weight, None, ASCEND_A2_A3.layout(scheme, name, weight.shape))
 
 
 def _generator(name: str) -> torch.Generator:

@@ -15,11 +15,21 @@ from support.manifest_schema import manifest_schema, schema_text
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear, quantize
 from qwen3_ascend.checkpoint.manifest import canonical_blake3
-from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W8A8
+from qwen3_ascend.checkpoint.schemes import (
+    BF16,
+    SCHEMES,
+    W4A8,
+    W4A16,
+    W8A8,
+    W8A8Static,
+    w4a8,
+    w4a16,
+)
 from qwen3_ascend.checkpoint.sharding import shard
 from qwen3_ascend.checkpoint.target import TARGETS
 from qwen3_ascend.convert.export.record import ExportRecord
 from qwen3_ascend.convert.options import EXPORT_FORMATS, ConvertOptions, WritingOptions
+from qwen3_ascend.files.json_file import plain
 from qwen3_ascend.options import described
 from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
 
@@ -86,6 +96,19 @@ def test_the_element_of_a_larger_matrix() -> None:
     assert f"= {at}` elements, {2 * at} bytes" in FORMAT
 
 
+def test_the_word_of_int4_codes_by_hand() -> None:
+    codes = torch.tensor([[1], [-2], [3], [-4], [5], [-6], [7], [-8]], dtype=torch.int8)
+    word = w4a16.ROWS.pack(codes)
+    assert word.dtype == torch.int32 and tuple(word.shape) == (1, 1)
+    assert (
+        f"`{int(word) & 0xFFFFFFFF:#x}`, the bytes `{bytes(word.view(torch.uint8)[0]).hex(' ')}`"
+        in FORMAT
+    )
+    for layout in (w4a16.NZ, w4a16.ROWS):
+        said = json.dumps(plain(layout))
+        assert f"`{said}`" in FORMAT
+
+
 def test_every_scheme_and_target_is_described() -> None:
     for name in (*SCHEMES, *TARGETS):
         assert f"`{name}`" in FORMAT or f'`"{name}"`' in FORMAT
@@ -109,7 +132,8 @@ def test_the_rules_of_cutting() -> None:
     cases = {
         "`weight`, nz of KN": (quantize(W8A8(), weight, None, Layout("nz", "KN", 32)), words, None),
         "`weight`, nz of NK": (quantize(BF16(), weight, None, Layout("nz", "NK", 16)), None, words),
-        "`weight`, nd": (quantize(BF16(), weight, None, ND), None, "per_word"),
+        "`weight`, nd of NK": (quantize(BF16(), weight, None, ND), None, "per_word"),
+        "`weight`, nd of KN": (quantize(W4A16(32), weight, None, w4a16.ROWS), "per_word", None),
     }
     for row, (linear, of_outputs, of_inputs) in cases.items():
         assert said[row] == (
@@ -117,8 +141,28 @@ def test_the_rules_of_cutting() -> None:
             place(linear, "weight", "inputs", of_inputs),
         )
     w8a8 = cases["`weight`, nz of KN"][0]
-    assert said["`scale` of w8a8"][0] == place(w8a8, "scale", "outputs", None)
-    assert said["`scale` of w8a8"][1].startswith(place(w8a8, "scale", "inputs", None))
+    of_outputs, of_inputs = said["`scale` of w8a8 and w8a16"]
+    assert of_outputs == place(w8a8, "scale", "outputs", None)
+    assert of_inputs.startswith(place(w8a8, "scale", "inputs", None))
+    int4 = cases["`weight`, nd of KN"][0]
+    assert said["`scale` of w4a16"] == (
+        place(int4, "scale", "outputs", None),
+        place(int4, "scale", "inputs", "group"),
+    )
+    static = quantize(W8A8Static(), weight, None, Layout("nz", "KN", 32))
+    for suffix in ("deq_scale", "quant_bias"):
+        row = said[f"`{suffix}` of w8a8-static"]
+        assert row[0] == place(static, suffix, "outputs", None)
+        assert row[1].startswith(place(static, suffix, "inputs", None))
+    for suffix in ("input_scale", "input_offset"):
+        assert not static.places()[suffix]
+    assert set(said["`input_scale` and `input_offset` of w8a8-static"]) == {"kept whole"}
+    groups = quantize(W4A8(), weight, None, w4a8.ROWS)
+    for suffix in ("scale", "code_sums"):
+        assert said["`scale` and `code_sums` of w4a8"] == (
+            place(groups, suffix, "outputs", None),
+            place(groups, suffix, "inputs", None),
+        )
     assert said["`bias`"][0] == place(w8a8, "bias", "outputs", None)
 
 

@@ -172,7 +172,8 @@ def _stub_source(names: list[str]) -> str:
 
 def _operator_source(binary: bytes) -> str:
     def names(suffix: bytes) -> list[str]:
-        found = re.findall(rb"\0(aclnn[A-Z][A-Za-z0-9]*)" + suffix + rb"\0", binary)
+        # The zero at the end of a name may be the one before the next.
+        found = re.findall(rb"\0(aclnn[A-Z][A-Za-z0-9]*)" + suffix + rb"(?=\0)", binary)
         return sorted({name.decode() for name in found})
 
     integers = ", ".join(f"int64_t i{n}" for n in range(MAX_INTEGERS))

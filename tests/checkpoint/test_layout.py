@@ -102,34 +102,46 @@ def test_orientations(dtype: torch.dtype, shape: tuple[int, int]) -> None:
         assert typed(plain(layout), Layout, "layout") == layout
 
 
-@pytest.mark.parametrize("per_word", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("per_word", "word"), [(2, torch.int8), (4, torch.int16), (8, torch.int32)], ids=str
+)
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
-def test_packed_codes(per_word: int, batch: tuple[int, ...]) -> None:
-    """Code j of a word has the bits from j * bits on; words are tiled like any byte."""
-    bits = 8 // per_word
+def test_packed_codes(per_word: int, word: torch.dtype, batch: tuple[int, ...]) -> None:
+    """Code j of a word has the bits from 4 j on; words are tiled like any element."""
     shape = (*batch, 37, 50)
     generator = torch.Generator().manual_seed(per_word)
-    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
-    weight = torch.randint(low, high, shape, generator=generator).to(torch.int8)
-    for layout in (Layout("nz", "KN", 32, per_word), Layout("nz", "NK", 32, per_word),
-                   Layout("nd", per_word=per_word)):  # fmt: skip
+    weight = torch.randint(-8, 8, shape, generator=generator).to(torch.int8)
+    c0 = 32 // word.itemsize
+    for layout in (
+        *(Layout("nz", matrix, c0, per_word) for matrix in ("KN", "NK")),
+        *(Layout("nd", matrix, per_word=per_word) for matrix in ("KN", "NK")),
+    ):
         packed = layout.pack(weight)
-        assert packed.dtype == torch.int8 and tuple(packed.shape) == layout.storage_shape(shape)
+        assert packed.dtype == layout.code_type == word
+        assert tuple(packed.shape) == layout.storage_shape(shape)
         assert torch.equal(layout.unpack(packed, shape), weight)
         assert typed(plain(layout), Layout, "layout") == layout
     words = Layout("nd", per_word=per_word).pack(weight)
     for column in (0, 1, 17, 49):
-        word = words[..., column // per_word].view(torch.uint8) >> (column % per_word * bits)
-        assert torch.equal(
-            word & ((1 << bits) - 1), weight[..., column].view(torch.uint8) & ((1 << bits) - 1)
-        )
-    of_kn = Layout("nz", "KN", 32, per_word).pack(weight[..., :32, :])
-    along_outputs = Layout("nd", per_word=per_word).pack(weight[..., :32, :].transpose(-2, -1))
-    assert torch.equal(of_kn, by_the_formula(along_outputs, 32))
+        field = words[..., column // per_word].long() >> (column % per_word * 4) & 15
+        assert torch.equal(field, weight[..., column].long() & 15)
+    of_kn = Layout("nz", "KN", c0, per_word).pack(weight[..., :32, :])
+    rows = Layout("nd", "KN", per_word=per_word).pack(weight[..., :32, :])
+    assert torch.equal(rows, Layout("nd", per_word=per_word).pack(weight[..., :32, :].mT))
+    assert torch.equal(of_kn, by_the_formula(rows, c0))
+
+
+def test_the_bytes_of_packed_codes_do_not_depend_on_the_length_of_words() -> None:
+    weight = torch.randint(-8, 8, (48, 128), dtype=torch.int8)
+    packed = [Layout("nz", "KN", 64 // n, n).pack(weight).view(torch.uint8) for n in (2, 4, 8)]
+    assert torch.equal(packed[0].flatten(), packed[1].flatten())
+    assert torch.equal(packed[0].flatten(), packed[2].flatten())
 
 
 def test_layouts_that_cannot_be() -> None:
-    for arguments in (("nz", "KN", 0), ("nd", "KN", 0), ("nd", "NK", 32), ("nd", "NK", 0, 0)):
+    for arguments in (
+        ("nz", "KN", 0), ("nd", "KN", 0), ("nd", "NK", 32), ("nd", "NK", 0, 0), ("nd", "NK", 0, 3)
+    ):  # fmt: skip
         with pytest.raises(ValueError):
             Layout(*arguments)
     for data in (

@@ -13,7 +13,16 @@ from torch import Tensor
 from qwen3_ascend import native
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear, quantize, stored_forms
-from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W8A8, Scheme, make_scheme
+from qwen3_ascend.checkpoint.schemes import (
+    BF16,
+    SCHEMES,
+    W4A16,
+    W8A8,
+    InputRange,
+    Scheme,
+    make_scheme,
+    w4a16,
+)
 from qwen3_ascend.checkpoint.schemes.pieces import Piece, Stack
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
@@ -32,8 +41,21 @@ def random_weight(outputs: int, inputs: int, seed: int = 0) -> Tensor:
 CASES: list[tuple[Scheme, Layout]] = [
     *((SCHEMES[name](), layout) for name, layout in ASCEND_A2_A3.layouts.items()),
     *((scheme(), ND) for scheme in SCHEMES.values()),
+    *((W4A16(group), layout) for group in (32, 64) for layout in (w4a16.NZ, w4a16.ROWS)),
     *((GroupInt4(group), layout) for group in (32, 128) for layout in LAYOUTS),
 ]
+
+
+NOISE = {
+    "bf16": 0.0,
+    "w8a8": 0.01,
+    "w8a8-static": 0.01,
+    "w8a16": 0.01,
+    "w4a8": 0.25,
+    "w4a16": 0.13,
+    "group-int4": 0.15,
+}
+"""Errors of random weights, relative to their norm."""
 
 
 def w8a8(weight: Tensor, layout: Layout = ND) -> Linear:
@@ -58,18 +80,19 @@ def test_what_a_scheme_promises(
         assert torch.equal(tensor, linear.tensors[suffix]), suffix
     again = linear.codes()
     assert all(torch.equal(again[suffix], tensor) for suffix, tensor in codes.items())
-    noise = {"bf16": 0.0, "w8a8": 0.01, "group-int4": 0.15}[scheme.name]
+    noise = NOISE[scheme.name]
     error = (linear.dequantize().double() - weight.double()).norm()
     assert error <= noise * weight.double().norm()
     if len(shape) == 2:
         x = torch.randn((5, shape[1]), generator=generator)
+        linear = linear.for_inputs(InputRange(float(x.min()), float(x.max())))
         expected = x.double() @ linear.dequantize().double().t()
         expected += offset.double() if offset is not None else 0
         found = linear.reference(x).double()
         assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("scheme", [BF16(), W8A8(), GroupInt4(64)], ids=str)
+@pytest.mark.parametrize("scheme", [BF16(), W8A8(), W4A16(64), GroupInt4(64)], ids=str)
 def test_a_scheme_comes_back_from_the_manifest(scheme: Scheme) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SCHEMES, GroupInt4.name, GroupInt4)

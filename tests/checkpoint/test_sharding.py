@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import ND, Cut, Layout
 from qwen3_ascend.checkpoint.linear import quantize
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Scheme, w4a16, w8a16
 from qwen3_ascend.checkpoint.sharding import shard
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
@@ -35,6 +35,8 @@ W8A8_NZ = ASCEND_A2_A3.layouts["w8a8"]
 CASES: list[tuple[Scheme, Layout]] = [
     *((BF16(), layout) for layout in (Layout("nz", "KN", 16), Layout("nz", "NK", 16), ND)),
     *((W8A8(), layout) for layout in (W8A8_NZ, Layout("nz", "NK", 32), ND)),
+    *((W8A16(), layout) for layout in (w8a16.NZ, ND)),
+    *((W4A16(group), layout) for group in (32, 128) for layout in (w4a16.NZ, w4a16.ROWS, ND)),
     *((GroupInt4(group), layout) for group in (32, 128) for layout in LAYOUTS),
 ]
 
@@ -51,7 +53,7 @@ def test_cut_then_quantize_is_quantize_then_cut(
 ) -> None:  # fmt: skip
     weight = random(*batch, sum(parts), INPUTS)
     offset = random(*batch, sum(parts)) if bias else None
-    if scheme == W8A8() and cut == "inputs":
+    if scheme in (W8A8(), W8A16()) and cut == "inputs":
         weight[..., ::32] = 4.0  # every piece of a row then has the scale of the whole row
         weight.clamp_(-4, 4)
     whole = quantize(scheme, weight, offset, layout)
@@ -103,6 +105,10 @@ def test_one_rank_has_it_all() -> None:
         # a strip of 32 bytes holds 64 codes
         (GroupInt4(32), LAYOUTS[0], "outputs", (96,), 64, "inside a block of 64 of the weight"),
         (GroupInt4(128), LAYOUTS[0], "inputs", (64,), 192, "inside a block of 128 of the scale"),
+        (W4A16(64), w4a16.NZ, "outputs", (192,), 128, "inside a block of 64 of the weight"),
+        (W4A16(32), w4a16.ROWS, "outputs", (24,), 128, "inside a block of 8 of the weight"),
+        # four and a half groups of 128
+        (W4A16(128), w4a16.ROWS, "inputs", (64,), 576, "inside a block of 128 of the scale"),
     ],
 )
 def test_uneven_cuts_are_refused(

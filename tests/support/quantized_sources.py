@@ -146,6 +146,54 @@ def write_compressed_tensors(
     return folder
 
 
+FP8_CODE_MAX = 448.0
+
+FP8_SECTION: Mapping[str, Any] = {
+    "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}  # fmt: skip
+"""quantization_config of Qwen/Qwen3-8B-FP8."""
+
+
+def fp8_weights(
+    weights: Mapping[str, Tensor], floats: Collection[str] = (), dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """Every linear but `floats` (and the output projection) as float8 codes and scales of a type,
+    for blocks of 128 x 128; those at the edges are smaller."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if not is_linear(name) or name.removesuffix(".weight") in floats:
+            found[name] = tensor
+            continue
+        codes = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn)
+        grid = [-(-length // 128) for length in tensor.shape]
+        scales = torch.empty(grid, dtype=dtype)
+        for row in range(grid[0]):
+            for column in range(grid[1]):
+                block = (slice(row * 128, row * 128 + 128), slice(column * 128, column * 128 + 128))
+                scales[row, column] = tensor[block].float().abs().max() / FP8_CODE_MAX
+                codes[block] = tensor[block].float() / scales[row, column].float()
+        found[name], found[f"{name}_scale_inv"] = codes, scales
+    return found
+
+
+def write_fp8(
+    folder: Path,
+    data: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    floats: Collection[str] = (),
+    said: Mapping[str, Any] = FP8_SECTION,
+    tokenizer: bool = True,
+) -> Path:
+    """A model as Qwen publishes it in FP8; `said` is quantization_config."""
+    data = tiny_models.config() if data is None else data
+    weights = fp8_weights(tiny_models.tensors(data), floats) if weights is None else weights
+    _write_folder(folder, {**data, "quantization_config": dict(said)}, tokenizer)
+    save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 WRITERS: Mapping[str, Callable[..., Path]] = {
     "ascendv1": write_ascendv1,
     "compressed-tensors": write_compressed_tensors,

@@ -9,6 +9,7 @@ csrc/aten/common/CopyKernel.cpp).
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -43,12 +44,13 @@ def upload_packed(
 
     Args:
         stored: CPU tensor in the layout's storage shape.
-        layout: "nz" of [K, N] or [N, K], or "nd".
+        layout: "nz" or "nd", of [K, N] or [N, K].
         outputs, inputs: N and K.
         copy: takes the device tensor and the bytes for its storage.
 
     Returns:
-        A tensor of logical shape [K, N] (nz of KN) or [N, K]; FRACTAL_NZ if the layout is nz.
+        A tensor of logical shape [K, N] or [N, K], as the layout says, with a column for each word;
+        FRACTAL_NZ if the layout is nz.
 
     Raises:
         FormatError: self-check S0: the storage is not FRACTAL_NZ of exactly these bytes.
@@ -64,11 +66,22 @@ def upload_packed(
 
 
 def empty_packed(dtype: torch.dtype, layout: Layout, outputs: int, inputs: int) -> Tensor:
-    """An unfilled device tensor [K, N] (nz of KN) or [N, K] whose storage is FRACTAL_NZ."""
-    shape = (inputs, outputs) if layout.nz_of == "KN" else (outputs, inputs)
-    return torch_npu.empty_with_format(
-        shape, dtype=dtype, device="npu", acl_format=ACL_FORMAT_FRACTAL_NZ
+    """An unfilled device tensor [K, N] or [N, K], with a column for each word, whose storage is
+    FRACTAL_NZ.
+
+    torch_npu's own strips of int32 are 64 bytes wide, so words are made as bytes and viewed, as
+    vllm-ascend views int4 weights (methods/w4a8.py).
+    """
+    rows, columns = (inputs, outputs) if layout.nz_of == "KN" else (outputs, inputs)
+    words = -(-columns // layout.per_word)
+    made = torch.int8 if layout.per_word > 1 else dtype
+    tensor: Tensor = torch_npu.empty_with_format(
+        (rows, words * (dtype.itemsize // made.itemsize)),
+        dtype=made,
+        device="npu",
+        acl_format=ACL_FORMAT_FRACTAL_NZ,
     )
+    return tensor.view(dtype)
 
 
 def fill_packed(tensor: Tensor, stored: Tensor, copy: Callable[[Tensor, Tensor], None]) -> None:
@@ -86,8 +99,11 @@ def upload_by_cast(stored: Tensor, layout: Layout, outputs: int, inputs: int) ->
     """Recipe R5, the fallback: unpack on the host, upload ND, cast on the device.
 
     Twice the memory for a moment, and one cast for each weight. Where the device answers with ND
-    (a chip without FRACTAL_NZ), the ND tensor is used.
+    (a chip without FRACTAL_NZ), the ND tensor is used. Words of int4, which no cast knows, stay ND.
     """
+    if layout.per_word > 1:
+        by_row = dataclasses.replace(layout, format="nd", c0=0)
+        return by_row.pack(layout.unpack(stored, (outputs, inputs))).to("npu")
     plain = layout.unpack(stored, (outputs, inputs))
     matrix = plain.t().contiguous() if layout.nz_of == "KN" and layout.format == "nz" else plain
     tensor = matrix.to("npu")

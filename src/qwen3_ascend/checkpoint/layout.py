@@ -107,31 +107,34 @@ def _each(tensor: Tensor, dimensions: int) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[-dimensions:])
 
 
+WORDS = {2: torch.int8, 4: torch.int16, 8: torch.int32}
+"""The type of a word by the int4 codes that it holds."""
+
+
 def pack_words(codes: Tensor, per_word: int) -> Tensor:
-    """Puts `per_word` signed codes into each int8 word, the first one in the lowest bits.
+    """Puts `per_word` int4 codes into each word, the first one in the lowest bits.
+
+    A longer word has the bytes of as many short ones, so the bytes do not depend on its length.
 
     Args:
-        codes: int8 [..., columns]; each within the range of 8 / per_word bits.
-        per_word: 2, 4 or 8.
+        codes: int8 [..., columns]; each from -8 to 7.
+        per_word: 2, 4 or 8; see WORDS.
 
     Returns:
-        int8 [..., ceil(columns / per_word)]; missing codes are 0.
+        [..., ceil(columns / per_word)] of WORDS[per_word]; missing codes are 0.
     """
-    bits = 8 // per_word
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_word))
-    fields = padded.view(torch.uint8).view(*padded.shape[:-1], -1, per_word) & ((1 << bits) - 1)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    words: Tensor = (fields << shifts).sum(-1, dtype=torch.uint8)
-    return words.view(torch.int8)
+    fields = padded.view(torch.uint8) & 15
+    pairs: Tensor = fields[..., 0::2] | fields[..., 1::2] << 4
+    # Flat, because of a tensor with an axis of one torch may keep other strides.
+    return pairs.flatten().view(WORDS[per_word]).view(*pairs.shape[:-1], -1)
 
 
-def unpack_words(words: Tensor, per_word: int, columns: int) -> Tensor:
-    """The codes, int8 [..., columns], of int8 words that `pack_words` made."""
-    bits = 8 // per_word
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    # Up to the highest bits, so that the signed shift down again fills in the sign.
-    fields = (words.view(torch.uint8)[..., None] >> shifts) << (8 - bits)
-    codes = fields.view(torch.int8) >> (8 - bits)
+def unpack_words(words: Tensor, columns: int) -> Tensor:
+    """The codes, int8 [..., columns], of words that `pack_words` made."""
+    pairs = words.flatten().view(torch.int8).view(*words.shape[:-1], -1)
+    # The signed shift down fills in the sign.
+    codes = torch.stack(((pairs << 4) >> 4, pairs >> 4), dim=-1)
     return codes.flatten(-2)[..., :columns].contiguous()
 
 
@@ -144,11 +147,12 @@ class Layout:
     Attributes:
         format: "nz", or "nd" for plain row-major.
         nz_of: which matrix is stored: "KN" (the contiguous transpose, what npu_quant_matmul reads
-            on A2/A3) or "NK" (the weight as it is, what F.linear reads). "NK" for "nd".
+            on A2/A3) or "NK" (the weight as it is, what F.linear reads). "NK" for "nd", unless its
+            words hold several codes.
             The hardware does not reject a wrong orientation, so every holder states it.
         c0: strip width in stored words; 0 for "nd".
-        per_word: neighbouring columns of the stored matrix in one stored word: 1, or more for codes
-            narrower than a byte (int4: 2 to an int8; 8 to an int32 are the same bytes).
+        per_word: neighbouring columns of the stored matrix in one stored word: 1, or for int4 codes
+            2 to an int8, 4 to an int16 or 8 to an int32.
     """
 
     format: Literal["nz", "nd"]
@@ -159,10 +163,15 @@ class Layout:
     def __post_init__(self) -> None:
         if (self.format == "nz") != (self.c0 > 0):
             raise ValueError(f"{self}: a strip width belongs to nz, and only to nz")
-        if self.format == "nd" and self.nz_of != "NK":
+        if self.format == "nd" and self.nz_of != "NK" and self.per_word == 1:
             raise ValueError(f"{self}: a plain layout is always [N, K]")
-        if self.per_word < 1:
-            raise ValueError(f"{self}: a word holds at least one code")
+        if self.per_word not in (1, *WORDS):
+            raise ValueError(f"{self}: a word holds 1, 2, 4 or 8 codes")
+
+    @property
+    def code_type(self) -> torch.dtype:
+        """The type of a stored tensor of integer codes."""
+        return WORDS.get(self.per_word, torch.int8)
 
     def storage_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the stored tensor, in words, of a logical [*batch, N, K] weight."""
@@ -187,8 +196,19 @@ class Layout:
         words = -(-columns // self.per_word)
         matrix = stored if self.format == "nd" else nz_unpack(stored, rows, words)
         if self.per_word > 1:
-            matrix = unpack_words(matrix, self.per_word, columns)
+            matrix = unpack_words(matrix, columns)
         return matrix.transpose(-2, -1).contiguous() if self.nz_of == "KN" else matrix
+
+    def output_sums(self, stored: Tensor, shape: Sequence[int]) -> Tensor:
+        """The sum of the codes of each output, int32 [*batch, N], of a stored weight [*batch, N, K]
+        with one code a word: nothing is unpacked, since padding is zero."""
+        if self.per_word > 1:
+            raise ValueError(f"{self}: codes that share a word cannot be summed as they lie")
+        inputs = self.place("inputs").axis
+        if self.format == "nd":
+            return stored.sum(inputs, dtype=torch.int32)
+        within = -1 if inputs == -4 else -2
+        return stored.sum((inputs, within), dtype=torch.int32).flatten(-2)[..., : shape[-2]]
 
     def place(self, cut: Cut) -> Place:
         """Where the axis that a cut divides lies in the stored tensor."""

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.layout import ND, Layout
-from qwen3_ascend.checkpoint.schemes import bf16, w8a8
+from qwen3_ascend.checkpoint.schemes import BF16, W4A8, W4A16, bf16, w4a8, w4a16, w8a8, w8a16
 from qwen3_ascend.checkpoint.schemes.base import Input, Scheme
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.geometry import CACHE_BLOCK_TOKENS
+
+MOST_GROUPED_INPUTS = 29576
+"""See _grouped_refusal."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,9 @@ class Target:
     Attributes:
         name: as the manifest states it.
         chips: for people.
-        layouts: of the weights of linears, for each scheme that exists there. An output projection
-            of floats is plain instead: it is read once a step, by a kernel that takes any size.
+        layouts: of the weights of linears, for each scheme that exists there. A bf16 output
+            projection is plain instead: it is read once a step, by a kernel that takes any size.
+            So is w4a16 in shapes that its kernel does not take in FRACTAL_NZ.
         largest_dimension: of a quantized weight that one kernel takes. More outputs are divided by
             the runtime; more inputs are refused.
         head_sizes: that attention over the paged cache takes.
@@ -35,29 +39,94 @@ class Target:
     head_sizes: tuple[int, ...]
     block_size: int
 
-    def layout(self, scheme: Scheme, linear: str) -> Layout:
-        """The layout of a linear's weight; `refusal` has been asked."""
-        is_plain = linear == LM_HEAD and scheme.input is Input.FLOAT
-        return ND if is_plain else self.layouts[scheme.name]
+    def layout(self, scheme: Scheme, linear: str, shape: Sequence[int]) -> Layout:
+        """The layout of the weight [*batch, N, K] of a linear; `refusal` has been asked."""
+        if linear == LM_HEAD and isinstance(scheme, BF16):
+            return ND
+        if isinstance(scheme, W4A16) and not takes_int4_nz(scheme, shape):
+            return w4a16.ROWS
+        return self.layouts[scheme.name]
 
     def refusal(self, scheme: Scheme, shape: Sequence[int]) -> str | None:
         """Why a weight [*batch, N, K] cannot have a scheme here; None if it can."""
         if scheme.name not in self.layouts:
             known = ", ".join(self.layouts)
             return f"{self.name} has no kernel for the scheme {scheme.name}, only for {known}"
-        if scheme.input is not Input.FLOAT and shape[-1] > self.largest_dimension:
+        if isinstance(scheme, BF16):
+            return None
+        if shape[-1] > self.largest_dimension:
+            floats = scheme.input is Input.FLOAT
+            operator = "npu_weight_quant_batchmatmul" if floats else "npu_quant_matmul"
             return (
-                f"it is {list(shape)}, but npu_quant_matmul refuses more inputs than "
+                f"it is {list(shape)}, but {operator} refuses more inputs than "
                 f"{self.largest_dimension}; give it the scheme bf16"
             )
-        return None
+        if isinstance(scheme, W4A8):
+            return _grouped_refusal(shape)
+        return _int4_refusal(scheme, shape) if isinstance(scheme, W4A16) else None
+
+
+def takes_int4_nz(scheme: W4A16, shape: Sequence[int]) -> bool:
+    """Whether npu_weight_quant_batchmatmul takes a weight [*batch, N, K] in FRACTAL_NZ.
+
+    Groups of 64 or 128 that divide K, and N a multiple of 64: op-plugin's documentation of it, and
+    CheckValForWeightInt4Nz in ops-nn's aclnn_weight_quant_batch_matmul_v2.cpp.
+    """
+    *_, outputs, inputs = shape
+    return scheme.group in (64, 128) and inputs % scheme.group == 0 and outputs % 64 == 0
+
+
+def _int4_refusal(scheme: W4A16, shape: Sequence[int]) -> str | None:
+    """Why the operator takes a weight in no layout: it wants whole words of eight outputs, and
+    groups that are smaller than a row."""
+    *_, outputs, inputs = shape
+    if outputs % 8:
+        return (
+            f"it is {list(shape)}, but npu_weight_quant_batchmatmul takes int4 eight outputs to a "
+            f"word, and {outputs} is no multiple of eight; give it the scheme w8a16"
+        )
+    if inputs <= scheme.group:
+        return (
+            f"it is {list(shape)}, but npu_weight_quant_batchmatmul wants more inputs than a group "
+            f"of {scheme.group} has; give it a smaller group, or the scheme w8a16"
+        )
+    return None
+
+
+def _grouped_refusal(shape: Sequence[int]) -> str | None:
+    """Why npu_quant_matmul does not take int4 weights with groups beside int8 activations.
+
+    CANN's ops-nn at e5c3fa93, aclnn_quant_matmul_v5.cpp: CheckA8W4KDim, MAX_SHAPE_SIZE_A8W4_INT; N
+    in whole words. More outputs than a dimension may have are not divided for it.
+    """
+    *_, outputs, inputs = shape
+    for wrong, rule in (
+        (inputs % w4a8.GROUP, f"a multiple of {w4a8.GROUP} inputs"),
+        (inputs > MOST_GROUPED_INPUTS, f"at most {MOST_GROUPED_INPUTS} inputs"),
+        (outputs % 8, "a multiple of eight outputs"),
+        (outputs > ASCEND_A2_A3.largest_dimension, "at most 65535 outputs"),
+    ):
+        if wrong:
+            return (
+                f"it is {list(shape)}, but npu_quant_matmul wants {rule} beside 4-bit weights; "
+                f"give it the scheme w8a8"
+            )
+    return None
 
 
 ASCEND_A2_A3 = Target(
     name="ascend-a2-a3",
     chips="Atlas A2 (910B) and A3 (910_93)",
-    layouts={"bf16": bf16.NZ, "w8a8": w8a8.NZ},
-    # npu_quant_matmul refuses a larger last dimension (torch_npu's documentation of the operator).
+    layouts={
+        "bf16": bf16.NZ,
+        "w8a8": w8a8.NZ,
+        "w8a8-static": w8a8.NZ,
+        "w8a16": w8a16.NZ,
+        "w4a8": w4a8.ROWS,
+        "w4a16": w4a16.NZ,
+    },
+    # npu_quant_matmul refuses a larger last dimension, npu_weight_quant_batchmatmul a larger N or K
+    # (torch_npu's documentation of the operators).
     largest_dimension=65535,
     # The TND layout of npu_fused_infer_attention_score (192/128 aside, which is no Qwen3).
     head_sizes=(128,),

