@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from support import tiny_models, tiny_tokenizers
 from support.command_line import run
-from support.folders import flip_a_byte
+from support.folders import flip_a_byte, reseal
 from support.hub_client import REPO, talk_to
 from support.hub_server import HubServer
 from support.tiny_models import DATA
@@ -126,6 +127,16 @@ def test_perplexity_alone(out: Path, found: Evaluation) -> None:
     alone = evaluate(out, TEXT, options=OPTIONS)
     assert alone.model == found.model
     assert (alone.reference, alone.comparison, alone.kl_difference) == (None, None, None)
+
+
+def test_a_text_that_it_was_calibrated_with_is_noted(out: Path, tmp_path: Path) -> None:
+    seen = shutil.copytree(out, tmp_path / "seen")
+    record = {"name": "a.txt", "blake3": blake3(TEXT.read_bytes()).hexdigest(), "tokens": 9,
+              "windows": 1, "device": "cpu"}  # fmt: skip
+    reseal(seen, lambda manifest: manifest.update(calibration=record))
+    notes: list[str] = []
+    evaluate(seen, TEXT, options=replace(OPTIONS, windows=1), note=notes.append)
+    assert len(notes) == 1 and "calibrated with this text" in notes[0]
 
 
 def test_few_windows_have_no_interval(out: Path) -> None:
