@@ -8,7 +8,7 @@ its groups are of neighbours.
 
 A scale that is taken becomes bfloat16, in which npu_weight_quant_batchmatmul reads it, and engines
 that compute in bfloat16 do. Those of float16 are rounded by that, which moves a weight by at most
-2^-9 of itself; the figure of a linear says what it comes to.
+2^-8 of itself; the figure of a linear says what it comes to.
 """
 
 from __future__ import annotations
@@ -170,6 +170,10 @@ class TakenIntegers(Weights):
         codes = self._codes(scheme, piece)
         packed = scheme.pack(codes, layout)
         return Packed(packed, self._sums(scheme, codes, piece))
+
+    @override
+    def floats(self) -> Tensor:
+        return torch.cat([part.float() for part in self.parts])
 
     @override
     def errors(self, stored: Linear, piece: Piece, kernels: Kernels) -> Sums | None:
