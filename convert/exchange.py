@@ -92,6 +92,9 @@ W8A8_DYNAMIC = "W8A8_DYNAMIC"
 """Type of every tensor of a linear with int8 weights, a scale for each output, and int8 activations
 with a scale for each token: our w8a8."""
 
+W8A16 = "W8A16"
+"""The same with activations as they are: our w8a16."""
+
 ASCENDV1_VERSION = "1.0.0"
 
 TOTAL_TYPE = "model_quant_type"
@@ -119,14 +122,17 @@ QUANTIZATION_CONFIG = "quantization_config"
 COMPRESSED_TENSORS = "compressed-tensors"
 """Its quant_method; and the format's name, as options and the manifest have it."""
 
-PACK_QUANTIZED = "pack-quantized"
-"""Its format for integers that are packed into int32."""
-
 INT_QUANTIZED = "int-quantized"
 """Its format for int8 codes that are stored as int8."""
 
 FLOAT_QUANTIZED = "float-quantized"
 """Its format for float8 codes."""
+
+PACK_QUANTIZED = "pack-quantized"
+"""Its format for weights alone: codes of 4 or 8 bits along the inputs, in int32."""
+
+WEIGHT_PACKED, WEIGHT_SHAPE = "weight_packed", "weight_shape"
+"""Suffixes of such codes, and of the shape (N, K), int64 [2]."""
 
 LINEAR = "Linear"
 """The class of modules that stands for every linear but the output projection."""
@@ -145,31 +151,80 @@ INT8_PER_TOKEN: Mapping[str, Any] = MappingProxyType(
 """How its activations are."""
 
 
-def compressed_tensors_config(targets: Sequence[str], ignore: Sequence[str]) -> dict[str, Any]:
-    """The section of config.json for a model of w8a8 linears.
+INT8_DYNAMIC: Mapping[str, Any] = MappingProxyType(
+    {
+        "weights": INT8_PER_CHANNEL,
+        "input_activations": INT8_PER_TOKEN,
+        "output_activations": None,
+        "format": INT_QUANTIZED,
+    }
+)
+"""What a group of linears of w8a8 is told by."""
+
+
+def weights_alone(bits: int, group: int | None) -> dict[str, Any]:
+    """What a group of linears is told by whose weights alone have so many bits, with a scale for
+    each output (None) or for each group of its inputs."""
+    strategy = "channel" if group is None else "group"
+    sizes = {} if group is None else {"group_size": group}
+    return {
+        "weights": {**INT8_PER_CHANNEL, "num_bits": bits, "strategy": strategy, **sizes},
+        "input_activations": None,
+        "output_activations": None,
+        "format": PACK_QUANTIZED,
+    }
+
+
+def compressed_tensors_config(
+    targets: Sequence[str], ignore: Sequence[str], quantization: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The section of config.json for a model whose quantized linears are all of one kind.
 
     Args:
         targets: classes of modules, or names of linears, that are quantized. vLLM's output
             projection is no Linear, and has to be named.
         ignore: names of the linears that are not quantized. "lm_head" belongs there also when it
             is tied to the embedding: readers make a linear of it.
+        quantization: INT8_DYNAMIC, or what `weights_alone` says.
     """
+    group = {key: _plain(value) for key, value in quantization.items()}
     return {
         "quant_method": COMPRESSED_TENSORS,
-        "format": INT_QUANTIZED,
+        "format": quantization["format"],
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "config_groups": {
-            "group_0": {
-                "targets": list(targets),
-                "weights": dict(INT8_PER_CHANNEL),
-                "input_activations": dict(INT8_PER_TOKEN),
-                "output_activations": None,
-                "format": INT_QUANTIZED,
-            }
-        },
+        "config_groups": {"group_0": {"targets": list(targets), **group}},
         "ignore": list(ignore),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def packed_forms(shape: Sequence[int], bits: int, group: int | None) -> dict[str, Form]:
+    """The tensors of a pack-quantized linear [N, K] by suffix, but for its shape."""
+    outputs, inputs = shape
+    groups = 1 if group is None else inputs // group
+    return {
+        WEIGHT_PACKED: Form(torch.int32, (outputs, -(-inputs * bits // 32))),
+        WEIGHT_SCALE: Form(torch.bfloat16, (outputs, groups)),
+    }
+
+
+def packed_tensors(codes: Codes, bits: int) -> dict[str, Tensor]:
+    """Those tensors of codes of w8a16 or w4a16. A code is stored as what it lies above the least
+    one, the first in the lowest bits of a word."""
+    least = 1 << (bits - 1)
+    fields = (codes["weight"].view(torch.uint8) ^ least) & ((1 << bits) - 1)
+    fields = torch.nn.functional.pad(fields, (0, -fields.shape[-1] % (32 // bits)))
+    if bits < 8:
+        fields = fields[:, 0::2] | fields[:, 1::2] << bits
+    scale = codes["scale"]  # [N], or [G, N]
+    return {
+        WEIGHT_PACKED: fields.flatten().view(torch.int32).view(fields.shape[0], -1),
+        WEIGHT_SCALE: (scale[:, None] if scale.dim() == 1 else scale.t()).contiguous(),
     }
 
 

@@ -93,8 +93,8 @@ AWQ = Packing("qweight", "qzeros", "scales", None, True, "outputs", places=(0, 4
 """Of AutoAWQ, `version: gemm`: `WQLinear_GEMM`, and AWQ_REVERSE_ORDER of its packing_utils.py."""
 
 COMPRESSED = Packing(
-    "weight_packed", exchange.WEIGHT_ZERO_POINT, exchange.WEIGHT_SCALE, "weight_g_idx", False,
-    "inputs", also=("weight_shape",),
+    exchange.WEIGHT_PACKED, exchange.WEIGHT_ZERO_POINT, exchange.WEIGHT_SCALE, "weight_g_idx", False,
+    "inputs", also=(exchange.WEIGHT_SHAPE,),
 )  # fmt: skip
 """Of compressed-tensors, `pack-quantized`: `PackedQuantizationCompressor`."""
 
@@ -332,7 +332,7 @@ class PackedEncoding(Encoding):
 
     def _inputs(self, linear: str, read: Read) -> int:
         """How many inputs there are: all that the words hold, unless a tensor says how many."""
-        if (said := read.get("weight_shape")) is not None:
+        if (said := read.get(exchange.WEIGHT_SHAPE)) is not None:
             return int(said[1])
         return read[self.packing.weight].shape[0] * WORD_BITS // self.bits
 

@@ -41,7 +41,13 @@ def check_raw_copies(report: Report) -> None:
                 assert found["copied_bytes"] == found["stored_bytes"], name
 
 
-@pytest.mark.parametrize("recipe", ["checkpoint", "checkpoint_of_floats", "checkpoint_with_head"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "checkpoint", "checkpoint_of_floats", "checkpoint_with_head", "checkpoint_w8a16",
+        "checkpoint_w4a16",
+    ],
+)  # fmt: skip
 def test_weights_are_copied_once_and_never_cast(
     engines: Engines, prompts: list[list[int]], recipe: str, request: pytest.FixtureRequest
 ) -> None:

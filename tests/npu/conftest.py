@@ -39,6 +39,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from qwen3_ascend import convert_checkpoint
 
     root = tmp_path_factory.mktemp("checkpoints")
-    for recipe in ("w8a8", "bf16"):
+    recipes = ("w8a8", "bf16", "w8a16", "w4a16-plain")
+    for recipe in recipes:
         convert_checkpoint(TINY_MODEL, root / recipe, recipe)
-    return {recipe: root / recipe for recipe in ("w8a8", "bf16")}
+    return {recipe: root / recipe for recipe in recipes}

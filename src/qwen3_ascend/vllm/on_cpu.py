@@ -13,7 +13,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.runtime.backends.base import QuantizedActivation
 from qwen3_ascend.runtime.backends.cpu.linears import LINEARS as PRODUCTS
@@ -21,7 +21,7 @@ from qwen3_ascend.vllm.linears import check_shape, fill_bias, refuse_weights
 
 
 class ExactMethod(LinearMethodBase):
-    """An integer linear, by this project's own exact product.
+    """A linear by this project's own product, which is exact for integers.
 
     vLLM's int8 kernel saturates on processors without VNNI: it is off by 20 % for extreme codes.
     """
@@ -63,8 +63,9 @@ class ExactMethod(LinearMethodBase):
 
 def product_of(layer: Any, x: Tensor) -> Tensor:
     """The product of a filled layer."""
-    codes, scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
-    y: Tensor = layer.stored_product(QuantizedActivation(codes, scale))
+    rows, product = x.reshape(-1, x.shape[-1]), layer.stored_product
+    floats = product.input is Input.FLOAT
+    y: Tensor = product(rows if floats else QuantizedActivation(*quantize_tokens(rows)))
     return y.view(*x.shape[:-1], -1)
 
 
@@ -109,8 +110,13 @@ class FloatMethod(UnquantizedLinearMethod):
 
 PLAIN = UnquantizedLinearMethod
 
-LINEARS: dict[type[Scheme], Any] = {BF16: FloatMethod, W8A8: ExactMethod}
-HEADS: dict[type[Scheme], Any] = {W8A8: ExactMethod}
+LINEARS: dict[type[Scheme], Any] = {
+    BF16: FloatMethod,
+    W8A8: ExactMethod,
+    W8A16: FloatMethod,
+    W4A16: FloatMethod,
+}
+HEADS: dict[type[Scheme], Any] = {W8A8: ExactMethod, W8A16: ExactMethod, W4A16: ExactMethod}
 
 
 def check_device() -> None:
