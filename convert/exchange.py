@@ -134,9 +134,6 @@ QUANTIZATION_CONFIG = "quantization_config"
 COMPRESSED_TENSORS = "compressed-tensors"
 """Its quant_method; and the format's name, as options and the manifest have it."""
 
-PACK_QUANTIZED = "pack-quantized"
-"""Its format for integers that are packed into int32."""
-
 INT_QUANTIZED = "int-quantized"
 """Its format for int8 codes that are stored as int8."""
 
