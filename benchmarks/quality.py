@@ -76,7 +76,6 @@ class Method:
         peer: who does it.
         name: the peer's script's word for it, or our recipe.
         settings: for people.
-        calibrated: whether our recipe is given the calibration text.
         decoded: our checkpoint through the arithmetic of the peers' rows, to show that it is fair.
     """
 
@@ -84,7 +83,6 @@ class Method:
     peer: str
     name: str
     settings: str
-    calibrated: bool = True
     decoded: bool = False
 
     @property
@@ -96,11 +94,11 @@ class Method:
 LLM_COMPRESSOR, MSMODELSLIM, AUTO_ROUND = "llm-compressor", "msmodelslim", "auto-round"
 
 METHODS = (
-    Method("w8a8", OURS, "w8a8", "recipe w8a8", False),
-    Method("w8a8", OURS, "w8a8-nearest", "nearest", False),
-    Method("w8a8", OURS, "w8a8-nearest", "nearest, in the peers' arithmetic", False, True),
-    Method("w8a8", OURS, "w8a8-cle", "cle, nearest", False),
-    Method("w8a8", OURS, "w8a8-cle-rotate", "cle, rotate, nearest", False),
+    Method("w8a8", OURS, "w8a8", "recipe w8a8"),
+    Method("w8a8", OURS, "w8a8-nearest", "nearest"),
+    Method("w8a8", OURS, "w8a8-nearest", "nearest, in the peers' arithmetic", True),
+    Method("w8a8", OURS, "w8a8-cle", "cle, nearest"),
+    Method("w8a8", OURS, "w8a8-cle-rotate", "cle, rotate, nearest"),
     Method("w8a8", LLM_COMPRESSOR, "rtn-w8a8", "QuantizationModifier"),
     Method("w8a8", LLM_COMPRESSOR, "spinquant-w8a8", "SpinQuant R1 and R2, QuantizationModifier"),
     Method("w8a8", MSMODELSLIM, "minmax-w8a8", "minmax"),
@@ -121,7 +119,7 @@ METHODS = (
         method
         for group in (128, 64, 32)
         for method in (
-            Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-nearest", "nearest", False),
+            Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-nearest", "nearest"),
             Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-mse", "mse"),
             Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-gptq", "gptq"),
             Method(f"w4a16-g{group}", LLM_COMPRESSOR, f"gptq-g{group}", "GPTQ"),
@@ -174,7 +172,7 @@ def measure(
     texts = folder / "calibration.json"
     said = {"tokens": model.calibration, "texts": model.calibration_texts}
     texts.write_text(json.dumps(said))
-    texts.with_suffix(".txt").write_text("".join(model.calibration_texts))
+    texts.with_suffix(".txt").write_text(model.calibration_text)
     found = {}
     for method in methods:
         place = folder / f"{method.peer}-{identity(method.peer)}" / method.folder
@@ -236,8 +234,8 @@ def quantize(method: Method, model: Model, output: Path, texts: Path, minutes: f
     shutil.rmtree(unfinished, ignore_errors=True)
     log = output.with_name("log")
     if method.peer == OURS:
-        text = texts.with_suffix(".txt") if method.calibrated else None
-        command = own.command(method.name, model.folder, unfinished, text)
+        text, tokens = texts.with_suffix(".txt"), sum(map(len, model.calibration))
+        command = own.command(method.name, model.folder, unfinished, text, tokens)
     else:
         command = peer_command(method, model.folder, unfinished, texts)
     print("   ", *command, flush=True)
