@@ -318,8 +318,8 @@ def read_result(place: Path, model: Model, again: bool) -> Result | None:
     said = data.pop("score")
     if said is None:
         return Result(None, **data)
-    intervals = (Interval(**said[key]) for key in ("divergence", "perplexity_change"))
-    return Result(Score(*intervals, said["perplexity"]), **data)
+    change = Interval(**said["perplexity_change"])
+    return Result(Score(Interval(**said["divergence"]), change, said["perplexity"]), **data)
 
 
 def write_result(place: Path, model: Model, result: Result) -> None:
