@@ -275,8 +275,8 @@ def print_table(methods: list[Method], columns: dict[str, dict[Method, Result]])
     """A table in Markdown for each model, and the reasons of those that failed."""
     failures = []
     for name, results in columns.items():
-        perplexities = [result.score.perplexity for result in results.values() if result.score]
-        print(f"\n{name}, perplexity {perplexities[0] if perplexities else math.nan:.2f}\n")
+        scores = [result.score for result in results.values() if result.score]
+        print(f"\n{name}{f', perplexity {scores[0].perplexity:.2f}' if scores else ''}\n")
         print("| row | who | settings | bits | KL, 1e-3 nats | perplexity | seconds |")
         print("|---|---|---|---|---|---|---|")
         for method in sorted(methods, key=lambda method: list(ROWS).index(method.row)):
