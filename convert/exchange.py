@@ -140,6 +140,9 @@ INT_QUANTIZED = "int-quantized"
 FLOAT_QUANTIZED = "float-quantized"
 """Its format for float8 codes."""
 
+PACK_QUANTIZED = "pack-quantized"
+"""Its format for weights alone: codes of 4 or 8 bits along the inputs, in int32."""
+
 WEIGHT_PACKED, WEIGHT_SHAPE = "weight_packed", "weight_shape"
 """Suffixes of such codes, and of the shape (N, K), int64 [2]."""
 
