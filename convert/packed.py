@@ -93,8 +93,8 @@ AWQ = Packing("qweight", "qzeros", "scales", None, True, "outputs", places=(0, 4
 """Of AutoAWQ, `version: gemm`: `WQLinear_GEMM`, and AWQ_REVERSE_ORDER of its packing_utils.py."""
 
 COMPRESSED = Packing(
-    exchange.WEIGHT_PACKED, exchange.WEIGHT_ZERO_POINT, exchange.WEIGHT_SCALE, "weight_g_idx", False,
-    "inputs", also=(exchange.WEIGHT_SHAPE,),
+    exchange.WEIGHT_PACKED, exchange.WEIGHT_ZERO_POINT, exchange.WEIGHT_SCALE, "weight_g_idx",
+    False, "inputs", also=(exchange.WEIGHT_SHAPE,),
 )  # fmt: skip
 """Of compressed-tensors, `pack-quantized`: `PackedQuantizationCompressor`."""
 
