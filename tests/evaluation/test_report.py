@@ -15,6 +15,7 @@ from support.tiny_models import DATA
 
 from qwen3_ascend import convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.convert.bits.sensitivities import Loss, Sensitivities
 from qwen3_ascend.evaluation.chart import ticks
 from qwen3_ascend.evaluation.page import page
 from qwen3_ascend.evaluation.result import Comparison, Evaluation, Interval, ModelFigures, Peak
@@ -109,6 +110,28 @@ def test_a_lossless_checkpoint_says_so(tmp_path: Path) -> None:
     manifest = convert_checkpoint(DATA, tmp_path / "out", "bf16")
     said = Page(page(manifest, None)).said
     assert "Nothing was rounded: all 16 linears" in said
+
+
+def test_sensitivities(manifest: Manifest, tmp_path: Path) -> None:
+    costs = {name: 1e-4 * (number + 1) for number, name in enumerate(manifest.linears)}
+    losses = {
+        name: (Loss({"name": "w8a8"}, "nearest", 8, kl), Loss({"name": "bf16"}, "nearest", 16, 0.0))
+        for name, kl in costs.items()
+    }
+    found = Sensitivities({"model": "tiny"}, 2048, losses)
+    shown = Page(page(manifest, losses=found))
+    for name, kl in costs.items():
+        assert f"layer {name.split('.')[2]}: {1000 * kl:.3f} thousandths" in shown.said
+    last = list(costs)[-1]
+    table = shown.said[shown.said.index("most sensitive linears") :]
+    assert table.index(last) < table.index(list(costs)[-2])
+    convert_checkpoint(DATA, tmp_path / "out")
+    found.save(tmp_path / "found.json")
+    page_file = tmp_path / "page.html"
+    asked = ("report", tmp_path / "out", "-o", page_file)
+    assert run(*asked).code == 0 and "Sensitivity" not in page_file.read_text()
+    assert run(*asked, "--sensitivities", tmp_path / "found.json").code == 0
+    assert "Sensitivity of each linear" in page_file.read_text()
 
 
 def test_the_command(manifest: Manifest, tmp_path: Path) -> None:

@@ -99,9 +99,17 @@ def _hold_bound(found: Evaluation, max_kl: float | None) -> None:
     "--eval", "evaluated", type=UserPath(), metavar="FILE", help="What `eval --save` has written."
 )
 @click.option(
+    "--sensitivities",
+    type=UserPath(),
+    metavar="FILE",
+    help="What `sensitivity` has written.  [default: sensitivities.json in OUT, if there is one]",
+)
+@click.option(
     "--output", "-o", type=UserPath(), required=True, metavar="PAGE.html", help="The page to write."
 )
-def report(checkpoint: Path, evaluated: Path | None, output: Path) -> None:
+def report(
+    checkpoint: Path, evaluated: Path | None, sensitivities: Path | None, output: Path
+) -> None:
     """Write one HTML page about OUT: what it is, errors layer by layer, and how good it is.
 
     The page needs no network and no other file.
@@ -112,5 +120,5 @@ def report(checkpoint: Path, evaluated: Path | None, output: Path) -> None:
     """
     from qwen3_ascend.evaluation import write_report
 
-    write_report(checkpoint, output, evaluated=evaluated)
+    write_report(checkpoint, output, evaluated=evaluated, sensitivities=sensitivities)
     click.echo(f"{output}: open it in a browser")

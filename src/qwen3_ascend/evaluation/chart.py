@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
@@ -55,7 +55,9 @@ def lines(series: Sequence[Series], x_name: str, y_name: str) -> Element:
     marks = ticks(min(ys), max(ys))
     x = Scale(min(xs), max(xs), LEFT + 10, WIDTH - RIGHT - 10)
     y = Scale(marks[0], marks[-1], HEIGHT - BOTTOM, TOP)
-    plot = _frame(HEIGHT, f"{y_name} over {x_name}")
+    plot = element(
+        "svg", viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{y_name}, by {x_name}"
+    )
     _grid(plot, y, marks)
     for tick in sorted({round(tick) for tick in ticks(min(xs), max(xs), 12)}):
         if min(xs) <= tick <= max(xs):
@@ -70,32 +72,6 @@ def lines(series: Sequence[Series], x_name: str, y_name: str) -> Element:
         plot.append(group)
     legend = _legend([one.name for one in series])
     return element("figure", _caption(f"{y_name}, by {x_name}"), legend, plot)
-
-
-def bars(values: Mapping[str, float], said: Mapping[str, str], name: str) -> Element:
-    """A horizontal bar for each value, which is not negative, in the order that is given."""
-    row, label = 20, 250
-    height = TOP + row * len(values) + BOTTOM
-    marks = ticks(0.0, max(values.values(), default=1.0))
-    x = Scale(0.0, marks[-1], label, WIDTH - RIGHT - 70)
-    plot = _frame(height, name)
-    for tick in marks:
-        plot.append(
-            element("line", x1=x(tick), x2=x(tick), y1=TOP, y2=height - BOTTOM, class_="grid")
-        )
-        plot.append(_text(x(tick), height - BOTTOM + 18, f"{tick:g}", "middle"))
-    group = element("g", class_="series s0")
-    for number, (key, value) in enumerate(values.items()):
-        top = TOP + number * row + 3
-        bar = element(
-            "rect", element("title", f"{key}: {said[key]}"),
-            x=x(0), y=top, width=max(1.0, round(x(value) - x(0), 1)), height=row - 6, rx=2,
-        )  # fmt: skip
-        group.append(bar)
-        plot.append(_text(label - 8, top + 11, key, "end"))
-        plot.append(_text(x(value) + 6, top + 11, said[key], "start"))
-    plot.append(group)
-    return element("figure", _caption(name), plot)
 
 
 def whisker(value: float, low: float, high: float, reach: float) -> Element:
@@ -113,10 +89,6 @@ def whisker(value: float, low: float, high: float, reach: float) -> Element:
         viewBox=f"0 0 {width} {height}", width=width, height=height, role="img", class_="whisker",
         aria_label="interval beside zero",
     )  # fmt: skip
-
-
-def _frame(height: float, name: str) -> Element:
-    return element("svg", viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=name)
 
 
 def _grid(plot: Element, y: Scale, marks: Sequence[float]) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from qwen3_ascend.checkpoint.describe import dims
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
+from qwen3_ascend.convert.bits.sensitivities import SENSITIVITIES, Sensitivities
 from qwen3_ascend.errors import CheckpointError, os_errors
 from qwen3_ascend.evaluation import chart, words
 from qwen3_ascend.evaluation.markup import Node, document, element, table
@@ -32,7 +33,11 @@ KINDS = {
 
 @os_errors(CheckpointError)
 def write_report(
-    checkpoint: str | Path, output: str | Path, *, evaluated: str | Path | None = None
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    evaluated: str | Path | None = None,
+    sensitivities: str | Path | None = None,
 ) -> None:
     """Writes a page about a checkpoint.
 
@@ -40,16 +45,22 @@ def write_report(
         checkpoint: a converted folder; its manifest is read, and no weights.
         output: the file.
         evaluated: what `eval --save` has written.
+        sensitivities: what `sensitivity` has written; by default what lies in the checkpoint.
 
     Raises:
         CheckpointError: if a file cannot be read or written, or is not what it should be.
     """
     manifest = Manifest.read(Path(checkpoint))
     found = None if evaluated is None else Evaluation.read(Path(evaluated))
-    Path(output).write_text(page(manifest, found), encoding="utf-8")
+    within = Path(checkpoint) / SENSITIVITIES
+    measured = Path(sensitivities) if sensitivities is not None else within
+    losses = Sensitivities.load(measured) if sensitivities or within.is_file() else None
+    Path(output).write_text(page(manifest, found, losses), encoding="utf-8")
 
 
-def page(manifest: Manifest, found: Evaluation | None) -> str:
+def page(
+    manifest: Manifest, found: Evaluation | None = None, losses: Sensitivities | None = None
+) -> str:
     """The page's HTML."""
     title = f"{manifest.source.repo}, {manifest.recipe['name']}"
     style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
@@ -61,6 +72,7 @@ def page(manifest: Manifest, found: Evaluation | None) -> str:
         _tiles(manifest, found),
         *(_quality(found) if found is not None else ()),
         *_errors(manifest),
+        *(_losses(losses) if losses is not None else ()),
         *_about(manifest),
     )
 
@@ -86,7 +98,7 @@ def _tiles(manifest: Manifest, found: Evaluation | None) -> Element:
     return element("div", *tiles, class_="tiles")
 
 
-def _quality(found: Evaluation) -> Iterator[Node]:
+def _quality(found: Evaluation) -> Iterator[Node | None]:
     """What was measured on a text."""
     yield element("h2", "Quality")
     noted = words.caution(found)
@@ -176,7 +188,7 @@ def _errors(manifest: Manifest) -> Iterator[Node]:
         "that knows the inputs makes weights that are farther away and answers that are nearer.",
         class_="quiet",
     )  # fmt: skip
-    series = list(_series(measured))
+    series = list(_series(measured, "{:.2f} dB"))
     if series:
         yield chart.lines(series, "layer", "SQNR, dB")
     if exact:
@@ -187,16 +199,35 @@ def _errors(manifest: Manifest) -> Iterator[Node]:
     yield table(("linear", "scheme", "shape", "SQNR, dB"), rows, 2)
 
 
-def _series(measured: Mapping[str, float]) -> Iterator[chart.Series]:
-    """A line for each kind of linear that was rounded in a layer."""
+def _series(measured: Mapping[str, float], unit: str) -> Iterator[chart.Series]:
+    """A line for each kind of linear in the layers; `unit` formats a figure."""
     for kind, title in KINDS.items():
         points = []
         for name, error in measured.items():
             place = re.fullmatch(r"model\.layers\.(\d+)\..*", name)
             if place and name.rpartition(".")[2] == kind:
-                points.append((int(place[1]), error, f"layer {place[1]}: {error:.2f} dB"))
+                points.append((int(place[1]), error, f"layer {place[1]}: {unit.format(error)}"))
         if points:
             yield chart.Series(title, points)
+
+
+def _losses(losses: Sensitivities) -> Iterator[Node]:
+    """What each linear alone costs, as it was measured."""
+    yield element("h2", "Sensitivity of each linear")
+    yield element(
+        "p", f"KL divergence, in thousandths of a nat, of the model in which one linear alone is "
+        f"quantized with the fewest bits, on {losses.tokens:,} tokens.", class_="quiet",
+    )  # fmt: skip
+    cost = {name: 1000 * said[0].kl for name, said in losses.linears.items() if said}
+    series = list(_series(cost, "{:.3f} thousandths"))
+    if series:
+        yield chart.lines(series, "layer", "KL, thousandths of a nat")
+    worst = sorted(cost.items(), key=lambda item: -item[1])[:WORST]
+    rows: list[tuple[Node, ...]] = [
+        (element("code", name), f"{losses.linears[name][0].scheme.get('name')}", f"{kl:.3f}")
+        for name, kl in worst
+    ]
+    yield table(("most sensitive linears", "scheme", "KL, thousandths"), rows, 1)
 
 
 def _worst_row(name: str, entry: LinearEntry, error: float) -> tuple[Node, ...]:
@@ -218,7 +249,8 @@ def _about(manifest: Manifest) -> Iterator[Node]:
             f"{model.vocab_size:,}, head {'tied' if model.tie_word_embeddings else 'of its own'}",
         ),
         ("weights", f"{count_weights(manifest):,}"),
-        ("transforms", ", ".join(manifest.recipe.get("transforms", ())) or "none"),
+        ("transforms", ", ".join(manifest.transforms) or "none"),
+        ("calibration", str(manifest.calibration or "none")),
         ("schemes", ", ".join(f"{count} linears {name}" for name, count in schemes.items())),
         ("target", manifest.target),
         ("manifest", element("code", manifest.blake3)),
