@@ -15,7 +15,8 @@ from qwen3_ascend.checkpoint.linear import BIAS, Linear, stored_bias
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes.pieces import Piece, Sums, sqnr_db
-from qwen3_ascend.convert.encodings import read_weights
+from qwen3_ascend.convert.calibration.factors import FACTORS_NAME, read_factors
+from qwen3_ascend.convert.encodings import Encoding, read_weights
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.weight_file import tensor_bytes
 from qwen3_ascend.convert.source import Source
@@ -57,7 +58,7 @@ def compare(
     if manifest.source.format != source.quantization.format:
         was, now = manifest.source.format or "floats", source.quantization.format or "floats"
         return [f"the checkpoint was made of a source of {was}, and this one is of {now}"]
-    origin = _Origin(source, _changes(manifest, kernels), kernels)
+    origin = _Origin(source, _changes(reader, kernels), kernels)
     source.expect(origin.needed(manifest))
     for name, stored in manifest.tensors.items():
         if not _equal(origin.tensor(name, stored.shape), reader.tensor(name), count):
@@ -112,7 +113,7 @@ def _linear_problems(
 
 def _weight_names(entry: LinearEntry, source: Source) -> list[str]:
     """The source tensors that a linear's weight is made of."""
-    encoding, inputs = source.quantization.encoding(entry.parts[0][0]), entry.shape[-1]
+    encoding, inputs = _encoding(entry, source), entry.shape[-1]
     try:
         return [
             f"{part}.{suffix}"
@@ -154,7 +155,7 @@ class _Origin:
         """The weight of a linear."""
         parts = [part for part, _ in entry.parts]
         tensors = {name: self.source.read(name) for name in _weight_names(entry, self.source)}
-        weights = read_weights(self.source.quantization.encoding(parts[0]), parts, tensors)
+        weights = read_weights(_encoding(entry, self.source), parts, tensors)
         find = self._find(_changed_parts(name, entry))
         return weights if find is None else weights.changed(find, self.kernels)
 
@@ -171,19 +172,36 @@ class _Origin:
         return partial(self.changes.of, parts, partial(floats_of, self.source))
 
 
-def _changes(manifest: Manifest, kernels: native.Kernels) -> ModelChanges:
+def _changes(reader: CheckpointReader, kernels: native.Kernels) -> ModelChanges:
+    manifest = reader.manifest
     named = manifest.transforms
     if unknown := [name for name in named if name not in TRANSFORMS]:
         raise CheckpointError(
             f"its weights were changed by {', '.join(unknown)}, which this version does not know"
         )
     transforms = [TRANSFORMS[name] for name in named]
-    return ModelChanges(model_parts(manifest.model), transforms, kernels)
+    changes = ModelChanges(model_parts(manifest.model), transforms, kernels)
+    if FACTORS_NAME in manifest.files:
+        path = reader.folder / FACTORS_NAME
+        changes.add(read_factors(path.read_bytes(), str(path)))
+    return changes
 
 
 def _changed_parts(name: str, entry: LinearEntry) -> tuple[str, ...]:
     """See Item.changed."""
     return (name,) if name == LM_HEAD else tuple(part for part, _ in entry.parts)
+
+
+def _encoding(entry: LinearEntry, source: Source) -> Encoding:
+    """How the source's tensors were read for a linear."""
+    kept = entry.scheme if entry.codes == "taken" else None
+    found = source.quantization.encoding(entry.parts[0][0]).under(kept)
+    if found is None or found.codes != entry.codes:
+        raise CheckpointError(
+            f"linear {entry.parts[0][0]} is {entry.codes}, which it cannot be of this source: it "
+            f"is another model"
+        )
+    return found
 
 
 def _measure(

@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen3_ascend.checkpoint.companions import safe_name
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.convert.calibration.factors import FACTORS_NAME
 from qwen3_ascend.convert.compare import compare
 from qwen3_ascend.convert.output.writer import OutputKind
 from qwen3_ascend.convert.plan import STEM, Plan
@@ -84,9 +85,12 @@ def finished_manifest(
     return found
 
 
+MADE = (MODEL_CARD_NAME, FACTORS_NAME)
+
+
 def _hashes(manifest: Manifest) -> dict[str, str]:
     """Of the files that came from the source."""
-    return {n: entry.blake3 for n, entry in manifest.files.items() if n != MODEL_CARD_NAME}
+    return {n: entry.blake3 for n, entry in manifest.files.items() if n not in MADE}
 
 
 def _forms(manifest: Manifest) -> dict[str, tuple[str, Form]]:

@@ -17,6 +17,8 @@ from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest, SourceRecord
 from qwen3_ascend.convert import report
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.calibration.data import Calibration
+from qwen3_ascend.convert.calibration.factors import FACTORS_NAME
+from qwen3_ascend.convert.calibration.fitting import Fitting
 from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.order import stages, working_order
 from qwen3_ascend.convert.output.journal import Done
@@ -28,7 +30,7 @@ from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.statistics import InputStatistics
 from qwen3_ascend.convert.transforms.parts import model_parts
 from qwen3_ascend.convert.transforms.whole import ModelChanges
-from qwen3_ascend.convert.work import changed_floats, convert, make_task, stored_blake3
+from qwen3_ascend.convert.work import changed_floats, convert, floats_of, make_task, stored_blake3
 from qwen3_ascend.errors import DamagedSourceError
 from qwen3_ascend.native import Kernels
 
@@ -56,12 +58,15 @@ class Conversion(Production[Item]):
             file for item in plan.items for file in self._files_of([item])
         ) + Counter(source.file_order(plan.compared))
         self._changes = ModelChanges(model_parts(plan.config), plan.transforms, kernels)
+        floats = partial(floats_of, source)
+        self.fitting = Fitting(plan, self._changes, floats, writer.staging)
         if plan.calibration is not None:  # a stage is read once more, before its items
             for stage in stages(plan):
                 self._readers.update(self._files_of(stage))
 
     def run(self) -> None:
         """Takes up what is left of an earlier run and does the rest."""
+        self._forget_unfitted()
         self.take_up()
         if self.plan.calibration is None:
             todo = self.remaining(working_order(self.plan, self.source))
@@ -81,6 +86,19 @@ class Conversion(Production[Item]):
         floats = changed_floats(self.source, self._changes)
         calibrated = calibrated_pass(self, floats, parts, self._windows, self._events)
         calibrated.run(self.writer.staging)
+
+    def _forget_unfitted(self) -> None:
+        """Weights of a layer are made again where it is not known what they were changed by."""
+        for number, stage in enumerate(stages(self.plan)[1:-1]):
+            if not self.fitting.is_known(number):
+                for item in stage:
+                    self.writer.left.pop(item.name, None)
+
+    def fit(
+        self, number: int, statistics: Mapping[str, InputStatistics]
+    ) -> Mapping[str, InputStatistics]:
+        """See Fitting.fit."""
+        return self.fitting.fit(number, statistics)
 
     def make_stage(self, items: Sequence[Item], statistics: Mapping[str, InputStatistics]) -> None:
         """Makes those items of a stage of a calibrated plan that are not done yet.
@@ -179,6 +197,8 @@ def run(
         writer.add_file(name, data)
     conversion = Conversion(plan, source, writer, budget, kernels, hash_source, events, windows)
     conversion.run()
+    if (factors := conversion.fitting.whole()) is not None:
+        writer.add_file(FACTORS_NAME, factors)
     calibration = None if plan.calibration is None else plan.calibration.record
     record = SourceRecord(
         source.provider.repo, source.hub, source.provider.revision, source.file_entries(),

@@ -42,12 +42,15 @@ def mean_sqnr(entries: Mapping[str, LinearEntry]) -> float | None:
 
 def describe_errors(manifest: Manifest) -> list[str]:
     """A few lines on the errors of a conversion."""
-    lossy = {n: e for n, e in manifest.linears.items() if e.sqnr_db is not None}
-    taken = sum(entry.codes == "taken" for entry in manifest.linears.values())
-    exact, count = len(manifest.linears) - len(lossy) - taken, len(manifest.linears)
+    chosen = {n: e for n, e in manifest.linears.items() if e.codes == "chosen"}
+    taken = {n: e for n, e in manifest.linears.items() if e.codes == "taken"}
+    lossy = {n: e for n, e in chosen.items() if e.sqnr_db is not None}
+    exact, count = len(chosen) - len(lossy), len(manifest.linears)
     lines = []
     if taken:
-        lines.append(f"{taken} of {count} linears keep the codes of the source, code for code")
+        lines.append(f"{len(taken)} of {count} linears keep the codes of the source, code for code")
+    if (rounded := mean_sqnr(taken)) is not None:
+        lines.append(f"their scales are rounded to bfloat16: mean SQNR {rounded:.1f} dB")
     if exact or not taken:
         lines.append(f"{exact} of {count} linears equal their source exactly")
     if lossy:
@@ -125,7 +128,7 @@ def _taken_text(manifest: Manifest) -> str:
     if not count:
         return ""
     return (
-        f" The source was quantized already ({manifest.source.format}): the codes and scales of "
+        f" The source was quantized already ({manifest.source.format}): the codes of "
         f"{count} linears are its own."
     )
 

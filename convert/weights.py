@@ -173,10 +173,7 @@ class TakenWeights(Weights):
 
     @override
     def has_codes(self, stored: Linear, piece: Piece) -> bool:
-        found, expected = stored.codes(), self._codes(piece)
-        return found.keys() == expected.keys() and all(
-            torch.equal(_bits(found[suffix]), _bits(expected[suffix])) for suffix in expected
-        )
+        return same_codes(stored.codes(), self._codes(piece))
 
     @override
     def quantized(self, choose: Choose, kernels: Kernels, advance: Callable[[], None]) -> Weights:
@@ -209,6 +206,13 @@ class TakenWeights(Weights):
                 found.append(part.narrow("outputs", [(start, stop - start)]))
             row += outputs
         return found
+
+
+def same_codes(found: Codes, expected: Codes) -> bool:
+    """Whether two weights are the same, bit by bit."""
+    return found.keys() == expected.keys() and all(
+        torch.equal(_bits(found[suffix]), _bits(expected[suffix])) for suffix in expected
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import ND, Place
 from qwen3_ascend.checkpoint.linear import BIAS, byte_offset, stored_bias, stored_forms
-from qwen3_ascend.checkpoint.schemes import BF16
+from qwen3_ascend.checkpoint.schemes import BF16, Input
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Sums, sqnr_db
 from qwen3_ascend.convert.encodings import read_weights
@@ -71,14 +71,24 @@ class Task:
         Raises:
             DamagedSourceError: naming the first value that cannot be stored.
         """
-        item = self.item
         with self._naming_values():
-            packed = self.weights.pack_piece(item.scheme, self.pieces[index], item.layout, kernels)
+            packed = self._pack_weight(self.pieces[index], kernels)
             if not self.biases or index:
                 return packed
             bias = stored_bias(torch.cat([*changed_biases(self.biases, self.changes, kernels)]))
             kernels.check_finite(bias[None])
             return Packed({**packed.tensors, BIAS: bias}, packed.sums)
+
+    def _pack_weight(self, piece: Piece, kernels: Kernels) -> Packed:
+        """A piece of the weight, for inputs of the range that calibration has found."""
+        item = self.item
+        packed = self.weights.pack_piece(item.scheme, piece, item.layout, kernels)
+        if item.scheme.input is not Input.INT8_STATIC or item.encoding.codes == "taken":
+            return packed
+        assert self.statistics is not None, "the plan has seen to it that there is calibration"
+        shape, inputs = piece.shape(item.matrix), self.statistics.range
+        tensors = item.scheme.for_inputs(packed.tensors, shape, item.layout, inputs)
+        return Packed(tensors, packed.sums)
 
     def quantized(self, kernels: Kernels, advance: Callable[[], None]) -> Task:
         """The task with the codes of its whole weight, if its quantizer chooses them together.
@@ -187,19 +197,22 @@ class _Output:
         self._places = item.scheme.places(item.layout)
         self._digests = {suffix: blake3() for suffix in self._forms}
         self._gathered: dict[str, Tensor] = {}
+        self._whole: set[str] = set()
 
     def put(self, piece: Piece, tensors: Mapping[str, Tensor]) -> None:
         """Writes what a piece has become; the pieces come in their order.
 
         A tensor in which a piece is not one range (such as scales for groups of inputs, when the
-        pieces are outputs) is kept until it is whole; such tensors are small.
+        pieces are outputs) is kept until it is whole; such tensors are small. One that no axis
+        divides comes with every piece, and is written with the first.
         """
         for suffix, tensor in tensors.items():
             place = self._places.get(suffix, {}).get(piece.axis)
-            offset = byte_offset(self._forms[suffix], place, piece) if place else 0
-            if offset is not None:
+            if place is None:
+                self._write_whole(suffix, tensor)
+            elif (offset := byte_offset(self._forms[suffix], place, piece)) is not None:
                 self._write(suffix, offset, tensor)
-            elif place is not None:
+            else:
                 self._gather(suffix, place, piece, tensor)
 
     def finish(self) -> dict[str, str]:
@@ -210,6 +223,11 @@ class _Output:
             self._item.stored_name(suffix): digest.hexdigest()
             for suffix, digest in self._digests.items()
         }
+
+    def _write_whole(self, suffix: str, tensor: Tensor) -> None:
+        if suffix not in self._whole:
+            self._whole.add(suffix)
+            self._write(suffix, 0, tensor)
 
     def _write(self, suffix: str, offset: int, tensor: Tensor) -> None:
         data = tensor_bytes(tensor)

@@ -7,6 +7,7 @@ one unit differently from the definition, and a quantized activation may differ 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,16 +17,18 @@ from torch import Tensor
 from qwen3_ascend.checkpoint.architecture import model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import quantize
-from qwen3_ascend.checkpoint.schemes import SCHEMES, Input
+from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W4A16, InputRange, Scheme
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     Backend,
     DeviceLinear,
     QuantizedActivation,
+    StaticActivation,
     StepBounds,
     as_codes,
     as_float,
+    as_static,
 )
 from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.engine.batch import Batch, Chunk, step_inputs
@@ -47,8 +50,14 @@ MORE = 40
 
 EPSILON = 1e-6
 
+INPUTS = InputRange(-2.5, 4.5)
+"""Of linears with a static input: random inputs go beyond, so that codes are clipped."""
+
 CONSUMER_OUTPUTS = 64
 """Of a linear that is there to be fed, and never multiplies."""
+
+EXAMINED: tuple[Scheme, ...] = (*(make() for make in SCHEMES.values()), W4A16(64), W4A16(32))
+"""Every scheme; w4a16 with each group, of which 32 has another layout."""
 
 DIVIDED = (ASCEND_A2_A3.largest_dimension + 33, 128)
 """(outputs, inputs) of a linear that integer kernels take in parts only, as a quantized output
@@ -98,11 +107,13 @@ def cases(
 ) -> Iterator[Case]:
     """Every operation of two backends in the shapes of a model; nothing is computed yet."""
     pair = _Pair(definition, device, config)
-    for scheme, kind in SCHEMES.items():
-        divided = () if kind.input is Input.FLOAT else (DIVIDED,)
-        for outputs, inputs in (*linear_shapes(config), *divided):
-            name = f"linear ({scheme}, [{outputs}, {inputs}])"
-            yield Case(name, functools.partial(pair.linear, scheme, outputs, inputs))
+    for scheme in EXAMINED:
+        divided = () if isinstance(scheme, BF16) else (DIVIDED,)
+        for shape in (*linear_shapes(config), *divided):
+            if ASCEND_A2_A3.refusal(scheme, shape) is None:
+                name = f"linear ({scheme}, {list(shape)})"
+                yield Case(name, functools.partial(pair.linear, scheme, *shape))
+    for scheme in {scheme.input: scheme for scheme in reversed(EXAMINED)}.values():
         yield Case(f"what a linear is fed ({scheme})", functools.partial(pair.fed, scheme))
     yield Case("attention", pair.attention)
 
@@ -123,7 +134,7 @@ class _Pair:
         self.backends, self.config = (definition, device), config
         self._random = torch.Generator().manual_seed(0)
 
-    def linear(self, scheme: str, outputs: int, inputs: int) -> Iterator[Comparison]:
+    def linear(self, scheme: Scheme, outputs: int, inputs: int) -> Iterator[Comparison]:
         """One linear, fed the same by both."""
         linears = self._linears(scheme, outputs, inputs)
         ones = torch.ones(inputs).bfloat16()
@@ -133,7 +144,7 @@ class _Pair:
             name = f"linear ({scheme}, [{outputs}, {inputs}], {rows} tokens)"
             yield self._compare(name, linears, _product(fed))
 
-    def fed(self, scheme: str) -> Iterator[Comparison]:
+    def fed(self, scheme: Scheme) -> Iterator[Comparison]:
         """What is fused into the input of a linear."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         consumers = self._linears(scheme, CONSUMER_OUTPUTS, hidden)
@@ -174,12 +185,16 @@ class _Pair:
             expected, actual = map(operation, self.backends, linears)
         if isinstance(expected, QuantizedActivation):
             return _code_difference(name, expected, as_codes(actual))
+        if isinstance(expected, StaticActivation):
+            codes = (as_static(fed).cpu().int() for fed in (expected, actual))
+            return Comparison(name, float(abs(operator.sub(*codes)).max()), 1.0)
         return _difference(name, expected, as_float(actual), 2 * BF16_UNIT)
 
-    def _linears(self, scheme: str, outputs: int, inputs: int) -> tuple[DeviceLinear, ...]:
+    def _linears(self, scheme: Scheme, outputs: int, inputs: int) -> tuple[DeviceLinear, ...]:
         """A random linear on both backends."""
         weight = self._normal(outputs, inputs) / inputs**0.5
-        linear = quantize(SCHEMES[scheme](), weight, None, ASCEND_A2_A3.layouts[scheme])
+        linear = quantize(scheme, weight, None, ASCEND_A2_A3.layout(scheme, "", weight.shape))
+        linear = linear.for_inputs(INPUTS)
         return tuple(backend.linear(linear) for backend in self.backends)
 
     def _normal(self, *shape: int) -> Tensor:
@@ -234,6 +249,8 @@ def _product(fed: Activation) -> Operation:
     def operation(backend: Backend[LayerKV], linear: DeviceLinear) -> Activation:
         if isinstance(fed, Tensor):
             return linear(fed.to(backend.device))
+        if isinstance(fed, StaticActivation):
+            return linear(StaticActivation(fed.codes.to(backend.device)))
         codes, scale = (tensor.to(backend.device) for tensor in (fed.codes, fed.scale))
         return linear(QuantizedActivation(codes, scale))
 

@@ -72,7 +72,6 @@ def plan_calibration(
     options: CalibrationOptions,
     config: Qwen3Config,
     names: Collection[str],
-    note: Callable[[str], None],
 ) -> Calibration:
     """Reads the texts, and settles how much of them is taken.
 
@@ -83,7 +82,6 @@ def plan_calibration(
         options: which file, how many tokens, and the device.
         config: of the model.
         names: of its small files.
-        note: is told of what is done instead.
 
     Raises:
         OptionError: in one line, if a file cannot be used.
@@ -100,7 +98,6 @@ def plan_calibration(
             f"calibration: the model has no tokenizer to read {text.name} with; leave "
             f"--calibration out to take random token ids"
         )
-    note(f"the model has no tokenizer: it is calibrated with {RANDOM}")
     return Calibration(CalibrationRecord(RANDOM, None, windows * length, windows, device), None)
 
 
@@ -132,7 +129,10 @@ def read_text(file: str | None) -> CalibrationText:
 
 
 def choose_windows(
-    calibration: Calibration, config: Qwen3Config, carried: Mapping[str, bytes]
+    calibration: Calibration,
+    config: Qwen3Config,
+    carried: Mapping[str, bytes],
+    note: Callable[[str], None],
 ) -> tuple[tuple[int, ...], ...]:
     """Token ids of windows that are spread evenly over the texts; the same for a tokenizer.
 
@@ -140,12 +140,14 @@ def choose_windows(
         calibration: the texts.
         config: of the model.
         carried: the small files of the model by name, its tokenizer among them.
+        note: is told of what is done instead.
 
     Raises:
         OptionError: if there are too few tokens, or a conversation cannot be rendered.
     """
     count, length = calibration.record.windows, calibration.length
     if calibration.text is None:
+        note(f"the model has no tokenizer: it is calibrated with {RANDOM}")
         return _random_windows(count, length, config.vocab_size)
     with unpacked(carried) as folder:
         tokens = _tokens(calibration.text, load_tokenizer(folder))

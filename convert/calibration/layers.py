@@ -44,6 +44,11 @@ class Workshop(Protocol):
     def remaining(self, order: Sequence[Item]) -> list[Item]:
         """The items that are not done."""
 
+    def fit(
+        self, number: int, statistics: Mapping[str, InputStatistics]
+    ) -> Mapping[str, InputStatistics]:
+        """Lets transforms look at what the linears of a layer are fed; what they are fed then."""
+
     def make_stage(self, items: Sequence[Item], statistics: Mapping[str, InputStatistics]) -> None:
         """Makes those items of a stage that are not done yet.
 
@@ -137,7 +142,9 @@ class CalibratedPass:
     def _make_layer(self, number: int, items: Sequence[Item], hidden: HiddenStates) -> None:
         place = f"layer {number + 1} of {len(self._spec.layers)}"
         missing = self._workshop.remaining(items)
-        statistics = self._observed(number, hidden, f"{place}: observed") if missing else {}
+        observed = self._observed(number, hidden, f"{place}: observed") if missing else {}
+        statistics = self._workshop.fit(number, observed) if missing else {}
+        del observed  # an item lets go of its own when it is done
         self._workshop.make_stage(items, statistics)
         with torch.inference_mode():
             layer = StoredModel(self._weights, self._stream.backend).layer(number)

@@ -8,6 +8,7 @@ from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.convert.calibration.recording import Wanted
 from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.convert.quantizers import QUANTIZERS, Needs
+from qwen3_ascend.convert.transforms import FittedTransform
 
 STEP_TOKENS = 1024
 """Tokens of a step: what lies between the linears of a layer is in memory for so many."""
@@ -17,7 +18,8 @@ FLOAT_BYTES = 4
 
 def needs_data(plan: Plan) -> bool:
     """Whether a recipe cannot do without calibration."""
-    return any(_least(item) > Needs.NOTHING for item in _chosen(plan))
+    chosen = any(_least(item) > Needs.NOTHING for item in _chosen(plan))
+    return chosen or _fitted(plan) > Needs.NOTHING
 
 
 def wanted(plan: Plan) -> dict[str, Wanted]:
@@ -27,6 +29,10 @@ def wanted(plan: Plan) -> dict[str, Wanted]:
         needs = _most(item)
         if needs > Needs.NOTHING:
             found[item.name] = Wanted(needs, item.scheme.input)
+    if (fitted := _fitted(plan)) > Needs.NOTHING:
+        for item in _layer_linears(plan):
+            known = found[item.name].needs if item.name in found else Needs.NOTHING
+            found[item.name] = Wanted(max(known, fitted), item.scheme.input)
     return found
 
 
@@ -55,7 +61,19 @@ def states_bytes(plan: Plan) -> int:
 
 def _hessians(plan: Plan) -> list[Item]:
     """The linears whose Hessian is recorded."""
-    return [item for item in _chosen(plan) if _most(item) >= Needs.HESSIAN]
+    needs = wanted(plan)
+    return [i for i in plan.items if i.name in needs and needs[i.name].needs >= Needs.HESSIAN]
+
+
+def _fitted(plan: Plan) -> Needs:
+    """What the transforms have to know."""
+    needs = [t.needs for t in plan.transforms if isinstance(t, FittedTransform)]
+    return max(needs, default=Needs.NOTHING)
+
+
+def _layer_linears(plan: Plan) -> list[Item]:
+    """All linears but the output projection, which no fitted transform changes."""
+    return [i for i in plan.items if isinstance(i.spec, LinearSpec) and i.name != LM_HEAD]
 
 
 def _hessian_weights(inputs: list[int]) -> int:

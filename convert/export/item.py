@@ -22,11 +22,16 @@ PIECE_WEIGHTS = 1 << 20
 
 
 class Expression(Protocol):
-    """How a format states the weights of one scheme: plain tensors with the outputs in front."""
+    """How a format states the weights of one scheme: plain tensors with the outputs in front, but
+    for those that belong to all outputs together."""
 
     @property
     def is_quantized(self) -> bool:
         """Whether an engine multiplies with codes."""
+
+    @property
+    def undivided(self) -> tuple[str, ...]:
+        """Suffixes of the tensors that belong to all outputs together."""
 
     def keeping_scales(self) -> Expression:
         """The same for scales that bfloat16 may not have."""
@@ -36,6 +41,9 @@ class Expression(Protocol):
 
     def tensors(self, linear: Linear) -> dict[str, Tensor]:
         """Those tensors of a stored linear; its bias, which no format changes, is none of them."""
+
+    def constants(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        """Further tensors of a weight [N, K], which its shape alone decides."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,10 @@ class ExportItem:
             return {self.name: replace(form, shape=self.spec.shape)}
         found: dict[str, Form] = {}
         for source, rows in self.parts:
-            forms = self.expression.forms((rows, self.spec.inputs))
+            shape = (rows, self.spec.inputs)
+            forms = self.expression.forms(shape)
+            for suffix, tensor in self.expression.constants(shape).items():
+                forms[suffix] = Form(tensor.dtype, tuple(tensor.shape))
             if self.spec.bias:
                 forms[BIAS] = Form(torch.bfloat16, (rows,))
             found |= {f"{source}.{suffix}": form for suffix, form in forms.items()}

@@ -1,4 +1,4 @@
-"""What every transform promises that needs no data."""
+"""What every transform promises; of one that needs data, see `fitted`."""
 
 from __future__ import annotations
 

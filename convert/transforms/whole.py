@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen3_ascend import native
 from qwen3_ascend.convert.transforms.base import Transform
-from qwen3_ascend.convert.transforms.changes import Change, Changes, Floats
+from qwen3_ascend.convert.transforms.changes import Change, Changes, Floats, Step
 from qwen3_ascend.convert.transforms.parts import ModelParts, Unit
 from qwen3_ascend.native import Kernels
 
@@ -77,6 +77,7 @@ class ModelChanges:
         self._model, self._transforms = model, transforms
         self._units = {name: unit for unit in model.units for name in unit.names}
         self._found: dict[Unit, Changes] = {}
+        self._fitted: dict[str, Change] = {}
         self._locks = {unit: threading.Lock() for unit in model.units}
 
     def of(self, names: Sequence[str], floats: Floats) -> list[Change]:
@@ -86,7 +87,21 @@ class ModelChanges:
             names: of one unit.
             floats: gives what the unit consults.
         """
-        return [self._changes(self._units[name], floats)[name] for name in names]
+        return [
+            self._changes(self._units[name], floats)[name].then(*self._more(name)) for name in names
+        ]
+
+    def unit(self, unit: Unit, floats: Floats) -> Changes:
+        """The changes of all weights of a unit."""
+        return Changes(dict(zip(unit.names, self.of(unit.names, floats), strict=True)))
+
+    def add(self, fitted: Changes) -> None:
+        """Adds what calibration has found to the changes of some weights."""
+        self._fitted |= fitted.of
+
+    def _more(self, name: str) -> tuple[Step, ...]:
+        change = self._fitted.get(name)
+        return () if change is None else change.steps
 
     def _changes(self, unit: Unit, floats: Floats) -> Changes:
         with self._locks[unit]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,19 @@ from typing_extensions import override
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme
+from qwen3_ascend.checkpoint.schemes import (
+    BF16,
+    W4A8,
+    W4A16,
+    W8A8,
+    W8A16,
+    Input,
+    Scheme,
+    W8A8Static,
+)
+from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, SHIFT, rescale_groups, shift_of
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
+from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias, static_input
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.memory import available_memory
 from qwen3_ascend.runtime.backends.base import (
@@ -29,11 +40,14 @@ from qwen3_ascend.runtime.backends.base import (
     Forward,
     Progress,
     QuantizedActivation,
+    StaticActivation,
     StepBounds,
     as_codes,
     as_float,
+    as_static,
+    static_input_of,
 )
-from qwen3_ascend.runtime.backends.cache import LayerKV, bytes_per_token, cache_shape
+from qwen3_ascend.runtime.backends.cache import SCALE, LayerKV, bytes_per_token, cache_shape
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 
@@ -85,21 +99,70 @@ class Int8Linear:
         return codes.double() @ self.weight.double().t()
 
 
+class StaticInt8Linear:
+    """w8a8-static: exact integer sum, one float32 scale, one rounding to the compute type."""
+
+    input = Input.INT8_STATIC
+
+    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+        codes = linear.codes()
+        self.static_input = static_input(codes)
+        self.weight, self.scale = codes["weight"], codes["deq_scale"]
+        self.bias, self.dtype = folded_bias(linear), dtype
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, [T, N]."""
+        return (self.sums(as_static(x)).float() * self.scale).to(self.dtype)
+
+    def sums(self, codes: Tensor) -> Tensor:
+        """The integer product of codes [T, K] with quant_bias and bias added, [T, N]: float64
+        holds every sum of it exactly."""
+        return codes.double() @ self.weight.double().t() + self.bias.double()
+
+
+class GroupInt4Linear:
+    """w4a8: exact integer products of each group, summed up in float32 in order."""
+
+    input = Input.INT8_PER_TOKEN
+
+    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+        codes = linear.codes()
+        self.weight, self.scale, self.shift = codes["weight"], codes["scale"], shift_of(codes)
+        self.bias, self.dtype = linear.bias, dtype
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, [T, N]."""
+        quantized = as_codes(x)
+        products = self.products(quantized.codes)
+        y = rescale_groups(products, self.scale, self.shift, quantized.scale)
+        return (y if self.bias is None else y + self.bias.float()).to(self.dtype)
+
+    def products(self, codes: Tensor) -> Iterator[Tensor]:
+        """The integer product of codes [T, K], less 8, within each group of inputs, [T, N]."""
+        groups = zip(codes.split(GROUP, 1), self.weight.split(GROUP, 1), strict=True)
+        return ((x.double() - SHIFT) @ weight.double().t() for x, weight in groups)
+
+
 LINEARS: dict[type[Scheme], Callable[[Linear, torch.dtype], DeviceLinear]] = {
     BF16: FloatLinear.load,
     W8A8: Int8Linear,
+    W8A8Static: StaticInt8Linear,
+    W4A8: GroupInt4Linear,
     W8A16: FloatLinear.load,
     W4A16: FloatLinear.load,
 }
 
 
 class ReferenceBackend(Backend[LayerKV]):
-    """See Backend; `dtype` is bfloat16 or float32."""
+    """See Backend; `dtype` is bfloat16 or float32, and `cache_dtype` may be int8 instead."""
 
     name = "reference"
 
-    def __init__(self, config: Qwen3Config, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Qwen3Config, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
+    ) -> None:
         self.device, self.dtype, self.config = torch.device("cpu"), dtype, config
+        self.cache_dtype = cache_dtype or dtype
 
     @override
     def upload(self, tensor: Tensor) -> Tensor:
@@ -118,14 +181,18 @@ class ReferenceBackend(Backend[LayerKV]):
         """Uninitialised, since a slot is written before it is read: what is not used yet takes no
         memory."""
         shape = cache_shape(self.config, bounds.num_blocks, bounds.block_size)
-        return tuple(
-            LayerKV(torch.empty(shape, dtype=self.dtype), torch.empty(shape, dtype=self.dtype))
-            for _ in range(self.config.num_layers)
-        )
+
+        def layer() -> LayerKV:
+            keys, values = (torch.empty(shape, dtype=self.cache_dtype) for _ in range(2))
+            if self.cache_dtype != torch.int8:
+                return LayerKV(keys, values)
+            return LayerKV(keys, values, *(torch.empty(shape[:-1], dtype=SCALE) for _ in range(2)))
+
+        return tuple(layer() for _ in range(self.config.num_layers))
 
     @override
     def cache_bytes_per_token(self) -> int:
-        return bytes_per_token(self.config, self.dtype)
+        return bytes_per_token(self.config, self.cache_dtype)
 
     @override
     def memory_for_cache(self) -> int:
@@ -187,8 +254,8 @@ class ReferenceBackend(Backend[LayerKV]):
         query, key, value = torch.split(heads, counts, dim=1)
         query = self._norm_rotate(query, query_norm, epsilon, step)
         key = self._norm_rotate(key, key_norm, epsilon, step)
-        cache.keys.flatten(0, 1)[step.inputs.slots] = key
-        cache.values.flatten(0, 1)[step.inputs.slots] = value
+        write_rows(cache.keys, cache.key_scales, step.inputs.slots, key)
+        write_rows(cache.values, cache.value_scales, step.inputs.slots, value)
         return query
 
     def _norm_rotate(self, x: Tensor, weight: Tensor, epsilon: float, step: DeviceStep) -> Tensor:
@@ -207,13 +274,18 @@ class ReferenceBackend(Backend[LayerKV]):
         tables: list[list[int]] = inputs.block_table.tolist()
         for index, length in enumerate(inputs.context_lens):
             rows = query[inputs.query_starts[index] : inputs.query_starts[index + 1]]
-            keys = self.gather(cache.keys, tables[index], length)
-            values = self.gather(cache.values, tables[index], length)
-            outputs.append(self.attend(rows.float(), keys.float(), values.float()))
+            keys = self.read(cache.keys, cache.key_scales, tables[index], length)
+            values = self.read(cache.values, cache.value_scales, tables[index], length)
+            outputs.append(self.attend(rows.float(), keys, values))
         return self.feed(torch.cat(outputs).flatten(1).to(self.dtype), consumer)
 
+    def read(self, blocks: Tensor, scales: Tensor | None, table: list[int], length: int) -> Tensor:
+        """The first `length` keys or values of a request, float32 [length, kv_heads, head_dim]."""
+        rows = self.gather(blocks, table, length).float()
+        return rows if scales is None else rows * self.gather(scales, table, length)[..., None]
+
     def gather(self, blocks: Tensor, table: list[int], length: int) -> Tensor:
-        """The first `length` rows of a request, [length, kv_heads, head_dim]."""
+        """The first `length` rows of a request: [length, ...] of [blocks, block_size, ...]."""
         return blocks[table].flatten(0, 1)[:length]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -236,8 +308,13 @@ class ReferenceBackend(Backend[LayerKV]):
 
     @override
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
+        """A product for a static input is rounded to the compute type before it is quantized: no
+        kernel does both."""
         gate, up = gate_up.float().chunk(2, dim=-1)
-        return self.feed(F.silu(gate) * up, consumer)
+        product = F.silu(gate) * up
+        if consumer.input is Input.INT8_STATIC:
+            product = product.to(self.dtype)
+        return self.feed(product, consumer)
 
     @override
     def prefetch(self, linears: tuple[DeviceLinear, ...], after: Activation) -> None:
@@ -251,7 +328,8 @@ class ReferenceBackend(Backend[LayerKV]):
         """A float result [T, K] as its consumer wants it."""
         if consumer.input is Input.FLOAT:
             return x.to(self.dtype)
-        assert consumer.input is Input.INT8_PER_TOKEN, "no linear with static scales exists here"
+        if consumer.input is Input.INT8_STATIC:
+            return StaticActivation(static_input_of(consumer).quantize(x))
         return QuantizedActivation(*quantize_tokens(x))
 
 
@@ -268,6 +346,13 @@ def make_linear(
             f"the {backend.name} backend has no kernel for the scheme {linear.scheme}"
         )
     return loader(linear, backend.dtype)
+
+
+def write_rows(blocks: Tensor, scales: Tensor | None, slots: Tensor, rows: Tensor) -> None:
+    """Puts keys or values [T, kv_heads, head_dim] into a cache; as codes if it has scales."""
+    if scales is not None:
+        rows, scales.flatten(0, 1)[slots] = quantize_tokens(rows)
+    blocks.flatten(0, 1)[slots] = rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

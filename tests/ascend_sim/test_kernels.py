@@ -229,6 +229,71 @@ def test_quant_matmul_bias() -> None:
         near(result, scaled + bias.double() * (not integer), 0.02)
 
 
+def int4_tensor(codes: torch.Tensor, form: str) -> torch.Tensor:
+    """Codes [K, N] as the wheel itself packs them, on the device."""
+    stored = codes.T.contiguous() if "transposed" in form else codes
+    plain = stored.int().npu()
+    if "viewed" in form:  # NZ of bytes, seen as words
+        pairs = stored & 15
+        pairs = (pairs[:, 0::2] | pairs[:, 1::2] << 4).to(torch.int8)
+        return nz_tensor(pairs).view(torch.int32)
+    if "nz" in form:
+        plain = torch_npu.npu_format_cast(plain, nz.FORMAT)
+    packed = torch_npu.npu_convert_weight_to_int4pack(plain)
+    return packed.T if "transposed" in form else packed
+
+
+INT8_FORMS = ["int8 nd", "int8 nz", "int8 transposed nd"]
+INT4_FORMS = ["int4 nd", "int4 nz", "int4 viewed nz", "int4 transposed nd", "int4 channel nd"]
+
+
+@pytest.mark.parametrize("form", [*INT8_FORMS, *INT4_FORMS])
+@pytest.mark.parametrize("precise", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weight_quant_batchmatmul(form: str, precise: int, dtype: torch.dtype) -> None:
+    tokens, rows, columns, group = 5, 256, 192, 64
+    torch_npu.npu.config.allow_internal_format = True
+    grouped = "int4" in form and "channel" not in form
+    codes = torch.randint(-8, 8, (rows, columns), dtype=torch.int8)
+    scale = torch.randn(rows // group if grouped else 1, columns).to(dtype)  # of both signs
+    bias = torch.randn(columns).to(torch.float32 if dtype is HALF else dtype)
+    x = torch.randn(tokens, rows).to(dtype)
+    if "int4" in form:
+        weight = int4_tensor(codes, form)
+    else:
+        stored = codes.T.contiguous() if "transposed" in form else codes
+        weight = nz_tensor(stored) if "nz" in form else stored.npu()
+        weight = weight.T if "transposed" in form else weight
+    turned = "transposed" in form
+    held = scale.T.contiguous().npu().T if turned else scale.npu()
+    ascend_sim.reset_trace()
+    result = torch_npu.npu_weight_quant_batchmatmul(
+        x.npu(),
+        weight,
+        held,
+        bias=bias.npu(),
+        antiquant_group_size=group if grouped else 0,
+        inner_precise=precise,
+    )
+    decoded = (codes.float() * scale.float().repeat_interleave(rows // len(scale), 0)).to(dtype)
+    near(result, x.double() @ decoded.double() + bias.double(), 0.01)
+    assert result.dtype is dtype
+    version = "V3" if precise else "V2"
+    names = [entry.name for entry in trace.launches()]
+    assert names == [f"aclnnWeightQuantBatchMatmul{version}"]
+
+
+def test_weight_quant_batchmatmul_adds_offsets_to_codes() -> None:
+    codes = torch.randint(-8, 8, (64, 32), dtype=torch.int8)
+    scale, offset = torch.rand(2, 32).to(HALF), torch.randint(-8, 8, (2, 32)).to(HALF)
+    x = torch.eye(64).to(HALF)
+    result = torch_npu.npu_weight_quant_batchmatmul(
+        x.npu(), int4_tensor(codes, "nd"), scale.npu(), offset.npu(), antiquant_group_size=32
+    )
+    shifted = codes.double() + offset.double().repeat_interleave(32, 0)
+    near(result, shifted * scale.double().repeat_interleave(32, 0))
+
+
 # --------------------------------------------------------------------- the small operators
 SMALL: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "add": lambda x: x + x,

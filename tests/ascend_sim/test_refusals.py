@@ -155,6 +155,121 @@ def test_quant_matmul(case: str) -> None:
     refused(rule, torch_npu.npu_quant_matmul, base, **make(changes))
 
 
+def int4(rows: int, columns: int, form: str = "nd") -> torch.Tensor:
+    """Zeros as the wheel packs them: [K, N / 8] words."""
+    plain = dev(rows, columns, **INT32)
+    return torch_npu.npu_convert_weight_to_int4pack(as_nz(plain) if form == "nz" else plain)
+
+
+def turned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.transpose(0, 1)
+
+
+WEIGHT_QUANT: Cases = {
+    "float x": ("x must be one of", dict(x=lambda: dev(4, 256, **FP32))),
+    "float weight": ("weight must be one of", dict(weight=lambda: dev(256, 128))),
+    "x strides": ("x must be contiguous or", dict(x=lambda: strided(4, 256))),
+    "weight strides": (
+        "weight must be contiguous or",
+        dict(weight=lambda: strided(256, 16, **INT32)),
+    ),
+    "group of a row": ("multiple of 32 within the range", dict(antiquant_group_size=256)),
+    "group of 48": ("multiple of 32 within the range", dict(antiquant_group_size=48)),
+    "long k": (
+        "K and N may be 65535",
+        dict(
+            x=lambda: dev(1, 65536),
+            weight=lambda: int4(65536, 8),
+            antiquant_scale=lambda: dev(512, 8),
+        ),
+    ),
+    "long n": (
+        "K and N may be 65535",
+        dict(weight=lambda: int4(256, 65536), antiquant_scale=lambda: dev(2, 65536)),
+    ),
+    "scale shape": ("antiquant_scale must have one of", dict(antiquant_scale=lambda: dev(128, 2))),
+    "scale dtype": ("must have the dtype of x", dict(antiquant_scale=lambda: dev(2, 128, **FP32))),
+    "scale strides": (
+        "antiquant_scale must be contiguous",
+        dict(antiquant_scale=lambda: strided(2, 128)),
+    ),
+    "offset": ("antiquant_offset must have", dict(antiquant_offset=lambda: dev(1, 128))),
+    "bias dtype": ("bias must be one of float32", dict(bias=lambda: dev(128))),
+    "bias shape": ("bias must have shape", dict(bias=lambda: dev(64, **FP32))),
+    "scales of a transposed weight": (
+        "must be a transposed view",
+        dict(weight=lambda: turned(int4(128, 256))),
+    ),
+    "quantized output": ("int8 output", dict(quant_scale=lambda: dev(128, **INT64))),
+}
+"""Of a weight in ND, [256, 128] in groups of 128."""
+
+WEIGHT_QUANT_NZ: Cases = {
+    "group of 32": (
+        "groups of an int4 NZ weight are 64 or 128, not 32",
+        dict(antiquant_scale=lambda: dev(8, 128), antiquant_group_size=32),
+    ),
+    "k": (
+        "K of an int4 NZ weight must be a multiple of the group 128, not 192",
+        dict(x=lambda: dev(4, 192), weight=lambda: int4(192, 128, "nz")),
+    ),
+    "n": (
+        "N of an int4 NZ weight in groups must be a multiple of 64, not 96",
+        dict(weight=lambda: int4(256, 96, "nz"), antiquant_scale=lambda: dev(2, 96)),
+    ),
+    "transposed x": ("must not be transposed", dict(x=lambda: turned(dev(256, 4)))),
+    "transposed weight": (
+        "must not be transposed",
+        dict(
+            weight=lambda: turned(int4(128, 256, "nz")),
+            antiquant_scale=lambda: turned(dev(128, 2)),
+        ),
+    ),
+    "upright with a scale for each output": (
+        "must be a transposed view",
+        dict(antiquant_scale=lambda: dev(128), antiquant_group_size=0),
+    ),
+    "one scale": (
+        "no scale for all of it",
+        dict(
+            weight=lambda: turned(int4(128, 256, "nz")),
+            antiquant_scale=lambda: dev(1),
+            antiquant_group_size=0,
+        ),
+    ),
+    "int8 in groups": (
+        "an int8 NZ weight has a scale for each output",
+        dict(weight=lambda: as_nz(dev(256, 128, **INT8))),
+    ),
+    "strips of 64 bytes": (
+        "does not belong to the weight",
+        dict(weight=lambda: as_nz(dev(256, 8, **INT32)), antiquant_scale=lambda: dev(2, 64)),
+    ),
+}
+"""Of the same in FRACTAL_NZ."""
+
+
+@pytest.mark.parametrize("case", WEIGHT_QUANT)
+def test_weight_quant_batchmatmul(case: str) -> None:
+    rule, changes = WEIGHT_QUANT[case]
+    base = dict(
+        x=dev(4, 256), weight=int4(256, 128), antiquant_scale=dev(2, 128), antiquant_group_size=128
+    )
+    refused(rule, torch_npu.npu_weight_quant_batchmatmul, base, **make(changes))
+
+
+@pytest.mark.parametrize("case", WEIGHT_QUANT_NZ)
+def test_weight_quant_batchmatmul_in_nz(case: str) -> None:
+    rule, changes = WEIGHT_QUANT_NZ[case]
+    base = dict(
+        x=dev(4, 256),
+        weight=int4(256, 128, "nz"),
+        antiquant_scale=dev(2, 128),
+        antiquant_group_size=128,
+    )
+    refused(rule, torch_npu.npu_weight_quant_batchmatmul, base, **make(changes))
+
+
 @pytest.mark.every_mode
 def test_matmul() -> None:
     base = dict(input=dev(4, 64), mat2=dev(64, 32))

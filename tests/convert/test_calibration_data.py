@@ -45,8 +45,8 @@ def windows_of(
     config: Qwen3Config, file: Path | None, tokens: int, names: Sequence[str] = tuple(FILES)
 ) -> tuple[tuple[int, ...], ...]:
     options = CalibrationOptions(None if file is None else str(file), tokens)
-    planned = plan_calibration(options, config, names, lambda line: None)
-    found = choose_windows(planned, config, FILES)
+    planned = plan_calibration(options, config, names)
+    found = choose_windows(planned, config, FILES, print)
     assert planned.record.tokens == sum(map(len, found)) and planned.record.windows == len(found)
     return found
 
@@ -79,7 +79,7 @@ def test_the_record_names_the_file(config: Qwen3Config, tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("word " * 9000)
     options = CalibrationOptions(str(file), 2048)
-    record = plan_calibration(options, config, tuple(FILES), lambda line: None).record
+    record = plan_calibration(options, config, tuple(FILES)).record
     assert (record.name, record.blake3, record.device) == ("mine.txt", file_blake3(file), "cpu")
     assert (record.tokens, record.windows) == (2048, 4)
 
@@ -92,8 +92,8 @@ def test_lines_of_texts_and_conversations(config: Qwen3Config, tmp_path: Path) -
     file = tmp_path / "mixed.jsonl"
     file.write_text("\n".join(lines))
     options = CalibrationOptions(str(file), 512)
-    planned = plan_calibration(options, config, tuple(files), lambda line: None)
-    (window,) = choose_windows(planned, config, files)
+    planned = plan_calibration(options, config, tuple(files))
+    (window,) = choose_windows(planned, config, files, print)
     theirs = AutoTokenizer.from_pretrained(folder)
     chat = theirs.apply_chat_template(CHAT * 20, tokenize=False)
     whole = theirs("low " * 40)["input_ids"] + theirs(chat, add_special_tokens=False)["input_ids"]
@@ -102,15 +102,15 @@ def test_lines_of_texts_and_conversations(config: Qwen3Config, tmp_path: Path) -
 
 def test_random_ids_where_there_is_no_tokenizer(config: Qwen3Config) -> None:
     notes: list[str] = []
-    planned = plan_calibration(CalibrationOptions(), config, ["config.json"], notes.append)
-    found = choose_windows(planned, config, {})
+    planned = plan_calibration(CalibrationOptions(), config, ["config.json"])
+    found = choose_windows(planned, config, {}, notes.append)
     assert planned.record.name == RANDOM and planned.record.blake3 is None
     assert len(found) == 32 and all(len(window) == 512 for window in found)
     assert len({token for window in found for token in window}) > 3000
-    assert found == choose_windows(planned, config, {})
+    assert found == choose_windows(planned, config, {}, print)
     assert notes == [f"the model has no tokenizer: it is calibrated with {RANDOM}"]
     with pytest.raises(OptionError, match="has no tokenizer to read README.md with"):
-        plan_calibration(CalibrationOptions(str(DATA / "README.md")), config, [], notes.append)
+        plan_calibration(CalibrationOptions(str(DATA / "README.md")), config, [])
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_refusals(
     file.write_bytes(data)
     template = {"chat_template.jinja": (DATA / "chat_template.jinja").read_bytes()}
     with pytest.raises(OptionError, match=message) as caught:
-        planned = plan_calibration(CalibrationOptions(str(file)), config, [*FILES], print)
-        choose_windows(planned, config, FILES | template)
+        planned = plan_calibration(CalibrationOptions(str(file)), config, [*FILES])
+        choose_windows(planned, config, FILES | template, print)
     assert "\n" not in str(caught.value)
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from support.static_inputs import write_static
 from support.tiny_models import DATA
 
 from handover.engines import Engines
@@ -59,9 +60,29 @@ def checkpoint_of_floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def checkpoint_of_static_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, whose inputs are quantized under fixed scales and offsets."""
+    output = tmp_path_factory.mktemp("checkpoints") / "w8a8-static"
+    write_static(DATA, output)
+    return output
+
+
+@pytest.fixture(scope="session")
 def checkpoint_with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model, whose head is quantized and therefore apart from the embedding."""
     return converted(tmp_path_factory, "w8a8-head")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_w8a16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with int8 weights, whose activations are floats."""
+    return converted(tmp_path_factory, "w8a16")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_w4a16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with int4 weights in groups."""
+    return converted(tmp_path_factory, "w4a16-plain")
 
 
 def converted(factory: pytest.TempPathFactory, recipe: str) -> Path:

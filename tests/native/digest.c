@@ -17,6 +17,14 @@ int qwen3_ascend_pack_nz_rows(int path, int dtype, int flags, const void *source
                               int64_t strip_stride, int64_t padded_rows, int64_t *position);
 int qwen3_ascend_unpack_nz_rows(int path, const uint8_t *strips, int64_t strip_stride, int64_t rows,
                                 int64_t row_bytes, uint8_t *destination, int64_t row_stride);
+int qwen3_ascend_search_scales(int path, const float *source, int64_t rows, int64_t columns,
+                               int64_t row_stride, const float *importance, int64_t width,
+                               int least, int most, const float *ratios, int64_t count,
+                               float *scales);
+int qwen3_ascend_compensate_block(int path, const float *weights, int64_t rows, int64_t columns,
+                                  int64_t weights_stride, const float *scales, const float *factor,
+                                  int64_t factor_stride, int least, int most, int8_t *codes,
+                                  float *errors);
 
 int qwen3_ascend_rotate_inputs(int path, float *data, int64_t rows, int64_t columns,
                                const float *signs, int64_t size, const float *base, int64_t order,
@@ -86,6 +94,29 @@ static uint64_t run(int path, int dtype, int64_t rows, int64_t columns, const vo
     return digest(state, &status, sizeof status);
 }
 
+/* The search for scales, and a block of columns: weights, factors and scales of about 1. */
+static uint64_t choose(int path, int64_t columns)
+{
+    static float weights[ROWS * STRIDE], factor[128 * STRIDE], steps[ROWS * 128], errors[ROWS * 128];
+    static float scales[ROWS * STRIDE];
+    static int8_t codes[ROWS * 128];
+    const float ratios[] = {1.05f, 1.0f, 0.9f, 0.5f};
+    for (int i = 0; i < ROWS * STRIDE; i++) weights[i] = (float)next_random() / 0x1p31f - 1.0f;
+    for (int i = 0; i < 128 * STRIDE; i++) factor[i] = (float)next_random() / 0x1p31f + 0.5f;
+    for (int i = 0; i < ROWS * 128; i++) steps[i] = (float)next_random() / 0x1p33f + 0.1f;
+    memset(scales, 0, sizeof scales);
+    memset(codes, 0, sizeof codes);
+    memset(errors, 0, sizeof errors);
+    int status = qwen3_ascend_search_scales(path, weights, ROWS, columns, STRIDE, factor, 70, -8, 7,
+                                            ratios, 4, scales);
+    int64_t block = columns < 128 ? columns : 128;
+    status += qwen3_ascend_compensate_block(path, weights, ROWS, block, STRIDE, steps, factor,
+                                            STRIDE, -8, 7, codes, errors);
+    uint64_t state = digest(14695981039346656037u, scales, sizeof scales);
+    state = digest(digest(state, codes, sizeof codes), errors, sizeof errors);
+    return digest(state, &status, sizeof status);
+}
+
 /* Blocks of order * doublings neighbours, both ways; the base need not be orthogonal. */
 static uint64_t turn(int path, int64_t order, int64_t doublings, float *data)
 {
@@ -127,6 +158,8 @@ int main(int count, char **arguments)
                 printf("%d %d %zu %016llx\n", dtype, narrow, i,
                        (unsigned long long)run(path, dtype, shapes[i][0], shapes[i][1], source));
             }
+    for (int64_t columns = 1; columns <= STRIDE; columns *= 10)
+        printf("choose %d %016llx\n", (int)columns, (unsigned long long)choose(path, columns));
     static const int64_t sizes[][2] = {{1, 1}, {1, 4}, {1, 128}, {12, 1}, {12, 2}, {20, 128}, {36, 16}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         fill(source, FP32, 1); /* far from infinity, whose NaNs processors make differently */

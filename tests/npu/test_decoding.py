@@ -1,7 +1,7 @@
 """Greedy tokens are those of the CPU in every way to decode: real torch_npu on a simulated device.
 
 Every kernel of attention, with plain steps, with graphs updated by `NPUGraph.update`, by bound
-calls, and with masked graphs, for both schemes. A model is loaded once; each way gets an engine.
+calls, and with masked graphs. A model is loaded once; each way gets an engine.
 """
 
 from __future__ import annotations
@@ -81,8 +81,14 @@ WAYS = [
 ]
 if ascend_sim.cann.current().handlers == "hard_coded_without_paged":  # CANN 8.3, if pretended
     WAYS.remove(way("paged", "dispatched"))
-by_way = pytest.mark.parametrize("chosen", WAYS, ids=[each.name for each in WAYS])
-by_recipe = pytest.mark.parametrize("recipe", ["w8a8", "bf16"])
+CASES = [
+    *((recipe, chosen) for recipe in ("w8a8", "bf16") for chosen in WAYS),
+    # What attention does has nothing to do with what is multiplied.
+    *((recipe, chosen) for recipe in ("w8a16", "w4a16-plain") for chosen in WAYS[:2]),
+]
+by_recipe_and_way = pytest.mark.parametrize(
+    ("recipe", "chosen"), CASES, ids=[f"{recipe}-{chosen.name}" for recipe, chosen in CASES]
+)
 
 
 @dataclass(frozen=True)
@@ -200,8 +206,7 @@ WORDS = (
 """In the answers about these, no two tokens are nearly equally probable."""
 
 
-@by_recipe
-@by_way
+@by_recipe_and_way
 def test_every_batch_size_with_requests_that_join_and_finish(
     recipe: str, chosen: Way, loaded: dict[str, Loaded], expected: Expected, tokenizer: Tokenizer
 ) -> None:
@@ -216,8 +221,7 @@ def test_every_batch_size_with_requests_that_join_and_finish(
     assert first_differences(tokens, expected(recipe, arrivals, limits)) == [None] * 17
 
 
-@by_recipe
-@by_way
+@by_recipe_and_way
 def test_borders_of_blocks_and_captured_lengths(
     recipe: str, chosen: Way, loaded: dict[str, Loaded], expected: Expected, text: list[int]
 ) -> None:
@@ -229,8 +233,7 @@ def test_borders_of_blocks_and_captured_lengths(
     assert first_differences(tokens, expected(recipe, arrivals, limits)) == [None] * 3
 
 
-@by_recipe
-@by_way
+@by_recipe_and_way
 def test_a_full_cache(
     recipe: str, chosen: Way, loaded: dict[str, Loaded], expected: Expected, text: list[int]
 ) -> None:

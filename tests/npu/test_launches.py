@@ -57,7 +57,17 @@ def layer(scheme: str, lengths: tuple[int, ...], counts: tuple[int, ...]) -> tup
     return (three - one) / 2, more_hidden - hidden
 
 
-@pytest.mark.parametrize(("scheme", "newest"), [("w8a8", 13), ("bf16", 12)])
+@pytest.mark.parametrize(
+    ("scheme", "newest"),
+    [
+        ("w8a8", 13),
+        ("bf16", 12),
+        ("w8a8-static", 14),
+        ("w8a16", 12),
+        ("w4a8", 13),
+        ("w4a16", 12),
+    ],
+)
 def test_a_layer_copies_nothing_in_hiding(scheme: str, newest: int) -> None:
     """The older forms of operations, which other releases have, are more launches."""
     launches, hidden = layer(scheme, (7,), (1,))

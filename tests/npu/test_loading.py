@@ -22,14 +22,14 @@ from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError, DeviceError
 from qwen3_ascend.runtime.backends.npu import formats, self_check
 from qwen3_ascend.runtime.backends.npu.backend import NpuBackend
-from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, Int8Linear
+from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, Int8Linear, WeightOnlyLinear
 from qwen3_ascend.runtime.model.loader import load_model
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer, Mlp, Qwen3
 from qwen3_ascend.runtime.options import DeviceOptions
 
 pytestmark = pytest.mark.every_mode
 
-MODEL = (Qwen3, DecoderLayer, Mlp, DenseLinear, Int8Linear)
+MODEL = (Qwen3, DecoderLayer, Mlp, DenseLinear, Int8Linear, WeightOnlyLinear)
 
 PADDING = 544
 """torch_npu rounds an allocation up to 512 bytes and adds 32."""
@@ -59,7 +59,7 @@ def stored_tensors(reader: CheckpointReader) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "bf16"])
+@pytest.mark.parametrize("recipe", ["w8a8", "bf16", "w8a16", "w4a16-plain"])
 def test_each_byte_is_copied_once_and_never_cast(checkpoints: dict[str, Path], recipe: str) -> None:
     reader = CheckpointReader(checkpoints[recipe])
     backend = open_backend(reader)
@@ -85,7 +85,7 @@ def test_each_byte_is_copied_once_and_never_cast(checkpoints: dict[str, Path], r
     assert len(model.layers) == 4
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "bf16"])
+@pytest.mark.parametrize("recipe", ["w8a8", "bf16", "w8a16", "w4a16-plain"])
 def test_peak_memory_is_the_bytes_of_the_weights(checkpoints: dict[str, Path], recipe: str) -> None:
     reader = CheckpointReader(checkpoints[recipe])
     backend = open_backend(reader)
@@ -104,11 +104,11 @@ def test_peak_memory_is_the_bytes_of_the_weights(checkpoints: dict[str, Path], r
     assert model.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "bf16"])
+@pytest.mark.parametrize("recipe", ["w8a8", "bf16", "w8a16", "w4a16-plain"])
 def test_all_four_self_checks_hold(checkpoints: dict[str, Path], recipe: str) -> None:
     reader = CheckpointReader(checkpoints[recipe])
     backend = open_backend(reader)
-    assert self_check.layouts_agree(torch.int8 if recipe == "w8a8" else torch.bfloat16)
+    assert self_check.layouts_agree(torch.bfloat16 if recipe == "bf16" else torch.int8)
     for name in reader.manifest.linears:
         linear = reader.linear(name)
         loaded = backend.linear(linear)

@@ -43,8 +43,8 @@ def manifest_schema() -> dict[str, Any]:
     kinds = [
         Qwen3Config, SourceRecord, LinearEntry, StoredTensor, FileEntry, CalibrationRecord, Digest
     ]  # fmt: skip
-    (model, source, linear, tensor, file, calibration, digest), parts = msgspec.json.schema_components(
-        kinds, schema_hook=foreign, ref_template="#/$defs/{name}"
+    (model, source, linear, tensor, file, calibration, digest), parts = (
+        msgspec.json.schema_components(kinds, schema_hook=foreign, ref_template="#/$defs/{name}")
     )
     for part in parts.values():
         if "description" in part:  # a docstring, which Python 3.13 stores without its indent

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
-from qwen3_ascend.checkpoint.linear import quantize
-from qwen3_ascend.checkpoint.schemes import SCHEMES
+from qwen3_ascend.checkpoint.linear import Linear, quantize
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, Input
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu.device import (
@@ -25,6 +25,7 @@ from qwen3_ascend.runtime.backends.npu.device import (
     running_cann,
 )
 from qwen3_ascend.runtime.backends.npu.versions import installed_cann
+from qwen3_ascend.runtime.conformance import EXAMINED
 from qwen3_ascend.runtime.options import DeviceOptions
 
 if TYPE_CHECKING:  # they import torch_npu, which may not be there
@@ -65,9 +66,9 @@ def card() -> dict[str, str]:
 
 
 def layout_checks() -> Iterator[tuple[str, bool | None]]:
-    """Self-checks S1, S0 with S2, and S3: (name, whether it holds; None if it does not apply)."""
-    from qwen3_ascend.runtime.backends.npu import formats, self_check
-    from qwen3_ascend.runtime.backends.npu.linears import load_linear
+    """Self-checks S1, and S0 with S2 to S4 of linears: (name, whether it holds; None if it does not
+    apply)."""
+    from qwen3_ascend.runtime.backends.npu import self_check
 
     for dtype in (torch.int8, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -75,23 +76,33 @@ def layout_checks() -> Iterator[tuple[str, bool | None]]:
             f"S1 the device's own NZ cast of {name} has our layout",
             self_check.layouts_agree(dtype),
         )
-    for outputs, inputs in ((1024, 512), (1000, 200)):
-        weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
-        for name, layout in ASCEND_A2_A3.layouts.items():
-            scheme = SCHEMES[name]()
-            linear = quantize(scheme, weight, None, layout)
-            case = f"{name} [{outputs}, {inputs}]"
-            try:
-                loaded = load_linear(linear, formats.upload_packed)
-            except DeviceError:
-                yield f"S0 raw load of {case}", False
+    for shape in ((1024, 512), (1000, 200)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for scheme in EXAMINED:
+            if ASCEND_A2_A3.refusal(scheme, shape):
                 continue
-            yield f"S0 raw load of {case}", True
-            yield f"S2 cast back to ND, {case}", self_check.reads_back(linear, loaded)
-            yield (
-                f"S3 one-hot through the kernel, {case}",
-                self_check.kernel_sees_weight(linear, loaded),
-            )
+            layout = ASCEND_A2_A3.layout(scheme, "", shape)
+            yield from _linear_checks(quantize(scheme, weight, None, layout))
+
+
+def _linear_checks(linear: Linear) -> Iterator[tuple[str, bool]]:
+    """Those of one linear."""
+    from qwen3_ascend.runtime.backends.npu import formats, self_check
+    from qwen3_ascend.runtime.backends.npu.linears import load_linear
+
+    case = f"{linear.scheme} {list(linear.shape)}"
+    try:
+        loaded = load_linear(linear, formats.upload_packed)
+    except DeviceError:
+        yield f"S0 raw load of {case}", False
+        return
+    yield f"S0 raw load of {case}", True
+    yield f"S2 cast back to ND, {case}", self_check.reads_back(linear, loaded)
+    yield f"S3 one-hot through the kernel, {case}", self_check.kernel_sees_weight(linear, loaded)
+    if linear.scheme.input is Input.FLOAT and not isinstance(linear.scheme, BF16):
+        scales = "negative scales too" if isinstance(linear.scheme, W4A16) else "with its scales"
+        holds = self_check.kernel_decodes_weight(linear, loaded)
+        yield f"S4 decoded by the kernel, {scales}, {case}", holds
 
 
 def wait_for_device() -> None:

@@ -5,14 +5,17 @@ S0  every tensor: format, byte count, offset (in formats.upload_packed)
 S1  the device's own cast of small matrices equals our layout, byte for byte
 S2  a loaded weight, cast back to plain order by the device, equals the file's
 S3  a one-hot activation through the real kernel gives exact rows of the weight
+S4  where the kernel decodes codes: it gives rows of the decoded weight, under scales of both signs
 
 S3 is the authoritative one (S1 and S2 pass for a wrong orientation) and costs no cast, so `load`
-runs S0 and S3; `qwen3-ascend doctor` runs all four.
+runs S0 and S3; `qwen3-ascend doctor` runs all five.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import nz_pack, pack_words
 from qwen3_ascend.checkpoint.linear import Linear
@@ -21,6 +24,9 @@ from qwen3_ascend.runtime.backends.npu.linears import NpuLinear
 
 PROBE_ROWS = 16
 """Rows of the weight that S3 reads, spread over the whole input axis."""
+
+DECODED_ERROR = 2.0**-7
+"""Relative, of a decoded weight: two units of bfloat16."""
 
 S1_SHAPES = ((64, 128), (15, 33), (2, 32, 64))
 """Aligned, unaligned, and batched."""
@@ -51,6 +57,19 @@ def reads_back(linear: Linear, loaded: NpuLinear) -> bool:
 
 def kernel_sees_weight(linear: Linear, loaded: NpuLinear) -> bool:
     """S3 for one loaded linear."""
-    inputs = linear.shape[-1]
-    rows = torch.linspace(0, inputs - 1, min(PROBE_ROWS, inputs)).long()
+    rows = _rows(linear)
     return torch.equal(loaded.probe(rows), linear.codes()["weight"][:, rows].t())
+
+
+def kernel_decodes_weight(linear: Linear, loaded: NpuLinear) -> bool:
+    """S4 for one loaded linear whose kernel takes floats; to the last bits of bfloat16, of which
+    nobody says how often the kernel rounds to it."""
+    one_hot = F.one_hot(_rows(linear), linear.shape[-1]).bfloat16()
+    expected, found = linear.reference(one_hot), loaded(one_hot.to("npu")).cpu().float()
+    return torch.allclose(found, expected, rtol=DECODED_ERROR, atol=0.0)
+
+
+def _rows(linear: Linear) -> Tensor:
+    """Some inputs, from the first to the last."""
+    inputs = linear.shape[-1]
+    return torch.linspace(0, inputs - 1, min(PROBE_ROWS, inputs)).long()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen3_ascend.checkpoint.layout import Layout
+from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.files.text import size_text, table
 
@@ -39,12 +39,13 @@ def dims(shape: tuple[int, ...]) -> str:
 
 
 def layout_text(layout: Layout) -> str:
-    return layout.format if layout.format == "nd" else f"nz of {layout.nz_of}"
+    return "nd" if layout == ND else f"{layout.format} of {layout.nz_of}"
 
 
 def _linear_row(name: str, entry: LinearEntry) -> tuple[str, str, str, str, str, str]:
     error = "exact" if entry.sqnr_db is None else f"{entry.sqnr_db:.2f}"
-    error = "taken" if entry.codes == "taken" else error
+    if entry.codes == "taken":
+        error = "taken" if entry.sqnr_db is None else f"taken, {error}"
     nbytes = sum(tensor.nbytes for tensor in entry.tensors.values())
     shape, layout = dims(entry.shape), layout_text(entry.layout)
     return (name, shape, str(entry.scheme), layout, error, size_text(nbytes))

@@ -41,7 +41,7 @@ FORMAT_VERSION = 1
 Hub = Annotated[str, Meta(pattern="^(huggingface|modelscope)$")]
 """Where models are published; text, since options are text."""
 
-QuantizedFormat = Annotated[str, Meta(pattern="^(ascendv1|compressed-tensors)$")]
+QuantizedFormat = Annotated[str, Meta(pattern="^(ascendv1|compressed-tensors|fp8|gptq|awq)$")]
 """In which format a source was quantized already; text, like Hub."""
 
 T = TypeVar("T")
@@ -76,7 +76,8 @@ class LinearEntry:
             decibels: 10 log10(sum w^2 / sum (w - w')^2). None if the two are equal.
         tensors: stored tensors by suffix.
         codes: whether the converter has chosen them, as the nearest to floats, or taken them from
-            a source that was quantized already; what is taken equals its source.
+            a source that was quantized already. What is taken equals its source, but for scales
+            that had to be rounded to bfloat16.
     """
 
     scheme: Scheme

@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from qwen3_ascend.checkpoint.companions import CONFIG_NAME
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME
 from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.checkpoint.target import TARGETS
 from qwen3_ascend.checkpoint.verify import structure_problems
 from qwen3_ascend.errors import CheckpointError, OptionError, UserError
 from qwen3_ascend.vllm.linears import check_platform
@@ -91,7 +92,9 @@ def _opened(arguments: Any, folder: Path) -> CheckpointReader:
     reader = CheckpointReader(folder)
     for problem in structure_problems(reader):
         raise CheckpointError(f"{folder}: {problem}")
-    check_division(reader.manifest, arguments.tensor_parallel_size)
+    on_device = current_platform.device_type == "npu"
+    target = TARGETS[reader.manifest.target] if on_device else None
+    check_division(reader.manifest, arguments.tensor_parallel_size, target)
     return reader
 
 

@@ -19,7 +19,7 @@ import torch
 from .. import nz, raw
 from ..doors.aclnn import aclnn
 from ..limits import require, require_a2_or_a3, require_dtype, require_nd
-from ..tensors import DeviceTensor, Layout
+from ..tensors import DeviceTensor, Layout, row_major
 from .matmul import require_storage
 
 OPERATOR = "npu_weight_quant_batchmatmul"
@@ -61,12 +61,15 @@ def check_operands(x: Layout, weight: Layout, group: int, out: Layout) -> None:
 
 @cache
 def check_nz(x: Layout, weight: Layout, scale: Layout, group: int) -> None:
-    if not weight.nz:
-        return
     require(min(weight.size) > 1, OPERATOR, "an NZ weight must not have a dim of 1")
     if weight.dtype is torch.int8:
         require(group == 0, OPERATOR, "an int8 NZ weight has a scale for each output")
-        return require_storage(OPERATOR, weight)
+        require_storage(OPERATOR, weight)
+    else:
+        check_int4_nz(x, weight, scale, group)
+
+
+def check_int4_nz(x: Layout, weight: Layout, scale: Layout, group: int) -> None:
     rule = "an int4 NZ weight with a scale for each output must be a transposed view"
     require(group or weight.transposed, OPERATOR, rule)
     require(group or scale.elements > 1, OPERATOR, "an int4 NZ weight has no scale for all of it")
@@ -87,7 +90,6 @@ def check_nz(x: Layout, weight: Layout, scale: Layout, group: int) -> None:
     rule = f"the NZ storage {weight.storage_size} does not belong to the weight {weight.size}"
     held = prod(weight.storage_size)
     require(nbytes in (held, held * weight.dtype.itemsize), OPERATOR, rule)
-    return None
 
 
 @cache
@@ -126,31 +128,29 @@ def check_bias(x: Layout, weight: Layout, bias: Layout | None) -> None:
 
 
 def codes_of(weight: DeviceTensor) -> torch.Tensor:
-    """The integers [K, N] of a weight, float32."""
+    """The integers [K, N] of a weight, int8."""
     layout = weight.layout
     if layout.dtype is torch.int8:
-        return weight.read().float()
+        return weight.read()
     words = layout.size[::-1] if layout.transposed else layout.size
     as_bytes = (words[0], words[1] * layout.dtype.itemsize)
-    size = nz.storage_shape(as_bytes, torch.uint8) if layout.nz else as_bytes
-    strides = tuple(prod(size[axis + 1 :]) for axis in range(len(size)))
+    size = nz.storage_shape(as_bytes, torch.int8) if layout.nz else as_bytes
     start = layout.offset * layout.dtype.itemsize
-    pairs = raw.view(weight.pointer, torch.uint8, size, strides, start)
+    pairs = raw.view(weight.pointer, torch.int8, size, row_major(size), start)
     if layout.nz:
         pairs = nz.unpack(pairs, *as_bytes)
-    codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2).float()
-    codes = torch.where(codes > 7, codes - 16, codes)
+    codes = torch.stack(((pairs << 4) >> 4, pairs >> 4), dim=-1).flatten(-2)
     return codes.mT if layout.transposed else codes
 
 
 def decoded(
     weight: DeviceTensor, scale: DeviceTensor, offset: DeviceTensor | None, group: int
 ) -> torch.Tensor:
-    """(code + offset) * scale, float32 [K, N]."""
-    codes = codes_of(weight)
+    """(code + offset) * scale [K, N], in the type of the scales: each rounded once."""
+    codes = codes_of(weight).to(scale.layout.dtype)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
-        return values.float().repeat_interleave(group, 0)[: len(codes)] if group else values.float()
+        return values.repeat_interleave(group, 0)[: len(codes)] if group else values
 
     shifted = codes if offset is None else codes + spread(offset.read())
     return shifted * spread(scale.read())
@@ -174,7 +174,8 @@ def weight_quant_matmul(
 ) -> Callable[[], None]:
     group &= 0xFFFFFFFF  # a C int in a register of 64 bits
     check_operands(x.layout, weight.layout, group, out.layout)
-    check_nz(x.layout, weight.layout, scale.layout, group)
+    if weight.layout.nz:
+        check_nz(x.layout, weight.layout, scale.layout, group)
     check_scales(x.layout, weight.layout, scale.layout, offset and offset.layout, group)
     check_bias(x.layout, weight.layout, bias and bias.layout)
     rule = "quantized output is not simulated"
@@ -182,8 +183,7 @@ def weight_quant_matmul(
     require(precise & 0xFFFFFFFF in (0, 1), OPERATOR, "inner_precise must be 0 or 1")
 
     def run() -> None:
-        floats = decoded(weight, scale, offset, group).to(x.layout.dtype).float()
-        result = x.read().float() @ floats
+        result = x.read().float() @ decoded(weight, scale, offset, group).float()
         out.write(result if bias is None else result + bias.read().float())
 
     return run

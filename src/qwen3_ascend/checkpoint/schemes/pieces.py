@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from qwen3_ascend.files.safetensors import Form
 from qwen3_ascend.native.kernels import lane_sums
 
 PIECE_BYTES = 1 << 21
-"""Stored bytes of a piece: with its source still within a core's share of the cache."""
+"""Stored bytes of a piece, and its weights at most: with its source still within a core's share of
+the cache."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Piece:
     start: int
     stop: int
     matrix: int = 0
+
+    def shape(self, matrix: tuple[int, int]) -> tuple[int, int]:
+        """(N, K) of the piece of a matrix (N, K)."""
+        count, (outputs, inputs) = self.stop - self.start, matrix
+        return (count, inputs) if self.axis == "outputs" else (outputs, count)
 
 
 @dataclass(frozen=True)
@@ -65,18 +71,41 @@ class Packed:
     sums: Sums | None
 
 
+Ranges = slice | tuple[slice, slice]
+"""Rows of a matrix, or rows and columns."""
+
+
+class Matrix(Protocol):
+    """A float matrix that is asked for ranges of its rows and columns: a tensor, or what makes them
+    of something else when they are asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(rows, columns)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the elements."""
+
+    def __getitem__(self, ranges: Ranges, /) -> Tensor:
+        """The elements of the ranges."""
+
+    def float(self) -> Tensor:
+        """All elements in float32."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """Float matrices [N_i, K] that form one [N, K] when stacked; the stack is never made."""
 
-    parts: tuple[Tensor, ...]
+    parts: tuple[Matrix, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
-    def starts(self) -> Iterator[tuple[int, Tensor]]:
+    def starts(self) -> Iterator[tuple[int, Matrix]]:
         """Each part with the row of the stack at which it begins."""
         row = 0
         for part in self.parts:
@@ -118,20 +147,22 @@ def divide(
     Args:
         shape: logical [*batch, N, K].
         forms: of its stored tensors, by suffix.
-        places: where its axes lie in each of them.
+        places: where its axes lie in each of them; one that no axis divides does not matter.
 
     Returns:
         Pieces of about PIECE_BYTES along the outermost axis of the stored weight; whole matrices
         if a stored tensor cannot be told from such a piece.
     """
     *batch, outputs, inputs = shape
+    places = {suffix: place for suffix, place in places.items() if place}
     matrices = range(math.prod(batch))
     axis = next((cut for cut in get_args(Cut) if _divides(cut, len(batch), forms, places)), None)
     if axis is None:
         return tuple(Piece("outputs", 0, outputs, matrix) for matrix in matrices)
     length = outputs if axis == "outputs" else inputs
     unit = math.lcm(*(place[axis].unit for place in places.values()))
-    nbytes = sum(form.nbytes for form in forms.values()) // len(matrices)
+    stored = sum(form.nbytes for form in forms.values()) // len(matrices)
+    nbytes = max(stored, outputs * inputs)  # what packing takes follows from the weights
     step = unit * max(1, PIECE_BYTES * length // max(1, nbytes * unit))
     return tuple(
         Piece(axis, start, min(start + step, length), matrix)
