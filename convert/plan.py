@@ -425,8 +425,8 @@ def _changed(
     if item.encoding != FLOAT:
         raise RecipeError(
             f"recipe {recipe.name}: its transforms ({', '.join(recipe.transforms)}) change "
-            f"{item.parts[0]}, which the source holds as {item.encoding.scheme} "
-            f"({quantization.format}): codes cannot be changed; convert the original model"
+            f"{item.parts[0]}, which the source holds quantized ({quantization.format}): use a "
+            f"recipe without transforms, or convert the original model"
         )
     consults = dict.fromkeys(f"{name}.{WEIGHT}" for touch in found for name in touch.consults)
     return replace(item, block=max(touch.block for touch in found), consults=tuple(consults))

@@ -64,7 +64,7 @@ RECIPES = {
 
 
 def uneven(data: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a random model whose rows are of all sizes, so that cle has something to do."""
+    """The weights of a random model whose rows are of all sizes, which cle makes alike."""
     weights = tiny_models.tensors(data)
     for name in weights:
         if name.endswith(("up_proj.weight", "v_proj.weight")):
@@ -234,7 +234,7 @@ def test_refusals(tmp_path: Path) -> None:
     damaged["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
     broken = tiny_models.write(tmp_path / "damaged", data, damaged)
     said = {
-        int8: "cle, rotate) change model.layers.0.self_attn.q_proj, which the source holds as w8a8",
+        int8: "the weights of model.layers.0.self_attn.q_proj, which the source holds as w8a8",
         odd: "no Hadamard matrix of size 70 is known: leave the transform rotate out",
         broken: "tensor model.layers.1.mlp.down_proj.weight holds nan at [3, 5]",
     }
