@@ -429,8 +429,8 @@ def _changed(
     if item.encoding.codes == "taken":
         raise RecipeError(
             f"recipe {recipe.name}: its transforms ({', '.join(recipe.transforms)}) change "
-            f"{item.parts[0]}, which the source holds as {item.encoding.scheme} "
-            f"({quantization.format}): codes cannot be changed; convert the original model"
+            f"{item.parts[0]}, which the source holds quantized ({quantization.format}): use a "
+            f"recipe without transforms, or convert the original model"
         )
     consulted = dict.fromkeys(name for touch in found for name in touch.consults)
     consults = [

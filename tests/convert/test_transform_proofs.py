@@ -50,7 +50,7 @@ class Model:
         self.data = tiny_models.config(**{k: v for k, v in changes.items() if k != "experts"})
         self.parts = model_parts(read_config(self.data), experts)
         self.folder = folder
-        model = (_sparse if experts else Qwen3ForCausalLM)(_config(self.data, experts))
+        model = _random(self.data, experts)
         generator = torch.Generator().manual_seed(1)
         for name, tensor in model.named_parameters():
             spread = 0.3 if "norm" in name else 1.5 / tensor.shape[-1] ** 0.5
@@ -72,7 +72,8 @@ class Model:
         """What transformers computes with other weights, in float32."""
         tied = "lm_head.weight" not in state
         save_file(state, self.folder / "model.safetensors", {"format": "pt"})
-        model_type = Qwen3MoeForCausalLM if self.parts.layers[0].router else Qwen3ForCausalLM
+        is_sparse = self.parts.layers[0].router is not None
+        model_type: Any = Qwen3MoeForCausalLM if is_sparse else Qwen3ForCausalLM
         model, report = model_type.from_pretrained(
             self.folder, dtype=torch.float32, tie_word_embeddings=tied, output_loading_info=True
         )
@@ -82,17 +83,13 @@ class Model:
         return found
 
 
-def _config(data: dict[str, Any], experts: int) -> Qwen3Config | Qwen3MoeConfig:
+def _random(data: dict[str, Any], experts: int) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
     own = ("dtype", "architectures", "model_type")
     known = {key: value for key, value in data.items() if key not in own}
     if not experts:
-        return Qwen3Config(**known)
+        return Qwen3ForCausalLM(Qwen3Config(**known))
     known |= {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-    return Qwen3MoeConfig(**known, decoder_sparse_step=1, mlp_only_layers=[])
-
-
-def _sparse(config: Qwen3MoeConfig) -> Qwen3MoeForCausalLM:
-    return Qwen3MoeForCausalLM(config)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**known, decoder_sparse_step=1, mlp_only_layers=[]))
 
 
 @pytest.fixture(scope="module", params=FORMS)

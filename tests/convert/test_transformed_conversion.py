@@ -63,9 +63,19 @@ RECIPES = {
 }
 
 
+def uneven(data: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a random model whose rows are of all sizes, which cle makes alike."""
+    weights = tiny_models.tensors(data)
+    for name in weights:
+        if name.endswith(("up_proj.weight", "v_proj.weight")):
+            rows = torch.arange(len(weights[name]))[:, None] * 7 % 5
+            weights[name] *= 2.0**rows
+    return weights
+
+
 def changed(data: Mapping[str, Any], transforms: tuple[str, ...]) -> dict[str, Tensor]:
-    """The weights of a random model as they should be stored, float32."""
-    weights, parts = tiny_models.tensors(data), model_parts(read_config(dict(data)))
+    """The weights of such a model as they should be stored, float32."""
+    weights, parts = uneven(data), model_parts(read_config(dict(data)))
     found = state_changes(weights, parts, [TRANSFORMS[name] for name in transforms])
     return changed_state(weights, parts, found)
 
@@ -75,8 +85,9 @@ def changed(data: Mapping[str, Any], transforms: tuple[str, ...]) -> dict[str, T
 def test_what_is_stored(form: dict[str, Any], chosen: Recipe, tmp_path: Path) -> None:
     """Every byte is that of quantizing the changed weights as a whole, and all is verified."""
     data = tiny_models.config(**form)
-    source = tiny_models.write(tmp_path / "source", data, shards=2)
-    manifest = convert_checkpoint(source, tmp_path / "out", chosen)
+    source = tiny_models.write(tmp_path / "source", data, uneven(data), shards=2)
+    options = ConvertOptions(hash_source=True)
+    manifest = convert_checkpoint(source, tmp_path / "out", chosen, options)
     expected, reader = changed(data, chosen.transforms), CheckpointReader(tmp_path / "out")
     for name in manifest.tensors:
         assert torch.equal(reader.tensor(name), expected[name].bfloat16()), name
@@ -93,7 +104,7 @@ def test_what_is_stored(form: dict[str, Any], chosen: Recipe, tmp_path: Path) ->
     assert manifest.model.tie_word_embeddings == (tied and not unties)
     assert verify(tmp_path / "out").ok
     assert run("verify", tmp_path / "out", "--against", source, "--quiet").err == ""
-    again = convert_checkpoint(source, tmp_path / "out", chosen)
+    again = convert_checkpoint(source, tmp_path / "out", chosen, options)
     assert again == manifest == Manifest.read(tmp_path / "out")
 
 
@@ -123,7 +134,8 @@ def test_the_same_bytes_everywhere(
     environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the kernels, the threads, and how weights are divided."""
-    source = tiny_models.write(tmp_path / "source", tiny_models.config(**ODD), shards=3)
+    data = tiny_models.config(**ODD)
+    source = tiny_models.write(tmp_path / "source", data, uneven(data), shards=3)
     for name in (ROTATED, "bf16"):
         first = tmp_path / f"{name}-first"
         convert_checkpoint(source, first, RECIPES[name], ConvertOptions(threads=1))
@@ -222,7 +234,7 @@ def test_refusals(tmp_path: Path) -> None:
     damaged["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
     broken = tiny_models.write(tmp_path / "damaged", data, damaged)
     said = {
-        int8: "cle, rotate) change model.layers.0.self_attn.q_proj, which the source holds as w8a8",
+        int8: "the weights of model.layers.0.self_attn.q_proj, which the source holds as w8a8",
         odd: "no Hadamard matrix of size 70 is known: leave the transform rotate out",
         broken: "tensor model.layers.1.mlp.down_proj.weight holds nan at [3, 5]",
     }
