@@ -103,9 +103,9 @@ def test_linears_are_fed_what_transformers_feeds_them(
         for ours, theirs in READERS.items():
             found, x = seen[f"model.layers.{number}.{ours}"], fed[f"model.layers.{number}.{theirs}"]
             near = 2e-4 * float(x.abs().max())
-            magnitude = x.abs().mean(0)
             torch.testing.assert_close(found.largest, x.amax(0), rtol=2e-3, atol=near)
-            torch.testing.assert_close(found.mean_magnitude, magnitude, rtol=2e-3, atol=near)
+            means = x.abs().mean(0)
+            torch.testing.assert_close(found.mean_magnitude, means, rtol=2e-3, atol=near)
             expected = (x.double().t() @ x.double() / len(x)).float()
             scale = float(expected.diagonal().max())
             torch.testing.assert_close(found.hessian, expected, rtol=2e-3, atol=2e-4 * scale)
