@@ -411,7 +411,9 @@ def compare(
     runs: dict[str, list[Figures]] = {side: [] for side in pythons}
     for _ in range(given.repeat):
         for side, python in pythons.items():
-            runs[side].append(measure(side, python, folder, given))
+            run = measure(side, python, folder, given)
+            print(f"run of {side}: {run}", file=sys.stderr)
+            runs[side].append(run)
     return runs
 
 
