@@ -30,10 +30,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ import random_model
 import torch
 from peers import own
 from peers.checkpoints import PeerModel
+from peers.methods import METHODS, OURS, ROWS, Method
 from peers.models import MODELS, Model
 from peers.scoring import Score, score
 
@@ -53,83 +55,7 @@ from qwen3_ascend.evaluation.subject import Subject, open_backend, open_subject
 from qwen3_ascend.runtime.tokenizer import NoTokenizer
 
 ROOT = Path(__file__).parents[1]
-OURS = "qwen3-ascend"
 ON_CPU = EvaluationOptions(device="cpu")
-
-ROWS = {
-    "w8a8": "W8A8, no data",
-    "w8a8-calibrated": "W8A8, calibrated",
-    "w8a8-static": "W8A8 static",
-    "w4a16-g128": "W4A16 g128",
-    "w4a16-g64": "W4A16 g64",
-    "w4a16-g32": "W4A16 g32",
-}
-"""In the order of the table."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to quantize.
-
-    Attributes:
-        row: where it stands.
-        peer: who does it.
-        name: the peer's script's word for it, or our recipe.
-        settings: for people.
-        calibrated: whether our recipe is given the calibration text.
-        decoded: our checkpoint through the arithmetic of the peers' rows, to show that it is fair.
-    """
-
-    row: str
-    peer: str
-    name: str
-    settings: str
-    calibrated: bool = True
-    decoded: bool = False
-
-    @property
-    def folder(self) -> str:
-        """Where its result is kept, below its peer's."""
-        return f"{self.name}-decoded" if self.decoded else self.name
-
-
-LLM_COMPRESSOR, MSMODELSLIM, AUTO_ROUND = "llm-compressor", "msmodelslim", "auto-round"
-
-METHODS = (
-    Method("w8a8", OURS, "w8a8", "recipe w8a8", False),
-    Method("w8a8", OURS, "w8a8-nearest", "nearest", False),
-    Method("w8a8", OURS, "w8a8-nearest", "nearest, in the peers' arithmetic", False, True),
-    Method("w8a8", OURS, "w8a8-cle", "cle, nearest", False),
-    Method("w8a8", OURS, "w8a8-cle-rotate", "cle, rotate, nearest", False),
-    Method("w8a8", LLM_COMPRESSOR, "rtn-w8a8", "QuantizationModifier"),
-    Method("w8a8", LLM_COMPRESSOR, "spinquant-w8a8", "SpinQuant R1 and R2, QuantizationModifier"),
-    Method("w8a8", MSMODELSLIM, "minmax-w8a8", "minmax"),
-    Method("w8a8", AUTO_ROUND, "rtn-w8a8", "0 iterations, disable_opt_rtn"),
-    Method("w8a8-calibrated", OURS, "w8a8-calibrated", "recipe w8a8-calibrated"),
-    Method("w8a8-calibrated", OURS, "w8a8-cle-rotate-smooth", "cle, rotate, smooth, nearest"),
-    Method("w8a8-calibrated", LLM_COMPRESSOR, "smoothquant-w8a8", "SmoothQuant 0.5"),
-    Method("w8a8-calibrated", LLM_COMPRESSOR, "smoothquant-gptq-w8a8", "SmoothQuant 0.8, GPTQ"),
-    Method("w8a8-calibrated", MSMODELSLIM, "smooth-w8a8", "iter_smooth 0.5, minmax"),
-    Method("w8a8-calibrated", AUTO_ROUND, "tuned-w8a8", "200 iterations"),
-    Method("w8a8-static", OURS, "w8a8-static", "recipe w8a8-static"),
-    Method(
-        "w8a8-static", LLM_COMPRESSOR, "smoothquant-gptq-static",
-        "SmoothQuant 0.8, GPTQ, asymmetric minmax",
-    ),
-    Method("w8a8-static", MSMODELSLIM, "smooth-static", "iter_smooth 0.5, asymmetric minmax"),
-    *(
-        method
-        for group in (128, 64, 32)
-        for method in (
-            Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-nearest", "nearest", False),
-            Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-mse", "mse"),
-            Method(f"w4a16-g{group}", OURS, f"w4a16-g{group}-gptq", "gptq"),
-            Method(f"w4a16-g{group}", LLM_COMPRESSOR, f"gptq-g{group}", "GPTQ"),
-            Method(f"w4a16-g{group}", AUTO_ROUND, f"opt-rtn-g{group}", "0 iterations: opt-RTN"),
-            Method(f"w4a16-g{group}", AUTO_ROUND, f"tuned-g{group}", "200 iterations"),
-        )
-    ),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,7 +100,7 @@ def measure(
     texts = folder / "calibration.json"
     said = {"tokens": model.calibration, "texts": model.calibration_texts}
     texts.write_text(json.dumps(said))
-    texts.with_suffix(".txt").write_text("".join(model.calibration_texts))
+    texts.with_suffix(".txt").write_text(model.calibration_text)
     found = {}
     for method in methods:
         place = folder / f"{method.peer}-{identity(method.peer)}" / method.folder
@@ -236,24 +162,39 @@ def quantize(method: Method, model: Model, output: Path, texts: Path, minutes: f
     shutil.rmtree(unfinished, ignore_errors=True)
     log = output.with_name("log")
     if method.peer == OURS:
-        text = texts.with_suffix(".txt") if method.calibrated else None
-        command = own.command(method.name, model.folder, unfinished, text)
+        text, tokens = texts.with_suffix(".txt"), sum(map(len, model.calibration))
+        command = own.command(method.name, model.folder, unfinished, text, tokens)
     else:
         command = peer_command(method, model.folder, unfinished, texts)
     print("   ", *command, flush=True)
     started = time.perf_counter()
-    with log.open("w") as out:
-        try:
-            done = subprocess.run(
-                command, stdout=out, stderr=out, timeout=60 * minutes, check=False,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"},
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise Failed(f"not done after {minutes:g} minutes") from None
-    if done.returncode:
+    if run_logged(command, environment_of(method), log, 60 * minutes):
         raise Failed(reason(log.read_text(errors="replace")))
     unfinished.rename(output)
     return time.perf_counter() - started
+
+
+def run_logged(command: list[str], variables: dict[str, str], log: Path, seconds: float) -> int:
+    """The exit code of a command; Failed, and an end to all its processes, if it takes longer."""
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=variables, start_new_session=True
+        )
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"not done after {seconds / 60:g} minutes") from None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def environment_of(method: Method) -> dict[str, str]:
+    """Variables of a process that quantizes: a peer finds nothing of ours."""
+    dropped = () if method.peer == OURS else ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def peer_command(method: Method, model: Path, output: Path, texts: Path) -> list[str]:
@@ -320,8 +261,8 @@ def read_result(place: Path, model: Model, again: bool) -> Result | None:
     said = data.pop("score")
     if said is None:
         return Result(None, **data)
-    intervals = (Interval(**said[key]) for key in ("divergence", "perplexity_change"))
-    return Result(Score(*intervals, said["perplexity"]), **data)
+    change = Interval(**said["perplexity_change"])
+    return Result(Score(Interval(**said["divergence"]), change, said["perplexity"]), **data)
 
 
 def write_result(place: Path, model: Model, result: Result) -> None:
@@ -334,8 +275,8 @@ def print_table(methods: list[Method], columns: dict[str, dict[Method, Result]])
     """A table in Markdown for each model, and the reasons of those that failed."""
     failures = []
     for name, results in columns.items():
-        perplexities = [result.score.perplexity for result in results.values() if result.score]
-        print(f"\n{name}, perplexity {perplexities[0] if perplexities else math.nan:.2f}\n")
+        scores = [result.score for result in results.values() if result.score]
+        print(f"\n{name}{f', perplexity {scores[0].perplexity:.2f}' if scores else ''}\n")
         print("| row | who | settings | bits | KL, 1e-3 nats | perplexity | seconds |")
         print("|---|---|---|---|---|---|---|")
         for method in sorted(methods, key=lambda method: list(ROWS).index(method.row)):

@@ -134,14 +134,14 @@ QUANTIZATION_CONFIG = "quantization_config"
 COMPRESSED_TENSORS = "compressed-tensors"
 """Its quant_method; and the format's name, as options and the manifest have it."""
 
-PACK_QUANTIZED = "pack-quantized"
-"""Its format for integers that are packed into int32."""
-
 INT_QUANTIZED = "int-quantized"
 """Its format for int8 codes that are stored as int8."""
 
 FLOAT_QUANTIZED = "float-quantized"
 """Its format for float8 codes."""
+
+PACK_QUANTIZED = "pack-quantized"
+"""Its format for weights alone: codes of 4 or 8 bits along the inputs, in int32."""
 
 WEIGHT_PACKED, WEIGHT_SHAPE = "weight_packed", "weight_shape"
 """Suffixes of such codes, and of the shape (N, K), int64 [2]."""

@@ -8,7 +8,7 @@ its groups are of neighbours.
 
 A scale that is taken becomes bfloat16, in which npu_weight_quant_batchmatmul reads it, and engines
 that compute in bfloat16 do. Those of float16 are rounded by that, which moves a weight by at most
-2^-9 of itself; the figure of a linear says what it comes to.
+2^-8 of itself; the figure of a linear says what it comes to.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from qwen3_ascend.convert.encodings import (
     first_place,
     require_scales,
 )
-from qwen3_ascend.convert.weights import ChosenWeights, Weights, same_codes
+from qwen3_ascend.convert.weights import ChosenWeights, KeptWeights, Weights, same_codes
 from qwen3_ascend.errors import DamagedSourceError
 from qwen3_ascend.files.safetensors import TensorSlot
 from qwen3_ascend.native import Kernels
@@ -93,8 +93,8 @@ AWQ = Packing("qweight", "qzeros", "scales", None, True, "outputs", places=(0, 4
 """Of AutoAWQ, `version: gemm`: `WQLinear_GEMM`, and AWQ_REVERSE_ORDER of its packing_utils.py."""
 
 COMPRESSED = Packing(
-    "weight_packed", exchange.WEIGHT_ZERO_POINT, exchange.WEIGHT_SCALE, "weight_g_idx", False,
-    "inputs", also=("weight_shape",),
+    exchange.WEIGHT_PACKED, exchange.WEIGHT_ZERO_POINT, exchange.WEIGHT_SCALE, "weight_g_idx",
+    False, "inputs", also=(exchange.WEIGHT_SHAPE,),
 )  # fmt: skip
 """Of compressed-tensors, `pack-quantized`: `PackedQuantizationCompressor`."""
 
@@ -151,7 +151,7 @@ class PackedMatrix(DecodedMatrix):
 
 
 @dataclass(frozen=True)
-class TakenIntegers(Weights):
+class TakenIntegers(KeptWeights):
     """Integers that somebody else has chosen for w4a16, and that are kept; scales are bfloat16.
 
     Attributes:
@@ -170,6 +170,10 @@ class TakenIntegers(Weights):
         codes = self._codes(scheme, piece)
         packed = scheme.pack(codes, layout)
         return Packed(packed, self._sums(scheme, codes, piece))
+
+    @override
+    def floats(self) -> Tensor:
+        return torch.cat([part.float() for part in self.parts])
 
     @override
     def errors(self, stored: Linear, piece: Piece, kernels: Kernels) -> Sums | None:
@@ -328,7 +332,7 @@ class PackedEncoding(Encoding):
 
     def _inputs(self, linear: str, read: Read) -> int:
         """How many inputs there are: all that the words hold, unless a tensor says how many."""
-        if (said := read.get("weight_shape")) is not None:
+        if (said := read.get(exchange.WEIGHT_SHAPE)) is not None:
             return int(said[1])
         return read[self.packing.weight].shape[0] * WORD_BITS // self.bits
 

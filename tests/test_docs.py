@@ -151,9 +151,9 @@ def test_the_rules_of_cutting() -> None:
     )
     static = quantize(W8A8Static(), weight, None, Layout("nz", "KN", 32))
     for suffix in ("deq_scale", "quant_bias"):
-        row = said[f"`{suffix}` of w8a8-static"]
-        assert row[0] == place(static, suffix, "outputs", None)
-        assert row[1].startswith(place(static, suffix, "inputs", None))
+        of_outputs, of_inputs = said[f"`{suffix}` of w8a8-static"]
+        assert of_outputs == place(static, suffix, "outputs", None)
+        assert of_inputs.startswith(place(static, suffix, "inputs", None))
     for suffix in ("input_scale", "input_offset"):
         assert not static.places()[suffix]
     assert set(said["`input_scale` and `input_offset` of w8a8-static"]) == {"kept whole"}

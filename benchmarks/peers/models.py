@@ -35,6 +35,7 @@ class Model:
         scored: windows on which candidates are held against the source.
         calibration: windows that every calibrated method is given.
         calibration_texts: the same as text, for tools that take no tokens.
+        calibration_text: all of them, one after the other, as the source has them.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Model:
     scored: Windows
     calibration: Windows
     calibration_texts: list[str]
+    calibration_text: str
 
     @property
     def identity(self) -> str:
@@ -97,7 +99,11 @@ def _model(
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     calibrating = _windows(tokenizer, calibration)[others]
     texts = [tokenizer.decode(window, skip_special_tokens=False) for window in calibrating]
-    return Model(name, folder, _windows(tokenizer, scored)[some], calibrating, texts)
+    tokens = [token for window in calibrating for token in window]
+    whole = tokenizer.decode(tokens, skip_special_tokens=False)
+    scoring = _windows(tokenizer, scored)[some]
+    assert _windows(tokenizer, whole) == calibrating, "the text gives other tokens when it is cut"
+    return Model(name, folder, scoring, calibrating, texts, whole)
 
 
 def _windows(tokenizer: Tokenizer, text: str) -> Windows:

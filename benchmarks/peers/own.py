@@ -44,14 +44,15 @@ RECIPES = {
 """What no recipe that ships is made of."""
 
 
-def command(name: str, model: Path, output: Path, text: Path | None) -> list[str]:
+def command(name: str, model: Path, output: Path, text: Path, tokens: int) -> list[str]:
     """The command that converts a model.
 
     Args:
         name: a recipe that ships, or one of RECIPES, which is written beside the output.
         model: the source.
         output: to be made.
-        text: to calibrate with, all of it; None for a recipe that needs no data.
+        text: to calibrate with, where the recipe does.
+        tokens: that the text has.
     """
     said = name
     if name in RECIPES and name not in recipes.names():
@@ -59,7 +60,8 @@ def command(name: str, model: Path, output: Path, text: Path | None) -> list[str
         file.write_text(yaml.safe_dump(RECIPES[name]))
         said = str(file)
     words = [sys.executable, "-m", "qwen3_ascend", "convert", str(model), str(output), "--quiet"]
-    return [*words, "--recipe", said, *(["--calibration", str(text)] if text else [])]
+    calibration = ["--calibration", str(text), "--calibration-tokens", str(tokens)]
+    return [*words, "--recipe", said, *calibration]
 
 
 class DecodedModel(StoredModel):

@@ -55,8 +55,13 @@ REGEX = "re:"
 FLOAT8: Mapping[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 """How FP8 weights are quantized."""
 
-Block = tuple[Size | None, Size | None]
-"""Rows and columns that share a scale; None for all of them."""
+
+@dataclass(frozen=True)
+class Blocks:
+    """A QuantizationArgs of the strategy "block": rows and columns that share a scale."""
+
+    block_structure: tuple[Size, Size]
+
 
 DEFAULTS: Mapping[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 """Of a QuantizationArgs that leaves a key out."""
@@ -189,13 +194,18 @@ def _float8_encoding(group: Group, place: str, model: str) -> Encoding:
     said = group.weights or {}
     _check_arguments(said, FLOAT8, f"{place}: weights")
     _check_dynamic(group, place)
-    blocks = {"tensor": (None, None), "channel": (1, None), "block": said.get("block_structure")}
     strategy = str(said.get("strategy")).lower()
+    if strategy == "tensor":
+        return Fp8Encoding(model, WEIGHT_SCALE, None, None)
+    if strategy == "channel":
+        return Fp8Encoding(model, WEIGHT_SCALE, 1, None)
+    if strategy != "block":
+        raise ConfigError(f"{place}: weights: strategy is {strategy!r}; {NO_SCHEME}; {ADVICE}")
     try:
-        rows, columns = typed(blocks.get(strategy), Block, f"{place}: weights: {strategy}")
+        block = typed(said, Blocks, f"{place}: weights").block_structure
     except ValueError as error:
         raise ConfigError(f"{error}; {NO_SCHEME}; {ADVICE}") from error
-    return Fp8Encoding(model, WEIGHT_SCALE, rows, columns)
+    return Fp8Encoding(model, WEIGHT_SCALE, *block)
 
 
 def _packed_encoding(group: Group, place: str, model: str) -> Encoding:
@@ -205,7 +215,8 @@ def _packed_encoding(group: Group, place: str, model: str) -> Encoding:
     _check_dynamic(group, place)
     bits, strategy = said.get("num_bits", DEFAULTS["num_bits"]), str(said.get("strategy")).lower()
     size = None if strategy == "channel" else said.get("group_size")
-    if bits not in (4, 8) or strategy not in ("channel", "group") or size in (0, -1):
+    grouped = isinstance(size, int) and size > 0 if strategy == "group" else strategy == "channel"
+    if bits not in (4, 8) or not grouped:
         raise ConfigError(
             f"{place}: weights: num_bits {bits}, strategy {strategy!r}, group_size {size}: "
             f"{NO_SCHEME}; {ADVICE}"

@@ -183,9 +183,9 @@ class _Reader:
             if said:
                 raise self.fail(
                     f"{key} says that the weights are already quantized ({_method(key, said)}), "
-                    f"which is read of compressed-tensors, of fp8 in blocks, and of ModelSlim with "
-                    f"its {DESCRIPTION_NAME}; use the original bf16 model, or remove {key} if they "
-                    f"are not"
+                    f"which is read of compressed-tensors, FP8, GPTQ and AWQ, and of ModelSlim "
+                    f"with its {DESCRIPTION_NAME}; use the original bf16 model, or remove {key} if "
+                    f"they are not"
                 )
 
     def _check_other_keys(self) -> None:

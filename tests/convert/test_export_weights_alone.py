@@ -62,6 +62,7 @@ def test_compressed_tensors_reads_what_is_stored(scheme: str, head: bool, tmp_pa
             rows = slice(row, row + outputs)
             row += outputs
             found = model.get_submodule(part).weight
+            assert isinstance(found, torch.Tensor)
             assert torch.equal(found, weight[rows].bfloat16()), part
             if linear.scheme.name == "bf16":
                 continue

@@ -272,8 +272,12 @@ def test_values(
 FLOAT_WEIGHTS = {"type": "float", "strategy": "block", "block_structure": [128, 128]}
 
 COMPRESSED: dict[str, tuple[dict[str, Any], dict[str, Any] | None, list[str]]] = {
-    "no blocks": ({**FLOAT_WEIGHTS, "block_structure": None}, None, ["weights: block"]),
-    "groups": ({"type": "float", "strategy": "group", "group_size": 32}, None, ["weights: group"]),
+    "no blocks": ({**FLOAT_WEIGHTS, "block_structure": None}, None, ["block_structure"]),
+    "groups": (
+        {"type": "float", "strategy": "group", "group_size": 32},
+        None,
+        ["strategy is 'group'"],
+    ),
     "four bits": ({"type": "float", "num_bits": 4}, None, ["num_bits is 4"]),
     "asymmetric": ({**FLOAT_WEIGHTS, "symmetric": False}, None, ["symmetric is False"]),
     "static": (FLOAT_WEIGHTS, {"dynamic": False}, ["input_activations: dynamic is False"]),

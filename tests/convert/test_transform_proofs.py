@@ -59,6 +59,8 @@ class Model:
             if tensor.dim() > 1:  # rows of all sizes, so that there is something to equalize
                 noise *= torch.randn(*tensor.shape[:-1], 1, generator=generator).exp()
             tensor.data = centre + spread * noise
+            if name.endswith("layernorm.weight") or name == "model.norm.weight":
+                tensor.data[7] = 0  # a channel that nothing reads
         model.save_pretrained(folder)
         self.state = load_file(folder / "model.safetensors")
 

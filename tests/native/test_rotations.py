@@ -1,4 +1,4 @@
-"""Rotations, sums of squares and errors of rounding: every path gives the same, and what is said."""
+"""Rotations, sums of squares, errors of rounding: every path gives the same, and what is said."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_the_layout_is_that_of_the_wheels_own_packing(form: str) -> None:
     """npu_convert_weight_to_int4pack, which runs on the host, and never with our code."""
     torch_npu.npu.config.allow_internal_format = True
     codes = torch.randint(-8, 8, (192, 256), dtype=torch.int8)
-    plain = codes.t().contiguous().int().npu()
+    plain = codes.t().contiguous().int().to("npu")
     if form == "nz":
         plain = torch_npu.npu_format_cast(plain, formats.ACL_FORMAT_FRACTAL_NZ)
     packed = torch_npu.npu_convert_weight_to_int4pack(plain)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,81 @@ def write_fp8(
     weights = fp8_weights(tiny_models.tensors(data), floats) if weights is None else weights
     _write_folder(folder, {**data, "quantization_config": dict(said)}, tokenizer)
     save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def grouped_integers(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Integers from 0 to 15 about 8, [N, K], and scales, float16 [N, K / group], of a weight; as
+    GPTQ's observer finds them: the range is symmetric, and its ends are 0 and 15."""
+    groups = weight.float().unflatten(1, (-1, group))
+    scales = (groups.abs().amax(-1) / 7.5).half()
+    integers = torch.round(groups / scales[..., None].float()) + 8
+    return integers.clamp(0, 15).to(torch.int32).flatten(1), scales
+
+
+def words(integers: Tensor, places: Sequence[int] = range(8)) -> Tensor:
+    """Integers of four bits along the first axis, eight to an int32: the first in the lowest bits,
+    or where `places` says."""
+    found = torch.zeros(integers.shape[0] // 8, *integers.shape[1:], dtype=torch.int64)
+    for index, place in enumerate(places):
+        found |= integers[index::8].long() << 4 * place
+    return torch.where(found >= 1 << 31, found - (1 << 32), found).to(torch.int32)
+
+
+def gptq_tensors(integers: Tensor, scales: Tensor, zero: int = 7) -> dict[str, Tensor]:
+    """A linear as AutoGPTQ stores it, whose zero points are less by one."""
+    outputs, inputs = integers.shape
+    zeros = torch.full((outputs, scales.shape[1]), zero)
+    return {
+        "qweight": words(integers.t().contiguous()), "qzeros": words(zeros).t().contiguous(),
+        "scales": scales.t().contiguous(),
+        "g_idx": (torch.arange(inputs) // (inputs // scales.shape[1])).int(),
+    }  # fmt: skip
+
+
+def awq_tensors(integers: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """A linear as AutoAWQ stores it: outputs 0, 2, 4, 6, 1, 3, 5, 7 in the order of the bits."""
+    places = [0, 4, 1, 5, 2, 6, 3, 7]
+    zeros = torch.full((integers.shape[0], scales.shape[1]), 8)
+    return {
+        "qweight": words(integers, places).t().contiguous(),
+        "qzeros": words(zeros, places).t().contiguous(), "scales": scales.t().contiguous(),
+    }  # fmt: skip
+
+
+PACKED: Mapping[str, tuple[Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
+    "gptq": (gptq_tensors, {"bits": 4, "desc_act": False, "sym": True, "quant_method": "gptq"}),
+    "awq": (
+        awq_tensors,
+        {"bits": 4, "zero_point": False, "version": "gemm", "quant_method": "awq"},
+    ),
+}
+
+
+def write_packed(
+    folder: Path,
+    data: Mapping[str, Any] | None = None,
+    *,
+    format: str = "gptq",
+    group: int = 32,
+    floats: Collection[str] = (),
+    said: Mapping[str, Any] | None = None,
+    tokenizer: bool = True,
+) -> Path:
+    """A model as GPTQ or AWQ store it; `said` are changes of quantization_config."""
+    data = tiny_models.config() if data is None else data
+    tensors, section = PACKED[format]
+    found: dict[str, Tensor] = {}
+    for name, tensor in tiny_models.tensors(data).items():
+        linear = name.removesuffix(".weight")
+        if not is_linear(name) or linear in floats:
+            found[name] = tensor
+            continue
+        for suffix, stored in tensors(*grouped_integers(tensor, group)).items():
+            found[f"{linear}.{suffix}"] = stored
+    section = {**section, "group_size": group, **(said or {})}
+    _write_folder(folder, {**data, "quantization_config": section}, tokenizer)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
-    help=f"Which scheme each linear gets: {', '.join(recipes.names())}, or a .yaml file. Default: "
+    help="Which scheme each linear gets, and who chooses its codes: "
+    f"{', '.join(recipes.names())}, or a .yaml file (docs/recipes.md). Default: "
     f"{recipes.DEFAULT}, or what MODEL holds if it is quantized already.",
 )
 @options_of(ConvertOptions)

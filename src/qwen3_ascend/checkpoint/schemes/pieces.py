@@ -20,7 +20,8 @@ from qwen3_ascend.files.safetensors import Form
 from qwen3_ascend.native.kernels import lane_sums
 
 PIECE_BYTES = 1 << 21
-"""Stored bytes of a piece: with its source still within a core's share of the cache."""
+"""Stored bytes of a piece, and its weights at most: with its source still within a core's share of
+the cache."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def divide(
         return tuple(Piece("outputs", 0, outputs, matrix) for matrix in matrices)
     length = outputs if axis == "outputs" else inputs
     unit = math.lcm(*(place[axis].unit for place in places.values()))
-    nbytes = sum(form.nbytes for form in forms.values()) // len(matrices)
+    stored = sum(form.nbytes for form in forms.values()) // len(matrices)
+    nbytes = max(stored, outputs * inputs)  # what packing takes follows from the weights
     step = unit * max(1, PIECE_BYTES * length // max(1, nbytes * unit))
     return tuple(
         Piece(axis, start, min(start + step, length), matrix)
