@@ -16,7 +16,7 @@ from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes.pieces import Piece, Sums, sqnr_db
 from qwen3_ascend.convert.calibration.factors import FACTORS_NAME, read_factors
-from qwen3_ascend.convert.encodings import read_weights
+from qwen3_ascend.convert.encodings import Encoding, read_weights
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.weight_file import tensor_bytes
 from qwen3_ascend.convert.source import Source
@@ -105,14 +105,15 @@ def _linear_problems(
         yield f"linear {name}: {_text(found)} against the source, but the manifest says " + _text(
             entry.sqnr_db
         )
-    if linear.bias is not None:
-        if not torch.equal(stored_bias(origin.bias(name, entry)), linear.bias):
-            yield f"linear {name}: its bias differs from the source's"
+    if linear.bias is not None and not torch.equal(
+        stored_bias(origin.bias(name, entry)), linear.bias
+    ):
+        yield f"linear {name}: its bias differs from the source's"
 
 
 def _weight_names(entry: LinearEntry, source: Source) -> list[str]:
     """The source tensors that a linear's weight is made of."""
-    encoding, inputs = source.quantization.encoding(entry.parts[0][0]), entry.shape[-1]
+    encoding, inputs = _encoding(entry, source), entry.shape[-1]
     try:
         return [
             f"{part}.{suffix}"
@@ -154,7 +155,7 @@ class _Origin:
         """The weight of a linear."""
         parts = [part for part, _ in entry.parts]
         tensors = {name: self.source.read(name) for name in _weight_names(entry, self.source)}
-        weights = read_weights(self.source.quantization.encoding(parts[0]), parts, tensors)
+        weights = read_weights(_encoding(entry, self.source), parts, tensors)
         find = self._find(_changed_parts(name, entry))
         return weights if find is None else weights.changed(find, self.kernels)
 
@@ -173,10 +174,10 @@ class _Origin:
 
 def _changes(reader: CheckpointReader, kernels: native.Kernels) -> ModelChanges:
     manifest = reader.manifest
-    named = manifest.recipe.get("transforms", ())
+    named = manifest.transforms
     if unknown := [name for name in named if name not in TRANSFORMS]:
         raise CheckpointError(
-            f"its weights were changed by {', '.join(unknown)}, which cannot be done again here"
+            f"its weights were changed by {', '.join(unknown)}, which this version does not know"
         )
     transforms = [TRANSFORMS[name] for name in named]
     changes = ModelChanges(model_parts(manifest.model), transforms, kernels)
@@ -189,6 +190,18 @@ def _changes(reader: CheckpointReader, kernels: native.Kernels) -> ModelChanges:
 def _changed_parts(name: str, entry: LinearEntry) -> tuple[str, ...]:
     """See Item.changed."""
     return (name,) if name == LM_HEAD else tuple(part for part, _ in entry.parts)
+
+
+def _encoding(entry: LinearEntry, source: Source) -> Encoding:
+    """How the source's tensors were read for a linear."""
+    kept = entry.scheme if entry.codes == "taken" else None
+    found = source.quantization.encoding(entry.parts[0][0]).under(kept)
+    if found is None or found.codes != entry.codes:
+        raise CheckpointError(
+            f"linear {entry.parts[0][0]} is {entry.codes}, which it cannot be of this source: it "
+            f"is another model"
+        )
+    return found
 
 
 def _measure(

@@ -6,7 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen3_ascend import native, recipes
+from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.convert.bits.mixing import mixed_recipe
+from qwen3_ascend.convert.bits.sensitivities import SENSITIVITIES, Sensitivities
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.calibration.data import Calibration, choose_windows, plan_calibration
 from qwen3_ascend.convert.calibration.needs import calibration_bytes, needs_data, wanted
@@ -28,7 +31,7 @@ from qwen3_ascend.convert.source.transfer import Transfer
 from qwen3_ascend.convert.usable import check_usable
 from qwen3_ascend.errors import CheckpointError, OptionError, os_errors
 from qwen3_ascend.files.paths import user_path
-from qwen3_ascend.files.text import parse_size
+from qwen3_ascend.files.text import parse_size, size_text
 from qwen3_ascend.version import __version__
 
 
@@ -44,7 +47,7 @@ def plan_conversion(
     Args:
         model: a local folder or a Hub id such as "Qwen/Qwen3-8B".
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe. Default:
-            recipes.DEFAULT, or what the source holds if it is quantized already.
+            recipes.DEFAULT, or what the source holds if it has codes that can be taken.
         options: see the fields of ConvertOptions.
         events: is told about downloads.
         output: the folder to be written, in which `low_disk` keeps downloaded weights.
@@ -67,11 +70,24 @@ def plan_conversion(
             config = replace(config, tie_word_embeddings=False)
             notes.append(f"config.json ties {HEAD} to the embedding, but it differs: it is kept")
         alike = {HEAD: EMBEDDING} if finding == "alike" else {}
-    plan = make_plan(
-        config, source.slots, chosen or _default_recipe(source), options.max_file_bytes,
-        alike=alike, quantization=source.quantization,
-    )  # fmt: skip
+
+    def planned(recipe: Recipe) -> Plan:
+        return make_plan(
+            config, source.slots, recipe, options.max_file_bytes,
+            alike=alike, quantization=source.quantization,
+        )  # fmt: skip
+
+    plan = planned(chosen or _default_recipe(source))
+    if options.target_bpw is not None:
+        known = Sensitivities.load(sensitivities_file(options, output))
+        plan = planned(mixed_recipe(plan, known, options.target_bpw))
     calibration = _calibration(plan, options, source, notes)
+    if config.tie_word_embeddings and any(transform.unties for transform in plan.transforms):
+        (head,) = (item for item in plan.items if item.name == LM_HEAD)
+        notes.append(
+            f"the embedding and the tied output projection become different weights: the latter is "
+            f"stored as well, {size_text(head.nbytes)}"
+        )
     for line in notes:  # not before: a refusal is one line
         events.note(line)
     return source, replace(plan, calibration=calibration)
@@ -92,7 +108,7 @@ def _calibration(
 
 def _default_recipe(source: Source) -> Recipe:
     """The recipe of who asks for none."""
-    if source.quantization.format is None:
+    if not source.quantization.has_codes:
         return Recipe.load(recipes.DEFAULT)
     return source.quantization.recipe(linear_names(source.config))
 
@@ -102,6 +118,35 @@ def plan_budget(plan: Plan, options: ConvertOptions) -> Budget:
     return Budget.fit(
         plan.piece_bytes, options.threads, parse_size(options.max_memory), calibration_bytes(plan)
     )
+
+
+def sensitivities_file(options: ConvertOptions, output: Path | None) -> Path:
+    """Where the sensitivities of a conversion are: where the user says, or beside the output."""
+    if options.sensitivities is not None:
+        return user_path(options.sensitivities)
+    if output is None:
+        raise OptionError("target_bpw: say in which file the sensitivities are")
+    return output.with_name(f"{output.name}.{SENSITIVITIES}")
+
+
+def _measure(
+    model: str | Path,
+    output: Path,
+    recipe: str | Recipe | None,
+    options: ConvertOptions,
+    events: Events,
+) -> None:
+    """Measures what is not measured yet of the model that a conversion is to give more bits."""
+    # Imported here, because what is not measured needs no model that computes.
+    from qwen3_ascend.convert.bits.measured import measure_sensitivities
+
+    if options.low_disk:
+        raise OptionError(
+            "low_disk: measuring for target_bpw reads the model many times; download it first"
+        )
+    as_said = replace(options, target_bpw=None, sensitivities=None)
+    file = sensitivities_file(options, output)
+    measure_sensitivities(model, file, recipe, as_said, events)
 
 
 @os_errors(CheckpointError)
@@ -121,7 +166,7 @@ def convert_checkpoint(
         output: a folder that does not exist, is empty, holds what this conversion would make, or
             may be replaced (`overwrite`).
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe. Default:
-            recipes.DEFAULT, or what the source holds if it is quantized already.
+            recipes.DEFAULT, or what the source holds if it has codes that can be taken.
         options: see the fields of ConvertOptions.
         events: is told of the plan, of downloads, and of each finished item.
 
@@ -139,9 +184,13 @@ def convert_checkpoint(
     source_folder = user_path(model)
     if source_folder.is_dir() and source_folder.resolve() == folder.resolve():
         raise OptionError(f"{folder} is the source itself; choose another output folder")
+    if options.target_bpw is not None:
+        _measure(model, folder, recipe, options, events)
     source, plan = plan_conversion(model, recipe, options, events, folder)
     budget = plan_budget(plan, options)
     carried = source.carried()
+    if options.target_bpw is not None:
+        carried |= {SENSITIVITIES: sensitivities_file(options, folder).read_bytes()}
     if is_again and not (folder / STAGING).exists():
         with source:
             made = finished_manifest(folder, plan, source, carried, options.hash_source)

@@ -2,7 +2,7 @@
 
 An *encoding* is known from headers: which tensors a linear has in the source, and whose codes they
 are. What has been read of them are `Weights`. A further kind of source is an encoding of its own
-and nothing else; one whose codes no scheme has would decode them, piece by piece, to floats.
+and nothing else; one whose codes no scheme has decodes them, piece by piece, to floats.
 """
 
 from __future__ import annotations
@@ -51,12 +51,22 @@ class Encoding(ABC):
 
     @property
     @abstractmethod
+    def kind(self) -> str:
+        """What it is, with all that decides how its tensors are read, in a few words."""
+
+    @property
+    @abstractmethod
     def known(self) -> tuple[str, ...]: ...
 
     @property
     def codes(self) -> Literal["chosen", "taken"]:
         """Where the codes of a linear come from, as the manifest says it."""
         return "chosen" if self.scheme is None else "taken"
+
+    def under(self, scheme: Scheme | None) -> Encoding | None:
+        """How the same tensors are read for a linear that is to be stored under a scheme, or (None)
+        of which floats are wanted; None if that cannot be."""
+        return self if self.scheme in (None, scheme) else None
 
     @abstractmethod
     def suffixes(
@@ -86,6 +96,11 @@ class FloatEncoding(Encoding):
     """weight: bfloat16, float16 or float32 [N, K]."""
 
     scheme: None = None
+
+    @property
+    @override
+    def kind(self) -> str:
+        return "floats"
 
     @property
     @override
@@ -126,6 +141,11 @@ class Int8Encoding(Encoding):
 
     @property
     @override
+    def kind(self) -> str:
+        return str(self.scheme)
+
+    @property
+    @override
     def known(self) -> tuple[str, ...]:
         return (exchange.WEIGHT, exchange.WEIGHT_SCALE, self.offset)
 
@@ -133,19 +153,20 @@ class Int8Encoding(Encoding):
     def suffixes(
         self, linear: str, shape: tuple[int, int], slots: Mapping[str, TensorSlot]
     ) -> tuple[str, ...]:
-        self._check(f"{linear}.{exchange.WEIGHT}", [torch.int8], [shape], slots)
+        said = f"{self.said} says int8 with a scale for each output"
+        check_coded(f"{linear}.{exchange.WEIGHT}", [torch.int8], [shape], slots, said)
         for_each_output = [(shape[0], 1), (shape[0],)]
-        self._check(f"{linear}.{exchange.WEIGHT_SCALE}", FLOATS, for_each_output, slots)
+        check_coded(f"{linear}.{exchange.WEIGHT_SCALE}", FLOATS, for_each_output, slots, said)
         if f"{linear}.{self.offset}" not in slots:
             return self.known[:-1]
         types = (*FLOATS, torch.int8)
-        self._check(f"{linear}.{self.offset}", types, for_each_output, slots)
+        check_coded(f"{linear}.{self.offset}", types, for_each_output, slots, said)
         return self.known
 
     @override
     def weights(self, parts: Mapping[str, Read]) -> Weights:
         for linear, read in parts.items():
-            _require_finite(f"{linear}.{exchange.WEIGHT_SCALE}", read[exchange.WEIGHT_SCALE])
+            require_finite_scales(f"{linear}.{exchange.WEIGHT_SCALE}", read[exchange.WEIGHT_SCALE])
             if self.offset in read:
                 _require_zeros(f"{linear}.{self.offset}", read[self.offset])
         return TakenWeights(tuple(self._linear(read) for read in parts.values()))
@@ -157,24 +178,6 @@ class Int8Encoding(Encoding):
     def _linear(self, read: Read) -> Linear:
         shape = tuple(read[exchange.WEIGHT].shape)
         return Linear(self.scheme, shape, ND, self.scheme.pack(exchange.int8_codes(read), ND))
-
-    def _check(
-        self,
-        name: str,
-        types: Collection[torch.dtype],
-        shapes: Sequence[tuple[int, ...]],
-        slots: Mapping[str, TensorSlot],
-    ) -> None:
-        slot = slots.get(name)
-        said = f"but {self.said} says int8 with a scale for each output"
-        if slot is None:
-            raise SourceError(f"the source has no tensor {name}, {said}")
-        if slot.dtype not in types or slot.shape not in shapes:
-            wanted = " or ".join(NAMES[dtype] for dtype in types)
-            raise SourceError(
-                f"tensor {name} is {NAMES[slot.dtype]} {list(slot.shape)} and not {wanted} "
-                f"{list(shapes[0])}, {said}"
-            )
 
 
 FLOAT = FloatEncoding()
@@ -219,30 +222,73 @@ def check_floats(name: str, shape: tuple[int, ...], slots: Mapping[str, TensorSl
         )
 
 
+def check_coded(
+    name: str,
+    types: Collection[torch.dtype],
+    shapes: Sequence[tuple[int, ...]],
+    slots: Mapping[str, TensorSlot],
+    said: str,
+) -> None:
+    """SourceError unless the source has a tensor of one of these types and shapes; `said` is what
+    its configuration says, and where."""
+    slot = slots.get(name)
+    if slot is None:
+        raise SourceError(f"the source has no tensor {name}, but {said}")
+    if slot.dtype not in types or slot.shape not in shapes:
+        wanted = " or ".join(NAMES[dtype] for dtype in types)
+        raise SourceError(
+            f"tensor {name} is {NAMES[slot.dtype]} {list(slot.shape)} and not {wanted} "
+            f"{list(shapes[0])}, but {said}"
+        )
+
+
 def _type_advice(dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "save the model as bfloat16 first (model.to(torch.bfloat16).save_pretrained(FOLDER))"
     return "use the original, unquantized model"
 
 
-def _require_finite(name: str, scales: Tensor) -> None:
+def require_finite_scales(name: str, scales: Tensor) -> None:
+    """DamagedSourceError naming the first scale that is no number."""
     finite = torch.isfinite(scales)
     if not bool(finite.all()):
-        place, value = _first(~finite, scales)
+        place, value = first_place(~finite, scales)
         raise DamagedSourceError(
             f"tensor {name} holds {value} at {place}; the source is damaged, download it again"
         )
 
 
+def require_scales(name: str, scales: Tensor, largest_code: float, signed: bool = False) -> None:
+    """DamagedSourceError naming the first scale that no tool writes.
+
+    Args:
+        name: of the tensor.
+        scales: floats of any shape.
+        largest_code: the largest magnitude that is multiplied by them.
+        signed: whether they may be negative.
+    """
+    require_finite_scales(name, scales)
+    most = torch.finfo(torch.bfloat16).max / largest_code
+    wrong = (scales == 0 if signed else scales <= 0) | (scales.float().abs() > most)
+    if bool(wrong.any()):
+        place, value = first_place(wrong, scales)
+        why = "weights are beyond bfloat16 with it" if abs(value) > most else "no scale is that"
+        raise DamagedSourceError(
+            f"tensor {name} holds {value} at {place}, but {why}; the source is damaged, download "
+            f"it again"
+        )
+
+
 def _require_zeros(name: str, offsets: Tensor) -> None:
     if bool(offsets.any()):
-        place, value = _first(offsets != 0, offsets)
+        place, value = first_place(offsets != 0, offsets)
         raise DamagedSourceError(
             f"tensor {name} holds {value} at {place}: the weights are asymmetric, for which there "
             f"is no scheme yet; quantize with symmetric weights, or convert the original model"
         )
 
 
-def _first(mask: Tensor, values: Tensor) -> tuple[list[int], float]:
+def first_place(mask: Tensor, values: Tensor) -> tuple[list[int], float]:
+    """Where a mask is first true, and the value there."""
     place = mask.nonzero()[0].tolist()
     return place, values[tuple(place)].item()

@@ -1,4 +1,4 @@
-"""The names of the two formats in which quantized models are exchanged; nothing else spells them.
+"""The names of the formats in which quantized models are exchanged; nothing else spells them.
 
 *AscendV1* is what ModelSlim (msmodelslim) writes and vllm-ascend, SGLang and MindIE read: plain
 tensors beside a description that gives a type to each of them. Source: ascendv1.py of msmodelslim
@@ -12,6 +12,13 @@ Both name tensors as transformers does and fuse nothing: a linear such as
 "model.layers.0.self_attn.q_proj" has the tensors "<linear>.weight", "<linear>.weight_scale", ...
 For int8 both state the same arithmetic as our scheme w8a8: weight = code * scale of its output,
 activations int8 with a scale for each token. So nothing but the type of the scale changes.
+
+*fp8* is the format of the models that Qwen and DeepSeek publish as FP8: float8_e4m3fn weights with
+a scale for each block of them. Source: `FineGrainedFP8Config` and integrations/finegrained_fp8.py
+of transformers 5.24.
+
+*gptq* and *awq* are what AutoGPTQ, gptqmodel and AutoAWQ write: integers that are packed into int32
+words. See convert/packed.py.
 """
 
 from __future__ import annotations
@@ -85,6 +92,9 @@ W8A8_DYNAMIC = "W8A8_DYNAMIC"
 """Type of every tensor of a linear with int8 weights, a scale for each output, and int8 activations
 with a scale for each token: our w8a8."""
 
+W8A16 = "W8A16"
+"""The same with activations as they are: our w8a16."""
+
 W8A8_STATIC = "W8A8"
 """Type of every tensor of a linear with int8 weights, a scale for each output, and int8 activations
 under one scale and offset: our w8a8-static. Source: on_w8a8_static in ascendv1.py of msmodelslim
@@ -127,6 +137,15 @@ COMPRESSED_TENSORS = "compressed-tensors"
 INT_QUANTIZED = "int-quantized"
 """Its format for int8 codes that are stored as int8."""
 
+FLOAT_QUANTIZED = "float-quantized"
+"""Its format for float8 codes."""
+
+PACK_QUANTIZED = "pack-quantized"
+"""Its format for weights alone: codes of 4 or 8 bits along the inputs, in int32."""
+
+WEIGHT_PACKED, WEIGHT_SHAPE = "weight_packed", "weight_shape"
+"""Suffixes of such codes, and of the shape (N, K), int64 [2]."""
+
 LINEAR = "Linear"
 """The class of modules that stands for every linear but the output projection."""
 
@@ -144,35 +163,106 @@ INT8_PER_TOKEN: Mapping[str, Any] = MappingProxyType(
 """How its activations are."""
 
 
-def compressed_tensors_config(targets: Sequence[str], ignore: Sequence[str]) -> dict[str, Any]:
-    """The section of config.json for a model of w8a8 linears.
+INT8_DYNAMIC: Mapping[str, Any] = MappingProxyType(
+    {
+        "weights": INT8_PER_CHANNEL,
+        "input_activations": INT8_PER_TOKEN,
+        "output_activations": None,
+        "format": INT_QUANTIZED,
+    }
+)
+"""What a group of linears of w8a8 is told by."""
+
+
+def weights_alone(bits: int, group: int | None) -> dict[str, Any]:
+    """What a group of linears is told by whose weights alone have so many bits, with a scale for
+    each output (None) or for each group of its inputs."""
+    strategy = "channel" if group is None else "group"
+    sizes = {} if group is None else {"group_size": group}
+    return {
+        "weights": {**INT8_PER_CHANNEL, "num_bits": bits, "strategy": strategy, **sizes},
+        "input_activations": None,
+        "output_activations": None,
+        "format": PACK_QUANTIZED,
+    }
+
+
+def compressed_tensors_config(
+    targets: Sequence[str], ignore: Sequence[str], quantization: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The section of config.json for a model whose quantized linears are all of one kind.
 
     Args:
         targets: classes of modules, or names of linears, that are quantized. vLLM's output
             projection is no Linear, and has to be named.
         ignore: names of the linears that are not quantized. "lm_head" belongs there also when it
             is tied to the embedding: readers make a linear of it.
+        quantization: INT8_DYNAMIC, or what `weights_alone` says.
     """
+    group = {key: _plain(value) for key, value in quantization.items()}
     return {
         "quant_method": COMPRESSED_TENSORS,
-        "format": INT_QUANTIZED,
+        "format": quantization["format"],
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "config_groups": {
-            "group_0": {
-                "targets": list(targets),
-                "weights": dict(INT8_PER_CHANNEL),
-                "input_activations": dict(INT8_PER_TOKEN),
-                "output_activations": None,
-                "format": INT_QUANTIZED,
-            }
-        },
+        "config_groups": {"group_0": {"targets": list(targets), **group}},
         "ignore": list(ignore),
     }
 
 
-# Both
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def packed_forms(shape: Sequence[int], bits: int, group: int | None) -> dict[str, Form]:
+    """The tensors of a pack-quantized linear [N, K] by suffix, but for its shape."""
+    outputs, inputs = shape
+    groups = 1 if group is None else inputs // group
+    return {
+        WEIGHT_PACKED: Form(torch.int32, (outputs, -(-inputs * bits // 32))),
+        WEIGHT_SCALE: Form(torch.bfloat16, (outputs, groups)),
+    }
+
+
+def packed_tensors(codes: Codes, bits: int) -> dict[str, Tensor]:
+    """Those tensors of codes of w8a16 or w4a16. A code is stored as what it lies above the least
+    one, the first in the lowest bits of a word."""
+    least = 1 << (bits - 1)
+    fields = (codes["weight"].view(torch.uint8) ^ least) & ((1 << bits) - 1)
+    fields = torch.nn.functional.pad(fields, (0, -fields.shape[-1] % (32 // bits)))
+    if bits < 8:
+        fields = fields[:, 0::2] | fields[:, 1::2] << bits
+    scale = codes["scale"]  # [N], or [G, N]
+    return {
+        WEIGHT_PACKED: fields.flatten().view(torch.int32).view(fields.shape[0], -1),
+        WEIGHT_SCALE: (scale[:, None] if scale.dim() == 1 else scale.t()).contiguous(),
+    }
+
+
+# fp8
+
+FP8 = "fp8"
+"""Its quant_method; and the format's name, as the manifest has it."""
+
+WEIGHT_SCALE_INV = "weight_scale_inv"
+"""Suffix of the scales, [ceil(N / rows of a block), ceil(K / columns of a block)] in float32 or
+bfloat16. A weight is its code times its scale, whatever the name says."""
+
+FP8_TYPE = torch.float8_e4m3fn
+"""Type of the codes [N, K]; it has no infinity, and 0x7F and 0xFF are NaN."""
+
+
+# GPTQ and AWQ
+
+GPTQ = "gptq"
+"""Its quant_method; and the format's name, as the manifest has it."""
+
+AWQ = "awq"
+"""The same of AWQ."""
+
+
+# Int8, of both
 
 
 def int8_forms(shape: Sequence[int], scale: torch.dtype, offset: bool = False) -> dict[str, Form]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qwen3_ascend.checkpoint.manifest import FORMAT_VERSION, canonical_blake3
+from qwen3_ascend.convert.encodings import FLOAT
 from qwen3_ascend.convert.output.journal import Identity
 from qwen3_ascend.convert.output.weight_file import WeightFilePlan
 from qwen3_ascend.convert.plan import Plan
@@ -29,7 +30,7 @@ def identity(
         "source": provider.repo,
         "revision": provider.revision or "none",
         "recipe": f"{plan.recipe.name} {_short(dict(plan.recipe.verbatim))}",
-        "codes of the source": _taken(plan, source),
+        "codes of the source": _codes(plan, source),
         "calibration": _calibration(plan),
         "source hashes": "yes" if hash_source else "no",
         "output files": files_text(plan.weight_files),
@@ -42,10 +43,10 @@ def _short(value: object) -> str:
     return canonical_blake3(value)[:DIGITS]
 
 
-def _taken(plan: Plan, source: Source) -> str:
-    """Which linears keep codes that they came with."""
-    names = [item.name for item in plan.items if item.encoding.codes == "taken"]
-    return f"{source.quantization.format}, {len(names)} {_short(names)}" if names else "none"
+def _codes(plan: Plan, source: Source) -> str:
+    """Which linears came as codes, and how those are read."""
+    kinds = {i.name: i.encoding.kind for i in plan.items if i.encoding != FLOAT}
+    return f"{source.quantization.format}, {len(kinds)} {_short(kinds)}" if kinds else "none"
 
 
 def _calibration(plan: Plan) -> str:

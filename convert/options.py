@@ -71,6 +71,11 @@ class CalibrationOptions:
     )
 
 
+def _bits(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 16:
+        raise ValueError(f"{value!r} is no number of bits above 0 and up to 16")
+
+
 @dataclass(frozen=True)
 class ConvertOptions(WritingOptions, CalibrationOptions):
     """Options of a conversion; each field says what it is for.
@@ -98,6 +103,22 @@ class ConvertOptions(WritingOptions, CalibrationOptions):
         "Further attempts at a download that failed, with growing pauses; 5 come to about half a "
         "minute of patience.",
         least=0,
+    )
+    target_bpw: float | None = option(
+        None,
+        "Bits a weight, scales included, that the linears of the layers may take on average: those "
+        "that gain most are raised above the recipe (int4 to int8, int8 to bf16). What each gains "
+        "is measured first, which takes a while.",
+        metavar="X",
+        unset="as the recipe says",
+        rule=_bits,
+    )
+    sensitivities: str | None = option(
+        None,
+        "With --target-bpw: the file of what was measured, written unless it is there; see "
+        "`qwen3-ascend sensitivity`.",
+        metavar="FILE",
+        unset="OUTPUT.sensitivities.json, beside OUTPUT",
     )
     hash_source: bool = option(
         False,

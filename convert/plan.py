@@ -36,7 +36,7 @@ from qwen3_ascend.convert.recipe import NEAREST, Recipe, Rule
 from qwen3_ascend.convert.source.foreign import tensor_hint
 from qwen3_ascend.convert.source.names import HEAD
 from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
-from qwen3_ascend.convert.transforms import TRANSFORMS, Transform
+from qwen3_ascend.convert.transforms import TRANSFORMS, FittedTransform, Transform
 from qwen3_ascend.convert.transforms.parts import model_parts
 from qwen3_ascend.convert.transforms.whole import Touched, touched
 from qwen3_ascend.convert.weights import CHUNK_BYTES, chunk_outputs
@@ -165,13 +165,14 @@ class Item:
         return chosen + max(choosing, packing)
 
     def _changed_bytes(self, piece: Piece) -> int:
-        """Memory of the changed weights that are known together, float32, and of a copy."""
+        """Memory of the changed weights that are known together, float32: all, of which pieces are
+        views, or those of a piece and of the blocks at its ends, and a copy of the piece."""
         outputs, inputs = self.matrix
-        together = outputs
-        if piece.axis == "outputs" and self.block:
-            around = piece.stop - piece.start + 2 * (self.block - 1)
-            together = min(around // self.block * self.block, outputs)
-        return 2 * torch.float32.itemsize * together * inputs if self.block else 0
+        if not self.block:
+            return 0
+        around = 2 * (piece.stop - piece.start) + 2 * (self.block - 1)
+        together = outputs if piece.axis == "inputs" else min(around, outputs)
+        return torch.float32.itemsize * together * inputs
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ def make_plan(
     """
     _check_rules(config, recipe, quantization)
     _refuse_strangers(config, slots, quantization)
-    transforms = tuple(TRANSFORMS[name] for name in recipe.transforms)
+    transforms = _transforms(recipe)
     spec = _stored_spec(config, recipe, transforms)
     made = (
         _plan_linear(part, slots, recipe, target, quantization)
@@ -271,6 +272,18 @@ def make_plan(
     weight_files = fill_files([item.forms for item in items], parse_size(max_file_bytes), STEM)
     stored = replace(config, tie_word_embeddings=spec.lm_head is None)
     return Plan(stored, recipe, target, items, weight_files, ignored, alike, transforms)
+
+
+def _transforms(recipe: Recipe) -> tuple[Transform, ...]:
+    """Calibration sees the inputs of a layer as the transforms that need no data leave them."""
+    named = tuple(TRANSFORMS[name] for name in recipe.transforms)
+    for name, before, after in zip(recipe.transforms, named, named[1:], strict=False):
+        if isinstance(before, FittedTransform) and not isinstance(after, FittedTransform):
+            raise RecipeError(
+                f"recipe {recipe.name}: the transform {name} needs data, and comes after those "
+                f"that need none"
+            )
+    return named
 
 
 def _stored_spec(config: Qwen3Config, recipe: Recipe, transforms: Sequence[Transform]) -> ModelSpec:
@@ -343,12 +356,9 @@ def _check_quantizer(linear: str, rule: Rule, recipe: Recipe) -> None:
 
 def _check_parts(linear: LinearSpec, quantization: Quantization) -> None:
     """A fused linear is taken as a whole, or chosen as a whole; engines refuse the rest as well."""
-    schemes = {source: quantization.encoding(source).scheme for source in linear.sources}
-    if len({*schemes.values()}) > 1:
-        said = ", ".join(
-            f"{source.rpartition('.')[2]}: {scheme or 'floats'}"
-            for source, scheme in schemes.items()
-        )
+    kinds = {source: quantization.encoding(source).kind for source in linear.sources}
+    if len({*kinds.values()}) > 1:
+        said = ", ".join(f"{source.rpartition('.')[2]}: {kind}" for source, kind in kinds.items())
         raise SourceError(
             f"{linear.name} is one fused linear, but the source holds its parts differently "
             f"({said}): quantize all of them alike"
@@ -356,14 +366,20 @@ def _check_parts(linear: LinearSpec, quantization: Quantization) -> None:
 
 
 def _check_taken(linear: str, rule: Rule, recipe: Recipe, quantization: Quantization) -> None:
-    """A linear that came quantized keeps its codes: nobody can choose better ones of them."""
-    scheme = quantization.encoding(linear).scheme
-    if scheme not in (None, rule.scheme):
+    """A linear that came quantized keeps its codes, unless it can be decoded."""
+    encoding = quantization.encoding(linear)
+    if encoding.under(_kept(recipe, rule.scheme)) is None:
+        does = f"gives {rule.scheme} to" if not recipe.transforms else "transforms the weights of"
         raise RecipeError(
-            f"recipe {recipe.name} gives {rule.scheme} to {linear}, which the source holds as "
-            f"{scheme} ({quantization.format}): leave --recipe out to keep what the source holds, "
-            f"or convert the original model"
+            f"recipe {recipe.name} {does} {linear}, which the source holds as "
+            f"{encoding.scheme} ({quantization.format}): leave --recipe out to keep what the "
+            f"source holds, or convert the original model"
         )
+
+
+def _kept(recipe: Recipe, scheme: Scheme) -> Scheme | None:
+    """The scheme whose codes may be taken: none if all weights become others first."""
+    return None if recipe.transforms else scheme
 
 
 def _plan_tensor(spec: TensorSpec, slots: Mapping[str, TensorSlot]) -> Item:
@@ -383,7 +399,8 @@ def _plan_linear(
     tied = spec.sources == (EMBEDDING,)
     rule = recipe.rule_for(spec.name if tied else spec.sources[0])
     scheme, weights = rule.scheme, list[str]()
-    encoding = quantization.encoding(spec.sources[0])
+    encoding = quantization.encoding(spec.sources[0]).under(_kept(recipe, scheme))
+    assert encoding is not None  # the rules have been checked
     for source, rows in zip(spec.sources, spec.parts, strict=True):
         suffixes = encoding.suffixes(source, (rows, spec.inputs), slots)
         weights += [f"{source}.{suffix}" for suffix in suffixes]

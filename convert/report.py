@@ -27,7 +27,7 @@ tags: [qwen3, ascend, fractal_nz, {recipe}]
 
 Written by qwen3-ascend {version} from `{repo}`{revision} with the recipe `{recipe}`: the linear
 weights lie in FRACTAL_NZ and load without a format cast. `qwen3_ascend.json` tells what was done to
-every tensor and holds a BLAKE3 hash of every byte.{taken}{calibrated}
+every tensor and holds a BLAKE3 hash of every byte.{taken}{changed}{calibrated}
 
     qwen3-ascend verify .
     qwen3-ascend generate . --prompt "Hello"
@@ -42,12 +42,15 @@ def mean_sqnr(entries: Mapping[str, LinearEntry]) -> float | None:
 
 def describe_errors(manifest: Manifest) -> list[str]:
     """A few lines on the errors of a conversion."""
-    lossy = {n: e for n, e in manifest.linears.items() if e.sqnr_db is not None}
-    taken = sum(entry.codes == "taken" for entry in manifest.linears.values())
-    exact, count = len(manifest.linears) - len(lossy) - taken, len(manifest.linears)
+    chosen = {n: e for n, e in manifest.linears.items() if e.codes == "chosen"}
+    taken = {n: e for n, e in manifest.linears.items() if e.codes == "taken"}
+    lossy = {n: e for n, e in chosen.items() if e.sqnr_db is not None}
+    exact, count = len(chosen) - len(lossy), len(manifest.linears)
     lines = []
     if taken:
-        lines.append(f"{taken} of {count} linears keep the codes of the source, code for code")
+        lines.append(f"{len(taken)} of {count} linears keep the codes of the source, code for code")
+    if (rounded := mean_sqnr(taken)) is not None:
+        lines.append(f"their scales are rounded to bfloat16: mean SQNR {rounded:.1f} dB")
     if exact or not taken:
         lines.append(f"{exact} of {count} linears equal their source exactly")
     if lossy:
@@ -113,6 +116,7 @@ def model_card(manifest: Manifest) -> bytes:
         version=manifest.tool_version,
         revision=revision,
         taken=_taken_text(manifest),
+        changed=_changed_text(manifest),
         calibrated=_calibrated_text(manifest),
     )
     return text.encode()
@@ -124,7 +128,7 @@ def _taken_text(manifest: Manifest) -> str:
     if not count:
         return ""
     return (
-        f" The source was quantized already ({manifest.source.format}): the codes and scales of "
+        f" The source was quantized already ({manifest.source.format}): the codes of "
         f"{count} linears are its own."
     )
 
@@ -132,6 +136,16 @@ def _taken_text(manifest: Manifest) -> str:
 def _calibrated_text(manifest: Manifest) -> str:
     """What the model card says of calibration."""
     return f" Calibrated with {manifest.calibration}." if manifest.calibration else ""
+
+
+def _changed_text(manifest: Manifest) -> str:
+    """What the model card says of transforms."""
+    if not manifest.transforms:
+        return ""
+    return (
+        f" The weights are those of an equivalent model ({', '.join(manifest.transforms)}), not "
+        f"those of the source."
+    )
 
 
 def _row_key(item: Item) -> tuple[str, str, str, str]:

@@ -89,7 +89,7 @@ class ChosenWeights(Weights):
 
     @override
     def floats(self) -> Tensor:
-        return torch.cat([part.float() for part in self.stack.parts])
+        return self.stack.piece(Piece("outputs", 0, self.stack.shape[0])).float()
 
     @override
     def errors(self, stored: Linear, piece: Piece, kernels: Kernels) -> Sums | None:
@@ -173,10 +173,7 @@ class TakenWeights(Weights):
 
     @override
     def has_codes(self, stored: Linear, piece: Piece) -> bool:
-        found, expected = stored.codes(), self._codes(piece)
-        return found.keys() == expected.keys() and all(
-            torch.equal(_bits(found[suffix]), _bits(expected[suffix])) for suffix in expected
-        )
+        return same_codes(stored.codes(), self._codes(piece))
 
     @override
     def quantized(self, choose: Choose, kernels: Kernels, advance: Callable[[], None]) -> Weights:
@@ -209,6 +206,13 @@ class TakenWeights(Weights):
                 found.append(part.narrow("outputs", [(start, stop - start)]))
             row += outputs
         return found
+
+
+def same_codes(found: Codes, expected: Codes) -> bool:
+    """Whether two weights are the same, bit by bit."""
+    return found.keys() == expected.keys() and all(
+        torch.equal(_bits(found[suffix]), _bits(expected[suffix])) for suffix in expected
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:

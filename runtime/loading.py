@@ -45,7 +45,7 @@ def load(
         progress: called with (what, done, total) while layers load and graphs are captured.
         options: the fields of EngineOptions and DeviceOptions (runtime/options.py), which say what
             each is for: block_size, kv_cache_tokens, max_batch, step_tokens, prefix_cache;
-            attention, graph, buckets, prefetch.
+            kv_cache_dtype, attention, graph, buckets, prefetch.
 
     Returns:
         An LLM that generates; from token ids only if the folder has no tokenizer.

@@ -98,6 +98,12 @@ class DeviceOptions:
         "Type of activations; auto is bfloat16, and float32 needs a CPU.",
         choices=("auto", "bfloat16", "float32"),
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Type in which keys and values are kept; auto is that of activations. int8 takes about "
+        "half the memory, with a scale for each token and head, and needs a CPU.",
+        choices=("auto", "int8"),
+    )
     attention: str = option(
         "auto",
         "NPU: kernel of attention; paged needs ATB, auto is fused, but paged with CANN 8, whose "
@@ -147,6 +153,7 @@ class LoadOptions(TypedDict, total=False):
     max_batch: int
     step_tokens: int
     prefix_cache: bool
+    kv_cache_dtype: str
     attention: str
     graph: bool
     graph_lengths: str

@@ -59,7 +59,7 @@ def reconfigure(source: Path, **changes: Any) -> None:
             {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 0}},
             ["original_max_position_embeddings"],
         ),
-        ({"quantization_config": {"quant_method": "fp8"}}, ["already quantized", "fp8"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["weight_block_size"]),
         ({"quantization_config": "awq"}, ["already quantized", "awq"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
         ({"hidden_size": 0}, ["hidden_size"]),

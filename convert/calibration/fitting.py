@@ -8,13 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen3_ascend.checkpoint.schemes.grid import Grid, IntegerScheme
 from qwen3_ascend.convert.calibration.factors import KeptFactors, factors_bytes
 from qwen3_ascend.convert.plan import Plan
+from qwen3_ascend.convert.quantizers.mse import Mse
 from qwen3_ascend.convert.statistics import InputStatistics
 from qwen3_ascend.convert.transforms import FittedTransform
+from qwen3_ascend.convert.transforms.awq import Rounded
 from qwen3_ascend.convert.transforms.changes import Change, Changes, Floats, Scale
+from qwen3_ascend.convert.transforms.folding import Folding, LayerInputs
 from qwen3_ascend.convert.transforms.parts import LayerParts, model_parts
 from qwen3_ascend.convert.transforms.whole import ModelChanges
+from qwen3_ascend.native import Kernels
 
 
 class Fitting:
@@ -29,6 +34,12 @@ class Fitting:
         """
         self._transforms = [t for t in plan.transforms if isinstance(t, FittedTransform)]
         self._parts = {i.name: i.parts for i in plan.items}
+        self._grids = {
+            part: item.scheme.grid
+            for item in plan.items
+            if isinstance(item.scheme, IntegerScheme)
+            for part in item.parts
+        }
         self._model, self._changes, self._floats = model_parts(plan.config), changes, floats
         self._kept = KeptFactors(staging)
 
@@ -70,15 +81,21 @@ class Fitting:
         return factors_bytes(Changes(changes))
 
     def _found(self, layer: LayerParts, statistics: Mapping[str, InputStatistics]) -> Changes:
-        before = self._changes.unit(layer, self._floats)
-        changes, kernels = before, self._changes.kernels
+        before, kernels = self._changes.unit(layer, self._floats), self._changes.kernels
+        (mlp,) = layer.mlps
+        fed = {part: known for name, known in statistics.items() for part in self._parts[name]}
+        inputs = LayerInputs(fed[layer.query], fed[layer.output], fed[mlp.gate], fed[mlp.down])
+        folding = Folding(self._model, layer, self._floats, kernels, before, inputs)
         for transform in self._transforms:
-            seen = self._of_sources(self._divided(statistics, _after(before, changes)))
-            changes = transform.fit(self._model, layer, self._floats, changes, seen, kernels)
-        return _after(before, changes)
+            folding = transform.fold(folding, self._rounded(layer))
+        return _after(before, folding.changes)
 
-    def _of_sources(self, statistics: Mapping[str, InputStatistics]) -> dict[str, InputStatistics]:
-        return {part: known for name, known in statistics.items() for part in self._parts[name]}
+    def _rounded(self, layer: LayerParts) -> Rounded:
+        """What quantization makes of the weights of a layer: on the coarsest of its grids."""
+        grids = [g for part in layer.names if (g := self._grids.get(part)) is not None]
+        if not grids:
+            return lambda weight, squares: weight.bfloat16().float()
+        return on_grid(min(grids, key=lambda grid: grid.bits), self._changes.kernels)
 
     def _divided(
         self, statistics: Mapping[str, InputStatistics], found: Changes
@@ -90,6 +107,17 @@ class Fitting:
             name: known if (by := factors[name]) is None else known.divided(by)
             for name, known in statistics.items()
         }
+
+
+def on_grid(grid: Grid, kernels: Kernels) -> Rounded:
+    """What the integers of a grid stand for, under the scales of least error."""
+
+    def rounded(weight: Tensor, squares: Tensor) -> Tensor:
+        known = InputStatistics(1, squares, squares, squares, squares)
+        chosen = Mse().prepare(grid, known, kernels)(weight)
+        return grid.decode(chosen.integers, chosen.scales)
+
+    return rounded
 
 
 def _after(before: Changes, changes: Changes) -> Changes:

@@ -169,6 +169,9 @@ def export_item(
         advance: called before each piece; it may raise to end the work.
     """
     output = _Rows(item, file)
+    for source, outputs in item.parts:
+        for suffix, tensor in item.expression.constants((outputs, item.matrix[1])).items():
+            output.append(f"{source}.{suffix}", tensor)
     start = 0
     for piece in pieces:
         advance()

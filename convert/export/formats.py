@@ -18,7 +18,7 @@ from typing_extensions import override
 from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.companions import CONFIG_NAME
 from qwen3_ascend.checkpoint.linear import BIAS, Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme, W8A8Static
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Scheme, W8A8Static
 from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.convert import exchange
@@ -46,6 +46,9 @@ class Floats:
     def tensors(self, linear: Linear) -> dict[str, Tensor]:
         return {exchange.WEIGHT: linear.dequantize().to(torch.bfloat16)}
 
+    def constants(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        return {}
+
 
 @dataclass(frozen=True)
 class Int8:
@@ -64,6 +67,36 @@ class Int8:
 
     def tensors(self, linear: Linear) -> dict[str, Tensor]:
         return exchange.int8_tensors(linear.codes(), self.scale, self.offset)
+
+    def constants(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """weight_packed: codes along the inputs, in int32; weight_scale: bfloat16 [N, G]; weight_shape.
+
+    Attributes:
+        bits: of a code, 4 or 8.
+        group: inputs that share a scale; None if all do.
+    """
+
+    is_quantized: ClassVar[bool] = True
+    undivided: ClassVar[tuple[str, ...]] = ()
+    bits: int
+    group: int | None = None
+
+    def keeping_scales(self) -> Packed:
+        return self
+
+    def forms(self, shape: Sequence[int]) -> dict[str, Form]:
+        return exchange.packed_forms(shape, self.bits, self.group)
+
+    def tensors(self, linear: Linear) -> dict[str, Tensor]:
+        return exchange.packed_tensors(linear.codes(), self.bits)
+
+    def constants(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        return {exchange.WEIGHT_SHAPE: torch.tensor(tuple(shape))}
 
 
 @dataclass(frozen=True)
@@ -94,6 +127,9 @@ class StaticInt8:
             exchange.QUANT_BIAS: folded_bias(linear),
             **{suffix: codes[suffix].float() for suffix in self.undivided},
         }
+
+    def constants(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        return {}
 
 
 class Format(ABC):
@@ -167,13 +203,14 @@ programs that know no quantized format. Activations are not quantized.
 
 
 class CompressedTensors(Format):
-    """int-quantized: bfloat16 scales, and a section of config.json."""
+    """int-quantized, or pack-quantized where weights alone are: bfloat16 scales, and a section of
+    config.json."""
 
     name = "compressed-tensors"
-    title = "compressed-tensors (int-quantized)"
+    title = "compressed-tensors"
     weight_names = exchange.HUGGINGFACE_WEIGHTS
     usage = """\
-The int8 codes and scales are those of the checkpoint, unchanged; engines find the format by
+The codes and scales are those of the checkpoint, unchanged; engines find the format by
 `quantization_config` in config.json.
 
     vllm serve .
@@ -182,12 +219,18 @@ The int8 codes and scales are those of the checkpoint, unchanged; engines find t
     expressions: ClassVar[Mapping[str, Expression]] = {
         BF16.name: Floats(),
         W8A8.name: Int8(torch.bfloat16),
+        W8A16.name: Packed(8),
     }
+
+    @override
+    def states(self, scheme: Scheme) -> Expression | None:
+        return Packed(4, scheme.group) if isinstance(scheme, W4A16) else super().states(scheme)
 
     @override
     def files(self, config: Mapping[str, Any], items: Sequence[ExportItem]) -> dict[str, bytes]:
         _require_quantized(self, items)
         linears = [item for item in items if item.is_linear]
+        scheme = _one_quantized_scheme(linears)
         floats = [item for item in linears if not item.expression.is_quantized]
         ignore = [source for item in floats for source, _ in item.parts]
         # SGLang 0.5.23 asks for the linear that it fuses of them, and would fill it with noise.
@@ -198,8 +241,15 @@ The int8 codes and scales are those of the checkpoint, unchanged; engines find t
             ignore.append(LM_HEAD)  # tied to the embedding, but readers make a linear of it
         elif heads[0].expression.is_quantized:
             targets.append(LM_HEAD)
-        section = exchange.compressed_tensors_config(targets, ignore)
+        section = exchange.compressed_tensors_config(targets, ignore, self._quantization(scheme))
         return {CONFIG_NAME: indented({**config, exchange.QUANTIZATION_CONFIG: section})}
+
+    def _quantization(self, scheme: Scheme) -> Mapping[str, Any]:
+        """What a group of config.json says of the linears of a scheme."""
+        stated = self.states(scheme)
+        if isinstance(stated, Packed):
+            return exchange.weights_alone(stated.bits, stated.group)
+        return exchange.INT8_DYNAMIC
 
 
 class AscendV1(Format):
@@ -219,11 +269,13 @@ The int8 codes and scales are those of the checkpoint, unchanged; engines find t
     expressions: ClassVar[Mapping[str, Expression]] = {
         BF16.name: Floats(),
         W8A8.name: Int8(torch.float32, offset=True),
+        W8A16.name: Int8(torch.float32, offset=True),
         W8A8Static.name: StaticInt8(),
     }
     types: ClassVar[Mapping[str, str]] = {
         BF16.name: exchange.FLOAT,
         W8A8.name: exchange.W8A8_DYNAMIC,
+        W8A16.name: exchange.W8A16,
         W8A8Static.name: exchange.W8A8_STATIC,
     }
     """The type that a description gives to the tensors of a scheme."""
@@ -265,9 +317,30 @@ def _refuse_large_head(items: Sequence[ExportItem]) -> None:
         if item.is_linear and item.expression.is_quantized and item.matrix[0] > most:
             raise OptionError(
                 f"{item.name} is quantized and has {item.matrix[0]} outputs; vllm-ascend gives all "
-                f"of them to one npu_quant_matmul, which takes {most}: convert with a recipe that "
+                f"of them to one operator, which takes {most}: convert with a recipe that "
                 f"leaves it in bf16, such as w8a8"
             )
+
+
+def _one_quantized_scheme(linears: Sequence[ExportItem]) -> Scheme:
+    """The scheme of all linears that are quantized; OptionError if there are several, or if a group
+    of inputs is not whole, which no reader takes."""
+    schemes = {item.scheme: item for item in linears if item.expression.is_quantized}
+    if len(schemes) > 1:
+        first, second, *_ = schemes.values()
+        raise OptionError(
+            f"format {CompressedTensors.name} is written for one quantized scheme, but "
+            f"{first.name} has {first.scheme} and {second.name} has {second.scheme}; export as "
+            f"{HuggingFace.name}, or convert the model with another recipe"
+        )
+    for item in linears:
+        if isinstance(item.scheme, W4A16) and item.matrix[1] % item.scheme.group:
+            raise OptionError(
+                f"{item.name} has {item.matrix[1]} inputs, and format {CompressedTensors.name} "
+                f"states whole groups of {item.scheme.group} only; convert with another group, or "
+                f"export as {HuggingFace.name}"
+            )
+    return next(iter(schemes))
 
 
 def _require_quantized(made: Format, items: Sequence[ExportItem]) -> None:

@@ -42,6 +42,9 @@ class Expression(Protocol):
     def tensors(self, linear: Linear) -> dict[str, Tensor]:
         """Those tensors of a stored linear; its bias, which no format changes, is none of them."""
 
+    def constants(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        """Further tensors of a weight [N, K], which its shape alone decides."""
+
 
 @dataclass(frozen=True)
 class ExportItem:
@@ -94,7 +97,10 @@ class ExportItem:
             return {self.name: replace(form, shape=self.spec.shape)}
         found: dict[str, Form] = {}
         for source, rows in self.parts:
-            forms = self.expression.forms((rows, self.spec.inputs))
+            shape = (rows, self.spec.inputs)
+            forms = self.expression.forms(shape)
+            for suffix, tensor in self.expression.constants(shape).items():
+                forms[suffix] = Form(tensor.dtype, tuple(tensor.shape))
             if self.spec.bias:
                 forms[BIAS] = Form(torch.bfloat16, (rows,))
             found |= {f"{source}.{suffix}": form for suffix, form in forms.items()}

@@ -40,7 +40,7 @@ from qwen3_ascend.convert.quantizers.base import (
     Quantizer,
     UselessStatistics,
 )
-from qwen3_ascend.convert.quantizers.mse import searched_scales
+from qwen3_ascend.convert.quantizers.mse import importance, searched_scales
 from qwen3_ascend.convert.statistics import InputStatistics
 from qwen3_ascend.native import Kernels
 from qwen3_ascend.native.kernels import BLOCK_COLUMNS
@@ -64,10 +64,10 @@ class Gptq(Quantizer):
         if statistics is None or statistics.hessian is None:
             raise ValueError("GPTQ needs the Hessian of a linear's inputs")
         order = statistics.hessian.diagonal().argsort(stable=True)
-        factor = inverse_factor(statistics.hessian, order)
+        factor, counts = inverse_factor(statistics.hessian, order), importance(statistics)
 
         def choose(weight: Tensor) -> Chosen:
-            scales = searched_scales(weight, grid, statistics, kernels)
+            scales = searched_scales(weight, grid, counts, kernels)
             return Chosen(compensated(weight, scales, grid, order, factor, kernels), scales)
 
         return choose
@@ -118,10 +118,10 @@ def inverse_factor(hessian: Tensor, order: Tensor) -> Tensor:
     Raises:
         UselessStatistics: if even the largest damping does not help: it is not finite.
     """
-    mean = float(hessian.diagonal().double().mean())
+    mean = float(hessian.diagonal().double().mean()) or 1.0
     matrix = torch.empty(hessian.shape, dtype=torch.float64)
     for damping in DAMPING:
-        _copy_damped(hessian, order, damping * mean, mean or 1.0, matrix)
+        _copy_damped(hessian, order, damping * mean, matrix)
         # LAPACK works on columns: the upper factor of the transposed view is the lower one here.
         columns, info = matrix.mT, torch.empty((), dtype=torch.int32)
         torch.linalg.cholesky_ex(columns, upper=True, out=(columns, info))
@@ -131,15 +131,12 @@ def inverse_factor(hessian: Tensor, order: Tensor) -> Tensor:
     raise UselessStatistics("the Hessian of its inputs has no Cholesky factor: it is not finite")
 
 
-def _copy_damped(
-    hessian: Tensor, order: Tensor, damping: float, unseen: float, matrix: Tensor
-) -> None:
-    """Writes the Hessian in an order, with more on its diagonal; `unseen` where that is zero."""
+def _copy_damped(hessian: Tensor, order: Tensor, damping: float, matrix: Tensor) -> None:
+    """Writes the Hessian in an order, with more on its diagonal. An input that was always zero is
+    then one that no other depends on."""
     for rows in _panels(len(order)):
         matrix[rows] = hessian.index_select(0, order[rows]).index_select(1, order)
-    diagonal = matrix.diagonal()
-    diagonal[diagonal == 0] = unseen
-    diagonal += damping
+    matrix.diagonal().add_(damping)
 
 
 def _invert_lower(matrix: Tensor) -> None:

@@ -48,8 +48,10 @@ class Mse(Quantizer):
 
     @override
     def prepare(self, grid: Grid, statistics: InputStatistics | None, kernels: Kernels) -> Choose:
+        counts = importance(statistics)
+
         def choose(weight: Tensor) -> Chosen:
-            scales = searched_scales(weight, grid, statistics, kernels)
+            scales = searched_scales(weight, grid, counts, kernels)
             return Chosen(grid.nearest(weight, scales), scales)
 
         return choose
@@ -59,23 +61,30 @@ class Mse(Quantizer):
         return 0
 
 
-def searched_scales(
-    weight: Tensor, grid: Grid, statistics: InputStatistics | None, kernels: Kernels
-) -> Tensor:
-    """The scales of least error: float32 [n, G] of finite float32 [n, K]; see the module."""
+def searched_scales(weight: Tensor, grid: Grid, counts: Tensor | None, kernels: Kernels) -> Tensor:
+    """The scales of least error; see the module.
+
+    Args:
+        weight: float32 [n, K], finite.
+        grid: the integers that there are.
+        counts: what a squared error of each input counts, float32 [K]; None if all count the same.
+        kernels: to search with.
+
+    Returns:
+        float32 [n, G].
+    """
     outputs, inputs = weight.shape
     ratios = torch.tensor(COARSE if grid.bits <= FEW_BITS else FINE)
     scales = weight.new_empty(outputs, grid.groups(inputs))
-    kernels.search_scales(
-        weight, importance(statistics, inputs), grid.width(inputs), (grid.least, grid.most),
-        ratios, scales,
-    )  # fmt: skip
+    counts = weight.new_ones(inputs) if counts is None else counts
+    integers = (grid.least, grid.most)
+    kernels.search_scales(weight, counts, grid.width(inputs), integers, ratios, scales)
     return scales
 
 
-def importance(statistics: InputStatistics | None, inputs: int) -> Tensor:
-    """What a squared error of each input counts, float32 [K]: E[x^2], or 1 if nothing is known."""
+def importance(statistics: InputStatistics | None) -> Tensor | None:
+    """What a squared error of each input counts, float32 [K]: E[x^2]; None if nothing is known."""
     if statistics is None or not bool(statistics.mean_square.any()):
-        return torch.ones(inputs)
+        return None
     squares = statistics.mean_square
     return torch.where(squares == 0, UNSEEN * squares.mean(), squares)

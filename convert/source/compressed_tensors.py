@@ -1,4 +1,4 @@
-"""The section of config.json of a compressed-tensors model: which linears are int8, or a refusal.
+"""The section of config.json of a compressed-tensors model: how each linear is held, or a refusal.
 
 Source: `QuantizationConfig`, `QuantizationScheme`, `QuantizationArgs` and utils/match.py of
 compressed-tensors 0.19, which llm-compressor, transformers and vLLM use.
@@ -11,32 +11,38 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3_ascend.convert.encodings import Int8Encoding
+from qwen3_ascend.convert.encodings import Encoding, Int8Encoding
 from qwen3_ascend.convert.exchange import (
     COMPRESSED_TENSORS,
+    FLOAT_QUANTIZED,
     INT8_PER_CHANNEL,
     INT8_PER_TOKEN,
     INT_QUANTIZED,
     LINEAR,
+    PACK_QUANTIZED,
     QUANTIZATION_CONFIG,
+    WEIGHT_SCALE,
     WEIGHT_ZERO_POINT,
 )
+from qwen3_ascend.convert.fp8 import Fp8Encoding
+from qwen3_ascend.convert.packed import COMPRESSED, PackedEncoding
+from qwen3_ascend.convert.source.packed import decoding_notes
 from qwen3_ascend.convert.source.quantization import Quantization
 from qwen3_ascend.errors import ConfigError
-from qwen3_ascend.files.json_file import typed
+from qwen3_ascend.files.json_file import Size, typed
 
 ADVICE = (
-    "quantize with the scheme W8A8 (int8, weights for each channel, activations for each token) in "
-    "llm-compressor, or convert the original model"
+    "quantize with the scheme W8A8 (int8, weights for each channel, activations for each token), "
+    "FP8_DYNAMIC or FP8_BLOCK in llm-compressor, or convert the original model"
 )
 
-FORMATS = (INT_QUANTIZED, "naive-quantized")
-"""Formats in which int8 codes lie as they are; the second is the name of older versions."""
+FORMATS = (INT_QUANTIZED, FLOAT_QUANTIZED, "naive-quantized")
+"""Formats in which codes of a byte lie as they are; the last is the name of older versions."""
 
 MIXED = "mixed-precision"
 """The format of the whole, if the groups have formats of their own."""
 
-COMPRESSED = "compressed"
+IS_COMPRESSED = "compressed"
 """The status of weights that are stored as codes."""
 
 DENSE = "dense"
@@ -45,6 +51,17 @@ DENSE = "dense"
 NO_SCHEME = "there is no scheme for it yet"
 
 REGEX = "re:"
+
+FLOAT8: Mapping[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+"""How FP8 weights are quantized."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A QuantizationArgs of the strategy "block": rows and columns that share a scale."""
+
+    block_structure: tuple[Size, Size]
+
 
 DEFAULTS: Mapping[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 """Of a QuantizationArgs that leaves a key out."""
@@ -103,13 +120,13 @@ def read_section(config: Mapping[str, Any], linears: Collection[str], where: str
     }
     ignore = section.ignore or ()
     _check_patterns([*groups, *ignore], place)
-    int8, encodings = Int8Encoding(place, WEIGHT_ZERO_POINT), {}
+    encodings: dict[str, Encoding] = {}
     for linear in linears:
         target = _match(linear, groups)
         if target is not None and _match(linear, ignore) is None:
-            _check_group(section.config_groups[groups[target]], f"{place}: {groups[target]}")
-            encodings[linear] = int8
-    return Quantization(COMPRESSED_TENSORS, encodings)
+            name = groups[target]
+            encodings[linear] = _group_encoding(section, name, place)
+    return Quantization(COMPRESSED_TENSORS, encodings, decoding_notes(encodings.values()))
 
 
 def _match(linear: str, targets: Iterable[str]) -> str | None:
@@ -139,12 +156,12 @@ def _check_model(section: Section, place: str) -> None:
     for key, value in refused.items():
         if value:
             raise ConfigError(f"{place}: {key} is set, which is not supported; {ADVICE}")
-    if section.quantization_status not in (None, COMPRESSED):
+    if section.quantization_status not in (None, IS_COMPRESSED):
         raise ConfigError(
             f"{place}: quantization_status is {section.quantization_status!r} and not "
-            f"{COMPRESSED!r}: the model was not saved to be read; save it compressed"
+            f"{IS_COMPRESSED!r}: the model was not saved to be read; save it compressed"
         )
-    if section.format not in (*FORMATS, MIXED):
+    if section.format not in (*FORMATS, PACK_QUANTIZED, MIXED):
         raise ConfigError(_no_format(place, section.format))
 
 
@@ -154,14 +171,68 @@ def _sparsity(section: Section) -> dict[str, Any] | None:
     return None if said and said.get("format") == DENSE else said
 
 
-def _check_group(group: Group, place: str) -> None:
-    """Refuses a group that is no w8a8."""
-    if group.format not in (None, *FORMATS):
+def _group_encoding(section: Section, name: str, model: str) -> Encoding:
+    """How the linears of a group are held; refuses what can neither be taken nor decoded."""
+    group, place = section.config_groups[name], f"{model}: {name}"
+    if group.format not in (None, *FORMATS, PACK_QUANTIZED):
         raise ConfigError(_no_format(place, group.format))
-    _check_arguments(group.weights, INT8_PER_CHANNEL, f"{place}: weights")
-    _check_arguments(group.input_activations, INT8_PER_TOKEN, f"{place}: input_activations")
     if group.output_activations:
         raise ConfigError(f"{place}: output_activations are quantized; {NO_SCHEME}; {ADVICE}")
+    form, is_float = group.format or section.format, (group.weights or {}).get("type") == "float"
+    if form == PACK_QUANTIZED:
+        return _packed_encoding(group, place, model)
+    if is_float and form != INT_QUANTIZED:
+        return _float8_encoding(group, place, model)
+    _check_arguments(group.weights, INT8_PER_CHANNEL, f"{place}: weights")
+    _check_arguments(group.input_activations, INT8_PER_TOKEN, f"{place}: input_activations")
+    return Int8Encoding(model, WEIGHT_ZERO_POINT)
+
+
+def _float8_encoding(group: Group, place: str, model: str) -> Encoding:
+    """Float8 weights. What is to become of the activations does not matter to them, as long as it
+    needs no tensors of its own."""
+    said = group.weights or {}
+    _check_arguments(said, FLOAT8, f"{place}: weights")
+    _check_dynamic(group, place)
+    strategy = str(said.get("strategy")).lower()
+    if strategy == "tensor":
+        return Fp8Encoding(model, WEIGHT_SCALE, None, None)
+    if strategy == "channel":
+        return Fp8Encoding(model, WEIGHT_SCALE, 1, None)
+    if strategy != "block":
+        raise ConfigError(f"{place}: weights: strategy is {strategy!r}; {NO_SCHEME}; {ADVICE}")
+    try:
+        block = typed(said, Blocks, f"{place}: weights").block_structure
+    except ValueError as error:
+        raise ConfigError(f"{error}; {NO_SCHEME}; {ADVICE}") from error
+    return Fp8Encoding(model, WEIGHT_SCALE, *block)
+
+
+def _packed_encoding(group: Group, place: str, model: str) -> Encoding:
+    """Packed integers; as for floats, activations do not matter to them."""
+    said = group.weights or {}
+    _check_arguments(said, {"type": "int", "dynamic": False}, f"{place}: weights")
+    _check_dynamic(group, place)
+    bits, strategy = said.get("num_bits", DEFAULTS["num_bits"]), str(said.get("strategy")).lower()
+    size = None if strategy == "channel" else said.get("group_size")
+    grouped = isinstance(size, int) and size > 0 if strategy == "group" else strategy == "channel"
+    if bits not in (4, 8) or not grouped:
+        raise ConfigError(
+            f"{place}: weights: num_bits {bits}, strategy {strategy!r}, group_size {size}: "
+            f"{NO_SCHEME}; {ADVICE}"
+        )
+    encoding = PackedEncoding(
+        model, COMPRESSED_TENSORS, COMPRESSED, bits, size,
+        symmetric=said.get("symmetric", DEFAULTS["symmetric"]) is True,
+        ordered=said.get("actorder") in ("group", True),
+    )  # fmt: skip
+    return encoding.taken()
+
+
+def _check_dynamic(group: Group, place: str) -> None:
+    """Refuses activations that need tensors of their own."""
+    if group.input_activations is not None:
+        _check_arguments(group.input_activations, {"dynamic": True}, f"{place}: input_activations")
 
 
 def _check_arguments(said: Mapping[str, Any] | None, wanted: Mapping[str, Any], place: str) -> None:

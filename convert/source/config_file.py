@@ -183,9 +183,9 @@ class _Reader:
             if said:
                 raise self.fail(
                     f"{key} says that the weights are already quantized ({_method(key, said)}), "
-                    f"which is taken of compressed-tensors, and of ModelSlim with its "
-                    f"{DESCRIPTION_NAME}; use the original bf16 model, or remove {key} if they are "
-                    f"not"
+                    f"which is read of compressed-tensors, FP8, GPTQ and AWQ, and of ModelSlim "
+                    f"with its {DESCRIPTION_NAME}; use the original bf16 model, or remove {key} if "
+                    f"they are not"
                 )
 
     def _check_other_keys(self) -> None:

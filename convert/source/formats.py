@@ -12,17 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_ascend.convert.exchange import HUGGINGFACE_WEIGHTS, QUANTIZATION_CONFIG, WeightNames
+from qwen3_ascend.convert.source import compressed_tensors, fp8, packed
 from qwen3_ascend.convert.source.ascendv1 import (
     ascend_section,
     description_file,
     read_description,
     weight_names,
 )
-from qwen3_ascend.convert.source.compressed_tensors import is_compressed_tensors, read_section
 from qwen3_ascend.convert.source.provider import Provider
 from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
 from qwen3_ascend.errors import SourceError
 from qwen3_ascend.files.json_file import indented, read_json_object
+from qwen3_ascend.files.safetensors import TensorSlot
+
+Read = Callable[[Collection[str], Mapping[str, TensorSlot]], Quantization]
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,13 @@ class SourceFormat:
         keys: of config.json that say how weights are quantized. They are not carried over: what
             they say is not true of what is made.
         weights: the names of the weight files.
-        read: which linears are quantized, of those that are named; raises what the format's reader
-            does.
+        read: which linears are quantized, of those that are named, given type and shape of every
+            tensor; raises what the format's reader does.
     """
 
     keys: tuple[str, ...] = ()
     weights: WeightNames = HUGGINGFACE_WEIGHTS
-    read: Callable[[Collection[str]], Quantization] = lambda linears: NOT_QUANTIZED
+    read: Read = lambda linears, slots: NOT_QUANTIZED
 
     def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json without what is the format's own."""
@@ -69,7 +72,7 @@ def recognise(
         SourceError: if it tells of two quantized models.
     """
     description = description_file(names, place)
-    if description is not None and is_compressed_tensors(config):
+    if description is not None and compressed_tensors.is_compressed_tensors(config):
         raise SourceError(
             f"{place} holds {description} of ModelSlim, and its config.json is of "
             f"compressed-tensors: remove the one that is not meant"
@@ -78,13 +81,20 @@ def recognise(
         said = ascend_section(config)
         keys = ("quantize",) if said is None else ("quantize", QUANTIZATION_CONFIG)
 
-        def described(linears: Collection[str]) -> Quantization:
+        def described(linears: Collection[str], _: Mapping[str, TensorSlot]) -> Quantization:
             path = provider.small_file(description)
             return read_description(read_json_object(path), said or {}, linears, str(path))
 
         return SourceFormat(keys, weight_names(names, place), described)
-    if is_compressed_tensors(config):
+    if compressed_tensors.is_compressed_tensors(config):
         return SourceFormat(
-            (QUANTIZATION_CONFIG,), read=lambda linears: read_section(config, linears, where)
+            (QUANTIZATION_CONFIG,),
+            read=lambda linears, _: compressed_tensors.read_section(config, linears, where),
+        )
+    by_tensors = fp8 if fp8.is_fp8(config) else packed if packed.packed_format(config) else None
+    if by_tensors is not None:
+        return SourceFormat(
+            (QUANTIZATION_CONFIG,),
+            read=lambda linears, slots: by_tensors.read_section(config, linears, slots, where),
         )
     return SourceFormat()

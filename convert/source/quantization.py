@@ -1,15 +1,14 @@
 """What a source that is quantized already says of its linears.
 
-Two formats are read, ModelSlim's AscendV1 and compressed-tensors; see convert/exchange.py. Each
-says by its own means which linears are quantized, and how; what is no linear of a scheme that we
-have is refused by name.
+See convert/exchange.py for the formats. Each says by its own means which linears are quantized, and
+how; what can neither be taken nor decoded is refused by name.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwen3_ascend.checkpoint.architecture import LM_HEAD, model_spec
@@ -29,10 +28,12 @@ class Quantization:
     Attributes:
         format: name of the format, as the manifest states it; None if nothing is quantized.
         encodings: how each quantized linear lies in the source, by its name in transformers.
+        notes: what is to be known of them, for people.
     """
 
     format: str | None = None
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def encoding(self, linear: str) -> Encoding:
         """How the source holds a linear."""
@@ -41,7 +42,12 @@ class Quantization:
     def without(self, linear: str) -> Quantization:
         """The same but for one linear."""
         kept = {name: found for name, found in self.encodings.items() if name != linear}
-        return Quantization(self.format, kept)
+        return replace(self, encodings=kept)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether there are codes to be taken."""
+        return any(encoding.scheme is not None for encoding in self.encodings.values())
 
     def recipe(self, linears: Iterable[str]) -> Recipe:
         """The recipe that takes every code that is there, and keeps floats as bfloat16.

@@ -30,7 +30,7 @@ from qwen3_ascend.convert.source.foreign import (
 from qwen3_ascend.convert.source.formats import SourceFormat, recognise
 from qwen3_ascend.convert.source.names import HEAD, canonical
 from qwen3_ascend.convert.source.provider import LocalFolder, Provider, SourceWeights
-from qwen3_ascend.convert.source.quantization import linear_names
+from qwen3_ascend.convert.source.quantization import Quantization, linear_names
 from qwen3_ascend.convert.source.transfer import Prefetch, Transfer
 from qwen3_ascend.errors import CheckpointError, OptionError, SourceError, os_errors
 from qwen3_ascend.files.json_file import read_json_object
@@ -78,8 +78,9 @@ class Source:
         self._check_index(indexed)
         files = {t: weights.name for weights in self.weight_files.values() for t in weights.slots}
         self._check_layers(len(files))
-        self.quantization = self.format.read(linear_names(self.config))
         self._take_names(files | indexed)
+        self.quantization = self._quantization()
+        self.notes += self.quantization.notes
         if left := unused_weights(self.names, names):
             self.notes.append(left)
         self._open: dict[str, MappedFile] = {}
@@ -174,14 +175,18 @@ class Source:
         self.notes += names.notes
         self.original = names.original
         self.location = {name: files[stored] for name, stored in names.original.items()}
-        if HEAD not in self.location:  # tied: what is said of it is of no tensor
-            self.quantization = self.quantization.without(LM_HEAD)
         if names.is_backbone and not self.config.tie_word_embeddings:
             self.config = replace(self.config, tie_word_embeddings=True)
             self.notes.append(
                 "a backbone has no output projection: its embedding takes the place, and what it "
                 "generates means nothing"
             )
+
+    def _quantization(self) -> Quantization:
+        found = self.format.read(linear_names(self.config), self.slots)
+        if HEAD not in self.location:  # tied: what is said of it is of no tensor
+            return found.without(LM_HEAD)
+        return found
 
     def _check_layers(self, tensors: int) -> None:
         """Before any list of layers is made: config.json may say any number."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from qwen3_ascend.convert.transforms.base import FittedTransform, Transform
+from qwen3_ascend.convert.transforms.base import Transform
 from qwen3_ascend.convert.transforms.changes import Change, Changes
 from qwen3_ascend.convert.transforms.cle import Cle
+from qwen3_ascend.convert.transforms.fitted import AWQ, SMOOTH, FittedTransform
 from qwen3_ascend.convert.transforms.rotate import RotateModel
-from qwen3_ascend.convert.transforms.smooth import Smooth
 
 TRANSFORMS: dict[str, Transform] = {
     "cle": Cle(),
     "rotate": RotateModel(),
-    "smooth": Smooth(),
+    "smooth": SMOOTH,
+    "awq": AWQ,
 }
 """By the name that a recipe says."""
 
@@ -22,6 +23,5 @@ __all__ = [
     "Cle",
     "FittedTransform",
     "RotateModel",
-    "Smooth",
     "Transform",
 ]

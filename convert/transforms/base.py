@@ -1,14 +1,12 @@
-"""What every transform promises."""
+"""What every transform promises; of one that needs data, see `fitted`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
-from qwen3_ascend.convert.quantizers.base import Needs
-from qwen3_ascend.convert.statistics import InputStatistics
 from qwen3_ascend.convert.transforms.changes import Changes, Floats
-from qwen3_ascend.convert.transforms.parts import LayerParts, ModelParts, Unit
+from qwen3_ascend.convert.transforms.parts import ModelParts, Unit
 from qwen3_ascend.native import Kernels
 
 
@@ -44,36 +42,4 @@ class Transform(Protocol):
             floats: gives the weights that `consults` names.
             changes: of the transforms before.
             kernels: to compute with; all give the same bits.
-        """
-
-
-@runtime_checkable
-class FittedTransform(Transform, Protocol):
-    """One that has to know what the linears of a layer are fed. `change` leaves a unit as it is.
-
-    Attributes:
-        needs: what it cannot do without.
-    """
-
-    needs: Needs
-
-    def fit(
-        self,
-        model: ModelParts,
-        layer: LayerParts,
-        floats: Floats,
-        changes: Changes,
-        statistics: Mapping[str, InputStatistics],
-        kernels: Kernels,
-    ) -> Changes:
-        """The changes of a layer with its own, which are scales and gains, after those before it.
-
-        Args:
-            model: the layer's.
-            layer: of which the changes are.
-            floats: gives the weights that `consults` names.
-            changes: of the transforms before.
-            statistics: of the inputs of each linear of the source, as the changes before leave
-                them.
-            kernels: to compute with.
         """

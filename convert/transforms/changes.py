@@ -179,7 +179,7 @@ class Gain:
     @classmethod
     def replacing(cls, old: Tensor, wanted: Tensor) -> Gain:
         """What comes of a gain, float32 [K], that is to become another one, which bfloat16 rounds.
-        Zero stays zero: nothing could make up for it."""
+        One that would become zero stays as it is: nothing could make up for it."""
         rounded = wanted.to(torch.bfloat16).float()
-        stored = torch.where((old == 0) | (rounded == 0), old, rounded)
-        return cls(stored, torch.where(old == 0, torch.ones_like(old), old / stored))
+        stored = torch.where(rounded == 0, old, rounded)
+        return cls(stored, torch.where(stored == 0, torch.ones_like(old), old / stored))

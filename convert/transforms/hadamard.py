@@ -20,7 +20,7 @@ from qwen3_ascend.errors import RecipeError
 from qwen3_ascend.native import Kernels
 
 MOST_IN_BASE = 512
-"""The largest factor that is no power of two: such a one costs as many additions for each weight."""
+"""The largest factor that is no power of two: it costs as many additions for each weight."""
 
 
 @dataclass(frozen=True)

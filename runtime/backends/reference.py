@@ -47,7 +47,7 @@ from qwen3_ascend.runtime.backends.base import (
     as_static,
     static_input_of,
 )
-from qwen3_ascend.runtime.backends.cache import LayerKV, bytes_per_token, cache_shape
+from qwen3_ascend.runtime.backends.cache import SCALE, LayerKV, bytes_per_token, cache_shape
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 
@@ -154,12 +154,15 @@ LINEARS: dict[type[Scheme], Callable[[Linear, torch.dtype], DeviceLinear]] = {
 
 
 class ReferenceBackend(Backend[LayerKV]):
-    """See Backend; `dtype` is bfloat16 or float32."""
+    """See Backend; `dtype` is bfloat16 or float32, and `cache_dtype` may be int8 instead."""
 
     name = "reference"
 
-    def __init__(self, config: Qwen3Config, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Qwen3Config, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
+    ) -> None:
         self.device, self.dtype, self.config = torch.device("cpu"), dtype, config
+        self.cache_dtype = cache_dtype or dtype
 
     @override
     def upload(self, tensor: Tensor) -> Tensor:
@@ -178,14 +181,18 @@ class ReferenceBackend(Backend[LayerKV]):
         """Uninitialised, since a slot is written before it is read: what is not used yet takes no
         memory."""
         shape = cache_shape(self.config, bounds.num_blocks, bounds.block_size)
-        return tuple(
-            LayerKV(torch.empty(shape, dtype=self.dtype), torch.empty(shape, dtype=self.dtype))
-            for _ in range(self.config.num_layers)
-        )
+
+        def layer() -> LayerKV:
+            keys, values = (torch.empty(shape, dtype=self.cache_dtype) for _ in range(2))
+            if self.cache_dtype != torch.int8:
+                return LayerKV(keys, values)
+            return LayerKV(keys, values, *(torch.empty(shape[:-1], dtype=SCALE) for _ in range(2)))
+
+        return tuple(layer() for _ in range(self.config.num_layers))
 
     @override
     def cache_bytes_per_token(self) -> int:
-        return bytes_per_token(self.config, self.dtype)
+        return bytes_per_token(self.config, self.cache_dtype)
 
     @override
     def memory_for_cache(self) -> int:
@@ -247,8 +254,8 @@ class ReferenceBackend(Backend[LayerKV]):
         query, key, value = torch.split(heads, counts, dim=1)
         query = self._norm_rotate(query, query_norm, epsilon, step)
         key = self._norm_rotate(key, key_norm, epsilon, step)
-        cache.keys.flatten(0, 1)[step.inputs.slots] = key
-        cache.values.flatten(0, 1)[step.inputs.slots] = value
+        write_rows(cache.keys, cache.key_scales, step.inputs.slots, key)
+        write_rows(cache.values, cache.value_scales, step.inputs.slots, value)
         return query
 
     def _norm_rotate(self, x: Tensor, weight: Tensor, epsilon: float, step: DeviceStep) -> Tensor:
@@ -267,13 +274,18 @@ class ReferenceBackend(Backend[LayerKV]):
         tables: list[list[int]] = inputs.block_table.tolist()
         for index, length in enumerate(inputs.context_lens):
             rows = query[inputs.query_starts[index] : inputs.query_starts[index + 1]]
-            keys = self.gather(cache.keys, tables[index], length)
-            values = self.gather(cache.values, tables[index], length)
-            outputs.append(self.attend(rows.float(), keys.float(), values.float()))
+            keys = self.read(cache.keys, cache.key_scales, tables[index], length)
+            values = self.read(cache.values, cache.value_scales, tables[index], length)
+            outputs.append(self.attend(rows.float(), keys, values))
         return self.feed(torch.cat(outputs).flatten(1).to(self.dtype), consumer)
 
+    def read(self, blocks: Tensor, scales: Tensor | None, table: list[int], length: int) -> Tensor:
+        """The first `length` keys or values of a request, float32 [length, kv_heads, head_dim]."""
+        rows = self.gather(blocks, table, length).float()
+        return rows if scales is None else rows * self.gather(scales, table, length)[..., None]
+
     def gather(self, blocks: Tensor, table: list[int], length: int) -> Tensor:
-        """The first `length` rows of a request, [length, kv_heads, head_dim]."""
+        """The first `length` rows of a request: [length, ...] of [blocks, block_size, ...]."""
         return blocks[table].flatten(0, 1)[:length]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -334,6 +346,13 @@ def make_linear(
             f"the {backend.name} backend has no kernel for the scheme {linear.scheme}"
         )
     return loader(linear, backend.dtype)
+
+
+def write_rows(blocks: Tensor, scales: Tensor | None, slots: Tensor, rows: Tensor) -> None:
+    """Puts keys or values [T, kv_heads, head_dim] into a cache; as codes if it has scales."""
+    if scales is not None:
+        rows, scales.flatten(0, 1)[slots] = quantize_tokens(rows)
+    blocks.flatten(0, 1)[slots] = rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from support import tiny_models
 from support.command_line import run
-from support.quantized_sources import int8_weights, quantize, write_ascendv1
+from support.quantized_sources import (
+    fp8_weights,
+    int8_weights,
+    quantize,
+    write_ascendv1,
+    write_fp8,
+    write_packed,
+)
 
 from qwen3_ascend.convert import ConvertOptions, plan_conversion
 from qwen3_ascend.convert.budget import Budget
@@ -121,3 +128,22 @@ def test_codes_that_are_taken_are_never_whole(tmp_path: Path) -> None:
     private, mapped = watched("convert", source, tmp_path / "out", "")
     assert private < 64 << 20
     assert mapped < 100 << 20
+
+
+def test_codes_that_are_decoded_are_never_whole(tmp_path: Path) -> None:
+    weights = fp8_weights(tiny_models.tensors(BIG))
+    source = write_fp8(tmp_path / "source", BIG, weights, tokenizer=False)
+    for recipe in ("", "bf16"):
+        private, mapped = watched("convert", source, tmp_path / f"out-{recipe}", recipe)
+        assert private < 80 << 20
+        assert mapped < 100 << 20
+
+
+def test_integers_that_are_unpacked_are_never_whole(tmp_path: Path) -> None:
+    """Taken in one format, decoded in the other."""
+    data = {**BIG, "intermediate_size": 12_352}  # groups of 64, and whole strips
+    for name, recipe in (("gptq", ""), ("awq", "w8a8")):
+        source = write_packed(tmp_path / name, data, format=name, group=64, tokenizer=False)
+        private, mapped = watched("convert", source, tmp_path / f"{name}-out", recipe)
+        assert private < 96 << 20
+        assert mapped < 100 << 20

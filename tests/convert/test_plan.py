@@ -17,8 +17,9 @@ from support.command_line import run
 from qwen3_ascend import Recipe, convert_checkpoint
 from qwen3_ascend.checkpoint.architecture import model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.manifest import Manifest
-from qwen3_ascend.checkpoint.schemes import W8A8
+from qwen3_ascend.checkpoint.schemes import W4A16, W8A8, W8A16, Scheme, w4a16
 from qwen3_ascend.convert.plan import Plan, make_plan
 from qwen3_ascend.convert.source.config_file import read_config
 from qwen3_ascend.errors import ConfigError, RecipeError, SourceError, UserError
@@ -42,8 +43,9 @@ def plan(data: dict[str, Any], recipe: str | Recipe = "w8a8", **options: Any) ->
     return make_plan(read_config(data), slots(data), chosen, **options)
 
 
-def rules(*lines: tuple[str, str]) -> Recipe:
-    text = [f'{{match: "{match}", scheme: {scheme}}}' for match, scheme in lines]
+def rules(*lines: tuple[str, str | Scheme]) -> Recipe:
+    said = ((m, s if isinstance(s, str) else json.dumps(s.to_json())) for m, s in lines)
+    text = [f'{{match: "{match}", scheme: {scheme}}}' for match, scheme in said]
     return Recipe.parse(f"{{schema: 1, name: test, rules: [{', '.join(text)}]}}", "test")
 
 
@@ -128,6 +130,12 @@ def test_what_may_be_left_out_is_said() -> None:
         (rules(("*", "bf16"), ("*", "bf16")), {}, "rule 2 .* decides nothing"),
         (rules(("*.mlp.*", "w8a8"),), {}, "no rule matches"),
         (rules(("*", "w8a8")), {"intermediate_size": 65536}, r"it is \[64, 65536\].*than 65535"),
+        (rules(("*", "w8a16")), {"intermediate_size": 65536},
+         r"down_proj: it is \[64, 65536\], but npu_weight_quant_batchmatmul refuses .*than 65535"),
+        (rules(("*", W4A16())), {"hidden_size": 128},
+         r"qkv_proj: .*\[\d+, 128\].*more inputs than a group of 128 has; give it a smaller"),
+        (rules(("lm_head", W4A16(32)), ("*", "bf16")), {"vocab_size": 321},
+         r"lm_head: .*321 is no multiple of eight; give it the scheme w8a16"),
     ],
 )  # fmt: skip
 def test_recipes_that_do_not_fit(recipe: Recipe, changes: dict[str, Any], message: str) -> None:
@@ -149,6 +157,39 @@ def test_an_output_projection_of_any_size_may_be_quantized(vocabulary: int, tied
     assert made.output_bytes - plain.output_bytes == padded * 64 + vocabulary * (
         4 - (0 if tied else 128)
     )
+
+
+@pytest.mark.parametrize(
+    ("group", "hidden", "inner", "expected"),
+    [
+        (128, 256, 768, (w4a16.NZ, w4a16.NZ)),
+        (64, 192, 320, (w4a16.NZ, w4a16.NZ)),
+        (32, 256, 768, (w4a16.ROWS, w4a16.ROWS)),  # the kernel takes no such group in NZ
+        (128, 256, 832, (w4a16.NZ, w4a16.ROWS)),  # down_proj has six and a half groups
+        (64, 200, 768, (w4a16.ROWS, w4a16.ROWS)),  # its outputs fill no strip of 64
+    ],
+)
+def test_the_layout_of_int4_depends_on_group_and_shape(
+    group: int, hidden: int, inner: int, expected: tuple[Layout, Layout]
+) -> None:
+    """Of gate_up, with `hidden` inputs, and of down, with as many outputs."""
+    data = tiny_models.config(
+        hidden_size=hidden, intermediate_size=inner, head_dim=64, num_attention_heads=4
+    )
+    items = {item.name: item for item in plan(data, rules(("*", W4A16(group)))).items}
+    layer = "model.layers.1.mlp"
+    found = (items[f"{layer}.gate_up_proj"].layout, items[f"{layer}.down_proj"].layout)
+    assert found == expected
+    down = items[f"{layer}.down_proj"].stored
+    assert down["scale"].shape == (-(-inner // group), hidden)
+    assert down["weight"].dtype == torch.int32
+    assert down["weight"].nbytes == inner * hidden // 2
+
+
+@pytest.mark.parametrize("scheme", [W8A16(), W4A16(32)], ids=str)
+def test_a_head_of_codes_is_laid_out_like_any_other_weight(scheme: Scheme) -> None:
+    made = plan(tiny_models.config(), rules(("lm_head", scheme), ("*", "bf16")))
+    assert made.items[-1].layout != ND and made.items[-1].scheme == scheme
 
 
 def test_dry_run_writes_nothing_and_tells_the_truth(tmp_path: Path) -> None:

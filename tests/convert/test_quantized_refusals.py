@@ -90,7 +90,7 @@ NOT_MINE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "cache": (section(kv_cache_scheme={"num_bits": 8, "type": "int"}), ["kv_cache_scheme is set"]),
     "sparse": (section(sparsity_config={"format": "sparse-24-bitmask"}), ["sparsity_config"]),
     "rotated": (section(transform_config={"config_groups": {}}), ["transform_config is set"]),
-    "packed": (section(format="pack-quantized"), ["format is 'pack-quantized'"]),
+    "sparse and packed": (section(format="marlin-24"), ["format is 'marlin-24'"]),
     "not compressed": (section(quantization_status="frozen"), ["quantization_status is 'frozen'"]),
     "no pattern": (section(ignore=["re:(lm_head"]), ["'re:(lm_head' is no pattern"]),
     "no groups": ({"quant_method": "compressed-tensors", "format": "int-quantized"},

@@ -51,35 +51,31 @@ def weighted_errors(weight: Tensor, found: Chosen, grid: Grid, counts: Tensor) -
     return grid.grouped(off).sum(-1)
 
 
-def plain_gptq(weight: Tensor, scales: Tensor, grid: Grid, hessian: Tensor) -> list[list[int]]:
-    """Algorithm 1 of the paper before its Cholesky reformulation: equations (2) and (3), one weight
-    at a time in float64, with the inverse taken of what is left by elimination."""
+def plain_gptq(weight: Tensor, scales: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
+    """Equations (2) and (3) of the paper, before its Cholesky reformulation: in float64, output by
+    output and weight by weight, with the inverse of what is left found by elimination."""
     inputs = len(hessian)
     damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(inputs)
     order = sorted(range(inputs), key=lambda k: -float(hessian[k, k]))
-    steps, found = grid.spread(scales, inputs).tolist(), []
-    for row, scale in zip(weight.double().tolist(), steps, strict=True):
-        left, inverse, integers = [*row], damped.inverse().tolist(), [0] * inputs
-        for number, k in enumerate(order):
-            integers[k] = min(max(round(left[k] / scale[k]), grid.least), grid.most)
-            share = (left[k] - integers[k] * scale[k]) / inverse[k][k]
-            behind = order[number + 1 :]
-            for other in behind:
-                left[other] -= share * inverse[k][other]
-            for i in behind:
-                for j in behind:
-                    inverse[i][j] -= inverse[i][k] * inverse[k][j] / inverse[k][k] if j != k else 0
-        found.append(integers)
-    return found
+    steps, found = grid.spread(scales, inputs).double(), torch.empty(weight.shape)
+    for output, row in enumerate(weight.double()):
+        left, inverse = row.clone(), damped.inverse()
+        for k in order:
+            scale = float(steps[output, k])
+            integer = min(max(round(float(left[k]) / scale), grid.least), grid.most)
+            found[output, k] = integer
+            left -= (left[k] - integer * scale) / inverse[k, k] * inverse[k]
+            inverse -= inverse[:, k, None] * inverse[k] / inverse[k, k]
+    return found.to(torch.int8)
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 8, signed_scale=True), Grid(4), INT8], ids=str)
-@pytest.mark.parametrize("inputs", [1, 7, 21])
+@pytest.mark.parametrize("inputs", [1, 7, 21, 300])  # blocks have 128, panels of the factor 256
 def test_gptq_is_the_papers(grid: Grid, inputs: int) -> None:
     weight, statistics = weights(4, inputs), correlated(inputs)
     found = choose("gptq", grid, weight, statistics)
     assert statistics.hessian is not None
-    assert found.integers.tolist() == plain_gptq(weight, found.scales, grid, statistics.hessian)
+    assert torch.equal(found.integers, plain_gptq(weight, found.scales, grid, statistics.hessian))
     assert torch.equal(found.scales, choose("mse", grid, weight, statistics).scales)
 
 
@@ -182,6 +178,7 @@ def test_inputs_that_were_never_there() -> None:
     without = choose("gptq", INT4, weight, statistics_of(torch.zeros(96, 96)))
     plain = choose("mse", INT4, weight, None)
     assert torch.equal(without.integers, plain.integers)
+    assert torch.equal(found.scales[:, 2], plain.scales[:, 2])
 
 
 @pytest.mark.parametrize("inputs", [3, 256, 600])  # panels of 256

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import tiny_models
-from support.planted import plant
+from support.outliers import plant
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -59,6 +59,8 @@ class Model:
             if tensor.dim() > 1:  # rows of all sizes, so that there is something to equalize
                 noise *= torch.randn(*tensor.shape[:-1], 1, generator=generator).exp()
             tensor.data = centre + spread * noise
+            if name.endswith("layernorm.weight") or name == "model.norm.weight":
+                tensor.data[7] = 0  # a channel that nothing reads
         model.save_pretrained(folder)
         self.state = load_file(folder / "model.safetensors")
 
@@ -146,26 +148,20 @@ def test_what_is_said_of_changes_before_they_are_found(
     }
 
 
-def test_planted_outliers_leave_every_bit(model: Model) -> None:
-    planted = plant(model.state, model.parts)
-    changed = [n for n, tensor in planted.items() if not torch.equal(tensor, model.state[n])]
-    assert len(changed) > 5
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=str)
+def test_equalizing_undoes_planted_outliers(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Powers of two in both directions: not one bit of the logits changes."""
+    model = Model(tmp_path, changes)
+    planted = {name: tensor.clone() for name, tensor in model.state.items()}
+    plant(planted, query_group=2, head_dim=model.parts.head_dim)
     assert torch.equal(model.logits_of(planted), model.logits)
-
-
-def test_equalizing_undoes_what_was_planted(model: Model) -> None:
-    """Powers of two again: even bfloat16 weights lose nothing, and the logits no bit."""
-    planted = plant(model.state, model.parts)
-    changes = transformed(planted, model.parts, ("cle",))
-    equalized = changed_state(planted, model.parts, changes)
+    found = state_changes(planted, model.parts, [TRANSFORMS["cle"]])
+    equalized = changed_state(planted, model.parts, found)
     assert torch.equal(model.logits_of(equalized), model.logits)
-    for mlp in model.parts.layers[0].mlps:
-        spread = [
-            float(rms.max() / rms.min())
-            for state in (planted, equalized)
-            if (rms := state[f"{mlp.up}.weight"].square().mean(1).sqrt()) is not None
-        ]
-        assert spread[1] < spread[0] / 3
+    for layer in model.parts.layers:
+        for name in (layer.value, layer.mlps[0].up):
+            sizes = [s[f"{name}.weight"].square().mean(1).sqrt() for s in (planted, equalized)]
+            assert sizes[1].max() / sizes[1].min() < sizes[0].max() / sizes[0].min() / 3
 
 
 def test_parts_know_their_model() -> None:

@@ -27,7 +27,7 @@ from qwen3_ascend.convert.plan import Item
 from qwen3_ascend.convert.quantizers import QUANTIZERS
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.transforms.parts import model_parts
-from qwen3_ascend.convert.transforms.whole import ModelChanges, transformed
+from qwen3_ascend.convert.transforms.whole import ModelChanges, changed_state, state_changes
 from qwen3_ascend.convert.weights import ChosenWeights
 from qwen3_ascend.convert.work import Task, make_task
 from qwen3_ascend.errors import SourceError
@@ -68,7 +68,8 @@ def test_what_is_stored_is_what_was_chosen(
     assert manifest.recipe["rules"][1]["quantizer"] == "mse"
     reader, state = CheckpointReader(tmp_path / "out"), tiny_models.tensors(tiny_models.config())
     plan = plan_conversion(source, chosen)[1]
-    floats = transformed(state, model_parts(plan.config), plan.transforms)
+    parts = model_parts(plan.config)
+    floats = changed_state(state, parts, state_changes(state, parts, plan.transforms))
     for name, entry in manifest.linears.items():
         if not isinstance(entry.scheme, IntegerScheme):
             continue

@@ -73,6 +73,18 @@ def checkpoint_with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted(tmp_path_factory, "w8a8-head")
 
 
+@pytest.fixture(scope="session")
+def checkpoint_w8a16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with int8 weights, whose activations are floats."""
+    return converted(tmp_path_factory, "w8a16")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_w4a16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with int4 weights in groups."""
+    return converted(tmp_path_factory, "w4a16-plain")
+
+
 def converted(factory: pytest.TempPathFactory, recipe: str) -> Path:
     output = factory.mktemp("checkpoints") / recipe
     convert_checkpoint(DATA, output, recipe, ConvertOptions())

@@ -48,12 +48,10 @@ def check_raw_copies(report: Report) -> None:
 @pytest.mark.parametrize(
     "recipe",
     [
-        "checkpoint",
-        "checkpoint_of_floats",
-        "checkpoint_with_head",
-        "checkpoint_of_static_inputs",
+        "checkpoint", "checkpoint_of_floats", "checkpoint_with_head", "checkpoint_w8a16",
+        "checkpoint_w4a16", "checkpoint_of_static_inputs",
     ],
-)
+)  # fmt: skip
 def test_weights_are_copied_once_and_never_cast(
     engines: Engines, prompts: list[list[int]], recipe: str, request: pytest.FixtureRequest
 ) -> None:

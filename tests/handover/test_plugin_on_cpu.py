@@ -45,12 +45,12 @@ def test_answers_are_those_of_our_runtime(
     assert found.difference <= NOISE * rounding_noise(checkpoint, prompts)
 
 
+@pytest.mark.parametrize("recipe", ["checkpoint_of_floats", "checkpoint_w8a16", "checkpoint_w4a16"])
 def test_floats_are_computed_alike(
-    engines: Engines, prompts: list[list[int]], checkpoint_of_floats: Path
+    engines: Engines, prompts: list[list[int]], recipe: str, request: pytest.FixtureRequest
 ) -> None:
-    found = agreement(
-        checkpoint_of_floats, engines.on_cpu(checkpoint_of_floats, prompts[::4]).answers
-    )
+    model: Path = request.getfixturevalue(recipe)
+    found = agreement(model, engines.on_cpu(model, prompts[::4]).answers)
     check(found, share=1.0)
     assert found.difference <= 1e-5
 

@@ -12,17 +12,17 @@ from torch import Tensor
 from qwen3_ascend import OptionError, convert_checkpoint
 from qwen3_ascend.checkpoint.linear import Linear, quantize
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme, W8A8Static
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Scheme, W8A8Static
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.vllm.shards import Rank, Rows, check_division, rows_of, shard_of
 
-SCHEMES: list[Scheme] = [BF16(), W8A8(), W8A8Static()]
+SCHEMES: list[Scheme] = [BF16(), W8A8(), W8A16(), W4A16(32), W8A8Static()]
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 8, 2, 32, 64
 
 
 def stored(scheme: Scheme, weight: Tensor, bias: Tensor | None = None) -> Linear:
-    return quantize(scheme, weight, bias, ASCEND_A2_A3.layouts[scheme.name])
+    return quantize(scheme, weight, bias, ASCEND_A2_A3.layout(scheme, "", weight.shape))
 
 
 def entry(linear: Linear, parts: tuple[int, ...]) -> LinearEntry:
@@ -101,3 +101,19 @@ def test_inputs_that_do_not_divide_are_named(tmp_path: Path) -> None:
     made = convert_checkpoint(source, tmp_path / "out")
     with pytest.raises(OptionError, match=r"--tensor-parallel-size 4: model\.layers\.0\.mlp\."):
         check_division(made, 4)
+
+
+def test_parts_that_are_no_groups_or_one(tmp_path: Path) -> None:
+    """In groups of 128, a quarter of the 768 inputs of down_proj is one and a half. A quarter of
+    the 512 of o_proj is one, which npu_weight_quant_batchmatmul does not take."""
+    manifest = convert_checkpoint(DATA, tmp_path / "out", "w4a16-plain")
+    check_division(manifest, 2, ASCEND_A2_A3)
+    within = "4: model.layers.0.mlp.down_proj: a cut at 576.192 falls inside a block of 128"
+    with pytest.raises(OptionError, match=within):
+        check_division(manifest, 4)
+    one = (
+        r"--tensor-parallel-size 4: a part of model.layers.0.self_attn.o_proj: it is "
+        r"\[256, 128\], but npu_weight_quant_batchmatmul wants more inputs than a group of 128"
+    )
+    with pytest.raises(OptionError, match=one):
+        check_division(manifest, 4, ASCEND_A2_A3)

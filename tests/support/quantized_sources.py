@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,129 @@ def write_compressed_tensors(
     said = section(ignore=["lm_head", *floats]) if said is None else said
     _write_folder(folder, {**data, "quantization_config": said}, tokenizer)
     save_file(dict(weights), folder / "model.safetensors")
+    return folder
+
+
+FP8_CODE_MAX = 448.0
+
+FP8_SECTION: Mapping[str, Any] = {
+    "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}  # fmt: skip
+"""quantization_config of Qwen/Qwen3-8B-FP8."""
+
+
+def fp8_weights(
+    weights: Mapping[str, Tensor], floats: Collection[str] = (), dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """Every linear but `floats` (and the output projection) as float8 codes and scales of a type,
+    for blocks of 128 x 128; those at the edges are smaller."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if not is_linear(name) or name.removesuffix(".weight") in floats:
+            found[name] = tensor
+            continue
+        codes = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn)
+        grid = [-(-length // 128) for length in tensor.shape]
+        scales = torch.empty(grid, dtype=dtype)
+        for row in range(grid[0]):
+            for column in range(grid[1]):
+                block = (slice(row * 128, row * 128 + 128), slice(column * 128, column * 128 + 128))
+                scales[row, column] = tensor[block].float().abs().max() / FP8_CODE_MAX
+                codes[block] = tensor[block].float() / scales[row, column].float()
+        found[name], found[f"{name}_scale_inv"] = codes, scales
+    return found
+
+
+def write_fp8(
+    folder: Path,
+    data: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    floats: Collection[str] = (),
+    said: Mapping[str, Any] = FP8_SECTION,
+    tokenizer: bool = True,
+) -> Path:
+    """A model as Qwen publishes it in FP8; `said` is quantization_config."""
+    data = tiny_models.config() if data is None else data
+    weights = fp8_weights(tiny_models.tensors(data), floats) if weights is None else weights
+    _write_folder(folder, {**data, "quantization_config": dict(said)}, tokenizer)
+    save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def grouped_integers(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Integers from 0 to 15 about 8, [N, K], and scales, float16 [N, K / group], of a weight; as
+    GPTQ's observer finds them: the range is symmetric, and its ends are 0 and 15."""
+    groups = weight.float().unflatten(1, (-1, group))
+    scales = (groups.abs().amax(-1) / 7.5).half()
+    integers = torch.round(groups / scales[..., None].float()) + 8
+    return integers.clamp(0, 15).to(torch.int32).flatten(1), scales
+
+
+def words(integers: Tensor, places: Sequence[int] = range(8)) -> Tensor:
+    """Integers of four bits along the first axis, eight to an int32: the first in the lowest bits,
+    or where `places` says."""
+    found = torch.zeros(integers.shape[0] // 8, *integers.shape[1:], dtype=torch.int64)
+    for index, place in enumerate(places):
+        found |= integers[index::8].long() << 4 * place
+    return torch.where(found >= 1 << 31, found - (1 << 32), found).to(torch.int32)
+
+
+def gptq_tensors(integers: Tensor, scales: Tensor, zero: int = 7) -> dict[str, Tensor]:
+    """A linear as AutoGPTQ stores it, whose zero points are less by one."""
+    outputs, inputs = integers.shape
+    zeros = torch.full((outputs, scales.shape[1]), zero)
+    return {
+        "qweight": words(integers.t().contiguous()), "qzeros": words(zeros).t().contiguous(),
+        "scales": scales.t().contiguous(),
+        "g_idx": (torch.arange(inputs) // (inputs // scales.shape[1])).int(),
+    }  # fmt: skip
+
+
+def awq_tensors(integers: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """A linear as AutoAWQ stores it: outputs 0, 2, 4, 6, 1, 3, 5, 7 in the order of the bits."""
+    places = [0, 4, 1, 5, 2, 6, 3, 7]
+    zeros = torch.full((integers.shape[0], scales.shape[1]), 8)
+    return {
+        "qweight": words(integers, places).t().contiguous(),
+        "qzeros": words(zeros, places).t().contiguous(), "scales": scales.t().contiguous(),
+    }  # fmt: skip
+
+
+PACKED: Mapping[str, tuple[Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
+    "gptq": (gptq_tensors, {"bits": 4, "desc_act": False, "sym": True, "quant_method": "gptq"}),
+    "awq": (
+        awq_tensors,
+        {"bits": 4, "zero_point": False, "version": "gemm", "quant_method": "awq"},
+    ),
+}
+
+
+def write_packed(
+    folder: Path,
+    data: Mapping[str, Any] | None = None,
+    *,
+    format: str = "gptq",
+    group: int = 32,
+    floats: Collection[str] = (),
+    said: Mapping[str, Any] | None = None,
+    tokenizer: bool = True,
+) -> Path:
+    """A model as GPTQ or AWQ store it; `said` are changes of quantization_config."""
+    data = tiny_models.config() if data is None else data
+    tensors, section = PACKED[format]
+    found: dict[str, Tensor] = {}
+    for name, tensor in tiny_models.tensors(data).items():
+        linear = name.removesuffix(".weight")
+        if not is_linear(name) or linear in floats:
+            found[name] = tensor
+            continue
+        for suffix, stored in tensors(*grouped_integers(tensor, group)).items():
+            found[f"{linear}.{suffix}"] = stored
+    section = {**section, "group_size": group, **(said or {})}
+    _write_folder(folder, {**data, "quantization_config": section}, tokenizer)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

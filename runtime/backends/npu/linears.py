@@ -219,12 +219,29 @@ class GroupInt4Linear:
         return y.cpu().to(torch.int8)
 
 
-class WeightOnlyLinear:
-    """w8a16 and w4a16: npu_weight_quant_batchmatmul reads [K, N] and decodes it on the way.
+def multiply(
+    x: Tensor, weight: Tensor, scale: Tensor, group: int, bias: Tensor | None = None
+) -> Tensor:
+    """Floats times int8 or int4 weights, which the kernel decodes on the way.
 
-    It is left at its precise mode: the other one, which it offers for few tokens and int4 in
-    FRACTAL_NZ, is faster and loses accuracy, and nobody has measured how much of either.
+    The operator is left at its precise mode. The other one, which it offers for few tokens and int4
+    in FRACTAL_NZ, is faster and loses accuracy, and nobody has measured how much of either.
+
+    Args:
+        x: bfloat16 [T, K].
+        weight: int8 [K, N], or int32 [K, N / 8].
+        scale: bfloat16 [N], or [K / group, N].
+        group: inputs that share a scale; 0 if all do.
+        bias: float32 [N].
     """
+    y: Tensor = torch_npu.npu_weight_quant_batchmatmul(
+        x, weight, scale, bias=bias, antiquant_group_size=group
+    )
+    return y
+
+
+class WeightOnlyLinear:
+    """w8a16 and w4a16: npu_weight_quant_batchmatmul reads [K, N]."""
 
     input = Input.FLOAT
 
@@ -247,20 +264,14 @@ class WeightOnlyLinear:
 
     def __call__(self, x: Activation) -> Tensor:
         """The product, bfloat16 [T, N]."""
-        return self._product(as_float(x), self.scale, self.bias)
+        return multiply(as_float(x), self.weight, self.scale, self.group, self.bias)
 
     def probe(self, rows: Tensor) -> Tensor:
         """See NpuLinear. A one-hot activation picks one input; with scales of 1 the bf16 result is
         the code itself, which bf16 holds exactly."""
         one_hot = _one_hot(rows, self.weight.shape[0], torch.bfloat16).to("npu")
-        codes = self._product(one_hot, torch.ones_like(self.scale), None)
+        codes = multiply(one_hot, self.weight, torch.ones_like(self.scale), self.group)
         return codes.cpu().to(torch.int8)
-
-    def _product(self, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = torch_npu.npu_weight_quant_batchmatmul(
-            x, self.weight, scale, bias=bias, antiquant_group_size=self.group
-        )
-        return y
 
 
 class DividedLinear:

@@ -19,14 +19,16 @@ def inspect_lines(manifest: Manifest) -> list[str]:
         f"context {model.context_length}",
         f"from {source.repo}{revision}{form}, recipe {manifest.recipe['name']}, "
         f"qwen3-ascend {manifest.tool_version}",
+        *([f"weights changed by {', '.join(manifest.transforms)}"] if manifest.transforms else []),
         *([f"calibrated with {manifest.calibration}"] if manifest.calibration else []),
         f"{len(stored)} tensors, {size_text(sum(t.nbytes for t in stored.values()))} "
         f"in {len(manifest.weight_files)} file(s)",
         "",
     ]
+    kept = "rounded" if manifest.transforms else "exact"
     rows = [_linear_row(name, entry) for name, entry in manifest.linears.items()]
     rows += [
-        (name, dims(tensor.shape), "bf16", "nd", "exact", size_text(tensor.nbytes))
+        (name, dims(tensor.shape), "bf16", "nd", kept, size_text(tensor.nbytes))
         for name, tensor in manifest.tensors.items()
     ]
     return lines + table(rows, ("tensor", "shape", "scheme", "layout", "SQNR dB", "bytes"))
@@ -42,7 +44,8 @@ def layout_text(layout: Layout) -> str:
 
 def _linear_row(name: str, entry: LinearEntry) -> tuple[str, str, str, str, str, str]:
     error = "exact" if entry.sqnr_db is None else f"{entry.sqnr_db:.2f}"
-    error = "taken" if entry.codes == "taken" else error
+    if entry.codes == "taken":
+        error = "taken" if entry.sqnr_db is None else f"taken, {error}"
     nbytes = sum(tensor.nbytes for tensor in entry.tensors.values())
     shape, layout = dims(entry.shape), layout_text(entry.layout)
     return (name, shape, str(entry.scheme), layout, error, size_text(nbytes))

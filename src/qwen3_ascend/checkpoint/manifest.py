@@ -41,7 +41,7 @@ FORMAT_VERSION = 1
 Hub = Annotated[str, Meta(pattern="^(huggingface|modelscope)$")]
 """Where models are published; text, since options are text."""
 
-QuantizedFormat = Annotated[str, Meta(pattern="^(ascendv1|compressed-tensors)$")]
+QuantizedFormat = Annotated[str, Meta(pattern="^(ascendv1|compressed-tensors|fp8|gptq|awq)$")]
 """In which format a source was quantized already; text, like Hub."""
 
 T = TypeVar("T")
@@ -76,7 +76,8 @@ class LinearEntry:
             decibels: 10 log10(sum w^2 / sum (w - w')^2). None if the two are equal.
         tensors: stored tensors by suffix.
         codes: whether the converter has chosen them, as the nearest to floats, or taken them from
-            a source that was quantized already; what is taken equals its source.
+            a source that was quantized already. What is taken equals its source, but for scales
+            that had to be rounded to bfloat16.
     """
 
     scheme: Scheme
@@ -183,6 +184,12 @@ class Manifest:
     files: Mapping[str, FileEntry]
     calibration: CalibrationRecord | None = None
 
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """What has made equivalent weights of the source's, in this order; see docs/transforms.md.
+        Whoever computes with the checkpoint need not know: it is a Qwen3 like any other."""
+        return tuple(self.recipe.get("transforms", ()))
+
     def stored(self) -> dict[str, StoredTensor]:
         """Every stored tensor by its name in the weight files."""
         return dict(self.tensors) | {
@@ -281,6 +288,7 @@ class Manifest:
 def _recipe(data: object) -> dict[str, Any]:
     recipe = typed(data, dict[str, object], "recipe")
     typed(recipe.get("name"), Name, "recipe.name")
+    typed(recipe.get("transforms", []), tuple[str, ...], "recipe.transforms")
     return recipe
 
 

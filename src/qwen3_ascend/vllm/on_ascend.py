@@ -25,12 +25,17 @@ from vllm_ascend.quantization.methods import (
 from vllm_ascend.utils import AscendDeviceType, get_ascend_device_type
 
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Scheme, W8A8Static
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme, W8A8Static
 from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu.formats import empty_packed, fill_packed, upload_packed
-from qwen3_ascend.runtime.backends.npu.linears import load_linear
+from qwen3_ascend.runtime.backends.npu.linears import (
+    Upload,
+    WeightOnlyLinear,
+    load_linear,
+    multiply,
+)
 from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant
 from qwen3_ascend.runtime.backends.npu.transfers import Transfers
 from qwen3_ascend.vllm.linears import check_shape, fill_bias, refuse_weights
@@ -190,8 +195,8 @@ class FloatMethod(AscendUnquantizedLinearMethod):
         return product
 
 
-class Int8HeadMethod(LinearMethodBase):
-    """A w8a8 output projection: in parts, since one kernel does not take a whole vocabulary."""
+class LateMethod(LinearMethodBase):
+    """What a linear is made of comes with its bytes."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -205,7 +210,7 @@ class Int8HeadMethod(LinearMethodBase):
         *others: Any,
         **attributes: Any,
     ) -> None:
-        """Notes the shape only: the parts are made as they are loaded."""
+        """Notes the shape only."""
         layer.stored_shape = (sum(output_partition_sizes), input_size_per_partition)
         layer.stored_is_there = False
 
@@ -214,13 +219,45 @@ class Int8HeadMethod(LinearMethodBase):
         check_shape(self.name, linear, layer.stored_shape)
         if layer.stored_is_there:
             refuse_weights()
-        layer.stored_product = load_linear(linear, functools.partial(upload_packed, copy=copy))
+        self.fill(layer, linear, functools.partial(upload_packed, copy=copy))
         layer.stored_is_there = True
+
+    def fill(self, layer: Any, linear: Linear, upload: Upload) -> None:
+        """Puts a linear of the right shape on the device."""
+        raise NotImplementedError
+
+
+class WeightOnlyMethod(LateMethod):
+    """A w8a16 or w4a16 linear of a layer, by the operator that vllm-ascend's own W8A16 calls; it
+    has no W4A16 but for experts."""
+
+    @override
+    def fill(self, layer: Any, linear: Linear, upload: Upload) -> None:
+        product = WeightOnlyLinear.load(linear, upload)
+        for name, tensor in (("weight", product.weight), ("weight_scale", product.scale)):
+            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        layer.register_buffer("stored_bias", product.bias, persistent=False)
+        layer.stored_group = product.group
+
+    @override
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product [*, N] of x [*, K]; the bias is the stored one."""
+        stored = layer.weight, layer.weight_scale, layer.stored_group, layer.stored_bias
+        return multiply(x.reshape(-1, x.shape[-1]), *stored).view(*x.shape[:-1], -1)
+
+
+class HeadMethod(LateMethod):
+    """A quantized output projection: in parts, as one kernel does not take a whole vocabulary."""
+
+    @override
+    def fill(self, layer: Any, linear: Linear, upload: Upload) -> None:
+        layer.stored_product = load_linear(linear, upload)
 
     @override
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits bfloat16 [T, N]."""
-        logits: Tensor = layer.stored_product(dynamic_quant(x))
+        product = layer.stored_product
+        logits: Tensor = product(x if product.input is Input.FLOAT else dynamic_quant(x))
         return logits
 
 
@@ -238,9 +275,11 @@ PLAIN = AscendUnquantizedLinearMethod
 LINEARS: dict[type[Scheme], Any] = {
     BF16: FloatMethod,
     W8A8: Int8Method,
+    W8A16: WeightOnlyMethod,
+    W4A16: WeightOnlyMethod,
     W8A8Static: StaticInt8Method,
 }
-HEADS: dict[type[Scheme], Any] = {W8A8: Int8HeadMethod}
+HEADS: dict[type[Scheme], Any] = {W8A8: HeadMethod, W8A16: HeadMethod, W4A16: HeadMethod}
 
 
 def check_device() -> None:

@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from qwen3_ascend.checkpoint.companions import CONFIG_NAME
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME
 from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.checkpoint.target import TARGETS
 from qwen3_ascend.checkpoint.verify import structure_problems
 from qwen3_ascend.errors import CheckpointError, OptionError, UserError
 from qwen3_ascend.vllm.linears import check_platform
@@ -73,8 +74,9 @@ def _settle_draft(arguments: Any, folder: Path) -> None:
     """vLLM computes with a draft by its own configuration, but has no place to correct that."""
     if _has_another_head(_opened(arguments, folder), folder):
         raise OptionError(
-            f"{folder} has a quantized head, which vLLM does not take in the draft of speculative "
-            f"decoding; convert the draft with a recipe that leaves the head alone, such as w8a8"
+            f"{folder} has a head of its own, though its config.json ties it to the embedding, "
+            f"which vLLM does not take in the draft of speculative decoding; convert the draft "
+            f"with a recipe that leaves the head alone, such as w8a8"
         )
     given = arguments.speculative_config or {}
     _check_unset("the draft's quantization", given.get("quantization"))
@@ -90,7 +92,9 @@ def _opened(arguments: Any, folder: Path) -> CheckpointReader:
     reader = CheckpointReader(folder)
     for problem in structure_problems(reader):
         raise CheckpointError(f"{folder}: {problem}")
-    check_division(reader.manifest, arguments.tensor_parallel_size)
+    on_device = current_platform.device_type == "npu"
+    target = TARGETS[reader.manifest.target] if on_device else None
+    check_division(reader.manifest, arguments.tensor_parallel_size, target)
     return reader
 
 

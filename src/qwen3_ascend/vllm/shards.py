@@ -10,6 +10,7 @@ from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.linear import BIAS, Linear, stored_forms
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.checkpoint.sharding import shard
+from qwen3_ascend.checkpoint.target import Target
 from qwen3_ascend.errors import OptionError, UserError
 
 
@@ -60,8 +61,14 @@ def rows_of(linear: Linear, rows: Rows) -> Linear:
     return linear.narrow("outputs", [(rows.start, rows.count)]).pad_outputs(rows.kept)
 
 
-def check_division(manifest: Manifest, world: int) -> None:
-    """OptionError unless every linear of a layer can be divided among so many ranks."""
+def check_division(manifest: Manifest, world: int, target: Target | None = None) -> None:
+    """OptionError unless every linear of a layer can be divided among so many ranks.
+
+    Args:
+        manifest: of the checkpoint.
+        world: the number of ranks.
+        target: whose kernels multiply with the parts; None for a CPU, which takes any.
+    """
     model = manifest.model
     heads, kv_heads = model.num_heads, model.num_kv_heads
     copies = max(1, world // kv_heads)
@@ -74,9 +81,11 @@ def check_division(manifest: Manifest, world: int) -> None:
         if name == LM_HEAD:
             continue  # divided as a vocabulary, which is padded
         try:
-            shard_of(_without_bytes(entry), entry, Rank(world - 1, world, copies))
+            part = shard_of(_without_bytes(entry), entry, Rank(world - 1, world, copies))
         except UserError as error:
             raise OptionError(f"--tensor-parallel-size {world}: {name}: {error}") from error
+        if target and (refusal := target.refusal(part.scheme, part.shape)):
+            raise OptionError(f"--tensor-parallel-size {world}: a part of {name}: {refusal}")
 
 
 def _choices(heads: int, kv_heads: int) -> str:

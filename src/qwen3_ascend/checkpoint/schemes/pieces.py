@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from qwen3_ascend.files.safetensors import Form
 from qwen3_ascend.native.kernels import lane_sums
 
 PIECE_BYTES = 1 << 21
-"""Stored bytes of a piece: with its source still within a core's share of the cache."""
+"""Stored bytes of a piece, and its weights at most: with its source still within a core's share of
+the cache."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,41 @@ class Packed:
     sums: Sums | None
 
 
+Ranges = slice | tuple[slice, slice]
+"""Rows of a matrix, or rows and columns."""
+
+
+class Matrix(Protocol):
+    """A float matrix that is asked for ranges of its rows and columns: a tensor, or what makes them
+    of something else when they are asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(rows, columns)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the elements."""
+
+    def __getitem__(self, ranges: Ranges, /) -> Tensor:
+        """The elements of the ranges."""
+
+    def float(self) -> Tensor:
+        """All elements in float32."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """Float matrices [N_i, K] that form one [N, K] when stacked; the stack is never made."""
 
-    parts: tuple[Tensor, ...]
+    parts: tuple[Matrix, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
-    def starts(self) -> Iterator[tuple[int, Tensor]]:
+    def starts(self) -> Iterator[tuple[int, Matrix]]:
         """Each part with the row of the stack at which it begins."""
         row = 0
         for part in self.parts:
@@ -137,7 +161,8 @@ def divide(
         return tuple(Piece("outputs", 0, outputs, matrix) for matrix in matrices)
     length = outputs if axis == "outputs" else inputs
     unit = math.lcm(*(place[axis].unit for place in places.values()))
-    nbytes = sum(form.nbytes for form in forms.values()) // len(matrices)
+    stored = sum(form.nbytes for form in forms.values()) // len(matrices)
+    nbytes = max(stored, outputs * inputs)  # what packing takes follows from the weights
     step = unit * max(1, PIECE_BYTES * length // max(1, nbytes * unit))
     return tuple(
         Piece(axis, start, min(start + step, length), matrix)

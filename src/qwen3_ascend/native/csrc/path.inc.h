@@ -662,7 +662,7 @@ static void rotate_outputs(float *data, int64_t rows, int64_t columns, struct ro
         }
 }
 
-/* ---- sums of squares, and errors of rounding; every product is exact ---- */
+/* ---- sums of squares, and errors of what may be no rounding: not every product is exact ---- */
 
 LOOP void add_squares(const float *weights, int64_t count, double *lanes)
 {
@@ -729,7 +729,7 @@ LOOP void add_rounding_errors(const float *weights, const float *rounded, int64_
         for (int lane = 0; lane < LANES; lane++) {
             double weight = weights[i + lane], error = weight - rounded[i + lane];
             lanes->signal[lane] = add_product(weight, weight, lanes->signal[lane], 1);
-            lanes->noise[lane] = add_product(error, error, lanes->noise[lane], 1);
+            lanes->noise[lane] = add_product(error, error, lanes->noise[lane], 0);
         }
 }
 
