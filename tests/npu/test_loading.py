@@ -35,6 +35,18 @@ PADDING = 544
 """torch_npu rounds an allocation up to 512 bytes and adds 32."""
 
 
+def test_a_kernel_that_is_not_there_is_named(checkpoints: dict[str, Path]) -> None:
+    rule = (
+        "this torch_npu and CANN do not compute with the scheme w4a8 .*group_sizes.*; convert with "
+        "another recipe"
+    )
+    with (
+        ascend_sim.absences.without_argument("npu_quant_matmul", "group_sizes"),
+        pytest.raises(DeviceError, match=rule),
+    ):
+        load(checkpoints["w4a8-plain"], device="npu", kv_cache_tokens=1024, graph=False)
+
+
 def open_backend(reader: CheckpointReader) -> NpuBackend:
     return NpuBackend(reader.manifest.model, DeviceOptions())
 

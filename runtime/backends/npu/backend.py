@@ -32,7 +32,12 @@ from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.attention import open_attention
 from qwen3_ascend.runtime.backends.npu.capabilities import Capabilities, probe
 from qwen3_ascend.runtime.backends.npu.decoding import Decoding, choose_decoding
-from qwen3_ascend.runtime.backends.npu.device import free_bytes, open_device, require_capture
+from qwen3_ascend.runtime.backends.npu.device import (
+    free_bytes,
+    in_one_line,
+    open_device,
+    require_capture,
+)
 from qwen3_ascend.runtime.backends.npu.downloads import download
 from qwen3_ascend.runtime.backends.npu.graph import (
     MAX_STREAMS,
@@ -149,7 +154,7 @@ class NpuBackend(Backend[LayerKV]):
         kind = (str(linear.scheme), linear.layout)
         try:
             loaded = load_linear(linear, self._upload)
-            sound = kind in self._checked or kernel_sees_weight(linear, loaded)
+            sound = kind in self._checked or _kernel_sees_weight(linear, loaded)
             reason = "the kernel reads other rows than the file holds"
         except formats.FormatError as error:
             sound, reason = False, str(error)
@@ -372,6 +377,17 @@ class NpuBackend(Backend[LayerKV]):
     def memory_for_cache(self) -> int:
         free = free_bytes()
         return free - free // RESERVED_SHARE
+
+
+def _kernel_sees_weight(linear: Linear, loaded: NpuLinear) -> bool:
+    """S3; DeviceError if this machine lacks the operator, or refuses what it is asked."""
+    try:
+        return kernel_sees_weight(linear, loaded)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(
+            f"this torch_npu and CANN do not compute with the scheme {linear.scheme} "
+            f"({in_one_line(error)}); convert with another recipe"
+        ) from error
 
 
 def _captured_calls(decoding: Decoding) -> CapturedCalls:
