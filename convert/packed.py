@@ -23,7 +23,6 @@ from typing_extensions import override
 from qwen3_ascend.checkpoint.layout import Cut, Layout
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import W4A16, Codes, Scheme
-from qwen3_ascend.checkpoint.schemes.base import TEMPORARY_BYTES
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums, measured
 from qwen3_ascend.checkpoint.schemes.w4a16 import GROUPS
 from qwen3_ascend.convert import exchange
@@ -46,6 +45,10 @@ WORD_BITS = 32
 UNPACKING_BYTES = 20
 """Memory for each weight of a piece that is unpacked: two int32, scale, zero point and product in
 float32."""
+
+TAKING_BYTES = 128
+"""Memory for each weight of a piece that is taken and measured, with what the allocator keeps of
+the float64 blocks that come and go: about twice of what lives at a time, as measured."""
 
 
 @dataclass(frozen=True)
@@ -310,7 +313,7 @@ class PackedEncoding(Encoding):
     @override
     def temporary_bytes(self, scheme: Scheme, layout: Layout, itemsize: int) -> int:
         if self.scheme is not None:
-            return UNPACKING_BYTES + TEMPORARY_BYTES
+            return TAKING_BYTES
         return UNPACKING_BYTES + scheme.temporary_bytes(layout, DECODED.itemsize)
 
     def _groups(self, inputs: int) -> int:

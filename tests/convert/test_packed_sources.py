@@ -37,6 +37,7 @@ from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, pieces
+from qwen3_ascend.convert.export.exporting import export_checkpoint
 from qwen3_ascend.convert.plan import make_plan
 from qwen3_ascend.convert.recipe import Recipe
 from qwen3_ascend.convert.source import open_source
@@ -285,6 +286,20 @@ def test_what_is_said(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     done = run("convert", source, out)
     assert done.code == 0 and "nothing to do" in done.err
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_an_export_comes_back(group: int, tmp_path: Path) -> None:
+    """The weight files are those of the checkpoint that was exported, byte for byte."""
+    recipe = Recipe.parse(
+        "{schema: 1, name: mine, rules: [{match: lm_head, scheme: bf16}, "
+        f"{{match: '*', scheme: {{name: w4a16, group: {group}}}}}]}}", "here",
+    )  # fmt: skip
+    convert_checkpoint(tiny_models.write(tmp_path / "source", GROUPS), tmp_path / "made", recipe)
+    export_checkpoint(tmp_path / "made", tmp_path / "exported", "compressed-tensors")
+    convert_checkpoint(tmp_path / "exported", tmp_path / "back")
+    assert finished_weights(tmp_path / "back") == finished_weights(tmp_path / "made")
+    assert_taken(tmp_path / "exported", tmp_path / "back", group)
 
 
 def test_an_integer_that_differs_is_named(tmp_path: Path) -> None:

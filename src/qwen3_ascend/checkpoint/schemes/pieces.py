@@ -20,8 +20,10 @@ from qwen3_ascend.files.safetensors import Form
 from qwen3_ascend.native.kernels import lane_sums
 
 PIECE_BYTES = 1 << 21
-"""Stored bytes of a piece, and its weights at most: with its source still within a core's share of
-the cache."""
+"""Stored bytes of a piece: with its source still within a core's share of the cache."""
+
+NARROW = 2
+"""Bytes that a weight counts for in a piece whose codes are narrower than one."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,9 @@ def divide(
     length = outputs if axis == "outputs" else inputs
     unit = math.lcm(*(place[axis].unit for place in places.values()))
     stored = sum(form.nbytes for form in forms.values()) // len(matrices)
-    nbytes = max(stored, outputs * inputs)  # what packing takes follows from the weights
+    weights = outputs * inputs
+    # torch works on codes that are narrower than a byte: what it takes is many times as large.
+    nbytes = stored if stored >= weights else NARROW * weights
     step = unit * max(1, PIECE_BYTES * length // max(1, nbytes * unit))
     return tuple(
         Piece(axis, start, min(start + step, length), matrix)
