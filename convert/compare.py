@@ -139,7 +139,9 @@ class _Origin:
         for name, entry in manifest.linears.items():
             names += _weight_names(entry, self.source)
             touched = [self.changes.touched.get(part) for part in _changed_parts(name, entry)]
-            names += [f"{n}.{WEIGHT}" for touch in touched if touch for n in touch.consults]
+            for consulted in (n for touch in touched if touch for n in touch.consults):
+                encoding = self.source.quantization.encoding(consulted)
+                names += encoding.stored(consulted, self.source.slots)
         return [name for name in names if name in self.source.location]
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:

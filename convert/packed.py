@@ -36,7 +36,7 @@ from qwen3_ascend.convert.encodings import (
     first_place,
     require_scales,
 )
-from qwen3_ascend.convert.weights import ChosenWeights, Weights, same_codes
+from qwen3_ascend.convert.weights import ChosenWeights, KeptWeights, Weights, same_codes
 from qwen3_ascend.errors import DamagedSourceError
 from qwen3_ascend.files.safetensors import TensorSlot
 from qwen3_ascend.native import Kernels
@@ -93,8 +93,8 @@ AWQ = Packing("qweight", "qzeros", "scales", None, True, "outputs", places=(0, 4
 """Of AutoAWQ, `version: gemm`: `WQLinear_GEMM`, and AWQ_REVERSE_ORDER of its packing_utils.py."""
 
 COMPRESSED = Packing(
-    exchange.WEIGHT_PACKED, exchange.WEIGHT_ZERO_POINT, exchange.WEIGHT_SCALE, "weight_g_idx", False,
-    "inputs", also=(exchange.WEIGHT_SHAPE,),
+    exchange.WEIGHT_PACKED, exchange.WEIGHT_ZERO_POINT, exchange.WEIGHT_SCALE, "weight_g_idx",
+    False, "inputs", also=(exchange.WEIGHT_SHAPE,),
 )  # fmt: skip
 """Of compressed-tensors, `pack-quantized`: `PackedQuantizationCompressor`."""
 
@@ -151,7 +151,7 @@ class PackedMatrix(DecodedMatrix):
 
 
 @dataclass(frozen=True)
-class TakenIntegers(Weights):
+class TakenIntegers(KeptWeights):
     """Integers that somebody else has chosen for w4a16, and that are kept; scales are bfloat16.
 
     Attributes:

@@ -267,7 +267,7 @@ def make_plan(
         for part in spec
     )
     changes = touched(model_parts(config), transforms)
-    items = tuple(_changed(item, changes, recipe, quantization) for item in made)
+    items = tuple(_changed(item, changes, recipe, slots, quantization) for item in made)
     ignored = _unread(config, items, slots)
     weight_files = fill_files([item.forms for item in items], parse_size(max_file_bytes), STEM)
     stored = replace(config, tie_word_embeddings=spec.lm_head is None)
@@ -416,19 +416,26 @@ def _plan_linear(
 
 
 def _changed(
-    item: Item, changes: Mapping[str, Touched], recipe: Recipe, quantization: Quantization
+    item: Item,
+    changes: Mapping[str, Touched],
+    recipe: Recipe,
+    slots: Mapping[str, TensorSlot],
+    quantization: Quantization,
 ) -> Item:
     """An item with what transforms will do to it."""
     found = [changes[name] for name in item.changed if name in changes]
     if not found:
         return item
-    if item.encoding != FLOAT:
+    if item.encoding.codes == "taken":
         raise RecipeError(
             f"recipe {recipe.name}: its transforms ({', '.join(recipe.transforms)}) change "
             f"{item.parts[0]}, which the source holds quantized ({quantization.format}): use a "
             f"recipe without transforms, or convert the original model"
         )
-    consults = dict.fromkeys(f"{name}.{WEIGHT}" for touch in found for name in touch.consults)
+    consulted = dict.fromkeys(name for touch in found for name in touch.consults)
+    consults = [
+        stored for name in consulted for stored in quantization.encoding(name).stored(name, slots)
+    ]
     return replace(item, block=max(touch.block for touch in found), consults=tuple(consults))
 
 

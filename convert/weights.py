@@ -148,8 +148,20 @@ class QuantizedWeights(ChosenWeights):
         return self.chosen.integers[:, span], self.chosen.scales[:, groups]
 
 
+class KeptWeights(Weights):
+    """Codes that somebody else has chosen, and that are kept, whatever form they come in."""
+
+    @override
+    def quantized(self, choose: Choose, kernels: Kernels, advance: Callable[[], None]) -> Weights:
+        return self
+
+    @override
+    def changed(self, find: FindChanges, kernels: Kernels) -> Weights:
+        raise AssertionError("the plan refuses to change codes")
+
+
 @dataclass(frozen=True)
-class TakenWeights(Weights):
+class TakenWeights(KeptWeights):
     """Codes that somebody else has chosen, and that are kept.
 
     Attributes:
@@ -174,14 +186,6 @@ class TakenWeights(Weights):
     @override
     def has_codes(self, stored: Linear, piece: Piece) -> bool:
         return same_codes(stored.codes(), self._codes(piece))
-
-    @override
-    def quantized(self, choose: Choose, kernels: Kernels, advance: Callable[[], None]) -> Weights:
-        return self
-
-    @override
-    def changed(self, find: FindChanges, kernels: Kernels) -> Weights:
-        raise AssertionError("the plan refuses to change codes")
 
     def _codes(self, piece: Piece) -> Codes:
         """The codes of a piece: views if it lies in one part, else copies."""

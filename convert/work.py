@@ -17,7 +17,7 @@ from qwen3_ascend.checkpoint.linear import BIAS, byte_offset, stored_bias, store
 from qwen3_ascend.checkpoint.schemes import BF16, Input
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Sums, sqnr_db
-from qwen3_ascend.convert.encodings import read_weights
+from qwen3_ascend.convert.encodings import FLOAT, read_weights
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.weight_file import WeightFileWriter, tensor_bytes
@@ -175,8 +175,13 @@ def changed_floats(source: Source, changes: ModelChanges) -> Callable[[str, Tens
 
 
 def floats_of(source: Source, name: str) -> Tensor:
-    """The weight of a linear, norm or embedding of floats, as the source has it."""
-    return source.read(f"{name}.{WEIGHT}")
+    """The weight of a linear, norm or embedding as the source has it; what it holds as codes of no
+    scheme is decoded."""
+    encoding = source.quantization.encoding(name)
+    if encoding == FLOAT:
+        return source.read(f"{name}.{WEIGHT}")
+    tensors = {stored: source.read(stored) for stored in encoding.stored(name, source.slots)}
+    return read_weights(encoding, [name], tensors).floats()
 
 
 def changed_biases(

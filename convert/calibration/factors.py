@@ -8,11 +8,13 @@ would give other last bits on another processor.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from qwen3_ascend.checkpoint.layout import Cut
 from qwen3_ascend.convert.calibration.sealed import DIGITS, is_sealed, write_sealed
 from qwen3_ascend.convert.transforms.changes import Changes, Replace, Scale
 from qwen3_ascend.errors import CheckpointError
@@ -58,8 +60,9 @@ def read_factors(data: bytes, where: str) -> Changes:
 def _step(kind: str, values: Tensor, where: str) -> Scale | Replace:
     if kind == GAIN:
         return Replace(values)
-    if kind == "outputs" or kind == "inputs":
-        return Scale(kind, values)
+    for axis in get_args(Cut):
+        if kind == axis:
+            return Scale(axis, values)
     raise CheckpointError(f"{where} holds {kind}, which is no factor; convert again")
 
 

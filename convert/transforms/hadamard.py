@@ -9,6 +9,7 @@ every machine finds the same bits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -62,7 +63,7 @@ class Rotation:
             top = torch.cat([sylvester, sylvester], 1)
             sylvester = torch.cat([top, torch.cat([sylvester, -sylvester], 1)])
         whole: Tensor = torch.kron(self.base.double(), sylvester)
-        return whole * self.signs.double() / self.size**0.5
+        return whole * self.signs.double() / math.sqrt(self.size)
 
     def of_inputs(self, weight: Tensor, kernels: Kernels, factors: Tensor | None = None) -> None:
         """Rotates the rows of a float32 matrix [N, K] in place; K is a multiple of the size.

@@ -92,5 +92,7 @@ class ChangedStack(Stack):
         change = self._change(index)
         with self._lock:
             if index not in self._whole:
-                self._whole[index] = change.weight(self.parts[index], kernels=self.kernels)
+                part = self.parts[index]
+                weight = part if isinstance(part, Tensor) else part.float()
+                self._whole[index] = change.weight(weight, kernels=self.kernels)
             return self._whole[index]

@@ -25,6 +25,10 @@ SCHEMES: dict[str, type[Scheme]] = {
     "w4a16": W4A16,
 }
 
+EXAMPLES: tuple[Scheme, ...] = (*(make() for make in SCHEMES.values()), W4A16(64), W4A16(32))
+"""One of every kind, for whoever examines kernels; w4a16 with each group, of which 32 has another
+layout."""
+
 
 def make_scheme(name: str, parameters: Mapping[str, Any]) -> Scheme:
     """The scheme of a name, with parameters.
@@ -51,6 +55,7 @@ def make_scheme(name: str, parameters: Mapping[str, Any]) -> Scheme:
 
 __all__ = [
     "BF16",
+    "EXAMPLES",
     "SCHEMES",
     "W4A8",
     "W4A16",
