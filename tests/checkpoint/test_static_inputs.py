@@ -112,6 +112,11 @@ def test_what_is_stored(layout: Layout, shape: tuple[int, ...]) -> None:
     assert torch.equal(scale, scale.bfloat16().float())
     assert torch.equal(channel_scale(linear.tensors), scale)
     assert torch.equal(linear.dequantize(), plain.dequantize())
+    # The reciprocal is what inputs are multiplied by: so it is what has to cancel.
+    assert torch.equal(
+        linear.tensors["deq_scale"], scale / StaticInput.of(0.014160156, 0).reciprocal
+    )
+    assert float(linear.tensors["input_scale"].flatten()[0]) == pytest.approx(0.014160156, rel=1e-7)
     expected = -codes["input_offset"].int() * codes["weight"].int().sum(-1)
     assert torch.equal(codes["quant_bias"], expected) and bool(expected.any())
     again = linear.for_inputs(InputRange(-3, 1)).for_inputs(INPUTS)
