@@ -112,6 +112,11 @@ def test_what_is_stored(layout: Layout, shape: tuple[int, ...]) -> None:
     assert torch.equal(scale, scale.bfloat16().float())
     assert torch.equal(channel_scale(linear.tensors), scale)
     assert torch.equal(linear.dequantize(), plain.dequantize())
+    # The reciprocal is what inputs are multiplied by: so it is what has to cancel.
+    step = torch.tensor(3.6 / 255).bfloat16()
+    reciprocal = (1 / step.float()).bfloat16().float()
+    assert torch.equal(codes["input_scale"], torch.full_like(codes["input_scale"], float(step)))
+    assert torch.equal(codes["deq_scale"], scale / reciprocal) and step.float() * reciprocal != 1
     expected = -codes["input_offset"].int() * codes["weight"].int().sum(-1)
     assert torch.equal(codes["quant_bias"], expected) and bool(expected.any())
     again = linear.for_inputs(InputRange(-3, 1)).for_inputs(INPUTS)
