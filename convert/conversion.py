@@ -6,8 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen3_ascend import native, recipes
+from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.manifest import Manifest
+from qwen3_ascend.convert.bits.mixing import mixed_recipe
+from qwen3_ascend.convert.bits.sensitivities import SENSITIVITIES, Sensitivities
 from qwen3_ascend.convert.budget import Budget
+from qwen3_ascend.convert.calibration.data import Calibration, choose_windows, plan_calibration
+from qwen3_ascend.convert.calibration.needs import calibration_bytes, needs_data, wanted
 from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.finished import CHECKPOINT, finished_manifest, is_finished
 from qwen3_ascend.convert.identity import identity
@@ -26,7 +31,7 @@ from qwen3_ascend.convert.source.transfer import Transfer
 from qwen3_ascend.convert.usable import check_usable
 from qwen3_ascend.errors import CheckpointError, OptionError, os_errors
 from qwen3_ascend.files.paths import user_path
-from qwen3_ascend.files.text import parse_size
+from qwen3_ascend.files.text import parse_size, size_text
 from qwen3_ascend.version import __version__
 
 
@@ -65,13 +70,40 @@ def plan_conversion(
             config = replace(config, tie_word_embeddings=False)
             notes.append(f"config.json ties {HEAD} to the embedding, but it differs: it is kept")
         alike = {HEAD: EMBEDDING} if finding == "alike" else {}
-    plan = make_plan(
-        config, source.slots, chosen or _default_recipe(source), options.max_file_bytes,
-        alike=alike, quantization=source.quantization,
-    )  # fmt: skip
+
+    def planned(recipe: Recipe) -> Plan:
+        return make_plan(
+            config, source.slots, recipe, options.max_file_bytes,
+            alike=alike, quantization=source.quantization,
+        )  # fmt: skip
+
+    plan = planned(chosen or _default_recipe(source))
+    if options.target_bpw is not None:
+        known = Sensitivities.load(sensitivities_file(options, output))
+        plan = planned(mixed_recipe(plan, known, options.target_bpw))
+    calibration = _calibration(plan, options, source, notes)
+    if config.tie_word_embeddings and any(transform.unties for transform in plan.transforms):
+        (head,) = (item for item in plan.items if item.name == LM_HEAD)
+        notes.append(
+            f"the embedding and the tied output projection become different weights: the latter is "
+            f"stored as well, {size_text(head.nbytes)}"
+        )
     for line in notes:  # not before: a refusal is one line
         events.note(line)
-    return source, plan
+    return source, replace(plan, calibration=calibration)
+
+
+def _calibration(
+    plan: Plan, options: ConvertOptions, source: Source, notes: list[str]
+) -> Calibration | None:
+    """With what a plan is calibrated; None if its recipe needs no data, and none is given that it
+    could use."""
+    said = options.calibration
+    if needs_data(plan) or (said is not None and wanted(plan)):
+        return plan_calibration(options, plan.config, source.names)
+    if said is not None:
+        notes.append(f"recipe {plan.recipe.name} needs no calibration: {said} is not read")
+    return None
 
 
 def _default_recipe(source: Source) -> Recipe:
@@ -79,6 +111,42 @@ def _default_recipe(source: Source) -> Recipe:
     if not source.quantization.has_codes:
         return Recipe.load(recipes.DEFAULT)
     return source.quantization.recipe(linear_names(source.config))
+
+
+def plan_budget(plan: Plan, options: ConvertOptions) -> Budget:
+    """How much of a plan is under way at a time; OptionError if the memory is too little."""
+    return Budget.fit(
+        plan.piece_bytes, options.threads, parse_size(options.max_memory), calibration_bytes(plan)
+    )
+
+
+def sensitivities_file(options: ConvertOptions, output: Path | None) -> Path:
+    """Where the sensitivities of a conversion are: where the user says, or beside the output."""
+    if options.sensitivities is not None:
+        return user_path(options.sensitivities)
+    if output is None:
+        raise OptionError("target_bpw: say in which file the sensitivities are")
+    return output.with_name(f"{output.name}.{SENSITIVITIES}")
+
+
+def _measure(
+    model: str | Path,
+    output: Path,
+    recipe: str | Recipe | None,
+    options: ConvertOptions,
+    events: Events,
+) -> None:
+    """Measures what is not measured yet of the model that a conversion is to give more bits."""
+    # Imported here, because what is not measured needs no model that computes.
+    from qwen3_ascend.convert.bits.measured import measure_sensitivities
+
+    if options.low_disk:
+        raise OptionError(
+            "low_disk: measuring for target_bpw reads the model many times; download it first"
+        )
+    as_said = replace(options, target_bpw=None, sensitivities=None)
+    file = sensitivities_file(options, output)
+    measure_sensitivities(model, file, recipe, as_said, events)
 
 
 @os_errors(CheckpointError)
@@ -116,15 +184,24 @@ def convert_checkpoint(
     source_folder = user_path(model)
     if source_folder.is_dir() and source_folder.resolve() == folder.resolve():
         raise OptionError(f"{folder} is the source itself; choose another output folder")
+    if options.target_bpw is not None:
+        _measure(model, folder, recipe, options, events)
     source, plan = plan_conversion(model, recipe, options, events, folder)
-    budget = Budget.fit(plan.piece_bytes, options.threads, parse_size(options.max_memory))
+    budget = plan_budget(plan, options)
     carried = source.carried()
+    if options.target_bpw is not None:
+        carried |= {SENSITIVITIES: sensitivities_file(options, folder).read_bytes()}
     if is_again and not (folder / STAGING).exists():
         with source:
             made = finished_manifest(folder, plan, source, carried, options.hash_source)
             events.note(f"{folder} holds this conversion already: nothing to do")
             return made
     check_usable(carried, source.place, events.note)
+    windows = (
+        choose_windows(plan.calibration, plan.config, carried, events.note)
+        if plan.calibration
+        else ()
+    )
     same = identity(plan, source, carried, options.hash_source)
     if source.provider.revision is not None:
         events.note(f"from {source.provider.repo} @ {source.provider.revision}")
@@ -151,5 +228,5 @@ def convert_checkpoint(
             events.note(f"continuing: {done} of {total} items were done before")
         return run(
             plan, source, carried, writer, budget, native.best(), __version__,
-            options.hash_source, events,
+            options.hash_source, events, windows,
         )  # fmt: skip

@@ -78,6 +78,10 @@ class Encoding(ABC):
             SourceError: if a tensor is missing, or its type or shape is not what is said.
         """
 
+    def stored(self, linear: str, slots: Mapping[str, TensorSlot]) -> list[str]:
+        """The tensors of a linear that are there, by full name."""
+        return [name for suffix in self.known if (name := f"{linear}.{suffix}") in slots]
+
     @abstractmethod
     def weights(self, parts: Mapping[str, Read]) -> Weights:
         """What has been read of each linear, in the order in which they are fused.

@@ -26,5 +26,8 @@ class Events:
     def done(self, name: str, nbytes: int) -> None:
         """An item is written: its name and the bytes of its source tensors."""
 
+    def working(self, what: str) -> None:
+        """Something that takes a while has come a step further; what, for people."""
+
     def note(self, line: str) -> None:
         """A line for people, about a download or what an interrupted run has left."""

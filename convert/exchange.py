@@ -95,6 +95,18 @@ with a scale for each token: our w8a8."""
 W8A16 = "W8A16"
 """The same with activations as they are: our w8a16."""
 
+W8A8_STATIC = "W8A8"
+"""Type of every tensor of a linear with int8 weights, a scale for each output, and int8 activations
+under one scale and offset: our w8a8-static. Source: on_w8a8_static in ascendv1.py of msmodelslim
+26.1.0, and AscendW8A8LinearMethod of vllm-ascend 0.23.0, which reads them."""
+
+INPUT_SCALE, INPUT_OFFSET = "input_scale", "input_offset"
+"""Suffixes of the scale and offset of its inputs, float32 [1] each."""
+
+DEQ_SCALE, QUANT_BIAS = "deq_scale", "quant_bias"
+"""Suffixes of what its integer sums are multiplied by, float32 [N], and what is added to them
+before, int32 [N]: the offset's part, and the bias in units of deq_scale."""
+
 ASCENDV1_VERSION = "1.0.0"
 
 TOTAL_TYPE = "model_quant_type"

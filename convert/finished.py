@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen3_ascend.checkpoint.companions import safe_name
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.convert.calibration.factors import FACTORS_NAME
 from qwen3_ascend.convert.compare import compare
 from qwen3_ascend.convert.output.writer import OutputKind
 from qwen3_ascend.convert.plan import STEM, Plan
@@ -68,6 +69,7 @@ def finished_manifest(
         ),
         "files of weights": ({n: f.size for n, f in found.source.files.items()}, sizes),
         "configuration": (found.model, plan.config),
+        "calibration": (found.calibration, plan.calibration and plan.calibration.record),
         "small files": (_hashes(found), {n: bytes_blake3(data) for n, data in carried.items()}),
         "output files": (_forms(found), _planned_forms(plan)),
         "hashes of the source": (bool(found.source.tensors), hash_source),
@@ -83,9 +85,12 @@ def finished_manifest(
     return found
 
 
+MADE = (MODEL_CARD_NAME, FACTORS_NAME)
+
+
 def _hashes(manifest: Manifest) -> dict[str, str]:
     """Of the files that came from the source."""
-    return {n: entry.blake3 for n, entry in manifest.files.items() if n != MODEL_CARD_NAME}
+    return {n: entry.blake3 for n, entry in manifest.files.items() if n not in MADE}
 
 
 def _forms(manifest: Manifest) -> dict[str, tuple[str, Form]]:

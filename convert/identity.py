@@ -31,6 +31,7 @@ def identity(
         "revision": provider.revision or "none",
         "recipe": f"{plan.recipe.name} {_short(dict(plan.recipe.verbatim))}",
         "codes of the source": _codes(plan, source),
+        "calibration": _calibration(plan),
         "source hashes": "yes" if hash_source else "no",
         "output files": files_text(plan.weight_files),
         **{f"source file {name}": _weights(source, name) for name in source.weight_files},
@@ -46,6 +47,14 @@ def _codes(plan: Plan, source: Source) -> str:
     """Which linears came as codes, and how those are read."""
     kinds = {i.name: i.encoding.kind for i in plan.items if i.encoding != FLOAT}
     return f"{source.quantization.format}, {len(kinds)} {_short(kinds)}" if kinds else "none"
+
+
+def _calibration(plan: Plan) -> str:
+    """The texts, and how much of them is read where."""
+    if plan.calibration is None:
+        return "none"
+    record = plan.calibration.record
+    return f"{record}, {record.blake3[:DIGITS] if record.blake3 else 'no file'}"
 
 
 def files_text(weight_files: Sequence[WeightFilePlan]) -> str:

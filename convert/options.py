@@ -9,6 +9,8 @@ from qwen3_ascend.options import check_options, option
 
 HUBS = ("huggingface", "modelscope")
 
+DEVICES = ("cpu", "npu")
+
 EXPORT_FORMATS = ("ascendv1", "compressed-tensors", "huggingface")
 
 
@@ -51,7 +53,31 @@ class WritingOptions:
 
 
 @dataclass(frozen=True)
-class ConvertOptions(WritingOptions):
+class CalibrationOptions:
+    """Options of recipes that look at what texts do to the inputs of linears."""
+
+    calibration: str | None = option(
+        None,
+        'Texts to calibrate with: plain UTF-8 text, or a .jsonl file of {"text": ...} and '
+        '{"messages": [...]}. Recipes that need none leave it aside.',
+        metavar="FILE",
+        unset="texts in eight languages, code and conversations, which ship with the package",
+    )
+    calibration_tokens: int = option(
+        16384, "Tokens to calibrate with, in windows of 512 spread over the texts.", least=1
+    )
+    calibration_device: str = option(
+        "cpu", "Where calibration computes; everything else runs on the CPU.", choices=DEVICES
+    )
+
+
+def _bits(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 16:
+        raise ValueError(f"{value!r} is no number of bits above 0 and up to 16")
+
+
+@dataclass(frozen=True)
+class ConvertOptions(WritingOptions, CalibrationOptions):
     """Options of a conversion; each field says what it is for.
 
     Raises:
@@ -77,6 +103,22 @@ class ConvertOptions(WritingOptions):
         "Further attempts at a download that failed, with growing pauses; 5 come to about half a "
         "minute of patience.",
         least=0,
+    )
+    target_bpw: float | None = option(
+        None,
+        "Bits a weight, scales included, that the linears of the layers may take on average: those "
+        "that gain most are raised above the recipe (int4 to int8, int8 to bf16). What each gains "
+        "is measured first, which takes a while.",
+        metavar="X",
+        unset="as the recipe says",
+        rule=_bits,
+    )
+    sensitivities: str | None = option(
+        None,
+        "With --target-bpw: the file of what was measured, written unless it is there; see "
+        "`qwen3-ascend sensitivity`.",
+        metavar="FILE",
+        unset="OUTPUT.sensitivities.json, beside OUTPUT",
     )
     hash_source: bool = option(
         False,

@@ -35,7 +35,7 @@ from qwen3_ascend.convert.encodings import (
     first_place,
     require_scales,
 )
-from qwen3_ascend.convert.weights import ChosenWeights, Weights, same_codes
+from qwen3_ascend.convert.weights import ChosenWeights, KeptWeights, Weights, same_codes
 from qwen3_ascend.errors import DamagedSourceError
 from qwen3_ascend.files.safetensors import TensorSlot
 from qwen3_ascend.native import Kernels
@@ -154,7 +154,7 @@ class PackedMatrix(DecodedMatrix):
 
 
 @dataclass(frozen=True)
-class TakenIntegers(Weights):
+class TakenIntegers(KeptWeights):
     """Integers that somebody else has chosen for w4a16, and that are kept; scales are bfloat16.
 
     Attributes:

@@ -23,16 +23,23 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import BIAS, stored_forms
 from qwen3_ascend.checkpoint.schemes import BF16, Scheme
+from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
+from qwen3_ascend.convert.calibration.data import Calibration
 from qwen3_ascend.convert.encodings import FLOAT, Encoding, check_floats
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.options import ConvertOptions
 from qwen3_ascend.convert.output.weight_file import WeightFilePlan, fill_files
-from qwen3_ascend.convert.recipe import Recipe, Rule
+from qwen3_ascend.convert.quantizers import QUANTIZERS
+from qwen3_ascend.convert.recipe import NEAREST, Recipe, Rule
 from qwen3_ascend.convert.source.foreign import tensor_hint
 from qwen3_ascend.convert.source.names import HEAD
 from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
+from qwen3_ascend.convert.transforms import TRANSFORMS, FittedTransform, Transform
+from qwen3_ascend.convert.transforms.parts import model_parts
+from qwen3_ascend.convert.transforms.whole import Touched, touched
+from qwen3_ascend.convert.weights import CHUNK_BYTES, chunk_outputs
 from qwen3_ascend.errors import RecipeError, SourceError
 from qwen3_ascend.files.safetensors import Form, TensorSlot
 from qwen3_ascend.files.text import parse_size
@@ -57,6 +64,10 @@ class Item:
         encoding: how the source holds its weight.
         weights: the source tensors that its weight is made of.
         source_bytes: of its tensors in the source.
+        block: how many neighbouring outputs have to be known together, since a transform mixes
+            them; 0 if its weight stays as it is.
+        consults: further source tensors, which decide how its weight is changed.
+        quantizer: the name of who chooses its codes, if they are chosen.
     """
 
     spec: Spec
@@ -66,6 +77,9 @@ class Item:
     encoding: Encoding
     weights: tuple[str, ...]
     source_bytes: int
+    block: int = 0
+    consults: tuple[str, ...] = ()
+    quantizer: str = NEAREST
 
     @property
     def name(self) -> str:
@@ -97,6 +111,17 @@ class Item:
         """All source tensors that it is made of."""
         return (*self.weights, *self.biases)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """All source tensors that have to be there to make it."""
+        return tuple(dict.fromkeys((*self.reads, *self.consults)))
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """What a transform calls the weights that are stacked: those of the source, but for a head
+        that is made of the embedding and becomes another weight."""
+        return (LM_HEAD,) if self.name == LM_HEAD else self.parts
+
     def stored_name(self, suffix: str) -> str:
         """The full name of a stored tensor."""
         return self.name if isinstance(self.spec, TensorSpec) else f"{self.name}.{suffix}"
@@ -122,8 +147,32 @@ class Item:
         piece, (outputs, inputs) = self.pieces[0], self.matrix
         weights = (piece.stop - piece.start) * (inputs if piece.axis == "outputs" else outputs)
         itemsize = -(-self.source_bytes // (outputs * (inputs + bool(self.biases))))
+        if self.block:
+            itemsize = torch.float32.itemsize
         taken = self.encoding.temporary_bytes(self.scheme, self.layout, itemsize)
-        return max(taken * weights, PIECE_BYTES)
+        packing = max(taken * weights, PIECE_BYTES) + self._changed_bytes(piece)
+        return packing if self.quantizer == NEAREST else self._quantized_bytes(packing)
+
+    def _quantized_bytes(self, packing: int) -> int:
+        """Memory of a linear whose codes are chosen together, before they are packed: its integers
+        and scales, what the quantizer needs, and a chunk."""
+        assert isinstance(self.scheme, IntegerScheme)
+        outputs, inputs = self.matrix
+        chosen = outputs * (inputs + torch.float32.itemsize * self.scheme.grid.groups(inputs))
+        chunk = Piece("outputs", 0, min(chunk_outputs(inputs), outputs))
+        shared = QUANTIZERS[self.quantizer].shared_bytes(inputs)
+        choosing = shared + chunk.stop * inputs * CHUNK_BYTES + self._changed_bytes(chunk)
+        return chosen + max(choosing, packing)
+
+    def _changed_bytes(self, piece: Piece) -> int:
+        """Memory of the changed weights that are known together, float32: all, of which pieces are
+        views, or those of a piece and of the blocks at its ends, and a copy of the piece."""
+        outputs, inputs = self.matrix
+        if not self.block:
+            return 0
+        around = 2 * (piece.stop - piece.start) + 2 * (self.block - 1)
+        together = outputs if piece.axis == "inputs" else min(around, outputs)
+        return torch.float32.itemsize * together * inputs
 
 
 @dataclass(frozen=True)
@@ -137,6 +186,8 @@ class Plan:
         ignored: source tensors that are left out, each with the reason.
         alike: of these, the ones that seem to equal a tensor that is stored, by its name; they are
             compared in full once they have been read.
+        transforms: that make equivalent weights first.
+        calibration: with what; None if nothing has to be known of the inputs of linears.
     """
 
     config: Qwen3Config
@@ -146,6 +197,13 @@ class Plan:
     weight_files: tuple[WeightFilePlan, ...]
     ignored: Mapping[str, str]
     alike: Mapping[str, str]
+    transforms: tuple[Transform, ...] = ()
+    calibration: Calibration | None = None
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Source tensors that are read once more in the end, to hold one against another."""
+        return (*self.alike, *(self.alike.values() if self.transforms else ()))
 
     @property
     def source_bytes(self) -> int:
@@ -200,24 +258,39 @@ def make_plan(
     """
     _check_rules(config, recipe, quantization)
     _refuse_strangers(config, slots, quantization)
-    spec = _stored_spec(config, recipe)
-    items = tuple(
+    transforms = _transforms(recipe)
+    spec = _stored_spec(config, recipe, transforms)
+    made = (
         _plan_linear(part, slots, recipe, target, quantization)
         if isinstance(part, LinearSpec)
         else _plan_tensor(part, slots)
         for part in spec
     )
+    changes = touched(model_parts(config), transforms)
+    items = tuple(_changed(item, changes, recipe, slots, quantization) for item in made)
     ignored = _unread(config, items, slots)
     weight_files = fill_files([item.forms for item in items], parse_size(max_file_bytes), STEM)
     stored = replace(config, tie_word_embeddings=spec.lm_head is None)
-    return Plan(stored, recipe, target, items, weight_files, ignored, alike)
+    return Plan(stored, recipe, target, items, weight_files, ignored, alike, transforms)
 
 
-def _stored_spec(config: Qwen3Config, recipe: Recipe) -> ModelSpec:
-    """The weights that are stored: a tied head that is quantized becomes one of its own, made of
-    the embedding, which stays as it is."""
-    spec = model_spec(config)
-    if spec.lm_head or recipe.rule_for(LM_HEAD).scheme == BF16():
+def _transforms(recipe: Recipe) -> tuple[Transform, ...]:
+    """Calibration sees the inputs of a layer as the transforms that need no data leave them."""
+    named = tuple(TRANSFORMS[name] for name in recipe.transforms)
+    for name, before, after in zip(recipe.transforms, named, named[1:], strict=False):
+        if isinstance(before, FittedTransform) and not isinstance(after, FittedTransform):
+            raise RecipeError(
+                f"recipe {recipe.name}: the transform {name} needs data, and comes after those "
+                f"that need none"
+            )
+    return named
+
+
+def _stored_spec(config: Qwen3Config, recipe: Recipe, transforms: Sequence[Transform]) -> ModelSpec:
+    """The weights that are stored: a tied head that is quantized, or becomes another weight than
+    the embedding, is one of its own, made of the embedding."""
+    spec, unties = model_spec(config), any(transform.unties for transform in transforms)
+    if spec.lm_head or (recipe.rule_for(LM_HEAD).scheme == BF16() and not unties):
         return spec
     return replace(spec, lm_head=lm_head_spec(config, EMBEDDING))
 
@@ -250,21 +323,35 @@ def _check_rules(config: Qwen3Config, recipe: Recipe, quantization: Quantization
         used += rules
         for source, rule in zip(linear.sources, rules, strict=True):
             _check_taken(source, rule, recipe, quantization)
-        if len({rule.scheme for rule in rules}) > 1:
-            said = ", ".join(
-                f"{source.rpartition('.')[2]}: {rule.scheme}"
-                for source, rule in zip(linear.sources, rules, strict=True)
-            )
-            raise RecipeError(
-                f"recipe {recipe.name}: {linear.name} is one fused linear, but its parts are "
-                f"given different schemes ({said})"
-            )
+            _check_quantizer(source, rule, recipe)
+        _check_alike(linear, rules, recipe)
     for number, rule in enumerate(recipe.rules, 1):
         if not any(rule is other for other in used):  # two rules may be equal
             raise RecipeError(
                 f"recipe {recipe.name}: rule {number} ({rule.match!r}) decides nothing: no linear "
                 f"matches it, or earlier rules match them all"
             )
+
+
+def _check_alike(linear: LinearSpec, rules: Sequence[Rule], recipe: Recipe) -> None:
+    """The parts of a fused linear have one scheme, and one quantizer finds their codes."""
+    for what in ("scheme", "quantizer"):
+        given = [str(getattr(rule, what)) for rule in rules]
+        if len({*given}) > 1:
+            names = (source.rpartition(".")[2] for source in linear.sources)
+            said = ", ".join(f"{name}: {one}" for name, one in zip(names, given, strict=True))
+            raise RecipeError(
+                f"recipe {recipe.name}: {linear.name} is one fused linear, but its parts are "
+                f"given different {what}s ({said})"
+            )
+
+
+def _check_quantizer(linear: str, rule: Rule, recipe: Recipe) -> None:
+    if rule.quantizer != NEAREST and not isinstance(rule.scheme, IntegerScheme):
+        raise RecipeError(
+            f"recipe {recipe.name} gives the quantizer {rule.quantizer} to {linear}, whose scheme "
+            f"{rule.scheme} has no integers to choose: leave the quantizer out"
+        )
 
 
 def _check_parts(linear: LinearSpec, quantization: Quantization) -> None:
@@ -310,8 +397,8 @@ def _plan_linear(
     quantization: Quantization,
 ) -> Item:
     tied = spec.sources == (EMBEDDING,)
-    scheme = recipe.rule_for(spec.name if tied else spec.sources[0]).scheme
-    weights: list[str] = []
+    rule = recipe.rule_for(spec.name if tied else spec.sources[0])
+    scheme, weights = rule.scheme, list[str]()
     encoding = quantization.encoding(spec.sources[0]).under(_kept(recipe, scheme))
     assert encoding is not None  # the rules have been checked
     for source, rows in zip(spec.sources, spec.parts, strict=True):
@@ -323,8 +410,33 @@ def _plan_linear(
         raise RecipeError(f"recipe {recipe.name}: {spec.name}: {refusal}")
     layout = target.layout(scheme, spec.name, spec.shape)
     stored = stored_forms(scheme, spec.shape, layout, spec.bias)
-    item = Item(spec, scheme, layout, stored, encoding, tuple(weights), 0)
+    quantizer = rule.quantizer if encoding.codes == "chosen" else NEAREST
+    item = Item(spec, scheme, layout, stored, encoding, tuple(weights), 0, quantizer=quantizer)
     return replace(item, source_bytes=sum(slots[name].nbytes for name in item.reads))
+
+
+def _changed(
+    item: Item,
+    changes: Mapping[str, Touched],
+    recipe: Recipe,
+    slots: Mapping[str, TensorSlot],
+    quantization: Quantization,
+) -> Item:
+    """An item with what transforms will do to it."""
+    found = [changes[name] for name in item.changed if name in changes]
+    if not found:
+        return item
+    if item.encoding.codes == "taken":
+        raise RecipeError(
+            f"recipe {recipe.name}: its transforms ({', '.join(recipe.transforms)}) change "
+            f"{item.parts[0]}, which the source holds as {item.encoding.scheme} "
+            f"({quantization.format}): codes cannot be changed; convert the original model"
+        )
+    consulted = dict.fromkeys(name for touch in found for name in touch.consults)
+    consults = [
+        stored for name in consulted for stored in quantization.encoding(name).stored(name, slots)
+    ]
+    return replace(item, block=max(touch.block for touch in found), consults=tuple(consults))
 
 
 def _unread(

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3_ascend.convert.order import working_order
+from qwen3_ascend.convert.calibration.needs import states_bytes
+from qwen3_ascend.convert.order import stages, working_order
 from qwen3_ascend.convert.output.weight_file import STAGING, WeightFilePlan
 from qwen3_ascend.convert.plan import Plan
 from qwen3_ascend.convert.source import Source
@@ -34,6 +35,9 @@ class DiskNeed:
 def disk_needs(plan: Plan, source: Source, output: Path) -> list[DiskNeed]:
     """What will be written where; without what an interrupted conversion has left already."""
     needs = [output_need("checkpoint", output, plan.weight_files)]
+    if plan.calibration is not None:
+        # Those of a layer are replaced by those of the next one.
+        needs.append(DiskNeed("hidden states", output, 2 * states_bytes(plan)))
     provider = source.provider
     if provider.store is not None:
         peak = (
@@ -63,8 +67,9 @@ def low_disk_peak(plan: Plan, source: Source) -> int:
 
     A file is there from its first use to its last, and while it is in use the next one comes.
     """
-    uses = [source.file_order(item.reads) for item in working_order(plan, source)]
-    uses.append(source.file_order(plan.alike))
+    stage = stages(plan) if plan.calibration else [[i] for i in working_order(plan, source)]
+    uses = [source.file_order(name for item in items for name in item.needs) for items in stage]
+    uses.append(source.file_order(plan.compared))
     order = list(dict.fromkeys(name for names in uses for name in names))
     first = {name: index for index, names in reversed([*enumerate(uses)]) for name in names}
     last = {name: index for index, names in enumerate(uses) for name in names}

@@ -9,6 +9,7 @@ from qwen3_ascend.checkpoint.describe import dims, layout_text
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.plan import Item, Plan
+from qwen3_ascend.convert.recipe import NEAREST
 from qwen3_ascend.files.json_file import plain
 from qwen3_ascend.files.text import size_text
 
@@ -26,7 +27,7 @@ tags: [qwen3, ascend, fractal_nz, {recipe}]
 
 Written by qwen3-ascend {version} from `{repo}`{revision} with the recipe `{recipe}`: the linear
 weights lie in FRACTAL_NZ and load without a format cast. `qwen3_ascend.json` tells what was done to
-every tensor and holds a BLAKE3 hash of every byte.{taken}
+every tensor and holds a BLAKE3 hash of every byte.{taken}{changed}{calibrated}
 
     qwen3-ascend verify .
     qwen3-ascend generate . --prompt "Hello"
@@ -83,6 +84,8 @@ def plan_totals(plan: Plan, budget: Budget) -> list[str]:
         f"in {len(plan.weight_files)} file(s)",
         f"peak memory about {size_text(budget.working_bytes)} beyond Python with torch loaded",
     ]
+    if plan.calibration is not None:
+        lines.append(f"calibrated with {plan.calibration.record}")
     return lines + [f"leaves out {name}: {reason}" for name, reason in plan.ignored.items()]
 
 
@@ -92,6 +95,7 @@ def plan_json(plan: Plan, budget: Budget) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "items": [_item_json(item) for item in plan.items],
         "files": [file.file for file in plan.weight_files],
+        "calibration": None if plan.calibration is None else plain(plan.calibration.record),
         "ignored": dict(plan.ignored),
         "parameters": plan.parameters,
         "source_bytes": plan.source_bytes,
@@ -112,6 +116,8 @@ def model_card(manifest: Manifest) -> bytes:
         version=manifest.tool_version,
         revision=revision,
         taken=_taken_text(manifest),
+        changed=_changed_text(manifest),
+        calibrated=_calibrated_text(manifest),
     )
     return text.encode()
 
@@ -127,9 +133,26 @@ def _taken_text(manifest: Manifest) -> str:
     )
 
 
+def _calibrated_text(manifest: Manifest) -> str:
+    """What the model card says of calibration."""
+    return f" Calibrated with {manifest.calibration}." if manifest.calibration else ""
+
+
+def _changed_text(manifest: Manifest) -> str:
+    """What the model card says of transforms."""
+    if not manifest.transforms:
+        return ""
+    return (
+        f" The weights are those of an equivalent model ({', '.join(manifest.transforms)}), not "
+        f"those of the source."
+    )
+
+
 def _row_key(item: Item) -> tuple[str, str, str, str]:
     name = ".".join("*" if part.isdigit() else part for part in item.name.split("."))
     scheme = f"{item.scheme}, taken" if item.encoding.codes == "taken" else str(item.scheme)
+    if item.quantizer != NEAREST:
+        scheme = f"{item.scheme}, {item.quantizer}"
     return (name, dims(item.spec.shape), scheme, layout_text(item.layout))
 
 
@@ -141,5 +164,6 @@ def _item_json(item: Item) -> dict[str, Any]:
         "shape": list(item.spec.shape),
         "scheme": item.scheme.to_json(),
         "codes": item.encoding.codes,
+        "quantizer": item.quantizer,
         "layout": plain(item.layout),
     }

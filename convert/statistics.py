@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qwen3_ascend.checkpoint.schemes import InputRange
+
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
@@ -25,6 +27,11 @@ class InputStatistics:
     mean_magnitude: Tensor
     mean_square: Tensor
     hessian: Tensor | None = None
+
+    @property
+    def range(self) -> InputRange:
+        """Of all inputs together."""
+        return InputRange(float(self.least.min()), float(self.largest.max()))
 
     @property
     def magnitude(self) -> Tensor:

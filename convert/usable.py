@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from qwen3_ascend.errors import CheckpointError, ConfigError, RequestError, SourceError
@@ -28,18 +29,25 @@ def check_usable(files: Mapping[str, bytes], where: str, note: Callable[[str], N
     Raises:
         SourceError: naming the file that makes the result unusable.
     """
-    with tempfile.TemporaryDirectory(prefix="qwen3-ascend-") as folder:
-        for name, data in files.items():
-            _write(Path(folder) / name, data)
+    with unpacked(files) as folder:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
-                found = _problems(Path(folder))
+                found = _problems(folder)
         except (CheckpointError, ConfigError) as error:
-            raise SourceError(str(error).replace(folder, where)) from error
+            raise SourceError(str(error).replace(str(folder), where)) from error
     found += [str(warning.message) for warning in caught if warning.category is UserWarning]
     for line in found:
-        note(line.replace(folder, where))
+        note(line.replace(str(folder), where))
+
+
+@contextmanager
+def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """A folder that holds small files of a model, by name, and that goes with the block."""
+    with tempfile.TemporaryDirectory(prefix="qwen3-ascend-") as folder:
+        for name, data in files.items():
+            _write(Path(folder) / name, data)
+        yield Path(folder)
 
 
 def _write(path: Path, data: bytes) -> None:

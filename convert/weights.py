@@ -1,12 +1,13 @@
 """The weight of a linear, as what has been read of its source, and how codes come of that.
 
-There are floats, from which a scheme chooses the nearest codes, and codes that somebody else has
-chosen, which are taken as they are.
+There are floats, from which a scheme chooses the nearest codes piece by piece, or a quantizer those
+of the whole linear; and codes that somebody else has chosen, which are taken as they are.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,23 @@ from typing_extensions import override
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import Codes, Scheme
+from qwen3_ascend.checkpoint.schemes.grid import Grid, IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums
+from qwen3_ascend.convert.quantizers.base import Choose, Chosen
+from qwen3_ascend.convert.transforms.changes import FindChanges
+from qwen3_ascend.convert.transforms.stack import ChangedStack
 from qwen3_ascend.native import Kernels
+
+CHUNK_WEIGHTS = 1 << 20
+"""Weights whose codes a quantizer chooses together."""
+
+CHUNK_BYTES = 32
+"""Memory for each of them: as float32, in another order, as codes, and what torch needs."""
+
+
+def chunk_outputs(inputs: int) -> int:
+    """Outputs of a linear of K inputs whose codes are chosen together."""
+    return max(1, CHUNK_WEIGHTS // inputs)
 
 
 class Weights(ABC):
@@ -43,6 +59,23 @@ class Weights(ABC):
     def has_codes(self, stored: Linear, piece: Piece) -> bool:
         """Whether a stored piece holds the source's codes; True of a source that has none."""
 
+    @abstractmethod
+    def quantized(self, choose: Choose, kernels: Kernels, advance: Callable[[], None]) -> Weights:
+        """These weights with codes that a quantizer has chosen for all of them.
+
+        Args:
+            choose: the quantizer, prepared for the inputs of the linear.
+            kernels: to look with whether weights are finite.
+            advance: called before each chunk; it may raise to end the work.
+
+        Raises:
+            NotFinite: if a weight is not finite; its row counts from the chunk's.
+        """
+
+    @abstractmethod
+    def changed(self, find: FindChanges, kernels: Kernels) -> Weights:
+        """These weights after a change of each part."""
+
 
 @dataclass(frozen=True)
 class ChosenWeights(Weights):
@@ -56,7 +89,7 @@ class ChosenWeights(Weights):
 
     @override
     def floats(self) -> Tensor:
-        return torch.cat([part.float() for part in self.stack.parts])
+        return self.stack.piece(Piece("outputs", 0, self.stack.shape[0])).float()
 
     @override
     def errors(self, stored: Linear, piece: Piece, kernels: Kernels) -> Sums | None:
@@ -66,9 +99,69 @@ class ChosenWeights(Weights):
     def has_codes(self, stored: Linear, piece: Piece) -> bool:
         return True
 
+    @override
+    def quantized(self, choose: Choose, kernels: Kernels, advance: Callable[[], None]) -> Weights:
+        outputs, inputs = self.stack.shape
+        integers = torch.empty((outputs, inputs), dtype=torch.int8)
+        step, scales = chunk_outputs(inputs), []
+        for start in range(0, outputs, step):
+            advance()
+            piece = Piece("outputs", start, min(start + step, outputs))
+            rows = self.stack.piece(piece)
+            kernels.check_finite(rows)
+            found = choose(rows.float())
+            integers[start : piece.stop] = found.integers
+            scales.append(found.scales)
+        return QuantizedWeights(self.stack, Chosen(integers, torch.cat(scales)))
+
+    @override
+    def changed(self, find: FindChanges, kernels: Kernels) -> Weights:
+        return ChosenWeights(ChangedStack(self.stack.parts, find, kernels))
+
 
 @dataclass(frozen=True)
-class TakenWeights(Weights):
+class QuantizedWeights(ChosenWeights):
+    """Floats, and the integers and scales that a quantizer has chosen for the whole linear.
+
+    Only the integers and scales are in memory as a whole. Errors are those of the integers and
+    scales against the floats.
+    """
+
+    chosen: Chosen
+
+    @override
+    def pack_piece(self, scheme: Scheme, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
+        """The plan has seen to it that the scheme is the one whose grid was quantized to."""
+        assert isinstance(scheme, IntegerScheme)
+        integers, scales = self._of(piece, scheme.grid)
+        tensors = scheme.pack(scheme.codes(integers, scales), layout)
+        stored = Linear(scheme, tuple(integers.shape), layout, tensors)
+        return Packed(tensors, self.errors(stored, piece, kernels))
+
+    def _of(self, piece: Piece, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Integers and scales of a piece; of inputs it begins and ends with a group."""
+        span = slice(piece.start, piece.stop)
+        if piece.axis == "outputs":
+            return self.chosen.integers[span], self.chosen.scales[span]
+        width = grid.width(self.stack.shape[1])
+        groups = slice(piece.start // width, -(-piece.stop // width))
+        return self.chosen.integers[:, span], self.chosen.scales[:, groups]
+
+
+class KeptWeights(Weights):
+    """Codes that somebody else has chosen, and that are kept, whatever form they come in."""
+
+    @override
+    def quantized(self, choose: Choose, kernels: Kernels, advance: Callable[[], None]) -> Weights:
+        return self
+
+    @override
+    def changed(self, find: FindChanges, kernels: Kernels) -> Weights:
+        raise AssertionError("the plan refuses to change codes")
+
+
+@dataclass(frozen=True)
+class TakenWeights(KeptWeights):
     """Codes that somebody else has chosen, and that are kept.
 
     Attributes:

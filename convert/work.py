@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from blake3 import blake3
@@ -12,15 +14,22 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import ND, Place
 from qwen3_ascend.checkpoint.linear import BIAS, byte_offset, stored_bias, stored_forms
-from qwen3_ascend.checkpoint.schemes import BF16
+from qwen3_ascend.checkpoint.schemes import BF16, Input
+from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Sums, sqnr_db
-from qwen3_ascend.convert.encodings import read_weights
+from qwen3_ascend.convert.encodings import FLOAT, read_weights
+from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.weight_file import WeightFileWriter, tensor_bytes
 from qwen3_ascend.convert.plan import Item
+from qwen3_ascend.convert.quantizers import QUANTIZERS, UselessStatistics
+from qwen3_ascend.convert.recipe import NEAREST
 from qwen3_ascend.convert.source import Source
+from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.convert.transforms.changes import FindChanges
+from qwen3_ascend.convert.transforms.whole import ModelChanges
 from qwen3_ascend.convert.weights import Weights
-from qwen3_ascend.errors import DamagedSourceError
+from qwen3_ascend.errors import DamagedSourceError, SourceError
 from qwen3_ascend.native import Kernels, NotFinite
 
 ROWS_AT_A_TIME = 256
@@ -37,6 +46,8 @@ class Task:
         weights: those of its weight.
         biases: those of the bias's parts.
         pieces: how the weight is divided.
+        changes: gives what transforms do to each part; None if they leave the item as it is.
+        statistics: of the linear's inputs, if there was calibration.
     """
 
     item: Item
@@ -44,12 +55,14 @@ class Task:
     weights: Weights
     biases: tuple[Tensor, ...]
     pieces: tuple[Piece, ...]
+    changes: FindChanges | None = None
+    statistics: InputStatistics | None = None
 
     @property
     def is_verbatim(self) -> bool:
         """Whether what is stored is, byte by byte, the one source tensor."""
         item = self.item
-        plain = item.scheme == BF16() and item.layout == ND
+        plain = item.scheme == BF16() and item.layout == ND and not item.block
         return plain and len(self.reads) == 1 and self.reads[0][1].dtype == torch.bfloat16
 
     def pack(self, index: int, kernels: Kernels) -> Packed:
@@ -58,30 +71,126 @@ class Task:
         Raises:
             DamagedSourceError: naming the first value that cannot be stored.
         """
-        item = self.item
-        try:
-            packed = self.weights.pack_piece(item.scheme, self.pieces[index], item.layout, kernels)
+        with self._naming_values():
+            packed = self._pack_weight(self.pieces[index], kernels)
             if not self.biases or index:
                 return packed
-            bias = stored_bias(torch.cat(self.biases))
+            bias = stored_bias(torch.cat([*changed_biases(self.biases, self.changes, kernels)]))
             kernels.check_finite(bias[None])
             return Packed({**packed.tensors, BIAS: bias}, packed.sums)
+
+    def _pack_weight(self, piece: Piece, kernels: Kernels) -> Packed:
+        """A piece of the weight, for inputs of the range that calibration has found."""
+        item = self.item
+        packed = self.weights.pack_piece(item.scheme, piece, item.layout, kernels)
+        if item.scheme.input is not Input.INT8_STATIC or item.encoding.codes == "taken":
+            return packed
+        assert self.statistics is not None, "the plan has seen to it that there is calibration"
+        shape, inputs = piece.shape(item.matrix), self.statistics.range
+        tensors = item.scheme.for_inputs(packed.tensors, shape, item.layout, inputs)
+        return Packed(tensors, packed.sums)
+
+    def quantized(self, kernels: Kernels, advance: Callable[[], None]) -> Task:
+        """The task with the codes of its whole weight, if its quantizer chooses them together.
+
+        Raises:
+            DamagedSourceError: naming the first value that cannot be stored.
+            SourceError: if nothing can be made of the statistics of the linear's inputs.
+        """
+        item = self.item
+        if item.quantizer == NEAREST:
+            return self
+        assert isinstance(item.scheme, IntegerScheme)
+        quantizer = QUANTIZERS[item.quantizer]
+        try:
+            choose = quantizer.prepare(item.scheme.grid, self.statistics, kernels)
+        except UselessStatistics as error:
+            raise SourceError(
+                f"{item.name}: {error}; is the model finite on the calibration data?"
+            ) from error
+        with self._naming_values():
+            return replace(self, weights=self.weights.quantized(choose, kernels, advance))
+
+    @contextmanager
+    def _naming_values(self) -> Iterator[None]:
+        """Turns a weight that is not finite into an error that names its tensor and place."""
+        item = self.item
+        try:
+            yield
         except NotFinite:
             for name, tensor in self.reads:
                 require_finite(name, tensor)
-            raise
+            if self.changes is None:
+                raise
+            raise DamagedSourceError(
+                f"the transforms of the recipe make weights of {item.name} that are beyond "
+                f"bfloat16: convert with a recipe without transforms"
+            ) from None
 
 
-def make_task(item: Item, source: Source) -> Task:
+def make_task(
+    item: Item,
+    source: Source,
+    changes: ModelChanges,
+    statistics: InputStatistics | None = None,
+) -> Task:
     """Reads an item's source tensors, which waits for their files.
+
+    Args:
+        item: what is to be made.
+        source: of the model.
+        changes: what transforms do to the model.
+        statistics: of the linear's inputs, if there was calibration.
 
     Raises:
         DamagedSourceError: if a small tensor of the weight holds what cannot be right.
     """
+    for name in item.consults:
+        source.read(name)
     values = {name: source.read(name) for name in item.reads}
     weights = read_weights(item.encoding, item.parts, {name: values[name] for name in item.weights})
     biases = tuple(values[name] for name in item.biases)
-    return Task(item, tuple(values.items()), weights, biases, item.pieces)
+    find = None
+    if item.block:
+        find = partial(changes.of, item.changed, partial(floats_of, source))
+        weights = weights.changed(find, changes.kernels)
+    reads = tuple(values.items())
+    return Task(item, reads, weights, biases, item.pieces, find, statistics)
+
+
+def changed_floats(source: Source, changes: ModelChanges) -> Callable[[str, Tensor], Tensor]:
+    """(name of a source tensor, its float32 value) -> what transforms make of it, float32."""
+
+    def changed(name: str, tensor: Tensor) -> Tensor:
+        part, _, suffix = name.rpartition(".")
+        if part not in changes.touched:
+            return tensor
+        (change,) = changes.of((part,), partial(floats_of, source))
+        if suffix == BIAS:
+            return change.bias(tensor, changes.kernels)
+        matrix = tensor.view(-1, tensor.shape[-1])
+        return change.weight(matrix, kernels=changes.kernels).view(tensor.shape)
+
+    return changed
+
+
+def floats_of(source: Source, name: str) -> Tensor:
+    """The weight of a linear, norm or embedding as the source has it; what it holds as codes of no
+    scheme is decoded."""
+    encoding = source.quantization.encoding(name)
+    if encoding == FLOAT:
+        return source.read(f"{name}.{WEIGHT}")
+    tensors = {stored: source.read(stored) for stored in encoding.stored(name, source.slots)}
+    return read_weights(encoding, [name], tensors).floats()
+
+
+def changed_biases(
+    biases: Sequence[Tensor], changes: FindChanges | None, kernels: Kernels
+) -> Sequence[Tensor]:
+    """The biases [N] of the parts of a linear after the changes of these parts."""
+    if changes is None:
+        return biases
+    return [change.bias(b, kernels) for change, b in zip(changes(), biases, strict=True)]
 
 
 class _Output:
@@ -93,19 +202,22 @@ class _Output:
         self._places = item.scheme.places(item.layout)
         self._digests = {suffix: blake3() for suffix in self._forms}
         self._gathered: dict[str, Tensor] = {}
+        self._whole: set[str] = set()
 
     def put(self, piece: Piece, tensors: Mapping[str, Tensor]) -> None:
         """Writes what a piece has become; the pieces come in their order.
 
         A tensor in which a piece is not one range (such as scales for groups of inputs, when the
-        pieces are outputs) is kept until it is whole; such tensors are small.
+        pieces are outputs) is kept until it is whole; such tensors are small. One that no axis
+        divides comes with every piece, and is written with the first.
         """
         for suffix, tensor in tensors.items():
             place = self._places.get(suffix, {}).get(piece.axis)
-            offset = byte_offset(self._forms[suffix], place, piece) if place else 0
-            if offset is not None:
+            if place is None:
+                self._write_whole(suffix, tensor)
+            elif (offset := byte_offset(self._forms[suffix], place, piece)) is not None:
                 self._write(suffix, offset, tensor)
-            elif place is not None:
+            else:
                 self._gather(suffix, place, piece, tensor)
 
     def finish(self) -> dict[str, str]:
@@ -116,6 +228,11 @@ class _Output:
             self._item.stored_name(suffix): digest.hexdigest()
             for suffix, digest in self._digests.items()
         }
+
+    def _write_whole(self, suffix: str, tensor: Tensor) -> None:
+        if suffix not in self._whole:
+            self._whole.add(suffix)
+            self._write(suffix, 0, tensor)
 
     def _write(self, suffix: str, offset: int, tensor: Tensor) -> None:
         data = tensor_bytes(tensor)
@@ -144,14 +261,16 @@ def convert(
         file: that takes the tensors.
         kernels: to pack with.
         hash_source: note the hash of every source tensor as well.
-        advance: called before each piece; it may raise to end the work.
+        advance: called before each piece, and before each chunk of a linear whose codes are
+            chosen together; it may raise to end the work.
 
     Raises:
         CheckpointError: if the source is damaged or the disk refuses.
     """
+    task = task.quantized(kernels, advance)
     output = _Output(task.item, file)
     origin = _Origin(task) if hash_source and not task.is_verbatim else None
-    sums: list[Sums] = []
+    errors = _Errors(task.pieces)
     for index, piece in enumerate(task.pieces):
         advance()
         packed = task.pack(index, kernels)
@@ -159,12 +278,32 @@ def convert(
         if origin is not None:
             origin.advance(piece)
         if packed.sums is not None:
-            sums.append(packed.sums)
+            errors.add(packed.sums)
     stored = output.finish()
     source = origin.hashes() if origin else {}
     if hash_source and task.is_verbatim:
         source = dict(zip((name for name, _ in task.reads), stored.values(), strict=True))
-    return Done(task.item.name, stored, source, sqnr_db(sums))
+    return Done(task.item.name, stored, source, errors.sqnr_db())
+
+
+class _Errors:
+    """The error sums of all pieces, in memory of their own from the beginning: small tensors that
+    outlive the large ones of their piece would keep the allocator from using that memory again."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        lines = sum(piece.stop - piece.start for piece in pieces)
+        self._sums, self._count = torch.empty(2, lines, dtype=torch.float64), 0
+
+    def add(self, sums: Sums) -> None:
+        """Those of the next piece."""
+        lines = slice(self._count, self._count + len(sums.signal))
+        self._sums[0, lines], self._sums[1, lines] = sums.signal, sums.noise
+        self._count = lines.stop
+
+    def sqnr_db(self) -> float | None:
+        """The figure of all pieces that lost anything."""
+        signal, noise = self._sums[:, : self._count]
+        return sqnr_db([Sums(signal, noise)] if self._count else [])
 
 
 class _Origin:

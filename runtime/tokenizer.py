@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -225,6 +225,11 @@ class NoTokenizer(Tokenizer):
         )
 
 
+def has_vocabulary(names: Collection[str]) -> bool:
+    """Whether a tokenizer can be made of files of these names."""
+    return any(all(name in names for name in needed) for needed in VOCABULARY_FILES)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, through transformers; a `NoTokenizer` if it has none.
 
@@ -233,7 +238,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         CheckpointError: naming the file that is not readable.
     """
-    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARY_FILES):
+    names = [name for names in VOCABULARY_FILES for name in names if (folder / name).is_file()]
+    if not has_vocabulary(names):
         return NoTokenizer(folder)
     from transformers import AutoTokenizer
 

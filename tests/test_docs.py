@@ -15,7 +15,16 @@ from support.manifest_schema import manifest_schema, schema_text
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear, quantize
 from qwen3_ascend.checkpoint.manifest import canonical_blake3
-from qwen3_ascend.checkpoint.schemes import BF16, SCHEMES, W4A16, W8A8, w4a16
+from qwen3_ascend.checkpoint.schemes import (
+    BF16,
+    SCHEMES,
+    W4A8,
+    W4A16,
+    W8A8,
+    W8A8Static,
+    w4a8,
+    w4a16,
+)
 from qwen3_ascend.checkpoint.sharding import shard
 from qwen3_ascend.checkpoint.target import TARGETS
 from qwen3_ascend.convert.export.record import ExportRecord
@@ -140,6 +149,20 @@ def test_the_rules_of_cutting() -> None:
         place(int4, "scale", "outputs", None),
         place(int4, "scale", "inputs", "group"),
     )
+    static = quantize(W8A8Static(), weight, None, Layout("nz", "KN", 32))
+    for suffix in ("deq_scale", "quant_bias"):
+        of_outputs, of_inputs = said[f"`{suffix}` of w8a8-static"]
+        assert of_outputs == place(static, suffix, "outputs", None)
+        assert of_inputs.startswith(place(static, suffix, "inputs", None))
+    for suffix in ("input_scale", "input_offset"):
+        assert not static.places()[suffix]
+    assert set(said["`input_scale` and `input_offset` of w8a8-static"]) == {"kept whole"}
+    groups = quantize(W4A8(), weight, None, w4a8.ROWS)
+    for suffix in ("scale", "code_sums"):
+        assert said["`scale` and `code_sums` of w4a8"] == (
+            place(groups, suffix, "outputs", None),
+            place(groups, suffix, "inputs", None),
+        )
     assert said["`bias`"][0] == place(w8a8, "bias", "outputs", None)
 
 

@@ -179,7 +179,10 @@ def export_item(
         tensors = item.tensors(piece)
         for source, rows in item.slices(start, stop):
             for suffix, tensor in tensors.items():
-                output.append(f"{source}.{suffix}", tensor[rows])
+                if suffix in item.expression.undivided:
+                    output.write_once(f"{source}.{suffix}", tensor)
+                else:
+                    output.append(f"{source}.{suffix}", tensor[rows])
         start = stop
     return Done(item.name, output.hashes(), {}, None)
 
@@ -197,6 +200,10 @@ class _Rows:
         self._file.write(name, self._written[name], data)
         self._digests[name].update(data)
         self._written[name] += data.nbytes
+
+    def write_once(self, name: str, tensor: Tensor) -> None:
+        if not self._written[name]:
+            self.append(name, tensor)
 
     def hashes(self) -> dict[str, str]:
         """BLAKE3 of each tensor, by full name."""

@@ -18,7 +18,8 @@ from typing_extensions import override
 from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.companions import CONFIG_NAME
 from qwen3_ascend.checkpoint.linear import BIAS, Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Scheme, W8A8Static
+from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.convert import exchange
 from qwen3_ascend.convert.exchange import WeightNames
@@ -34,6 +35,7 @@ class Floats:
     """weight: bfloat16 [N, K], what is stored or, of codes, what they stand for, rounded once."""
 
     is_quantized: ClassVar[bool] = False
+    undivided: ClassVar[tuple[str, ...]] = ()
 
     def keeping_scales(self) -> Floats:
         return self
@@ -53,6 +55,7 @@ class Int8:
     """weight: int8 [N, K]; weight_scale [N, 1] of a type; perhaps weight_offset, which is zero."""
 
     is_quantized: ClassVar[bool] = True
+    undivided: ClassVar[tuple[str, ...]] = ()
     scale: torch.dtype
     offset: bool = False
 
@@ -79,6 +82,7 @@ class Packed:
     """
 
     is_quantized: ClassVar[bool] = True
+    undivided: ClassVar[tuple[str, ...]] = ()
     bits: int
     group: int | None = None
 
@@ -93,6 +97,39 @@ class Packed:
 
     def constants(self, shape: Sequence[int]) -> dict[str, Tensor]:
         return {exchange.WEIGHT_SHAPE: torch.tensor(tuple(shape))}
+
+
+@dataclass(frozen=True)
+class StaticInt8:
+    """weight: int8 [N, K]; deq_scale float32 and quant_bias int32 [N], with the bias folded in;
+    input_scale and input_offset float32 [1], the same for all parts of a fused linear."""
+
+    is_quantized: ClassVar[bool] = True
+    undivided: ClassVar[tuple[str, ...]] = (exchange.INPUT_SCALE, exchange.INPUT_OFFSET)
+
+    def keeping_scales(self) -> StaticInt8:
+        return self
+
+    def forms(self, shape: Sequence[int]) -> dict[str, Form]:
+        outputs = tuple(shape[:1])
+        return {
+            exchange.WEIGHT: Form(torch.int8, tuple(shape)),
+            exchange.DEQ_SCALE: Form(torch.float32, outputs),
+            exchange.QUANT_BIAS: Form(torch.int32, outputs),
+            **{suffix: Form(torch.float32, (1,)) for suffix in self.undivided},
+        }
+
+    def tensors(self, linear: Linear) -> dict[str, Tensor]:
+        codes = linear.codes()
+        return {
+            exchange.WEIGHT: codes["weight"],
+            exchange.DEQ_SCALE: codes["deq_scale"],
+            exchange.QUANT_BIAS: folded_bias(linear),
+            **{suffix: codes[suffix].float() for suffix in self.undivided},
+        }
+
+    def constants(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        return {}
 
 
 class Format(ABC):
@@ -233,11 +270,13 @@ The int8 codes and scales are those of the checkpoint, unchanged; engines find t
         BF16.name: Floats(),
         W8A8.name: Int8(torch.float32, offset=True),
         W8A16.name: Int8(torch.float32, offset=True),
+        W8A8Static.name: StaticInt8(),
     }
     types: ClassVar[Mapping[str, str]] = {
         BF16.name: exchange.FLOAT,
         W8A8.name: exchange.W8A8_DYNAMIC,
         W8A16.name: exchange.W8A16,
+        W8A8Static.name: exchange.W8A8_STATIC,
     }
     """The type that a description gives to the tensors of a scheme."""
 

@@ -22,11 +22,16 @@ PIECE_WEIGHTS = 1 << 20
 
 
 class Expression(Protocol):
-    """How a format states the weights of one scheme: plain tensors with the outputs in front."""
+    """How a format states the weights of one scheme: plain tensors with the outputs in front, but
+    for those that belong to all outputs together."""
 
     @property
     def is_quantized(self) -> bool:
         """Whether an engine multiplies with codes."""
+
+    @property
+    def undivided(self) -> tuple[str, ...]:
+        """Suffixes of the tensors that belong to all outputs together."""
 
     def keeping_scales(self) -> Expression:
         """The same for scales that bfloat16 may not have."""

@@ -113,8 +113,8 @@ class WeightFileWriter:
         if self._descriptor is None:
             try:
                 self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-                if os.fstat(self._descriptor).st_size > self._size:
-                    os.ftruncate(self._descriptor, self._size)
+                # It has its whole size at once, so that what is in it can be read back.
+                os.ftruncate(self._descriptor, self._size)
                 _reserve(self._descriptor, self._size)
                 _write_all(self._descriptor, memoryview(self._header.raw), 0)
             except OSError as error:

@@ -6,12 +6,25 @@ model. Codes are always chosen in float32, against scales that bfloat16 has exac
 
 from __future__ import annotations
 
-from qwen3_ascend.convert.quantizers.base import Chosen, Needs, Quantizer
+from qwen3_ascend.convert.quantizers.base import Chosen, Needs, Quantizer, UselessStatistics
+from qwen3_ascend.convert.quantizers.gptq import Gptq
+from qwen3_ascend.convert.quantizers.mse import Mse
 from qwen3_ascend.convert.quantizers.nearest import Nearest
 
 QUANTIZERS: dict[str, Quantizer] = {
     "nearest": Nearest(),
+    "mse": Mse(),
+    "gptq": Gptq(),
 }
 """By the name that a recipe says."""
 
-__all__ = ["QUANTIZERS", "Chosen", "Needs", "Nearest", "Quantizer"]
+__all__ = [
+    "QUANTIZERS",
+    "Chosen",
+    "Gptq",
+    "Mse",
+    "Nearest",
+    "Needs",
+    "Quantizer",
+    "UselessStatistics",
+]

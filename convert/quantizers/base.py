@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.schemes.grid import Grid
 from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.native import Kernels
 
 
 class Needs(IntEnum):
@@ -37,6 +38,10 @@ class Chosen:
     scales: Tensor
 
 
+class UselessStatistics(ValueError):
+    """Statistics of which a quantizer can make nothing; the text says why."""
+
+
 Choose = Callable[[Tensor], Chosen]
 """Some outputs of a linear, float32 [n, K] and finite, to what stands for them. Outputs are
 independent of each other, so that a linear may be divided along them."""
@@ -53,11 +58,18 @@ class Quantizer(Protocol):
     needs: Needs
     uses: Needs
 
-    def prepare(self, grid: Grid, statistics: InputStatistics | None) -> Choose:
+    def prepare(self, grid: Grid, statistics: InputStatistics | None, kernels: Kernels) -> Choose:
         """Does once what all outputs of a linear share.
 
         Args:
             grid: the integers that there are.
             statistics: of the linear's inputs, with what the quantizer needs at least; None if it
                 needs nothing and nothing is known.
+            kernels: to work with; no byte depends on which.
+
+        Raises:
+            UselessStatistics: if nothing can be made of them.
         """
+
+    def shared_bytes(self, inputs: int) -> int:
+        """Memory that preparing for so many inputs takes at most, and `Choose` keeps."""

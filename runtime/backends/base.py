@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import Input
+from qwen3_ascend.checkpoint.schemes.w8a8_static import StaticInput
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 
 Cache = TypeVar("Cache")
@@ -36,7 +37,18 @@ class QuantizedActivation:
     scale: Tensor
 
 
-Activation = Tensor | QuantizedActivation
+@dataclass(frozen=True)
+class StaticActivation:
+    """What a linear is fed that has fixed its scale and offset beforehand.
+
+    Attributes:
+        codes: int8 [T, K].
+    """
+
+    codes: Tensor
+
+
+Activation = Tensor | QuantizedActivation | StaticActivation
 """Input of a linear [T, K], as it wants to be fed."""
 
 
@@ -50,6 +62,13 @@ def as_codes(x: Activation) -> QuantizedActivation:
     """The input of a linear that wants codes; AssertionError if it was fed something else."""
     assert isinstance(x, QuantizedActivation), "an integer linear was fed floats"
     return x
+
+
+def as_static(x: Activation) -> Tensor:
+    """The codes of the input of a linear that wants static ones; AssertionError if it was fed
+    something else."""
+    assert isinstance(x, StaticActivation), "a linear with a static input was fed something else"
+    return x.codes
 
 
 Forward = Callable[[StepInputs], Tensor]
@@ -93,6 +112,23 @@ class DeviceLinear(Protocol):
 
     def __call__(self, x: Activation) -> Tensor:
         """[T, N] in the compute type, of an input [T, K] as it wants it."""
+
+
+@runtime_checkable
+class StaticConsumer(Protocol):
+    """A DeviceLinear whose `input` is INT8_STATIC.
+
+    Attributes:
+        static_input: how its producers quantize.
+    """
+
+    static_input: StaticInput
+
+
+def static_input_of(consumer: DeviceLinear) -> StaticInput:
+    """How a linear with a static input wants it; AssertionError if it is no such linear."""
+    assert isinstance(consumer, StaticConsumer), "this linear has no static input"
+    return consumer.static_input
 
 
 class Backend(Protocol[Cache]):

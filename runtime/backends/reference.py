@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,19 @@ from typing_extensions import override
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme
+from qwen3_ascend.checkpoint.schemes import (
+    BF16,
+    W4A8,
+    W4A16,
+    W8A8,
+    W8A16,
+    Input,
+    Scheme,
+    W8A8Static,
+)
+from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, SHIFT, rescale_groups, shift_of
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
+from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias, static_input
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.memory import available_memory
 from qwen3_ascend.runtime.backends.base import (
@@ -29,9 +40,12 @@ from qwen3_ascend.runtime.backends.base import (
     Forward,
     Progress,
     QuantizedActivation,
+    StaticActivation,
     StepBounds,
     as_codes,
     as_float,
+    as_static,
+    static_input_of,
 )
 from qwen3_ascend.runtime.backends.cache import SCALE, LayerKV, bytes_per_token, cache_shape
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
@@ -85,9 +99,55 @@ class Int8Linear:
         return codes.double() @ self.weight.double().t()
 
 
+class StaticInt8Linear:
+    """w8a8-static: exact integer sum, one float32 scale, one rounding to the compute type."""
+
+    input = Input.INT8_STATIC
+
+    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+        codes = linear.codes()
+        self.static_input = static_input(codes)
+        self.weight, self.scale = codes["weight"], codes["deq_scale"]
+        self.bias, self.dtype = folded_bias(linear), dtype
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, [T, N]."""
+        return (self.sums(as_static(x)).float() * self.scale).to(self.dtype)
+
+    def sums(self, codes: Tensor) -> Tensor:
+        """The integer product of codes [T, K] with quant_bias and bias added, [T, N]: float64
+        holds every sum of it exactly."""
+        return codes.double() @ self.weight.double().t() + self.bias.double()
+
+
+class GroupInt4Linear:
+    """w4a8: exact integer products of each group, summed up in float32 in order."""
+
+    input = Input.INT8_PER_TOKEN
+
+    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+        codes = linear.codes()
+        self.weight, self.scale, self.shift = codes["weight"], codes["scale"], shift_of(codes)
+        self.bias, self.dtype = linear.bias, dtype
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, [T, N]."""
+        quantized = as_codes(x)
+        products = self.products(quantized.codes)
+        y = rescale_groups(products, self.scale, self.shift, quantized.scale)
+        return (y if self.bias is None else y + self.bias.float()).to(self.dtype)
+
+    def products(self, codes: Tensor) -> Iterator[Tensor]:
+        """The integer product of codes [T, K], less 8, within each group of inputs, [T, N]."""
+        groups = zip(codes.split(GROUP, 1), self.weight.split(GROUP, 1), strict=True)
+        return ((x.double() - SHIFT) @ weight.double().t() for x, weight in groups)
+
+
 LINEARS: dict[type[Scheme], Callable[[Linear, torch.dtype], DeviceLinear]] = {
     BF16: FloatLinear.load,
     W8A8: Int8Linear,
+    W8A8Static: StaticInt8Linear,
+    W4A8: GroupInt4Linear,
     W8A16: FloatLinear.load,
     W4A16: FloatLinear.load,
 }
@@ -248,8 +308,13 @@ class ReferenceBackend(Backend[LayerKV]):
 
     @override
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
+        """A product for a static input is rounded to the compute type before it is quantized: no
+        kernel does both."""
         gate, up = gate_up.float().chunk(2, dim=-1)
-        return self.feed(F.silu(gate) * up, consumer)
+        product = F.silu(gate) * up
+        if consumer.input is Input.INT8_STATIC:
+            product = product.to(self.dtype)
+        return self.feed(product, consumer)
 
     @override
     def prefetch(self, linears: tuple[DeviceLinear, ...], after: Activation) -> None:
@@ -263,7 +328,8 @@ class ReferenceBackend(Backend[LayerKV]):
         """A float result [T, K] as its consumer wants it."""
         if consumer.input is Input.FLOAT:
             return x.to(self.dtype)
-        assert consumer.input is Input.INT8_PER_TOKEN, "no linear with static scales exists here"
+        if consumer.input is Input.INT8_STATIC:
+            return StaticActivation(static_input_of(consumer).quantize(x))
         return QuantizedActivation(*quantize_tokens(x))
 
 

@@ -40,6 +40,8 @@ class Generation:
         cache_mode: npu_scatter_pa_kv_cache has this argument; without, it always writes PA_NZ.
         whole_masked_output: the wheel allocates the masked y2 of npu_add_rms_norm_dynamic_quant
             with the shape of x, which the operator then refuses (EZ1001).
+        single_norm_scales: npu_add_rms_norm_quant takes float32 scales beside bfloat16 inputs;
+            the documents of op-plugin 7 know bfloat16 ones only.
         handlers: of NPUGraph.update.
         decode_splits_keys: attention in the layout TND spreads one long context over many cores;
             without, a decode step goes to the prefill kernel, which does not.
@@ -52,6 +54,7 @@ class Generation:
     rotary_head_sizes: tuple[int, ...] = (64, 128)
     cache_mode: bool = True
     whole_masked_output: bool = False
+    single_norm_scales: bool = True
     handlers: Handlers = "method"
     decode_splits_keys: bool = True
 
@@ -63,6 +66,7 @@ _CANN_8 = Generation(
     rotary_tnd=False,
     rotary_head_sizes=(128,),
     cache_mode=False,
+    single_norm_scales=False,
     decode_splits_keys=False,
 )
 GENERATIONS = {
@@ -88,6 +92,7 @@ GENERATIONS = {
             "9.0.0",
             ("2.7.1.post4", "2.8.0.post4", "2.9.0.post2", "2.10.0", "2.10.0.post2"),
             rotary_tnd=False,
+            single_norm_scales=False,
             handlers="table",
         ),
         Generation(

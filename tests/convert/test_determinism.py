@@ -14,7 +14,7 @@ from support.folders import contents
 from support.group_scheme import NZ, GroupInt4
 from support.native_cases import runnable_paths
 
-from qwen3_ascend import ConvertOptions, convert_checkpoint, native
+from qwen3_ascend import ConvertOptions, Recipe, convert_checkpoint, native
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear, quantize
 from qwen3_ascend.checkpoint.manifest import Manifest, canonical_blake3
@@ -50,15 +50,38 @@ def test_pinned_bytes(recipe: str, tiny_source: Path, tmp_path: Path) -> None:
     assert (shard, canonical_blake3(record)) == PINNED[recipe]
 
 
+# The same for codes that are searched for: 8 bits for each output, and 4 bits for groups.
+SEARCHED = Recipe.parse(
+    """
+    schema: 1
+    name: searched
+    rules:
+      - {match: lm_head, scheme: {name: w4a16, group: 32}, quantizer: mse}
+      - {match: "*", scheme: w8a8, quantizer: mse}
+    """,
+    "test",
+)
+SEARCHED_BYTES = "83794403764671b4ad5d0bbc002e0d44c855ab9381493c94885b1215ef1d350d"
+
+
+def test_pinned_bytes_of_a_search(tiny_source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(tiny_source, tmp_path / "out", SEARCHED)
+    assert file_sha256(tmp_path / "out" / "ascend-00001-of-00001.safetensors") == SEARCHED_BYTES
+
+
 WAYS: dict[str, dict[str, str]] = {
     "torch": {"QWEN3_ASCEND_NATIVE": "0"},
     **{path: {"QWEN3_ASCEND_CPU": path} for path in runnable_paths()},
 }
 
 
+@pytest.mark.parametrize("recipe", ["w8a8", SEARCHED], ids=["w8a8", "mse"])
 @pytest.mark.parametrize("environment", WAYS.values(), ids=WAYS)
 def test_kernels_and_threads(
-    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str],
+    recipe: str | Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Odd sizes: parts end within strips, and K is no multiple of anything."""
     data = tiny_models.config(
@@ -66,15 +89,17 @@ def test_kernels_and_threads(
         head_dim=10, attention_bias=True,
     )  # fmt: skip
     source = tiny_models.write(tmp_path / "source", data, shards=3)
-    convert_checkpoint(source, tmp_path / "first", options=ConvertOptions(threads=1))
+    convert_checkpoint(source, tmp_path / "first", recipe, ConvertOptions(threads=1))
     monkeypatch.setattr(pieces, "PIECE_BYTES", 2000)
+    monkeypatch.setattr("qwen3_ascend.convert.weights.CHUNK_WEIGHTS", 700)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     for threads in (1, 2, 7):
         convert_checkpoint(
             source,
             tmp_path / f"out{threads}",
-            options=ConvertOptions(threads=threads, max_memory=300 << 20),
+            recipe,
+            ConvertOptions(threads=threads, max_memory=300 << 20),
         )
         assert contents(tmp_path / f"out{threads}") == contents(tmp_path / "first")
 

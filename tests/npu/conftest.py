@@ -36,10 +36,12 @@ def clean_device() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny model converted with each recipe."""
+    from support.static_inputs import write_static
+
     from qwen3_ascend import convert_checkpoint
 
     root = tmp_path_factory.mktemp("checkpoints")
-    recipes = ("w8a8", "bf16", "w8a16", "w4a16-plain")
-    for recipe in recipes:
+    for recipe in ("w8a8", "bf16", "w8a16", "w4a16-plain", "w4a8-plain"):
         convert_checkpoint(TINY_MODEL, root / recipe, recipe)
-    return {recipe: root / recipe for recipe in recipes}
+    write_static(TINY_MODEL, root / "w8a8-static")
+    return {folder.name: folder for folder in root.iterdir()}

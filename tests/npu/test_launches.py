@@ -58,7 +58,15 @@ def layer(scheme: str, lengths: tuple[int, ...], counts: tuple[int, ...]) -> tup
 
 
 @pytest.mark.parametrize(
-    ("scheme", "newest"), [("w8a8", 13), ("bf16", 12), ("w8a16", 12), ("w4a16", 12)]
+    ("scheme", "newest"),
+    [
+        ("w8a8", 13),
+        ("bf16", 12),
+        ("w8a8-static", 14),
+        ("w8a16", 12),
+        ("w4a8", 13),
+        ("w4a16", 12),
+    ],
 )
 def test_a_layer_copies_nothing_in_hiding(scheme: str, newest: int) -> None:
     """The older forms of operations, which other releases have, are more launches."""

@@ -12,12 +12,12 @@ from torch import Tensor
 from qwen3_ascend import OptionError, convert_checkpoint
 from qwen3_ascend.checkpoint.linear import Linear, quantize
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Scheme, W8A8Static
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.vllm.shards import Rank, Rows, check_division, rows_of, shard_of
 
-SCHEMES: list[Scheme] = [BF16(), W8A8(), W8A16(), W4A16(32)]
+SCHEMES: list[Scheme] = [BF16(), W8A8(), W8A16(), W4A16(32), W8A8Static()]
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 8, 2, 32, 64
 
 

@@ -14,22 +14,31 @@ from transformers import Qwen3ForCausalLM
 from qwen3_ascend import convert_checkpoint, load
 from qwen3_ascend.checkpoint.layout import ND
 from qwen3_ascend.checkpoint.linear import quantize
-from qwen3_ascend.checkpoint.schemes import W8A8
+from qwen3_ascend.checkpoint.schemes import W4A8, W8A8, InputRange, W8A8Static
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
+from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias, static_input
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime import LLM
-from qwen3_ascend.runtime.backends.base import QuantizedActivation
+from qwen3_ascend.runtime.backends.base import QuantizedActivation, StaticActivation
 from qwen3_ascend.runtime.backends.cpu import int8_matmul
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import (
     CANDIDATES,
+    Candidate,
     Product,
     float64,
     is_exact,
     pick_int8_matmul,
 )
-from qwen3_ascend.runtime.backends.cpu.linears import Int8Linear
+from qwen3_ascend.runtime.backends.cpu.linears import (
+    GroupInt4Linear,
+    Int8Linear,
+    StaticInt8Linear,
+)
+from qwen3_ascend.runtime.backends.reference import GroupInt4Linear as ReferenceGroupInt4Linear
+from qwen3_ascend.runtime.backends.reference import (
+    StaticInt8Linear as ReferenceStaticInt8Linear,
+)
 
-Candidate = Callable[[Tensor], Product]
 EXACT = [candidate for candidate in CANDIDATES if is_exact(candidate)]
 EPSILON = 2.0**-24
 SIZES = [(1, 1), (3, 5), (7, 31), (16, 32), (33, 63), (65, 129), (47, 1001), (5, 4097), (9, 25601)]
@@ -55,10 +64,11 @@ def assert_exact(product: Tensor, codes: Tensor, weight: Tensor) -> None:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_products_are_exact(candidate: Candidate, size: tuple[int, int]) -> None:
     weight = draw(*size)
-    product = candidate(weight)
-    for rows in range(1, 10):
-        codes = draw(rows, size[1], seed=rows)
-        assert_exact(product(codes), codes, weight)
+    for offset in (0, 5, -128, 127):
+        product = candidate(weight, offset)
+        for rows in range(1, 10):
+            codes = draw(rows, size[1], seed=rows)
+            assert_exact(product(codes), codes.long() - offset, weight)
 
 
 @pytest.mark.parametrize("candidate", EXACT, ids=lambda candidate: candidate.__name__)
@@ -68,14 +78,16 @@ def test_the_largest_sums(candidate: Candidate, size: tuple[int, int]) -> None:
     signs = torch.tensor([127, -128, 127], dtype=torch.int8)
     for extreme in (127, -127, -128):
         weight = torch.full(size, extreme, dtype=torch.int8)
-        product = candidate(weight)
-        for rows in (1, 2, 3):
-            codes = signs[:rows, None].expand(rows, size[1]).contiguous()
-            assert_exact(product(codes), codes, weight)
+        for offset in (0, -128, 127):
+            product = candidate(weight, offset)
+            for rows in (1, 2, 3):
+                codes = signs[:rows, None].expand(rows, size[1]).contiguous()
+                assert_exact(product(codes), codes.long() - offset, weight)
 
 
-def saturating(weight: Tensor) -> Product:
+def saturating(weight: Tensor, offset: int = 0) -> Product:
     """As vector instructions before VNNI multiply: sums of two products stay within 16 bits."""
+    assert not offset
 
     def product(codes: Tensor) -> Tensor:
         columns = weight.shape[1] // 2 * 2
@@ -92,9 +104,14 @@ def test_a_saturating_kernel_is_found_out() -> None:
     assert not is_exact(saturating)
 
 
+def test_a_kernel_that_is_wrong_with_offsets_only_is_found_out() -> None:
+    assert is_exact(float64)
+    assert not is_exact(lambda weight, offset: float64(weight, offset // 2))
+
+
 def test_the_first_exact_one_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def also_exact(weight: Tensor) -> Product:
-        return float64(weight)
+    def also_exact(weight: Tensor, offset: int) -> Product:
+        return float64(weight, offset)
 
     monkeypatch.setattr(int8_matmul, "CANDIDATES", (saturating, float64, also_exact))
     assert pick_int8_matmul.__wrapped__() is float64
@@ -129,6 +146,44 @@ def test_a_linear_is_its_reference(size: tuple[int, int], bias: bool) -> None:
         assert bool(((linear.reference(x).double() - shifted).abs() <= bound).all())
         half = Int8Linear(linear, torch.bfloat16)(fed)
         assert torch.equal(half, linear.reference(x).bfloat16())
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("layout", ["w8a8-static", "nd"])
+def test_a_static_linear_is_its_reference(bias: bool, layout: str) -> None:
+    """Bit by bit, in sums beyond what float32 holds: against whole numbers."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(100, 2081, generator=generator).bfloat16()
+    weight[:8] = 2.0
+    offset = torch.randn(100, generator=generator).bfloat16() * 500 if bias else None
+    stored = ASCEND_A2_A3.layouts[layout] if layout != "nd" else ND
+    linear = quantize(W8A8Static(), weight, offset, stored).for_inputs(InputRange(-0.3, 2.2))
+    x = torch.rand(6, 2081, generator=generator) * 3
+    fed = StaticActivation(static_input(linear.tensors).quantize(x))
+    sums = (fed.codes.long() @ linear.codes()["weight"].long().t()) + folded_bias(linear).long()
+    assert int(sums.abs().max()) > 1 << 24
+    expected = sums.float() * linear.tensors["deq_scale"]
+    for kind in (StaticInt8Linear, ReferenceStaticInt8Linear):
+        ours = kind(linear, torch.float32)
+        for rows in (1, 2, 6):
+            assert torch.equal(ours(StaticActivation(fed.codes[:rows])), expected[:rows])
+    if not bias:
+        assert torch.equal(linear.reference(x), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_a_linear_of_groups_is_its_reference(bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 1024, generator=generator).bfloat16()
+    offset = torch.randn(48, generator=generator).bfloat16() if bias else None
+    linear = quantize(W4A8(), weight, offset, ASCEND_A2_A3.layouts["w4a8"])
+    x = torch.randn(6, 1024, generator=generator)
+    codes, scale = quantize_tokens(x)
+    for kind in (GroupInt4Linear, ReferenceGroupInt4Linear):
+        ours = kind(linear, torch.float32)
+        for rows in (1, 6):
+            fed = QuantizedActivation(codes[:rows], scale[:rows])
+            assert torch.equal(ours(fed), linear.reference(x[:rows]))
 
 
 def test_a_token_of_zeros() -> None:

@@ -1,6 +1,7 @@
 """Converts or exports again and again in processes that are killed, and compares what comes out.
 
     cd tests; python -m support.crash_driver SOURCE WORKDIR --steps 25 --instants 10 [--seed 0]
+    cd tests; python -m support.crash_driver SOURCE WORKDIR --recipe FILE --calibration-tokens 1024
     cd tests; python -m support.crash_driver CHECKPOINT WORKDIR --format ascendv1 [--over EXPORT]
 
 One process imports torch and transformers and forks the others, so that a trial takes milliseconds
@@ -188,6 +189,8 @@ def main() -> None:
     parser.add_argument("--instants", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--recipe", help="of the conversion; the default one if not given")
+    parser.add_argument("--calibration-tokens", type=int, default=512, help="if it is calibrated")
     parser.add_argument("--format", help="export SOURCE, a checkpoint, instead of converting")
     parser.add_argument("--over", type=Path, help="an export that is replaced in each trial")
     options = parser.parse_args()
@@ -199,8 +202,9 @@ def main() -> None:
             overwrite = options.over is not None
             choices = WritingOptions(threads=options.threads, overwrite=overwrite)
             return export_checkpoint(options.source, output, options.format, choices)
-        choices = ConvertOptions(threads=options.threads)
-        return convert_checkpoint(options.source, output, options=choices)
+        tokens = options.calibration_tokens
+        choices = ConvertOptions(threads=options.threads, calibration_tokens=tokens)
+        return convert_checkpoint(options.source, output, options.recipe, choices)
 
     seal = RECORD_NAME if options.format else MANIFEST_NAME
     driver = Driver(write, seal, options.workdir, options.over)

@@ -17,6 +17,7 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.manifest import (
     FORMAT,
     FORMAT_VERSION,
+    CalibrationRecord,
     FileEntry,
     LinearEntry,
     SourceRecord,
@@ -39,9 +40,11 @@ def foreign(kind: type) -> dict[str, Any]:
 
 def manifest_schema() -> dict[str, Any]:
     """The schema of version 1."""
-    kinds = [Qwen3Config, SourceRecord, LinearEntry, StoredTensor, FileEntry, Digest]
-    (model, source, linear, tensor, file, digest), parts = msgspec.json.schema_components(
-        kinds, schema_hook=foreign, ref_template="#/$defs/{name}"
+    kinds = [
+        Qwen3Config, SourceRecord, LinearEntry, StoredTensor, FileEntry, CalibrationRecord, Digest
+    ]  # fmt: skip
+    (model, source, linear, tensor, file, calibration, digest), parts = (
+        msgspec.json.schema_components(kinds, schema_hook=foreign, ref_template="#/$defs/{name}")
     )
     for part in parts.values():
         if "description" in part:  # a docstring, which Python 3.13 stores without its indent
@@ -68,12 +71,13 @@ def manifest_schema() -> dict[str, Any]:
         "files": named(file),
         "manifest_blake3": digest,
     }
+    required, properties = [*properties], properties | {"calibration": calibration}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "qwen3_ascend.json, format version 1",
         "type": "object",
         "properties": properties,
-        "required": list(properties),
+        "required": required,
         "additionalProperties": False,
         "$defs": parts,
     }

@@ -56,6 +56,50 @@ def quantize(
     return strips, scales, signal, noise
 
 
+def widest(group: list[np.float32], least: int, most: int) -> np.float32:
+    """The scale under which nothing is clipped, before it is rounded."""
+    largest = max(group, key=abs, default=np.float32(0))  # the first of several
+    return np.float32(
+        abs(largest) / np.float32(most) if -least <= most else largest / np.float32(least)
+    )
+
+
+def search_error(
+    group: list[np.float32], importance: list[np.float32], scale: np.float32, least: int, most: int
+) -> float:
+    """What a scale leaves: each step in float32, the sum in float64."""
+    inverse, terms = np.float32(1) / scale, []
+    for weight, counts in zip(group, importance, strict=True):
+        code = np.float32(np.rint(min(max(weight * inverse, np.float32(least)), np.float32(most))))
+        error = code * scale - weight
+        terms.append(float(error * error * counts))
+    return lane_sum(terms)
+
+
+def search_scales(
+    source: NDArray[np.float32],
+    importance: NDArray[np.float32],
+    width: int,
+    integers: tuple[int, int],
+    ratios: list[float],
+) -> list[list[float]]:
+    """The scale of each group of each row."""
+    found: list[list[float]] = []
+    for row in source:
+        found.append([])
+        for start in range(0, len(row), width):
+            group, counts = [*row[start : start + width]], [*importance[start : start + width]]
+            base = widest(group, *integers)
+            best, least = to_bfloat16(base) or np.float32(1), float("inf")
+            for ratio in ratios if abs(base) >= 2.0**-100 else []:
+                scale = to_bfloat16(base * np.float32(ratio)) or np.float32(1)
+                error = search_error(group, counts, scale, *integers)
+                if error < least:
+                    best, least = scale, error
+            found[-1].append(float(best))
+    return found
+
+
 def pack(matrix: NDArray[np.generic], width: int) -> NDArray[np.generic]:
     """The offset formula of FRACTAL_NZ; `width` is C0."""
     rows, columns = matrix.shape

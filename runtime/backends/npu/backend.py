@@ -55,8 +55,14 @@ from qwen3_ascend.runtime.backends.npu.graph_lengths import (
 )
 from qwen3_ascend.runtime.backends.npu.graph_updates import FUSED_LENGTHS, PAGED_LENGTHS
 from qwen3_ascend.runtime.backends.npu.heads import FEW_ROWS, HeadDivider
-from qwen3_ascend.runtime.backends.npu.linears import DenseLinear, NpuLinear, Upload, load_linear
-from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant
+from qwen3_ascend.runtime.backends.npu.linears import (
+    DenseLinear,
+    NpuLinear,
+    Upload,
+    load_linear,
+    static_vectors,
+)
+from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant, static_quant
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
 from qwen3_ascend.runtime.backends.npu.transfers import BUFFER_BYTES, Transfers
@@ -286,6 +292,10 @@ class NpuBackend(Backend[LayerKV]):
         if consumer.input is Input.INT8_PER_TOKEN:
             added = self._zeros(hidden) if delta is None else delta
             return self.capabilities.norm_quant.call(hidden, added, weight, epsilon)
+        if consumer.input is Input.INT8_STATIC:
+            added = self._zeros(hidden) if delta is None else delta
+            vectors = static_vectors(consumer)
+            return self.capabilities.static_norm_quant.call(hidden, added, weight, epsilon, vectors)
         if delta is None:
             return torch_npu.npu_rms_norm(hidden, weight, epsilon)[0], hidden
         normed, _, total = torch_npu.npu_add_rms_norm(hidden, delta, weight, epsilon)
@@ -335,6 +345,8 @@ class NpuBackend(Backend[LayerKV]):
         attended = heads.flatten(1)
         if consumer.input is Input.INT8_PER_TOKEN:
             return dynamic_quant(attended)
+        if consumer.input is Input.INT8_STATIC:
+            return static_quant(attended, static_vectors(consumer))
         return attended
 
     @override
@@ -342,7 +354,10 @@ class NpuBackend(Backend[LayerKV]):
         """One launch where one kernel does both, with the quantization if it is wanted."""
         if consumer.input is Input.INT8_PER_TOKEN:
             return self.capabilities.gated_quant.call(gate_up)
-        return torch_npu.npu_swiglu(gate_up, dim=-1)
+        gated: Tensor = torch_npu.npu_swiglu(gate_up, dim=-1)
+        if consumer.input is Input.INT8_STATIC:
+            return static_quant(gated, static_vectors(consumer))
+        return gated
 
     @override
     def prefetch(self, linears: tuple[DeviceLinear, ...], after: Activation) -> None:

@@ -12,10 +12,28 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme
+from qwen3_ascend.checkpoint.schemes import (
+    BF16,
+    W4A8,
+    W4A16,
+    W8A8,
+    W8A16,
+    Input,
+    Scheme,
+    W8A8Static,
+)
+from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, SHIFT, shift_of
+from qwen3_ascend.checkpoint.schemes.w8a8_static import StaticInput, folded_bias, static_input
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
-from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_codes, as_float
+from qwen3_ascend.runtime.backends.base import (
+    Activation,
+    DeviceLinear,
+    as_codes,
+    as_float,
+    as_static,
+)
+from qwen3_ascend.runtime.backends.npu.operators import StaticVectors
 
 Upload = Callable[[Tensor, Layout, int, int], Tensor]
 """(stored weight, layout, N, K) -> device tensor; see formats.upload_packed."""
@@ -102,6 +120,105 @@ class Int8Linear:
         return y.cpu().to(torch.int8)
 
 
+class StaticInt8Linear:
+    """w8a8-static: npu_quant_matmul adds quant_bias to the integers, and multiplies once.
+
+    Attributes:
+        vectors: for who feeds it.
+    """
+
+    input = Input.INT8_STATIC
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        static_input: StaticInput,
+        vectors: StaticVectors,
+    ) -> None:
+        self.weight, self.scale, self.bias = weight, scale, bias
+        self.static_input, self.vectors = static_input, vectors
+
+    @classmethod
+    def load(cls, linear: Linear, upload: Upload) -> StaticInt8Linear:
+        """Puts a stored linear on the device."""
+        outputs, inputs = linear.shape[-2:]
+        weight = upload(linear.weight, linear.layout, outputs, inputs)
+        made = static_input(linear.tensors)
+        scale, bias = linear.tensors["deq_scale"].to("npu"), folded_bias(linear).to("npu")
+        return cls(weight, scale, bias, made, StaticVectors.upload(made, inputs))
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, bfloat16 [T, N]."""
+        y: Tensor = torch_npu.npu_quant_matmul(
+            as_static(x), self.weight, self.scale, bias=self.bias, output_dtype=torch.bfloat16
+        )
+        return y
+
+    def probe(self, rows: Tensor) -> Tensor:
+        """See NpuLinear; as of w8a8, whose weight it has."""
+        return Int8Linear(self.weight, self.scale, None).probe(rows)
+
+
+class GroupInt4Linear:
+    """w4a8: npu_quant_matmul reads plain [K, N / 8] words of eight codes.
+
+    Attributes:
+        scale: int64 [K / 256, N], with float32 in the low half.
+        offset: float32 [N], what the kernel leaves out of its products.
+        bias: added by a launch of its own, since this kernel takes none.
+    """
+
+    input = Input.INT8_PER_TOKEN
+
+    def __init__(self, weight: Tensor, scale: Tensor, offset: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.scale, self.offset, self.bias = weight, scale, offset, bias
+
+    @classmethod
+    def load(cls, linear: Linear, upload: Upload) -> GroupInt4Linear:
+        """Puts a stored linear on the device.
+
+        Raises:
+            CheckpointError: if the kernel does not take it, as it may be for a rank's part of one
+                that it takes.
+        """
+        if refusal := ASCEND_A2_A3.refusal(linear.scheme, linear.shape):
+            raise CheckpointError(f"a linear cannot be loaded: {refusal}")
+        weight = upload(linear.weight, linear.layout, *linear.shape[-2:])
+        scale = linear.tensors["scale"].view(torch.int32).long()
+        bias = None if linear.bias is None else linear.bias.to("npu")
+        return cls(weight, scale.to("npu"), shift_of(linear.tensors).to("npu"), bias)
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, bfloat16 [T, N]."""
+        quantized = as_codes(x)
+        y = self._product(quantized.codes, self.scale, self.offset, quantized.scale)
+        return y if self.bias is None else y + self.bias
+
+    def _product(self, codes: Tensor, scale: Tensor, offset: Tensor, token: Tensor) -> Tensor:
+        y: Tensor = torch_npu.npu_quant_matmul(
+            codes,
+            self.weight,
+            scale,
+            offset=offset,
+            pertoken_scale=token.unsqueeze(-1),
+            group_sizes=[0, 0, GROUP],
+            output_dtype=torch.bfloat16,
+        )
+        return y
+
+    def probe(self, rows: Tensor) -> Tensor:
+        """See NpuLinear. An input code of 8 leaves nothing in the kernel's products, one of 9 the
+        weight's code itself: with scales of 1 and no offset that is the result."""
+        codes = SHIFT + _one_hot(rows, self.weight.shape[0], torch.int8)
+        ones = torch.ones_like(self.scale, device="cpu", dtype=torch.float32)
+        scale = ones.view(torch.int32).long().to("npu")
+        token = torch.ones(len(rows)).to("npu")
+        y = self._product(codes.to("npu"), scale, torch.zeros_like(self.offset), token)
+        return y.cpu().to(torch.int8)
+
+
 def multiply(
     x: Tensor, weight: Tensor, scale: Tensor, group: int, bias: Tensor | None = None
 ) -> Tensor:
@@ -178,14 +295,34 @@ class DividedLinear:
         return torch.cat([part.probe(rows) for part in self.parts], dim=-1)
 
 
-def in_parts(load: Load) -> Load:
+class DividedStaticLinear(DividedLinear):
+    """The same of linears with a static input, which all parts share."""
+
+    def __init__(self, parts: tuple[NpuLinear, ...]) -> None:
+        super().__init__(parts)
+        first = parts[0]
+        assert isinstance(first, StaticInt8Linear), "parts of another scheme"
+        self.static_input, self.vectors = first.static_input, first.vectors
+
+
+def static_vectors(consumer: DeviceLinear) -> StaticVectors:
+    """How a linear with a static input wants to be fed."""
+    assert isinstance(consumer, StaticInt8Linear | DividedStaticLinear), "it has no static input"
+    return consumer.vectors
+
+
+Join = Callable[[tuple[NpuLinear, ...]], NpuLinear]
+"""Makes one linear of parts."""
+
+
+def in_parts(load: Load, join: Join = DividedLinear) -> Load:
     """Puts a linear on the device, in parts if its kernel does not take it as one."""
 
     def divided(linear: Linear, upload: Upload) -> NpuLinear:
         most = ASCEND_A2_A3.largest_dimension
         if linear.shape[-2] <= most:
             return load(linear, upload)
-        return DividedLinear(tuple(load(part, upload) for part in linear.divide_outputs(most)))
+        return join(tuple(load(part, upload) for part in linear.divide_outputs(most)))
 
     return divided
 
@@ -193,8 +330,10 @@ def in_parts(load: Load) -> Load:
 LINEARS: dict[type[Scheme], Load] = {
     BF16: DenseLinear.load,
     W8A8: in_parts(Int8Linear.load),
+    W8A8Static: in_parts(StaticInt8Linear.load, DividedStaticLinear),
     W8A16: in_parts(WeightOnlyLinear.load),
     W4A16: in_parts(WeightOnlyLinear.load),
+    W4A8: GroupInt4Linear.load,
 }
 
 

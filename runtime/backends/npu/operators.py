@@ -14,7 +14,8 @@ import torch
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.runtime.backends.base import QuantizedActivation
+from qwen3_ascend.checkpoint.schemes.w8a8_static import StaticInput
+from qwen3_ascend.runtime.backends.base import QuantizedActivation, StaticActivation
 from qwen3_ascend.runtime.backends.cache import LayerKV
 
 CacheWrite = Callable[[Tensor, Tensor, LayerKV, Tensor], None]
@@ -22,6 +23,40 @@ CacheWrite = Callable[[Tensor, Tensor, LayerKV, Tensor], None]
 
 NormQuant = Callable[[Tensor, Tensor | None, Tensor, float], tuple[QuantizedActivation, Tensor]]
 """(hidden, delta, weight, epsilon) -> (the quantized norm of hidden + delta, hidden + delta)."""
+
+
+@dataclass(frozen=True)
+class StaticVectors:
+    """How a linear's inputs are quantized, in the forms that operators ask for; on the device.
+
+    Attributes:
+        scales: float32 [K], what a norm divides by.
+        zero_points: int32 [K], beside it.
+        reciprocal, offset: bfloat16 [1], what npu_quantize multiplies by and adds.
+    """
+
+    scales: Tensor
+    zero_points: Tensor
+    reciprocal: Tensor
+    offset: Tensor
+
+    @classmethod
+    def upload(cls, static_input: StaticInput, inputs: int) -> StaticVectors:
+        """Of a linear with so many inputs."""
+        reciprocal, offset = static_input.reciprocal, static_input.offset
+        return cls(
+            torch.full([inputs], 1 / reciprocal).to("npu"),
+            torch.full([inputs], offset, dtype=torch.int32).to("npu"),
+            torch.tensor([reciprocal], dtype=torch.bfloat16).to("npu"),
+            torch.tensor([offset], dtype=torch.bfloat16).to("npu"),
+        )
+
+
+StaticNormQuant = Callable[
+    [Tensor, Tensor | None, Tensor, float, StaticVectors], tuple[StaticActivation, Tensor]
+]
+"""(hidden, delta, weight, epsilon, of the consumer) -> (codes of the norm of hidden + delta,
+hidden + delta)."""
 
 GatedQuant = Callable[[Tensor], QuantizedActivation]
 """[T, 2 * inner] -> the quantized silu(gate) * up."""
@@ -95,14 +130,41 @@ def _norm_quant(
     return QuantizedActivation(codes, scale), total
 
 
+def fused_static_norm_quant(
+    hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, static: StaticVectors
+) -> tuple[StaticActivation, Tensor]:
+    """One launch; the first layer adds zeros. It divides by a scale, which as the reciprocal of a
+    bfloat16 number has to be float32; releases that take bfloat16 scales only would divide by one
+    that is up to 2^-9 off."""
+    delta = torch.zeros_like(hidden) if delta is None else delta
+    codes, _, total = torch_npu.npu_add_rms_norm_quant(
+        hidden, delta, weight, static.scales, static.zero_points, epsilon=epsilon
+    )
+    return StaticActivation(codes), total
+
+
+def norm_then_static_quant(
+    hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, static: StaticVectors
+) -> tuple[StaticActivation, Tensor]:
+    """Two launches; the norm is rounded to bfloat16 before it is quantized."""
+    normed, total = _norm(hidden, delta, weight, epsilon)
+    return static_quant(normed, static), total
+
+
+def _norm(
+    hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    if delta is None:
+        return torch_npu.npu_rms_norm(hidden, weight, epsilon)[0], hidden
+    normed, _, total = torch_npu.npu_add_rms_norm(hidden, delta, weight, epsilon)
+    return normed, total
+
+
 def norm_then_quant(
     hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float
 ) -> tuple[QuantizedActivation, Tensor]:
     """Two launches; the norm is rounded to bfloat16 before it is quantized."""
-    if delta is None:
-        normed, total = torch_npu.npu_rms_norm(hidden, weight, epsilon)[0], hidden
-    else:
-        normed, _, total = torch_npu.npu_add_rms_norm(hidden, delta, weight, epsilon)
+    normed, total = _norm(hidden, delta, weight, epsilon)
     return dynamic_quant(normed), total
 
 
@@ -143,6 +205,13 @@ def dynamic_quant(x: Tensor) -> QuantizedActivation:
     return QuantizedActivation(*torch_npu.npu_dynamic_quant(x))
 
 
+def static_quant(x: Tensor, static: StaticVectors) -> StaticActivation:
+    """Codes under a scale and offset that are fixed. Axis -1, and multiplied."""
+    return StaticActivation(
+        torch_npu.npu_quantize(x, static.reciprocal, static.offset, torch.qint8, -1, False)
+    )
+
+
 CACHE_WRITES: tuple[Form[CacheWrite], ...] = (
     Form("npu_scatter_pa_kv_cache", scatter),
     Form("_npu_reshape_and_cache", reshape_and_cache),
@@ -152,6 +221,10 @@ NORM_QUANTS: tuple[Form[NormQuant], ...] = (
     Form("npu_add_rms_norm_dynamic_quant", fused_norm_quant),
     Form("npu_add_rms_norm_dynamic_quant with both outputs", unmasked_norm_quant),
     Form("npu_add_rms_norm, npu_dynamic_quant", norm_then_quant),
+)
+STATIC_NORM_QUANTS: tuple[Form[StaticNormQuant], ...] = (
+    Form("npu_add_rms_norm_quant", fused_static_norm_quant),
+    Form("npu_add_rms_norm, npu_quantize", norm_then_static_quant),
 )
 GATED_QUANTS: tuple[Form[GatedQuant], ...] = (
     Form("npu_dequant_swiglu_quant", fused_gated_quant),

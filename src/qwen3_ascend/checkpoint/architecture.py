@@ -79,6 +79,10 @@ class LayerSpec:
     output: LinearSpec
     mlp: MlpSpec
 
+    def __iter__(self) -> Iterator[Spec]:
+        """Every weight of the layer."""
+        return _weights(self)
+
 
 @dataclass(frozen=True)
 class ModelSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen3_ascend.checkpoint.layout import Layout
+from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.files.text import size_text, table
 
@@ -19,13 +19,16 @@ def inspect_lines(manifest: Manifest) -> list[str]:
         f"context {model.context_length}",
         f"from {source.repo}{revision}{form}, recipe {manifest.recipe['name']}, "
         f"qwen3-ascend {manifest.tool_version}",
+        *([f"weights changed by {', '.join(manifest.transforms)}"] if manifest.transforms else []),
+        *([f"calibrated with {manifest.calibration}"] if manifest.calibration else []),
         f"{len(stored)} tensors, {size_text(sum(t.nbytes for t in stored.values()))} "
         f"in {len(manifest.weight_files)} file(s)",
         "",
     ]
+    kept = "rounded" if manifest.transforms else "exact"
     rows = [_linear_row(name, entry) for name, entry in manifest.linears.items()]
     rows += [
-        (name, dims(tensor.shape), "bf16", "nd", "exact", size_text(tensor.nbytes))
+        (name, dims(tensor.shape), "bf16", "nd", kept, size_text(tensor.nbytes))
         for name, tensor in manifest.tensors.items()
     ]
     return lines + table(rows, ("tensor", "shape", "scheme", "layout", "SQNR dB", "bytes"))
@@ -36,7 +39,7 @@ def dims(shape: tuple[int, ...]) -> str:
 
 
 def layout_text(layout: Layout) -> str:
-    return layout.format if layout.format == "nd" else f"nz of {layout.nz_of}"
+    return "nd" if layout == ND else f"{layout.format} of {layout.nz_of}"
 
 
 def _linear_row(name: str, entry: LinearEntry) -> tuple[str, str, str, str, str, str]:

@@ -199,6 +199,17 @@ class Layout:
             matrix = unpack_words(matrix, columns)
         return matrix.transpose(-2, -1).contiguous() if self.nz_of == "KN" else matrix
 
+    def output_sums(self, stored: Tensor, shape: Sequence[int]) -> Tensor:
+        """The sum of the codes of each output, int32 [*batch, N], of a stored weight [*batch, N, K]
+        with one code a word: nothing is unpacked, since padding is zero."""
+        if self.per_word > 1:
+            raise ValueError(f"{self}: codes that share a word cannot be summed as they lie")
+        inputs = self.place("inputs").axis
+        if self.format == "nd":
+            return stored.sum(inputs, dtype=torch.int32)
+        within = -1 if inputs == -4 else -2
+        return stored.sum((inputs, within), dtype=torch.int32).flatten(-2)[..., : shape[-2]]
+
     def place(self, cut: Cut) -> Place:
         """Where the axis that a cut divides lies in the stored tensor."""
         along_columns = (self.nz_of == "KN") == (cut == "outputs")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen3_ascend import native
 from qwen3_ascend.checkpoint.layout import Cut, Layout, Place
-from qwen3_ascend.checkpoint.schemes.base import Codes, Scheme
+from qwen3_ascend.checkpoint.schemes.base import Codes, InputRange, Scheme
 from qwen3_ascend.checkpoint.schemes.pieces import Piece, Stack
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.safetensors import Form
@@ -85,10 +85,12 @@ class Linear:
         shape = list(self.shape)
         shape[axis] = sum(count for _, count in spans)
         places = self.places()
-        tensors = {
+        tensors: Mapping[str, Tensor] = {
             suffix: _narrow(suffix, tensor, places[suffix].get(cut), spans, length)
             for suffix, tensor in self.tensors.items()
         }
+        if cut == "inputs":
+            tensors = self.scheme.of_some_inputs(tensors, shape, self.layout)
         return Linear(self.scheme, tuple(shape), self.layout, tensors)
 
     def divide_outputs(self, most: int) -> tuple[Linear, ...]:
@@ -96,7 +98,8 @@ class Linear:
         that holds more) as there can be, of about the same size, none of which begins within a
         block; their tensors are views."""
         outputs, places = self.shape[-2], self.places()
-        unit = math.lcm(*(places[suffix]["outputs"].unit for suffix in self.tensors))
+        divided = (places[suffix].get("outputs") for suffix in self.tensors)
+        unit = math.lcm(*(place.unit for place in divided if place))
         units = -(-outputs // unit)
         count = -(-units // max(1, most // unit))
         borders = [min(unit * (units * part // count), outputs) for part in range(count + 1)]
@@ -104,6 +107,11 @@ class Linear:
             self.narrow("outputs", [(start, stop - start)])
             for start, stop in itertools.pairwise(borders)
         )
+
+    def for_inputs(self, inputs: InputRange) -> Linear:
+        """The linear for inputs of a range; itself if its scheme does not fix that beforehand."""
+        tensors = self.scheme.for_inputs(self.tensors, self.shape, self.layout, inputs)
+        return Linear(self.scheme, self.shape, self.layout, tensors)
 
     def pad_outputs(self, outputs: int) -> Linear:
         """The linear with outputs of zero behind its own, up to so many; itself if it has them."""

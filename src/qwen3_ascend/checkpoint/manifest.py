@@ -26,6 +26,7 @@ from qwen3_ascend.files.json_file import (
     Digest,
     Finite,
     Name,
+    Size,
     check_keys,
     plain,
     read_json_object,
@@ -132,6 +133,30 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
+class CalibrationRecord:
+    """With what a conversion was calibrated.
+
+    Attributes:
+        name: of the texts.
+        blake3: of their file; None for random token ids.
+        tokens: that were read.
+        windows: in which they were read, all of one length.
+        device: where they were read, cpu or npu.
+    """
+
+    name: Name
+    blake3: Digest | None
+    tokens: Size
+    windows: Size
+    device: Name
+
+    def __str__(self) -> str:
+        """For people."""
+        length = self.tokens // self.windows
+        return f"{self.name}, {self.windows} windows of {length} tokens, on the {self.device}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a reader needs to know; see the module docstring.
 
@@ -145,6 +170,7 @@ class Manifest:
         tensors: unquantized tensors (norms, embedding) by name.
         weight_files: those that hold the tensors.
         files: every other file of the folder that we wrote.
+        calibration: with what it was calibrated; None if its recipe needs no data.
     """
 
     tool_version: str
@@ -156,6 +182,13 @@ class Manifest:
     tensors: Mapping[str, StoredTensor]
     weight_files: Mapping[str, FileEntry]
     files: Mapping[str, FileEntry]
+    calibration: CalibrationRecord | None = None
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """What has made equivalent weights of the source's, in this order; see docs/transforms.md.
+        Whoever computes with the checkpoint need not know: it is a Qwen3 like any other."""
+        return tuple(self.recipe.get("transforms", ()))
 
     def stored(self) -> dict[str, StoredTensor]:
         """Every stored tensor by its name in the weight files."""
@@ -181,6 +214,8 @@ class Manifest:
             "weight_files": plain(self.weight_files),
             "files": plain(self.files),
         }
+        if self.calibration is not None:
+            body["calibration"] = plain(self.calibration)
         return {**body, "manifest_blake3": canonical_blake3(body)}
 
     @property
@@ -238,6 +273,7 @@ class Manifest:
                 tensors=section("tensors", StoredTensor),
                 weight_files=section("weight_files", FileEntry),
                 files=section("files", FileEntry),
+                calibration=_calibration(data),
             )
             check_keys(data, found.to_json(), "it")
             if data["recipe_blake3"] != canonical_blake3(data["recipe"]):
@@ -252,7 +288,14 @@ class Manifest:
 def _recipe(data: object) -> dict[str, Any]:
     recipe = typed(data, dict[str, object], "recipe")
     typed(recipe.get("name"), Name, "recipe.name")
+    typed(recipe.get("transforms", []), tuple[str, ...], "recipe.transforms")
     return recipe
+
+
+def _calibration(data: Mapping[str, Any]) -> CalibrationRecord | None:
+    if "calibration" not in data:
+        return None
+    return typed(data["calibration"], CalibrationRecord, "calibration")
 
 
 def canonical_blake3(data: Any) -> str:

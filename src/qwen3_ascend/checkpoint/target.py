@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.layout import ND, Layout
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, bf16, w4a16, w8a8, w8a16
+from qwen3_ascend.checkpoint.schemes import BF16, W4A8, W4A16, bf16, w4a8, w4a16, w8a8, w8a16
 from qwen3_ascend.checkpoint.schemes.base import Input, Scheme
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.geometry import CACHE_BLOCK_TOKENS
+
+MOST_GROUPED_INPUTS = 29576
+"""See _grouped_refusal."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Target:
                 f"it is {list(shape)}, but {operator} refuses more inputs than "
                 f"{self.largest_dimension}; give it the scheme bf16"
             )
+        if isinstance(scheme, W4A8):
+            return _grouped_refusal(shape)
         return _int4_refusal(scheme, shape) if isinstance(scheme, W4A16) else None
 
 
@@ -88,10 +93,38 @@ def _int4_refusal(scheme: W4A16, shape: Sequence[int]) -> str | None:
     return None
 
 
+def _grouped_refusal(shape: Sequence[int]) -> str | None:
+    """Why npu_quant_matmul does not take int4 weights with groups beside int8 activations.
+
+    CANN's ops-nn at e5c3fa93, aclnn_quant_matmul_v5.cpp: CheckA8W4KDim, MAX_SHAPE_SIZE_A8W4_INT; N
+    in whole words. More outputs than a dimension may have are not divided for it.
+    """
+    *_, outputs, inputs = shape
+    for wrong, rule in (
+        (inputs % w4a8.GROUP, f"a multiple of {w4a8.GROUP} inputs"),
+        (inputs > MOST_GROUPED_INPUTS, f"at most {MOST_GROUPED_INPUTS} inputs"),
+        (outputs % 8, "a multiple of eight outputs"),
+        (outputs > ASCEND_A2_A3.largest_dimension, "at most 65535 outputs"),
+    ):
+        if wrong:
+            return (
+                f"it is {list(shape)}, but npu_quant_matmul wants {rule} beside 4-bit weights; "
+                f"give it the scheme w8a8"
+            )
+    return None
+
+
 ASCEND_A2_A3 = Target(
     name="ascend-a2-a3",
     chips="Atlas A2 (910B) and A3 (910_93)",
-    layouts={"bf16": bf16.NZ, "w8a8": w8a8.NZ, "w8a16": w8a16.NZ, "w4a16": w4a16.NZ},
+    layouts={
+        "bf16": bf16.NZ,
+        "w8a8": w8a8.NZ,
+        "w8a8-static": w8a8.NZ,
+        "w8a16": w8a16.NZ,
+        "w4a8": w4a8.ROWS,
+        "w4a16": w4a16.NZ,
+    },
     # npu_quant_matmul refuses a larger last dimension, npu_weight_quant_batchmatmul a larger N or K
     # (torch_npu's documentation of the operators).
     largest_dimension=65535,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import click
 
 from qwen3_ascend.cli.checking import doctor, inspect, verify
-from qwen3_ascend.cli.converting import convert
+from qwen3_ascend.cli.converting import convert, sensitivity
 from qwen3_ascend.cli.environment import settle_libraries
 from qwen3_ascend.cli.evaluating import evaluate, report
 from qwen3_ascend.cli.exporting import export
@@ -25,6 +25,7 @@ def main() -> None:
 
     \b
     qwen3-ascend convert Qwen/Qwen3-8B out/      quantize and lay out, offline, on any CPU
+    qwen3-ascend sensitivity MODEL FILE          which linears deserve more bits
     qwen3-ascend generate out/ --prompt "..."    run the result
     qwen3-ascend serve out/                      the same behind OpenAI's interface, to try it
     qwen3-ascend export out/ to/ --format F      the same integers for another engine
@@ -37,5 +38,16 @@ def main() -> None:
     settle_libraries()
 
 
-for command in (convert, generate, serve, export, evaluate, report, inspect, verify, doctor):
+for command in (
+    convert,
+    sensitivity,
+    generate,
+    serve,
+    export,
+    evaluate,
+    report,
+    inspect,
+    verify,
+    doctor,
+):
     main.add_command(command)

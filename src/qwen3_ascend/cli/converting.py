@@ -19,9 +19,9 @@ from qwen3_ascend.cli.interruption import stoppable
 from qwen3_ascend.cli.options import UserPath, given, options_of
 from qwen3_ascend.cli.terminal import progress_bar, to_stderr
 from qwen3_ascend.convert.events import Events
-from qwen3_ascend.convert.options import ConvertOptions
+from qwen3_ascend.convert.options import CalibrationOptions, ConvertOptions
 from qwen3_ascend.files.paths import user_path
-from qwen3_ascend.files.text import parse_size, size_text, table
+from qwen3_ascend.files.text import size_text, table
 
 if TYPE_CHECKING:
     from qwen3_ascend.convert.budget import Budget
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
-    help=f"Which scheme each linear gets: {', '.join(recipes.names())}, or a .yaml file. Default: "
+    help="Which scheme each linear gets, and who chooses its codes: "
+    f"{', '.join(recipes.names())}, or a .yaml file (docs/recipes.md). Default: "
     f"{recipes.DEFAULT}, or what MODEL holds if it is quantized already.",
 )
 @options_of(ConvertOptions)
@@ -74,6 +75,45 @@ def convert(
         _convert(model, output, recipe, options, quiet)
 
 
+@click.command()
+@click.argument("model")
+@click.argument("file", type=UserPath())
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    default="w4a16",
+    help="Whose schemes are tried, each beside those with more bits.  [default: w4a16]",
+)
+@options_of(CalibrationOptions)
+@click.option("--quiet", "-q", is_flag=True, help="No progress bar and no notes.")
+def sensitivity(model: str, file: Path, recipe: str, quiet: bool, **values: Any) -> None:
+    """Measure which linears of MODEL lose most by quantization, into FILE.
+
+    Each linear alone becomes what the recipe says, and what has more bits, and the predictions are
+    held against those of the floats. Each try takes about half a pass over the model: hours for 8B
+    on a CPU. FILE is written layer by layer, and the same command goes on from there.
+    `convert --target-bpw X --sensitivities FILE` then spends X bits a weight where they gain most.
+
+    \b
+    qwen3-ascend sensitivity Qwen/Qwen3-0.6B sensitivities.json --recipe w4a16
+    qwen3-ascend convert Qwen/Qwen3-0.6B out/ --recipe w4a16 --target-bpw 5 \\
+        --sensitivities sensitivities.json
+    """
+    from qwen3_ascend.convert.bits.measured import measure_sensitivities
+
+    options = ConvertOptions(**given(values))
+    with (
+        stoppable(lambda: f"; what is measured is kept in {file}, the same command continues"),
+        progress_bar("downloading", quiet or os.path.isdir(user_path(model)), None) as downloads,
+        progress_bar("measuring", quiet) as bar,
+    ):
+        found = measure_sensitivities(model, file, recipe, options, Watch(downloads, bar, quiet))
+    worst = sorted(found.linears, key=lambda name: -found.linears[name][0].kl)[:5]
+    click.echo(f"{file}: {len(found.linears)} linears; what loses most as {recipe} says:")
+    for name in worst:
+        click.echo(f"  {1000 * found.linears[name][0].kl:8.3f} thousandths of a nat  {name}")
+
+
 class Notes(Events):
     """Prints what a conversion has to say."""
 
@@ -102,6 +142,10 @@ class Watch(Events):
         self._bar.update(nbytes)
 
     @override
+    def working(self, what: str) -> None:
+        self._bar.set_postfix_str(what)
+
+    @override
     def note(self, line: str) -> None:
         if not self._quiet:
             to_stderr(line)
@@ -116,10 +160,10 @@ def _show_plan(
     as_json: bool,
 ) -> None:
     from qwen3_ascend.convert import plan_conversion, preflight, report
-    from qwen3_ascend.convert.budget import Budget
+    from qwen3_ascend.convert.conversion import plan_budget
 
     source, plan = plan_conversion(model, recipe, options, events, output)
-    budget = Budget.fit(plan.piece_bytes, options.threads, parse_size(options.max_memory))
+    budget = plan_budget(plan, options)
     disk = preflight.disk_needs(plan, source, output)
     if as_json:
         needs = {"disk": {need.what: need.nbytes for need in disk}}

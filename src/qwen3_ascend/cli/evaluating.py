@@ -102,7 +102,7 @@ def _hold_bound(found: Evaluation, max_kl: float | None) -> None:
     "--sensitivities",
     type=UserPath(),
     metavar="FILE",
-    help="What each linear costs.  [default: sensitivities.json in OUT, if there is one]",
+    help="What `sensitivity` has written.  [default: sensitivities.json in OUT, if there is one]",
 )
 @click.option(
     "--output", "-o", type=UserPath(), required=True, metavar="PAGE.html", help="The page to write."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from qwen3_ascend.evaluation.result import (
 )
 from qwen3_ascend.evaluation.subject import Note, Subject, open_subject
 from qwen3_ascend.evaluation.text import read_text, windows_of
-from qwen3_ascend.files.hashing import bytes_blake3
+from qwen3_ascend.files.hashing import file_blake3
 from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.runtime.tokenizer import NoTokenizer, Tokenizer
 
@@ -74,12 +74,14 @@ def evaluate(
                 opened = open_subject(str(place), options, first.made_of, note)
                 subjects.append(stack.enter_context(opened))
         windows = _common_windows(subjects, said, path, options)
+        for line in _known_texts(subjects, file_blake3(path)):
+            note(line)
         order = [subjects[-1], *subjects[:-1]]  # the reference is measured first
         scores = measure(order, windows, progress)
         sides = [_Side(subject, found) for subject, found in zip(order, scores, strict=True)]
         alone = Evaluation(
             text=path.name,
-            text_blake3=bytes_blake3(said.encode()),
+            text_blake3=file_blake3(path),
             window=options.window,
             windows=len(windows),
             device=first.backend.name,
@@ -103,6 +105,14 @@ def _compared(alone: Evaluation, sides: Sequence[_Side], windows: Sequence[Windo
             kl_difference=_estimate(other.kl - model.kl),
         )
     return found
+
+
+def _known_texts(subjects: Sequence[Subject], text_blake3: str) -> Iterator[str]:
+    """A line for each model that has seen the text before."""
+    for subject in subjects:
+        calibration = subject.made_of.calibration if subject.made_of else None
+        if calibration is not None and calibration.blake3 == text_blake3:
+            yield f"{subject.name} was calibrated with this text: it looks better than it is"
 
 
 def _common_windows(
@@ -171,7 +181,7 @@ class _Side:
     def kl(self) -> Values:
         """The mean KL of each window."""
         assert self.scores.kl is not None
-        return self.scores.kl.mean(1, dtype=np.float64)
+        return np.asarray(self.scores.kl.mean(1, dtype=np.float64))
 
 
 def _estimate(values: Values, scale: Callable[[float], float] = float) -> Interval:

@@ -110,7 +110,7 @@ class Evaluation:
     """Everything that one evaluation found.
 
     Attributes:
-        text: name of the file, and the BLAKE3 of its bytes.
+        text, text_blake3: name of the file, and the BLAKE3 of its bytes.
         window: tokens of a window.
         windows: that were read.
         device, dtype: what computed, in which type.

@@ -88,7 +88,10 @@ def _model(
     if comparison is None or reference is None:
         return
     yield "of the reference", with_interval(reference.perplexity, "{:.4f}".format)
-    yield "change", f"{with_interval(comparison.perplexity_change, change)}: {_verdict(comparison)}"
+    yield (
+        "change",
+        f"{with_interval(comparison.perplexity_change, change)}: {verdict_text(comparison)}",
+    )
     peak = comparison.kl_max
     yield "KL divergence", with_interval(comparison.kl, thousandths)
     yield "  99 %", thousandths(comparison.kl_99)
@@ -104,6 +107,6 @@ def _named(model: ModelFigures) -> str:
     return f"{model.name}, recipe {model.recipe}" if model.recipe else model.name
 
 
-def _verdict(comparison: Comparison) -> str:
+def verdict_text(comparison: Comparison) -> str:
     verdict = comparison.verdict
     return "too few windows to tell" if verdict == "unknown" else verdict

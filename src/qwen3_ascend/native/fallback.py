@@ -14,12 +14,18 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
+from qwen3_ascend.native.butterflies import rotate
 from qwen3_ascend.native.kernels import (
     FLOATS,
+    LEAST_SEARCHED,
     NotFinite,
+    check_block,
     check_codes,
     check_matrix,
     check_pack,
+    check_rounded,
+    check_search,
+    check_square_sums,
     lane_sums,
 )
 
@@ -81,6 +87,62 @@ class TorchKernels:
             rows = groups.permute(1, 2, 0, 3).flatten(2, 3).flatten(0, 1)
             destination[start:stop] = rows[: stop - start, : destination.shape[1]]
 
+    def search_scales(
+        self,
+        source: Tensor,
+        importance: Tensor,
+        width: int,
+        integers: tuple[int, int],
+        ratios: Tensor,
+        scales: Tensor,
+    ) -> None:
+        check_search(source, importance, width, ratios, scales)
+        padding = (0, -source.shape[1] % width)
+        counts = torch.nn.functional.pad(importance, padding).view(-1, width)
+        for start, stop in _blocks(source, 1):
+            rows = torch.nn.functional.pad(source[start:stop], padding)
+            groups = rows.view(stop - start, -1, width)
+            scales[start:stop] = _search(groups, counts, integers, ratios)
+
+    def compensate_block(
+        self,
+        weights: Tensor,
+        scales: Tensor,
+        factor: Tensor,
+        integers: tuple[int, int],
+        codes: Tensor,
+        errors: Tensor,
+    ) -> None:
+        check_block(weights, scales, factor, codes, errors)
+        errors.copy_(weights)
+        for column, step in enumerate(scales.unbind(1)):
+            weight = errors[:, column]
+            code = (weight / step).clamp_(*integers).round_()
+            codes[:, column] = code
+            weight.sub_(code * step).div_(factor[column, column])
+            errors[:, column + 1 :] -= weight[:, None] * factor[column, column + 1 :]
+
+    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        rotate(matrix, 1, signs, base)
+
+    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        rotate(matrix, 0, signs, base)
+
+    def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
+        check_square_sums(source, axis, sums)
+        lines = source if axis == 0 else source.t()
+        step = max(1, BLOCK_WEIGHTS // max(1, lines.shape[1]))
+        for start in range(0, len(lines), step):
+            squares = lines[start : start + step].double().square_()
+            sums[start : start + step] = lane_sums(squares.contiguous())
+
+    def error_bf16(self, source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor) -> None:
+        check_rounded(source, stored, signal, noise)
+        for start, stop in _blocks(source, 1):
+            exact = source[start:stop].double()
+            signal[start:stop] = lane_sums(exact.square())
+            noise[start:stop] = lane_sums(exact.sub_(stored[start:stop].double()).square_())
+
 
 def _blocks(matrix: Tensor, unit: int) -> Iterator[tuple[int, int]]:
     """Row ranges that start at multiples of `unit` and hold about BLOCK_WEIGHTS weights."""
@@ -102,8 +164,38 @@ def _channel_scales(weights: Tensor) -> Tensor:
     """absmax / 127 as a bfloat16 value per row; 1 where that is zero."""
     if weights.shape[1] == 0:
         return weights.new_ones(weights.shape[0])
-    scales = (weights.abs().amax(1) / 127.0).bfloat16().float()
-    return torch.where(scales == 0, 1.0, scales)
+    return _stored(weights.abs().amax(1) / 127.0)
+
+
+def _search(
+    groups: Tensor, importance: Tensor, integers: tuple[int, int], ratios: Tensor
+) -> Tensor:
+    """The scales [N, G] of groups [N, G, width]; see Kernels.search_scales."""
+    widest = _widest_scales(groups, integers)
+    best = _stored(widest)
+    least = torch.full(best.shape, torch.inf, dtype=torch.float64)
+    for ratio in ratios:
+        scales = _stored(widest * ratio)[..., None]
+        codes = (groups * (torch.ones_like(scales) / scales)).clamp_(*integers).round_()
+        terms = codes.mul_(scales).sub_(groups).square_().mul_(importance)
+        errors = lane_sums(terms.double().flatten(0, 1)).view_as(least)
+        better = errors < least
+        least, best = least.where(~better, errors), best.where(~better, scales[..., 0])
+    return best.where(widest.abs() >= LEAST_SEARCHED, _stored(widest))
+
+
+def _widest_scales(groups: Tensor, integers: tuple[int, int]) -> Tensor:
+    """The scales [...] under which nothing is clipped in groups [..., width], not yet rounded."""
+    least, most = integers
+    if -least <= most:
+        return groups.abs().amax(-1) / most
+    return groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / least
+
+
+def _stored(scales: Tensor) -> Tensor:
+    """Scales as bfloat16 values; 1 where that is zero."""
+    rounded = scales.bfloat16().float()
+    return torch.where(rounded == 0, 1.0, rounded)
 
 
 def _strips_of(strips: Tensor, start: int, stop: int) -> Tensor:

@@ -8,6 +8,7 @@ parts of one buffer.
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,9 +16,19 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
+from qwen3_ascend.native.butterflies import check_rotation
 from qwen3_ascend.native.library import Library
 
 LANES = 8
+
+ROTATED_COLUMNS = 16
+"""Columns that the compiled kernel rotates together, in a scratch."""
+
+BLOCK_COLUMNS = 128
+"""Columns whose codes are chosen together when errors are made up for."""
+
+LEAST_SEARCHED = 2.0**-100
+"""The widest scale of a group that is searched: below, reciprocals overflow."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPE_CODES = {torch.int8: 0, torch.uint8: 0, **{dtype: i + 1 for i, dtype in enumerate(FLOATS)}}
@@ -66,6 +77,73 @@ class Kernels(Protocol):
     def unpack_nz_rows(self, strips: Tensor, destination: Tensor) -> None:
         """The inverse: strips [N1, M1, 16, C0] into destination [M, N] of the same dtype."""
 
+    def search_scales(
+        self,
+        source: Tensor,
+        importance: Tensor,
+        width: int,
+        integers: tuple[int, int],
+        ratios: Tensor,
+        scales: Tensor,
+    ) -> None:
+        """Find the scale of each group that leaves the least error; the first, if several do.
+
+        source float32 [N, K], finite; importance float32 [K], of the square of each input's error;
+        width: inputs of a group, the last may be shorter; integers: the least and the largest;
+        ratios float32 [R]: of the scale under which no weight is clipped, to be tried; scales
+        float32 [N, ceil(K/width)], bfloat16 values. That widest scale is max|w| / largest, or, if
+        there is one integer more below, w / least for the w of largest magnitude. A group whose
+        widest scale is below LEAST_SEARCHED, or that has no finite error, keeps it.
+
+        With q(s) = clip(round(w * (1 / s)), least, largest) the error of s is the sum of
+        (q(s) * s - w)^2 * importance, each step in float32, added up in float64 in the order of
+        `lane_sums`.
+        """
+
+    def compensate_block(
+        self,
+        weights: Tensor,
+        scales: Tensor,
+        factor: Tensor,
+        integers: tuple[int, int],
+        codes: Tensor,
+        errors: Tensor,
+    ) -> None:
+        """Choose codes column by column; later columns make up for the errors of earlier ones.
+
+        weights float32 [N, B], B at most BLOCK_COLUMNS, rows may be strided; scales float32
+        [N, B]; factor float32 [B, B], of which the upper triangle is read, rows may be strided;
+        codes int8 [N, B]; errors float32 [N, B]. For each column j in turn, in float32:
+
+            code = clip(round(w_j / s_j), least, largest)
+            error_j = (w_j - code * s_j) / factor_jj
+            w_k = w_k - error_j * factor_jk        for all k > j
+        """
+
+    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        """Rotate each block of S neighbours in every row, in place: x becomes H (s * x) / sqrt(S).
+
+        matrix float32 [N, K], K a multiple of S; signs float32 [S], or other factors; base float32
+        [M, M] of 1 and -1, S = M * 2^k, H = base (x) Sylvester's matrix of order 2^k. Additions in
+        this order: pairs 1 apart, 2 apart, ..., 2^(k-1) apart, each a + b and a - b; then rows of
+        the base from its first column to its last; then one product with float32(1 / sqrt(S)).
+        """
+
+    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        """The same for each block of S neighbours in every column; N is a multiple of S."""
+
+    def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
+        """Write the sums of w^2 of every row (axis 0) or column (axis 1) of source [N, K].
+
+        sums float64 [N] or [K]; in the order of `lane_sums` along the other axis.
+        """
+
+    def error_bf16(self, source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor) -> None:
+        """Write sums of w^2 and of (w - w')^2 of every row of source [N, K], float64 [N].
+
+        stored bfloat16 [N, K], contiguous: w'. In the order of `lane_sums`.
+        """
+
 
 def check_codes(
     source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
@@ -78,6 +156,20 @@ def check_codes(
     _check_plain("scales", scales, torch.float32, (rows,))
     _check_plain("signal", signal, torch.float64, (rows,))
     _check_plain("noise", noise, torch.float64, (rows,))
+
+
+def check_square_sums(source: Tensor, axis: int, sums: Tensor) -> None:
+    """Raise ValueError unless the arguments fit square_sums."""
+    check_matrix(source, FLOATS)
+    _check_plain("sums", sums, torch.float64, (source.shape[axis],))
+
+
+def check_rounded(source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor) -> None:
+    """Raise ValueError unless the arguments fit error_bf16."""
+    check_matrix(source, FLOATS)
+    _check_plain("stored", stored, torch.bfloat16, tuple(source.shape))
+    for name, sums in (("signal", signal), ("noise", noise)):
+        _check_plain(name, sums, torch.float64, (source.shape[0],))
 
 
 def check_pack(matrix: Tensor, strips: Tensor) -> None:
@@ -96,6 +188,33 @@ def check_pack(matrix: Tensor, strips: Tensor) -> None:
         strips.dtype is torch.bfloat16 and matrix.dtype in FLOATS
     ):
         raise ValueError(f"no conversion from {matrix.dtype} to {strips.dtype}")
+
+
+def check_search(
+    source: Tensor, importance: Tensor, width: int, ratios: Tensor, scales: Tensor
+) -> None:
+    """Raise ValueError unless the arguments fit search_scales."""
+    check_matrix(source, (torch.float32,))
+    rows, columns = source.shape
+    if width < 1:
+        raise ValueError(f"a group has at least one input, not {width}")
+    _check_plain("importance", importance, torch.float32, (columns,))
+    _check_plain("ratios", ratios, torch.float32, (len(ratios),))
+    _check_plain("scales", scales, torch.float32, (rows, -(-columns // width)))
+
+
+def check_block(
+    weights: Tensor, scales: Tensor, factor: Tensor, codes: Tensor, errors: Tensor
+) -> None:
+    """Raise ValueError unless the arguments fit compensate_block."""
+    check_matrix(weights, (torch.float32,))
+    check_matrix(factor, (torch.float32,))
+    rows, columns = weights.shape
+    if columns > BLOCK_COLUMNS or tuple(factor.shape) != (columns, columns):
+        raise ValueError(f"no factor {tuple(factor.shape)} for {columns} columns")
+    _check_plain("scales", scales, torch.float32, (rows, columns))
+    _check_plain("codes", codes, torch.int8, (rows, columns))
+    _check_plain("errors", errors, torch.float32, (rows, columns))
 
 
 @dataclass(frozen=True)
@@ -141,7 +260,53 @@ class NativeKernels:
         target = (rows, columns * size, destination.data_ptr(), destination.stride(0) * size)
         self._run("unpack_nz_rows", strips.data_ptr(), _strip_stride(strips), *target)
 
-    def _run(self, name: str, *arguments: int, position: bool = False) -> None:
+    def search_scales(
+        self,
+        source: Tensor,
+        importance: Tensor,
+        width: int,
+        integers: tuple[int, int],
+        ratios: Tensor,
+        scales: Tensor,
+    ) -> None:
+        check_search(source, importance, width, ratios, scales)
+        tried = (ratios.data_ptr(), len(ratios), scales.data_ptr())
+        matrix = _matrix(source)[1:]
+        self._run("search_scales", *matrix, importance.data_ptr(), width, *integers, *tried)
+
+    def compensate_block(
+        self,
+        weights: Tensor,
+        scales: Tensor,
+        factor: Tensor,
+        integers: tuple[int, int],
+        codes: Tensor,
+        errors: Tensor,
+    ) -> None:
+        check_block(weights, scales, factor, codes, errors)
+        given = (scales.data_ptr(), factor.data_ptr(), factor.stride(0))
+        found = (codes.data_ptr(), errors.data_ptr())
+        self._run("compensate_block", *_matrix(weights)[1:], *given, *integers, *found)
+
+    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        check_rotation(matrix, 1, signs, base)
+        self._run("rotate_inputs", *_turned(matrix, signs, base))
+
+    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
+        check_rotation(matrix, 0, signs, base)
+        scratch = torch.empty(len(signs) * ROTATED_COLUMNS)
+        self._run("rotate_outputs", *_turned(matrix, signs, base), scratch.data_ptr())
+
+    def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
+        check_square_sums(source, axis, sums)
+        self._run("square_sums", *_matrix(source), axis, sums.data_ptr())
+
+    def error_bf16(self, source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor) -> None:
+        check_rounded(source, stored, signal, noise)
+        sums = (signal.data_ptr(), noise.data_ptr())
+        self._run("error_bf16", *_matrix(source), stored.data_ptr(), *sums)
+
+    def _run(self, name: str, *arguments: float, position: bool = False) -> None:
         """Call a kernel; with `position` it reports a non-finite weight as its last argument."""
         place = (ctypes.c_int64 * 2)()
         status = self.library.call(name, *arguments, *([place] if position else []))
@@ -154,6 +319,15 @@ class NativeKernels:
 def _matrix(source: Tensor) -> tuple[int, int, int, int, int]:
     rows, columns = source.shape
     return _DTYPE_CODES[source.dtype], source.data_ptr(), rows, columns, source.stride(0)
+
+
+def _turned(
+    matrix: Tensor, signs: Tensor, base: Tensor
+) -> tuple[int, int, int, int, int, int, int, float]:
+    rows, columns = matrix.shape
+    factor = 1.0 / math.sqrt(len(signs))
+    turn = (signs.data_ptr(), len(signs), base.data_ptr(), len(base), factor)
+    return matrix.data_ptr(), rows, columns, *turn
 
 
 def _strip_stride(strips: Tensor) -> int:

@@ -18,11 +18,15 @@ from typing_extensions import override
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
 from vllm_ascend.quantization.method_adapters import AscendLinearMethod
-from vllm_ascend.quantization.methods import AscendW8A8DynamicLinearMethod
+from vllm_ascend.quantization.methods import (
+    AscendW8A8DynamicLinearMethod,
+    AscendW8A8LinearMethod,
+)
 from vllm_ascend.utils import AscendDeviceType, get_ascend_device_type
 
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme, W8A8Static
+from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu.formats import empty_packed, fill_packed, upload_packed
@@ -86,6 +90,70 @@ class Int8Method(AscendLinearMethod):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product [T, N] of x [T, K]; the bias is the stored one."""
         product: Tensor = super().apply(layer, x, layer.stored_bias)
+        return product
+
+
+class StoredStaticScheme(AscendW8A8LinearMethod):
+    """vllm-ascend's static w8a8, with the weight in FRACTAL_NZ from the beginning."""
+
+    @override
+    def get_weight(
+        self, input_size: int, output_size: int, params_dtype: torch.dtype = torch.bfloat16
+    ) -> dict[str, Any]:
+        layout = ASCEND_A2_A3.layouts[W8A8Static.name]
+        return {"weight": empty_packed(torch.int8, layout, output_size, input_size)}
+
+    @override
+    def get_perchannel_param(self, output_size: int, params_dtype: torch.dtype) -> dict[str, Any]:
+        """What the product needs; the scales of the weight are in deq_scale."""
+        return {
+            "quant_bias": torch.zeros(output_size, dtype=torch.int32),
+            "deq_scale": torch.zeros(output_size, dtype=torch.float32),
+        }
+
+    @override
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Nothing is transposed and nothing cast. vllm-ascend multiplies by the reciprocal, or
+        divides by the scale where it fuses a norm with the quantization behind it."""
+        inputs, _ = layer.weight.shape
+        scale = layer.input_scale.data.expand(inputs).contiguous()
+        reciprocal = (1 / scale.float()).to(scale.dtype)
+        offset = layer.input_offset.data.to(scale.dtype).expand(inputs).contiguous()
+        for name, tensor in (
+            ("aclnn_input_scale", scale),
+            ("aclnn_input_scale_reciprocal", reciprocal),
+            ("aclnn_input_offset", offset),
+        ):
+            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+class StaticInt8Method(AscendLinearMethod):
+    """A w8a8-static linear of a layer."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(StoredStaticScheme())
+        self.name = name
+
+    @override
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
+        super().create_weights(layer, *sizes, **{**attributes, "weight_loader": refuse_weights})
+        layer.stored_is_there = False
+
+    def take(self, layer: Any, linear: Linear, copy: Copy) -> None:
+        """See StoredMethod. quant_bias is what this rank adds, its bias included."""
+        inputs, outputs = layer.weight.shape
+        check_shape(self.name, linear, (outputs, inputs))
+        _fill(layer, linear, copy)
+        layer.quant_bias.data.copy_(folded_bias(linear))
+        for name in ("deq_scale", "input_scale", "input_offset"):
+            parameter = getattr(layer, name)
+            parameter.data.copy_(linear.tensors[name].to(parameter.dtype))
+
+    @override
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product [T, N] of x [T, K]. vllm-ascend lets rank 0 alone add quant_bias, which of
+        its own is the whole linear's; here each rank has what belongs to its inputs."""
+        product: Tensor = self.quant_method.apply(layer, x, None, 0)
         return product
 
 
@@ -209,6 +277,7 @@ LINEARS: dict[type[Scheme], Any] = {
     W8A8: Int8Method,
     W8A16: WeightOnlyMethod,
     W4A16: WeightOnlyMethod,
+    W8A8Static: StaticInt8Method,
 }
 HEADS: dict[type[Scheme], Any] = {W8A8: HeadMethod, W8A16: HeadMethod, W4A16: HeadMethod}
 

@@ -13,9 +13,15 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme, W8A8Static
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
-from qwen3_ascend.runtime.backends.base import QuantizedActivation
+from qwen3_ascend.runtime.backends.base import (
+    Activation,
+    DeviceLinear,
+    QuantizedActivation,
+    StaticActivation,
+    static_input_of,
+)
 from qwen3_ascend.runtime.backends.cpu.linears import LINEARS as PRODUCTS
 from qwen3_ascend.vllm.linears import check_shape, fill_bias, refuse_weights
 
@@ -64,9 +70,17 @@ class ExactMethod(LinearMethodBase):
 def product_of(layer: Any, x: Tensor) -> Tensor:
     """The product of a filled layer."""
     rows, product = x.reshape(-1, x.shape[-1]), layer.stored_product
-    floats = product.input is Input.FLOAT
-    y: Tensor = product(rows if floats else QuantizedActivation(*quantize_tokens(rows)))
+    y: Tensor = product(_fed(rows, product))
     return y.view(*x.shape[:-1], -1)
+
+
+def _fed(rows: Tensor, product: DeviceLinear) -> Activation:
+    """Rows [T, K] as a linear wants them."""
+    if product.input is Input.FLOAT:
+        return rows
+    if product.input is Input.INT8_STATIC:
+        return StaticActivation(static_input_of(product).quantize(rows))
+    return QuantizedActivation(*quantize_tokens(rows))
 
 
 @torch.library.custom_op("qwen3_ascend::stored_linear", mutates_args=())
@@ -115,8 +129,14 @@ LINEARS: dict[type[Scheme], Any] = {
     W8A8: ExactMethod,
     W8A16: FloatMethod,
     W4A16: FloatMethod,
+    W8A8Static: ExactMethod,
 }
-HEADS: dict[type[Scheme], Any] = {W8A8: ExactMethod, W8A16: ExactMethod, W4A16: ExactMethod}
+HEADS: dict[type[Scheme], Any] = {
+    W8A8: ExactMethod,
+    W8A8Static: ExactMethod,
+    W8A16: ExactMethod,
+    W4A16: ExactMethod,
+}
 
 
 def check_device() -> None:

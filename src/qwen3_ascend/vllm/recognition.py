@@ -74,8 +74,9 @@ def _settle_draft(arguments: Any, folder: Path) -> None:
     """vLLM computes with a draft by its own configuration, but has no place to correct that."""
     if _has_another_head(_opened(arguments, folder), folder):
         raise OptionError(
-            f"{folder} has a quantized head, which vLLM does not take in the draft of speculative "
-            f"decoding; convert the draft with a recipe that leaves the head alone, such as w8a8"
+            f"{folder} has a head of its own, though its config.json ties it to the embedding, "
+            f"which vLLM does not take in the draft of speculative decoding; convert the draft "
+            f"with a recipe that leaves the head alone, such as w8a8"
         )
     given = arguments.speculative_config or {}
     _check_unset("the draft's quantization", given.get("quantization"))

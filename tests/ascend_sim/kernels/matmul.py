@@ -169,6 +169,91 @@ def integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.matmul(x.to(exact), weight.to(exact)).to(torch.int32)
 
 
+GROUP = 256
+MAX_GROUPED_INPUTS = 29576
+LEFT_OUT = 8
+CODES_A_WORD = 8
+
+
+@cache
+def check_grouped(
+    x: Layout,
+    weight: Layout,
+    token: Layout | None,
+    scale: Layout,
+    offset: Layout | None,
+    group: int,
+    out: Layout,
+) -> None:
+    """int8 by int4 in groups (aclnn_quant_matmul_v5.cpp and quant_batch_matmul_v4_msd_tiling.cpp of
+    ops-nn, and aclnnQuantMatmulV5.md: K-G for A2 and A3)."""
+    require_a2_or_a3(QUANT)
+    require(x.dims == weight.dims == 2, QUANT, "beside int4 weights x1 and x2 must have 2 dims")
+    rows, inputs = x.size
+    columns = weight.size[1] * CODES_A_WORD
+    require(inputs == weight.size[0], QUANT, f"inner dims differ: {x} and {weight}")
+    require(not weight.nz, QUANT, "an int4 weight with groups must be in format ND, not NZ")
+    require_contiguous(QUANT, x1=x, x2=weight)
+    require(group == GROUP, QUANT, f"group_sizes of int4 weights must be [0, 0, {GROUP}]")
+    require(inputs % GROUP == 0, QUANT, f"K must be a multiple of {GROUP}, not {inputs}")
+    rule = f"K of an int4 weight may be {MAX_GROUPED_INPUTS} at most, not {inputs}"
+    require(inputs <= MAX_GROUPED_INPUTS, QUANT, rule)
+    require_dtype(QUANT, "scale", scale, (torch.int64, torch.uint64))
+    require_shape(QUANT, "scale", scale, (inputs // GROUP, columns))
+    require(token is not None, QUANT, "int4 weights need pertoken_scale")
+    if token is not None:
+        require_dtype(QUANT, "pertoken_scale", token, (torch.float32,))
+        require_shape(QUANT, "pertoken_scale", token, (rows, 1))
+    require(offset is not None, QUANT, "int4 weights need an offset")
+    if offset is not None:
+        require_dtype(QUANT, "offset", offset, (torch.float32,))
+        require_shape(QUANT, "offset", offset, (columns,))
+    require_dtype(QUANT, "the output", out, (torch.bfloat16, torch.float16))
+
+
+def unpacked(words: torch.Tensor) -> torch.Tensor:
+    """Eight signed 4-bit codes of each int32, the first in the lowest bits."""
+    fields = words.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)
+    return ((fields & 15) ^ 8).sub_(8).flatten(-2)
+
+
+def plan_grouped(
+    x: DeviceTensor,
+    weight: DeviceTensor,
+    token: DeviceTensor | None,
+    scale: DeviceTensor,
+    offset: DeviceTensor | None,
+    bias: DeviceTensor | None,
+    group: int,
+    out: DeviceTensor,
+) -> Callable[[], None]:
+    """x1 is split into two 4-bit numbers, and 8 of each code is left out of the products; `offset`
+    is what brings it back (quant_batch_matmul_v4_msd.h). The kernel adds up groups in float16,
+    which is not simulated: here it is float32."""
+    check_grouped(
+        x.layout,
+        weight.layout,
+        token and token.layout,
+        scale.layout,
+        offset and offset.layout,
+        group,
+        out.layout,
+    )
+    require(bias is None, QUANT, "int4 weights take no bias")
+
+    def run() -> None:
+        assert token is not None and offset is not None
+        codes, words = x.read().int() - LEFT_OUT, unpacked(weight.read())
+        scales = scale.read().view(torch.int64).to(torch.int32).view(torch.float32)
+        total = torch.zeros(codes.shape[0], words.shape[1])
+        groups = zip(codes.split(GROUP, 1), words.split(GROUP), scales, strict=True)
+        for part, rows, factor in groups:
+            total += integer_product(part, rows).float() * factor
+        out.write((total + offset.read()) * token.read())
+
+    return run
+
+
 @aclnn(
     "aclnnQuantMatmulV5",
     "x:T weight:T token:T channel:T y_scale:T x_offset:T weight_offset:T y_offset:T bias:T "
@@ -194,6 +279,8 @@ def quant_matmul(
     group: int,
     out: DeviceTensor,
 ) -> Callable[[], None]:
+    if weight.layout.dtype is torch.int32 and x.layout.dtype is torch.int8:
+        return plan_grouped(x, weight, token, channel, y_offset, bias, group, out)
     check_quant_operands(x.layout, weight.layout, out.layout)
     check_quant_scales(
         x.layout,

@@ -1,8 +1,9 @@
-"""npu_rms_norm, npu_add_rms_norm, npu_add_rms_norm_dynamic_quant.
+"""npu_rms_norm, npu_add_rms_norm, npu_add_rms_norm_dynamic_quant, npu_add_rms_norm_quant.
 
 Open in the documentation: whether the norm of the sum is taken before or after the sum is rounded
-to the dtype of x (here: after, so that it is the norm of the residual the operator returns), and
-whether the normed row is rounded before it is quantized (here: it is not).
+to the dtype of x (here: after, so that it is the norm of the residual the operator returns; kernels
+of ops-nn at e5c3fa93 take it before, at least for some shapes), and whether the normed row is
+rounded before it is quantized (here: it is not).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .. import cann
 from ..doors.aclnn import aclnn
 from ..limits import is_310p, require, require_a2_or_a3, require_dtype, require_nd, require_shape
 from ..tensors import DeviceTensor, Layout
-from .quant import quantize_rows
+from .quant import quantize_rows, static_codes
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALF)
@@ -176,3 +177,110 @@ def add_rms_norm_dynamic_quant(
                 scale.write(row_scale)
 
     return run
+
+
+@cache
+def check_static_quant(
+    x1: Layout, x2: Layout, gamma: Layout, scales: Layout, offsets: Layout | None
+) -> None:
+    """add_rms_norm_quant_def.cpp of ops-nn, and aclnnAddRmsNormQuant.md for A2 and A3."""
+    operator = "npu_add_rms_norm_quant"
+    require_a2_or_a3(operator)
+    require_dtype(operator, "x1", x1, HALF)
+    check_add(operator, x1, x2, gamma)
+    require_shape(operator, "scales1", scales, gamma.size)
+    half = x1.dtype is torch.bfloat16 and scales.dtype is torch.bfloat16
+    single = scales.dtype is torch.float32
+    rule = f"scales1 {scales.dtype} does not go with x1 {x1.dtype}"
+    require(half or single, operator, rule)
+    if offsets is not None:
+        require_shape(operator, "zero_points1", offsets, scales.size)
+        wanted = torch.bfloat16 if half else torch.int32
+        rule = f"zero_points1 {offsets.dtype} does not go with scales1 {scales.dtype}"
+        require(offsets.dtype is wanted, operator, rule)
+
+
+def plan_static_quant(
+    x1: DeviceTensor,
+    x2: DeviceTensor,
+    gamma: DeviceTensor,
+    scales: DeviceTensor,
+    second: DeviceTensor | None,
+    offsets: DeviceTensor | None,
+    epsilon: float,
+    divides: bool,
+    y1: DeviceTensor,
+    total: DeviceTensor,
+) -> Callable[[], None]:
+    """y = round(norm / scales1 + zero_points1); add_rms_norm_quant.h rounds nothing in between."""
+    operator = "npu_add_rms_norm_quant"
+    check_static_quant(
+        x1.layout, x2.layout, gamma.layout, scales.layout, offsets and offsets.layout
+    )
+    pair = (x1.layout.dtype, scales.layout.dtype)
+    newer = pair == (torch.bfloat16, torch.float32)
+    rule = f"scales1 {pair[1]} does not go with x1 {pair[0]} in CANN {cann.current().name}"
+    require(cann.current().single_norm_scales or not newer, operator, rule)
+    require(second is None, operator, "scales2 is not simulated")
+    require(divides, operator, "div_mode must be True on A2 and A3")
+    require(y1.layout.dtype is torch.int8, operator, "only int8 output is simulated")
+
+    def run() -> None:
+        rounded = residual_sum(x1, x2)
+        values = rounded.float()
+        normed = values * rms(values, 1, epsilon) * gamma.read().float()
+        offset = 0.0 if offsets is None else offsets.read().float()
+        total.write(rounded)
+        y1.write(static_codes(normed / scales.read().float(), offset))
+
+    return run
+
+
+@aclnn(
+    "aclnnAddRmsNormQuant",
+    "x1:T x2:T gamma:T scales1:T scales2:T offsets1:T offsets2:T axis:i epsilon:d divides:b "
+    "y1:T y2:T total:T",
+)
+def add_rms_norm_quant(
+    x1: DeviceTensor,
+    x2: DeviceTensor,
+    gamma: DeviceTensor,
+    scales1: DeviceTensor,
+    scales2: DeviceTensor | None,
+    offsets1: DeviceTensor | None,
+    offsets2: DeviceTensor | None,
+    axis: int,
+    epsilon: float,
+    divides: bool,
+    y1: DeviceTensor,
+    y2: DeviceTensor,
+    total: DeviceTensor,
+) -> Callable[[], None]:
+    """`axis` has no effect but with -1, which torch_npu sees to."""
+    return plan_static_quant(x1, x2, gamma, scales1, scales2, offsets1, epsilon, divides, y1, total)
+
+
+@aclnn(
+    "aclnnAddRmsNormQuantV2",
+    "x1:T x2:T gamma:T scales1:T scales2:T offsets1:T offsets2:T beta:T axis:i epsilon:d divides:b "
+    "y1:T y2:T total:T normed:T",
+)
+def add_rms_norm_quant_v2(
+    x1: DeviceTensor,
+    x2: DeviceTensor,
+    gamma: DeviceTensor,
+    scales1: DeviceTensor,
+    scales2: DeviceTensor | None,
+    offsets1: DeviceTensor | None,
+    offsets2: DeviceTensor | None,
+    beta: DeviceTensor | None,
+    axis: int,
+    epsilon: float,
+    divides: bool,
+    y1: DeviceTensor,
+    y2: DeviceTensor,
+    total: DeviceTensor,
+    normed: DeviceTensor | None,
+) -> Callable[[], None]:
+    require(beta is None, "npu_add_rms_norm_quant", "beta is not simulated")
+    return plan_static_quant(x1, x2, gamma, scales1, scales2, offsets1, epsilon, divides, y1, total)

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from qwen3_ascend.checkpoint.schemes.base import Codes, Input, Scheme
+from qwen3_ascend.checkpoint.schemes.base import Codes, Input, InputRange, Scheme
 from qwen3_ascend.checkpoint.schemes.bf16 import BF16
+from qwen3_ascend.checkpoint.schemes.w4a8 import W4A8
 from qwen3_ascend.checkpoint.schemes.w4a16 import W4A16
 from qwen3_ascend.checkpoint.schemes.w8a8 import W8A8
+from qwen3_ascend.checkpoint.schemes.w8a8_static import W8A8Static
 from qwen3_ascend.checkpoint.schemes.w8a16 import W8A16
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.json_file import typed
@@ -17,9 +19,15 @@ from qwen3_ascend.files.json_file import typed
 SCHEMES: dict[str, type[Scheme]] = {
     "bf16": BF16,
     "w8a8": W8A8,
+    "w8a8-static": W8A8Static,
     "w8a16": W8A16,
+    "w4a8": W4A8,
     "w4a16": W4A16,
 }
+
+EXAMPLES: tuple[Scheme, ...] = (*(make() for make in SCHEMES.values()), W4A16(64), W4A16(32))
+"""One of every kind, for whoever examines kernels; w4a16 with each group, of which 32 has another
+layout."""
 
 
 def make_scheme(name: str, parameters: Mapping[str, Any]) -> Scheme:
@@ -45,4 +53,18 @@ def make_scheme(name: str, parameters: Mapping[str, Any]) -> Scheme:
     return SCHEMES[name](**scheme.parameters)
 
 
-__all__ = ["BF16", "SCHEMES", "W4A16", "W8A8", "W8A16", "Codes", "Input", "Scheme", "make_scheme"]
+__all__ = [
+    "BF16",
+    "EXAMPLES",
+    "SCHEMES",
+    "W4A8",
+    "W4A16",
+    "W8A8",
+    "W8A16",
+    "Codes",
+    "Input",
+    "InputRange",
+    "Scheme",
+    "W8A8Static",
+    "make_scheme",
+]

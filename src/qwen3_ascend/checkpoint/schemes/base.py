@@ -7,8 +7,10 @@ others), and how codes lie in the stored tensors (`pack`).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -47,6 +49,22 @@ class Input(Enum):
 
     INT8_STATIC = auto()
     """int8 codes under a scale and an offset that calibration has fixed."""
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """What calibration has seen of the inputs of a linear: all of them lie in between.
+
+    Raises:
+        ValueError: on construction, if a bound is not finite or the bounds are in the wrong order.
+    """
+
+    least: float
+    largest: float
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.least <= self.largest < math.inf:
+            raise ValueError(f"inputs from {self.least} to {self.largest} are no range")
 
 
 class Scheme(ABC):
@@ -93,6 +111,29 @@ class Scheme(ABC):
     @abstractmethod
     def product(self, codes: Codes, x: Tensor) -> Tensor:
         """The product as defined: float x [T, K] and codes [N, K] to float32 [T, N]."""
+
+    def for_inputs(
+        self,
+        tensors: Mapping[str, Tensor],
+        shape: Sequence[int],
+        layout: Layout,
+        inputs: InputRange,
+    ) -> Mapping[str, Tensor]:
+        """The stored tensors of a weight, or of a piece of it, for inputs of another range; the
+        same ones, unless the scheme fixes beforehand how inputs are quantized."""
+        return tensors
+
+    def of_some_inputs(
+        self, tensors: Mapping[str, Tensor], shape: Sequence[int], layout: Layout
+    ) -> Mapping[str, Tensor]:
+        """The stored tensors of some inputs of a weight, made right.
+
+        Args:
+            tensors: those that inputs divide are cut already, the others are the whole's.
+            shape: what is left, [*batch, N, K].
+            layout: of the weight.
+        """
+        return tensors
 
     def pieces(self, shape: Sequence[int], layout: Layout) -> tuple[Piece, ...]:
         """How a weight is divided, in the order in which the pieces lie in storage."""

@@ -68,13 +68,17 @@ class BF16(Scheme):
     @override
     def pack_piece(self, source: Stack, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
         """Rounds to bfloat16, which is exact for a bfloat16 source."""
-        if layout == NZ and piece.axis == "inputs":
+        is_exact = source.is_all(torch.bfloat16)
+        if piece.axis == "outputs":
+            matrix, sums = _rounded(source, piece, kernels)
+            return Packed({"weight": layout.pack(matrix)}, sums)
+        if layout == NZ:
             weight = _pack_strips(source, piece, kernels)
         else:
-            matrix = source.piece(piece).to(torch.bfloat16)
-            kernels.check_finite(matrix)
-            weight = layout.pack(matrix)
-        if source.is_all(torch.bfloat16):
+            rounded = source.piece(piece).to(torch.bfloat16)
+            kernels.check_finite(rounded)
+            weight = layout.pack(rounded)
+        if is_exact:
             return Packed({"weight": weight}, None)
         matrix = source.piece(piece)
         decoded = layout.unpack(weight, matrix.shape)
@@ -87,12 +91,41 @@ class BF16(Scheme):
         exact = source.is_all(torch.bfloat16)
         if exact and torch.equal(matrix.view(torch.int16), decoded.view(torch.int16)):
             return None
-        return measured(matrix, decoded, piece.axis)
+        return _errors(matrix, decoded, piece, kernels)
 
     @override
     def temporary_bytes(self, layout: Layout, source_itemsize: int) -> int:
         exact = source_itemsize == torch.bfloat16.itemsize
         return 2 * torch.bfloat16.itemsize if exact else TEMPORARY_BYTES
+
+
+def _rounded(source: Stack, piece: Piece, kernels: Kernels) -> tuple[Tensor, Sums | None]:
+    """Some outputs, bfloat16, and their errors; what is rounded is looked at a few rows at a time,
+    while it is in the cache."""
+    if source.is_all(torch.bfloat16):
+        matrix = source.piece(piece)
+        kernels.check_finite(matrix)
+        return matrix, None
+    count = piece.stop - piece.start
+    matrix = torch.empty(count, source.shape[1], dtype=torch.bfloat16)
+    sums = Sums(*torch.empty(2, count, dtype=torch.float64))
+    row = 0
+    for floats in source.outputs(piece, 1):
+        rows = slice(row, row + len(floats))
+        matrix[rows] = floats
+        kernels.error_bf16(floats, matrix[rows], sums.signal[rows], sums.noise[rows])
+        row = rows.stop
+    kernels.check_finite(matrix)
+    return matrix, sums
+
+
+def _errors(matrix: Tensor, decoded: Tensor, piece: Piece, kernels: Kernels) -> Sums:
+    """See `measured`, which finds the same."""
+    if piece.axis == "inputs":
+        return measured(matrix, decoded, piece.axis)
+    sums = Sums(*torch.empty(2, matrix.shape[0], dtype=torch.float64))
+    kernels.error_bf16(matrix, decoded.contiguous(), sums.signal, sums.noise)
+    return sums
 
 
 def _pack_strips(source: Stack, piece: Piece, kernels: Kernels) -> Tensor:

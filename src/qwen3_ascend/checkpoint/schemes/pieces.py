@@ -8,7 +8,7 @@ belong; the bytes do not depend on how the linear was divided.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, get_args
 
@@ -40,6 +40,11 @@ class Piece:
     start: int
     stop: int
     matrix: int = 0
+
+    def shape(self, matrix: tuple[int, int]) -> tuple[int, int]:
+        """(N, K) of the piece of a matrix (N, K)."""
+        count, (outputs, inputs) = self.stop - self.start, matrix
+        return (count, inputs) if self.axis == "outputs" else (outputs, count)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Stack:
             found = self._outputs(piece)
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def outputs(self, piece: Piece, unit: int) -> list[Tensor]:
+    def outputs(self, piece: Piece, unit: int) -> Iterable[Tensor]:
         """A piece of outputs as matrices of a multiple of `unit` rows each, but for the last one:
         views of the parts if those end at such multiples, else one copy."""
         found = self._outputs(piece)
@@ -144,13 +149,14 @@ def divide(
     Args:
         shape: logical [*batch, N, K].
         forms: of its stored tensors, by suffix.
-        places: where its axes lie in each of them.
+        places: where its axes lie in each of them; one that no axis divides does not matter.
 
     Returns:
         Pieces of about PIECE_BYTES along the outermost axis of the stored weight; whole matrices
         if a stored tensor cannot be told from such a piece.
     """
     *batch, outputs, inputs = shape
+    places = {suffix: place for suffix, place in places.items() if place}
     matrices = range(math.prod(batch))
     axis = next((cut for cut in get_args(Cut) if _divides(cut, len(batch), forms, places)), None)
     if axis is None:

@@ -145,3 +145,114 @@ QWEN3_ASCEND_API int qwen3_ascend_unpack_nz_rows(int path, const uint8_t *strips
     if (rows > 1 && row_stride < row_bytes) return STATUS_BAD_ARGUMENT;
     return table->unpack(strips, strip_stride, rows, row_bytes, destination, row_stride);
 }
+
+static int rotation_is_valid(struct rotation rotation, int64_t length)
+{
+    int64_t size = rotation.size, order = rotation.order;
+    if (order < 1 || order > MOST_ORDER || (order > 1 && order % 4 != 0)) return 0;
+    if (size < order || size % order != 0) return 0;
+    int64_t doublings = size / order;
+    return (doublings & (doublings - 1)) == 0 && length % size == 0;
+}
+
+/* Blocks of `size` neighbours in every row of [rows, columns] float32, in place. */
+QWEN3_ASCEND_API int qwen3_ascend_rotate_inputs(int path, float *data, int64_t rows,
+                                                int64_t columns, const float *signs, int64_t size,
+                                                const float *base, int64_t order, float factor)
+{
+    struct rotation rotation = {signs, base, size, order, factor};
+    const struct path_table *table = find_path(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    if (rows < 0 || columns < 0 || !rotation_is_valid(rotation, columns))
+        return STATUS_BAD_ARGUMENT;
+    float_mode saved = enter_ieee_mode();
+    table->rotate_inputs(data, rows, columns, rotation);
+    leave_ieee_mode(saved);
+    return STATUS_OK;
+}
+
+/* Blocks of `size` neighbours in every column; scratch holds size * 16 floats. */
+QWEN3_ASCEND_API int qwen3_ascend_rotate_outputs(int path, float *data, int64_t rows,
+                                                 int64_t columns, const float *signs, int64_t size,
+                                                 const float *base, int64_t order, float factor,
+                                                 float *scratch)
+{
+    struct rotation rotation = {signs, base, size, order, factor};
+    const struct path_table *table = find_path(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    if (rows < 0 || columns < 0 || !rotation_is_valid(rotation, rows)) return STATUS_BAD_ARGUMENT;
+    float_mode saved = enter_ieee_mode();
+    table->rotate_outputs(data, rows, columns, rotation, scratch);
+    leave_ieee_mode(saved);
+    return STATUS_OK;
+}
+
+/* Sums of the squares of every row, or of every column. */
+QWEN3_ASCEND_API int qwen3_ascend_square_sums(int path, int dtype, const void *source, int64_t rows,
+                                              int64_t columns, int64_t row_stride, int by_column,
+                                              double *sums)
+{
+    struct matrix matrix = {source, rows, columns, row_stride, dtype};
+    const struct path_table *table = find_path(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    if (!matrix_is_valid(matrix) || dtype == DTYPE_BYTE) return STATUS_BAD_ARGUMENT;
+    float_mode saved = enter_ieee_mode();
+    table->square_sums(matrix, by_column, sums);
+    leave_ieee_mode(saved);
+    return STATUS_OK;
+}
+
+/* Per row the signal, and the noise of what bfloat16 [rows, columns] has made of it. */
+QWEN3_ASCEND_API int qwen3_ascend_error_bf16(int path, int dtype, const void *source, int64_t rows,
+                                             int64_t columns, int64_t row_stride,
+                                             const uint16_t *stored, double *signal, double *noise)
+{
+    struct matrix matrix = {source, rows, columns, row_stride, dtype};
+    const struct path_table *table = find_path(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    if (!matrix_is_valid(matrix) || dtype == DTYPE_BYTE) return STATUS_BAD_ARGUMENT;
+    float_mode saved = enter_ieee_mode();
+    struct error_sums sums = {signal, noise};
+    table->rounding_errors(matrix, stored, sums);
+    leave_ieee_mode(saved);
+    return STATUS_OK;
+}
+
+/* The scale of each group of `width` columns, [rows, groups]: of the ratios to the widest one that
+ * which leaves the least error, each square counting as much as its column's importance. */
+QWEN3_ASCEND_API int qwen3_ascend_search_scales(int path, const float *source, int64_t rows,
+                                                int64_t columns, int64_t row_stride,
+                                                const float *importance, int64_t width, int least,
+                                                int most, const float *ratios, int64_t count,
+                                                float *scales)
+{
+    struct matrix matrix = {source, rows, columns, row_stride, DTYPE_FP32};
+    struct search search = {{least, most}, width, importance, ratios, count};
+    const struct path_table *table = find_path(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    if (!matrix_is_valid(matrix) || width < 1 || most < 1) return STATUS_BAD_ARGUMENT;
+    float_mode saved = enter_ieee_mode();
+    int status = table->search(matrix, search, scales);
+    leave_ieee_mode(saved);
+    return status;
+}
+
+/* Codes [rows, columns] of a block of at most 128 columns, one after the other: what a column is
+ * off, divided by the factor's diagonal, is its error; the columns behind it lose the error times
+ * their place in its row of the factor. */
+QWEN3_ASCEND_API int qwen3_ascend_compensate_block(int path, const float *weights, int64_t rows,
+                                                   int64_t columns, int64_t weights_stride,
+                                                   const float *scales, const float *factor,
+                                                   int64_t factor_stride, int least, int most,
+                                                   int8_t *codes, float *errors)
+{
+    struct block block = {{least, most}, rows, columns, weights, weights_stride, scales, factor,
+                          factor_stride};
+    const struct path_table *table = find_path(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    if (rows < 0 || columns < 0 || columns > BLOCK_COLUMNS) return STATUS_BAD_ARGUMENT;
+    float_mode saved = enter_ieee_mode();
+    int status = table->compensate(block, codes, errors);
+    leave_ieee_mode(saved);
+    return status;
+}

@@ -16,7 +16,7 @@
 #endif
 
 /* Raised when a signature below changes; the Python side refuses any other number. */
-#define QWEN3_ASCEND_ABI 4
+#define QWEN3_ASCEND_ABI 6
 
 enum status { STATUS_OK = 0, STATUS_NOT_FINITE = 1, STATUS_BAD_ARGUMENT = 2, STATUS_NO_PATH = 3 };
 enum dtype { DTYPE_BYTE = 0, DTYPE_BF16 = 1, DTYPE_FP16 = 2, DTYPE_FP32 = 3 };
@@ -38,6 +38,43 @@ struct error_sums {
     double *signal, *noise;
 };
 
+/* H (s * x) * factor in blocks of `size`: signs s, H = base of `order` (x) Sylvester's matrix. */
+struct rotation {
+    const float *signs, *base;
+    int64_t size, order;
+    float factor;
+};
+
+/* Columns that are rotated together, in a scratch of [size][ROTATED_COLUMNS]; the largest order. */
+enum { ROTATED_COLUMNS = 16, MOST_ORDER = 512 };
+
+/* The integers of a scheme. */
+struct integers {
+    int least, most;
+};
+
+/* A search of scales: what share of the widest scale to try. */
+struct search {
+    struct integers integers;
+    int64_t width; /* columns that share a scale */
+    const float *importance; /* of each column */
+    const float *ratios;
+    int64_t count;
+};
+
+/* A block of columns whose errors are made up for by the columns behind them. */
+struct block {
+    struct integers integers;
+    int64_t rows, columns;
+    const float *weights; /* [rows, columns] */
+    int64_t weights_stride;
+    const float *scales; /* [rows, columns] */
+    const float *factor; /* [columns, columns], upper triangular */
+    int64_t factor_stride;
+};
+
+enum { BLOCK_COLUMNS = 128 };
+
 struct path_table {
     int (*find)(struct matrix source, int64_t *position);
     int (*quantize)(struct matrix source, uint8_t *strips, float *scales, struct error_sums sums,
@@ -48,6 +85,13 @@ struct path_table {
                 int64_t padded_rows, int64_t *position);
     int (*unpack)(const uint8_t *strips, int64_t strip_stride, int64_t rows, int64_t row_bytes,
                   uint8_t *destination, int64_t row_stride);
+    void (*rotate_inputs)(float *data, int64_t rows, int64_t columns, struct rotation rotation);
+    void (*rotate_outputs)(float *data, int64_t rows, int64_t columns, struct rotation rotation,
+                           float *scratch);
+    void (*square_sums)(struct matrix source, int by_column, double *sums);
+    void (*rounding_errors)(struct matrix source, const uint16_t *stored, struct error_sums sums);
+    int (*search)(struct matrix source, struct search search, float *scales);
+    int (*compensate)(struct block block, int8_t *codes, float *errors);
 };
 
 extern const struct path_table path_table_baseline;

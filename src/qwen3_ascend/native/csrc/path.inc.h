@@ -9,7 +9,8 @@
  *     ascending order from 0.0, then lanes are added 4 apart, 2 apart, 1 apart.
  * The terms of the sums are float64 and, for the codes that quantize() writes, exact: a weight has
  * at most 24 significant bits, code * scale at most 16, their difference at most 24 (a multiple of
- * the weight's last bit, and no larger than the weight), a square at most 48.
+ * the weight's last bit, and no larger than the weight), a square at most 48. The terms of a search
+ * for scales are float32, added in the same order in float64.
  */
 #include "kernels.h"
 
@@ -493,4 +494,407 @@ static int unpack(const uint8_t *strips, int64_t strip_stride, int64_t rows, int
     return STATUS_OK;
 }
 
-const struct path_table PATH_TABLE = {find, quantize, measure, pack, unpack};
+/* ---- rotations: additions in one order, whatever the width of the processor ---- */
+
+/* Eight floats anywhere in memory. */
+typedef float floats8 __attribute__((vector_size(32), aligned(4), may_alias));
+
+#define EIGHT(place) (*(floats8 *)(place))
+
+#if defined(__clang__)
+#define SHUFFLE(a, ...) __builtin_shufflevector(a, a, __VA_ARGS__)
+#else
+#define SHUFFLE(a, ...) __builtin_shuffle(a, (int32s8){__VA_ARGS__})
+typedef int32_t int32s8 __attribute__((vector_size(32)));
+#endif
+
+/* Pairs 1, 2 and 4 apart in each eight. a - b is a + -b, to the last bit. */
+LOOP void butterflies_in_eights(float *x, int64_t count)
+{
+    const floats8 odd = {1, -1, 1, -1, 1, -1, 1, -1};
+    const floats8 second = {1, 1, -1, -1, 1, 1, -1, -1};
+    const floats8 upper = {1, 1, 1, 1, -1, -1, -1, -1};
+    for (int64_t i = 0; i < count; i += 8) {
+        floats8 v = EIGHT(x + i);
+        v = SHUFFLE(v, 0, 0, 2, 2, 4, 4, 6, 6) + odd * SHUFFLE(v, 1, 1, 3, 3, 5, 5, 7, 7);
+        v = SHUFFLE(v, 0, 1, 0, 1, 4, 5, 4, 5) + second * SHUFFLE(v, 2, 3, 2, 3, 6, 7, 6, 7);
+        v = SHUFFLE(v, 0, 1, 2, 3, 0, 1, 2, 3) + upper * SHUFFLE(v, 4, 5, 6, 7, 4, 5, 6, 7);
+        EIGHT(x + i) = v;
+    }
+}
+
+LOOP void butterflies_of_any(float *x, int64_t count, int64_t run)
+{
+    for (int64_t start = 0; start < count; start += 2 * run)
+        for (int64_t i = start; i < start + run; i++) {
+            float a = x[i], b = x[i + run];
+            x[i] = a + b;
+            x[i + run] = a - b;
+        }
+}
+
+/* Three steps at once, runs of a multiple of eight apart: each value is loaded and stored once. */
+LOOP void butterflies_by_eight(float *x, int64_t count, int64_t run)
+{
+    for (int64_t start = 0; start < count; start += 8 * run)
+        for (int64_t i = start; i < start + run; i += 8) {
+            floats8 v[8], w[8];
+            for (int j = 0; j < 8; j++) v[j] = EIGHT(x + i + j * run);
+            for (int j = 0; j < 8; j += 2) w[j] = v[j] + v[j + 1], w[j + 1] = v[j] - v[j + 1];
+            for (int j = 0; j < 8; j += 4)
+                for (int k = j; k < j + 2; k++) v[k] = w[k] + w[k + 2], v[k + 2] = w[k] - w[k + 2];
+            for (int k = 0; k < 4; k++) w[k] = v[k] + v[k + 4], w[k + 4] = v[k] - v[k + 4];
+            for (int j = 0; j < 8; j++) EIGHT(x + i + j * run) = w[j];
+        }
+}
+
+LOOP void butterflies_by_two(float *x, int64_t count, int64_t run)
+{
+    for (int64_t start = 0; start < count; start += 2 * run)
+        for (int64_t i = start; i < start + run; i += 8) {
+            floats8 a = EIGHT(x + i), b = EIGHT(x + i + run);
+            EIGHT(x + i) = a + b;
+            EIGHT(x + i + run) = a - b;
+        }
+}
+
+/* Sylvester's matrix of order `order` on x [count / (order * lanes)][order][lanes]. */
+INLINE void sylvester(float *x, int64_t count, int64_t order, int64_t lanes)
+{
+    int64_t run = lanes, last = order * lanes;
+    if (run == 1 && last >= 8) {
+        butterflies_in_eights(x, count);
+        run = 8;
+    }
+    for (; run % 8 == 0 && run * 8 <= last; run *= 8) butterflies_by_eight(x, count, run);
+    for (; run % 8 == 0 && run < last; run *= 2) butterflies_by_two(x, count, run);
+    for (; run < last; run *= 2) butterflies_of_any(x, count, run);
+}
+
+/* The base on x [order][run]: the sum of each row from its first column on. An order is a multiple
+ * of four, and four sums at a time do not wait for each other. */
+LOOP void base_on_eights(float *x, int64_t run, const float *base, int64_t order)
+{
+    floats8 values[MOST_ORDER];
+    for (int64_t i = 0; i < run; i += 8) {
+        for (int64_t j = 0; j < order; j++) values[j] = EIGHT(x + i + j * run);
+        for (int64_t row = 0; row < order; row += 4) {
+            const float *signs = base + row * order;
+            floats8 totals[4];
+            for (int k = 0; k < 4; k++) totals[k] = values[0] * signs[k * order];
+            for (int64_t j = 1; j < order; j++)
+                for (int k = 0; k < 4; k++) totals[k] += values[j] * signs[k * order + j];
+            for (int k = 0; k < 4; k++) EIGHT(x + i + (row + k) * run) = totals[k];
+        }
+    }
+}
+
+LOOP void base_on_any(float *x, int64_t run, const float *base, int64_t order)
+{
+    float values[MOST_ORDER];
+    for (int64_t i = 0; i < run; i++) {
+        for (int64_t j = 0; j < order; j++) values[j] = x[i + j * run];
+        for (int64_t row = 0; row < order; row++) {
+            float total = values[0] * base[row * order];
+            for (int64_t j = 1; j < order; j++) total += values[j] * base[row * order + j];
+            x[i + row * run] = total;
+        }
+    }
+}
+
+/* One block [size][lanes], whose signs are in it already and whose factor is not. */
+INLINE void rotate_block(float *x, int64_t lanes, struct rotation rotation)
+{
+    int64_t run = rotation.size / rotation.order * lanes;
+    sylvester(x, rotation.size * lanes, rotation.size / rotation.order, lanes);
+    if (rotation.order == 1) return;
+    if (run % 8 == 0)
+        base_on_eights(x, run, rotation.base, rotation.order);
+    else
+        base_on_any(x, run, rotation.base, rotation.order);
+}
+
+LOOP void multiply(float *x, const float *factors, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) x[i] *= factors[i];
+}
+
+LOOP void multiply_all(float *x, float factor, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) x[i] *= factor;
+}
+
+static void rotate_inputs(float *data, int64_t rows, int64_t columns, struct rotation rotation)
+{
+    int64_t size = rotation.size;
+    for (int64_t start = 0; start < rows * columns; start += size) {
+        multiply(data + start, rotation.signs, size);
+        rotate_block(data + start, 1, rotation);
+        multiply_all(data + start, rotation.factor, size);
+    }
+}
+
+/* A few columns of a block, gathered: rows that lie a power of two apart share few cache lines. */
+INLINE void rotate_columns(float *data, int64_t stride, int64_t lanes, struct rotation rotation,
+                           float *scratch)
+{
+    for (int64_t i = 0; i < rotation.size; i++)
+        for (int64_t lane = 0; lane < ROTATED_COLUMNS; lane++)
+            scratch[i * ROTATED_COLUMNS + lane] =
+                lane < lanes ? data[i * stride + lane] * rotation.signs[i] : 0.0f;
+    rotate_block(scratch, ROTATED_COLUMNS, rotation);
+    for (int64_t i = 0; i < rotation.size; i++)
+        for (int64_t lane = 0; lane < lanes; lane++)
+            data[i * stride + lane] = scratch[i * ROTATED_COLUMNS + lane] * rotation.factor;
+}
+
+static void rotate_outputs(float *data, int64_t rows, int64_t columns, struct rotation rotation,
+                           float *scratch)
+{
+    for (int64_t row = 0; row < rows; row += rotation.size)
+        for (int64_t column = 0; column < columns; column += ROTATED_COLUMNS) {
+            int64_t lanes = smaller(ROTATED_COLUMNS, columns - column);
+            float *block = data + row * columns + column;
+            if (lanes == ROTATED_COLUMNS)
+                rotate_columns(block, columns, ROTATED_COLUMNS, rotation, scratch);
+            else
+                rotate_columns(block, columns, lanes, rotation, scratch);
+        }
+}
+
+/* ---- sums of squares, and errors of what may be no rounding: not every product is exact ---- */
+
+LOOP void add_squares(const float *weights, int64_t count, double *lanes)
+{
+    for (int64_t i = 0; i < count; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            double weight = weights[i + lane];
+            lanes[lane] = add_product(weight, weight, lanes[lane], 1);
+        }
+}
+
+LOOP void add_squares_each(const float *weights, int64_t count, double *sums)
+{
+    for (int64_t i = 0; i < count; i++) {
+        double weight = weights[i];
+        sums[i] = add_product(weight, weight, sums[i], 1);
+    }
+}
+
+INLINE void row_square_sums(struct matrix source, double *sums)
+{
+    float weights[TILE_COLUMNS];
+    for (int64_t row = 0; row < source.rows; row++) {
+        double lanes[LANES] = {0};
+        for (int64_t column = 0; column < source.columns; column += TILE_COLUMNS) {
+            int64_t count = smaller(TILE_COLUMNS, source.columns - column);
+            int64_t padded = round_up(count, LANES);
+            widen_row(element(source, row, column), source.dtype, count, padded, weights);
+            add_squares(weights, padded, lanes);
+        }
+        sums[row] = add_lanes(lanes);
+    }
+}
+
+INLINE void column_square_sums(struct matrix source, double *sums)
+{
+    float weights[TILE_COLUMNS];
+    double lanes[LANES][TILE_COLUMNS];
+    for (int64_t column = 0; column < source.columns; column += TILE_COLUMNS) {
+        int64_t count = smaller(TILE_COLUMNS, source.columns - column);
+        memset(lanes, 0, sizeof lanes);
+        for (int64_t row = 0; row < source.rows; row++) {
+            widen_row(element(source, row, column), source.dtype, count, count, weights);
+            add_squares_each(weights, count, lanes[row % LANES]);
+        }
+        for (int half = LANES / 2; half > 0; half /= 2)
+            for (int lane = 0; lane < half; lane++)
+                for (int64_t i = 0; i < count; i++) lanes[lane][i] += lanes[lane + half][i];
+        memcpy(sums + column, lanes[0], (size_t)count * sizeof *sums);
+    }
+}
+
+static void square_sums(struct matrix source, int by_column, double *sums)
+{
+    if (by_column)
+        column_square_sums(source, sums);
+    else
+        row_square_sums(source, sums);
+}
+
+LOOP void add_rounding_errors(const float *weights, const float *rounded, int64_t count,
+                              struct row_lanes *lanes)
+{
+    for (int64_t i = 0; i < count; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            double weight = weights[i + lane], error = weight - rounded[i + lane];
+            lanes->signal[lane] = add_product(weight, weight, lanes->signal[lane], 1);
+            lanes->noise[lane] = add_product(error, error, lanes->noise[lane], 0);
+        }
+}
+
+static void rounding_errors(struct matrix source, const uint16_t *stored, struct error_sums sums)
+{
+    float weights[TILE_COLUMNS], rounded[TILE_COLUMNS];
+    for (int64_t row = 0; row < source.rows; row++) {
+        struct row_lanes lanes = {0};
+        for (int64_t column = 0; column < source.columns; column += TILE_COLUMNS) {
+            int64_t count = smaller(TILE_COLUMNS, source.columns - column);
+            int64_t padded = round_up(count, LANES);
+            const uint16_t *halves = stored + row * source.columns + column;
+            widen_row(element(source, row, column), source.dtype, count, padded, weights);
+            widen_row(halves, DTYPE_BF16, count, padded, rounded);
+            add_rounding_errors(weights, rounded, padded, &lanes);
+        }
+        store_sums(&lanes, 1, row, sums);
+    }
+}
+
+/* ---- search of scales ---- */
+
+/* The widest scale that is searched: below, reciprocals overflow. */
+#define LEAST_SEARCHED 0x1p-100f
+
+INLINE float stored_scale(float exact)
+{
+    float scale = widen_bf16(narrow_bf16(exact));
+    return scale == 0.0f ? 1.0f : scale;
+}
+
+/* The whole number next to it, half to even, between two whole numbers of at most 2^22. */
+INLINE float nearest_integer(float exact, struct integers integers)
+{
+    const float magic = 0x1.8p23f, least = (float)integers.least, most = (float)integers.most;
+    exact = exact > least ? exact : least;
+    exact = exact < most ? exact : most;
+    return exact + magic - magic;
+}
+
+/* The share of one weight: float32 steps, widened at the end. */
+INLINE double error_term(float weight, float importance, float scale, float inverse,
+                         struct integers integers)
+{
+    float error = nearest_integer(weight * inverse, integers) * scale - weight;
+    return (double)(error * error * importance);
+}
+
+LOOP double group_error(const float *weights, const float *importance, int64_t count, float scale,
+                        struct integers integers)
+{
+    double lanes[LANES] = {0};
+    float inverse = 1.0f / scale;
+    int64_t whole = count / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            lanes[lane] +=
+                error_term(weights[i + lane], importance[i + lane], scale, inverse, integers);
+    for (int64_t i = whole; i < count; i++)
+        lanes[i - whole] += error_term(weights[i], importance[i], scale, inverse, integers);
+    return add_lanes(lanes);
+}
+
+/* The scale under which no weight is clipped, before it is rounded. */
+INLINE float widest_scale(const float *weights, int64_t count, struct integers integers)
+{
+    uint32_t largest = largest_magnitude(weights, DTYPE_FP32, count);
+    if (-integers.least <= integers.most) return bits_float(largest) / (float)integers.most;
+    for (int64_t i = 0; i < count; i++)
+        if ((float_bits(weights[i]) & 0x7fffffffu) == largest)
+            return weights[i] / (float)integers.least;
+    return 0.0f;
+}
+
+/* The first of the scales with the least error. */
+INLINE float searched_scale(const float *weights, const float *importance, int64_t count,
+                            struct search search)
+{
+    float widest = widest_scale(weights, count, search.integers);
+    float best = stored_scale(widest);
+    double least = bits_float(0x7f800000u);
+    if (-LEAST_SEARCHED < widest && widest < LEAST_SEARCHED) return best;
+    for (int64_t i = 0; i < search.count; i++) {
+        float scale = stored_scale(widest * search.ratios[i]);
+        double error = group_error(weights, importance, count, scale, search.integers);
+        if (error < least) least = error, best = scale;
+    }
+    return best;
+}
+
+static int search(struct matrix source, struct search search, float *scales)
+{
+    int64_t groups = (source.columns + search.width - 1) / search.width;
+    for (int64_t row = 0; row < source.rows; row++)
+        for (int64_t group = 0; group < groups; group++) {
+            int64_t column = group * search.width;
+            int64_t count = smaller(search.width, source.columns - column);
+            scales[row * groups + group] =
+                searched_scale((const float *)element(source, row, column),
+                               search.importance + column, count, search);
+        }
+    return STATUS_OK;
+}
+
+/* ---- codes whose errors the columns behind them make up for ---- */
+
+/* Rows of a block that are worked on together: each column of a tile is a few vectors. */
+enum { BLOCK_ROWS = 32 };
+
+/* Turns a column into its errors; notes its codes. */
+LOOP void code_column(float *column, const float *scales, float diagonal, struct integers integers,
+                      float *codes)
+{
+    for (int row = 0; row < BLOCK_ROWS; row++) {
+        codes[row] = nearest_integer(column[row] / scales[row], integers);
+        column[row] = (column[row] - codes[row] * scales[row]) / diagonal;
+    }
+}
+
+/* Takes a column's errors, times its row of the factor, off the columns behind it. */
+LOOP void spread_column(const float *errors, const float *factor, int64_t count, float *columns)
+{
+    for (int64_t i = 0; i < count; i++)
+        for (int row = 0; row < BLOCK_ROWS; row++)
+            columns[i * BLOCK_ROWS + row] -= errors[row] * factor[i];
+}
+
+INLINE void compensate_rows(struct block block, int64_t first, int64_t rows, int8_t *codes,
+                            float *errors)
+{
+    float tile[BLOCK_COLUMNS][BLOCK_ROWS], scales[BLOCK_COLUMNS][BLOCK_ROWS];
+    float found[BLOCK_COLUMNS][BLOCK_ROWS];
+    for (int64_t column = 0; column < block.columns; column++)
+        for (int64_t row = 0; row < BLOCK_ROWS; row++) {
+            int64_t from = first + smaller(row, rows - 1); /* the last rows once more as padding */
+            tile[column][row] = block.weights[from * block.weights_stride + column];
+            scales[column][row] = block.scales[from * block.columns + column];
+        }
+    for (int64_t column = 0; column < block.columns; column++) {
+        const float *factor = block.factor + column * (block.factor_stride + 1);
+        code_column(tile[column], scales[column], factor[0], block.integers, found[column]);
+        spread_column(tile[column], factor + 1, block.columns - column - 1, tile[column + 1]);
+    }
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t column = 0; column < block.columns; column++) {
+            codes[(first + row) * block.columns + column] = (int8_t)found[column][row];
+            errors[(first + row) * block.columns + column] = tile[column][row];
+        }
+}
+
+static int compensate(struct block block, int8_t *codes, float *errors)
+{
+    for (int64_t row = 0; row < block.rows; row += BLOCK_ROWS)
+        compensate_rows(block, row, smaller(BLOCK_ROWS, block.rows - row), codes, errors);
+    return STATUS_OK;
+}
+
+const struct path_table PATH_TABLE = {find,
+                                      quantize,
+                                      measure,
+                                      pack,
+                                      unpack,
+                                      rotate_inputs,
+                                      rotate_outputs,
+                                      square_sums,
+                                      rounding_errors,
+                                      search,
+                                      compensate};

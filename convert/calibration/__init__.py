@@ -1,0 +1,1 @@
+"""What calibrated recipes need: texts, what they do to the inputs of each linear, and the pass."""

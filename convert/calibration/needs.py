@@ -1,0 +1,101 @@
+"""What a plan has to know of the inputs of its linears, and the memory that this takes."""
+
+from __future__ import annotations
+
+from qwen3_ascend.checkpoint.architecture import LM_HEAD, LinearSpec, layer_spec
+from qwen3_ascend.checkpoint.schemes import Input
+from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
+from qwen3_ascend.convert.calibration.recording import Wanted
+from qwen3_ascend.convert.plan import Item, Plan
+from qwen3_ascend.convert.quantizers import QUANTIZERS, Needs
+from qwen3_ascend.convert.transforms import FittedTransform
+
+STEP_TOKENS = 1024
+"""Tokens of a step: what lies between the linears of a layer is in memory for so many."""
+
+FLOAT_BYTES = 4
+
+
+def needs_data(plan: Plan) -> bool:
+    """Whether a recipe cannot do without calibration."""
+    chosen = any(_least(item) > Needs.NOTHING for item in _chosen(plan))
+    return chosen or _fitted(plan) > Needs.NOTHING
+
+
+def wanted(plan: Plan) -> dict[str, Wanted]:
+    """What is to be known of the inputs of which linears, by name, if there is calibration."""
+    found: dict[str, Wanted] = {}
+    for item in _chosen(plan):
+        needs = _most(item)
+        if needs > Needs.NOTHING:
+            found[item.name] = Wanted(needs, item.scheme.input)
+    if (fitted := _fitted(plan)) > Needs.NOTHING:
+        for item in _layer_linears(plan):
+            known = found[item.name].needs if item.name in found else Needs.NOTHING
+            found[item.name] = Wanted(max(known, fitted), item.scheme.input)
+    return found
+
+
+def calibration_bytes(plan: Plan) -> int:
+    """Memory that calibration takes at most, beside the pieces that are packed."""
+    if plan.calibration is None:
+        return 0
+    config, spec = plan.config, layer_spec(plan.config, 0)
+    shapes = {part.name: part.shape for part in spec if isinstance(part, LinearSpec)}
+    sizes = [outputs * inputs for outputs, inputs in shapes.values()]
+    # The parts of a fused linear are there beside it while it is made.
+    layer = sum(sizes) + max(sizes)
+    inputs = [item.matrix[1] for item in _hessians(plan) if item.name in shapes]
+    head = [item.matrix[1] for item in _hessians(plan) if item.name == LM_HEAD]
+    hessians = max(_hessian_weights(inputs), _hessian_weights(head))
+    widths = [sum(shape) for shape in shapes.values()]
+    step = max(STEP_TOKENS, plan.calibration.length) * (sum(widths) + 2 * config.hidden_size)
+    return states_bytes(plan) + FLOAT_BYTES * (hessians + layer + step)
+
+
+def states_bytes(plan: Plan) -> int:
+    """Of the hidden states of all calibration data."""
+    tokens = 0 if plan.calibration is None else plan.calibration.record.tokens
+    return FLOAT_BYTES * tokens * plan.config.hidden_size
+
+
+def _hessians(plan: Plan) -> list[Item]:
+    """The linears whose Hessian is recorded."""
+    needs = wanted(plan)
+    return [i for i in plan.items if i.name in needs and needs[i.name].needs >= Needs.HESSIAN]
+
+
+def _fitted(plan: Plan) -> Needs:
+    """What the transforms have to know."""
+    needs = [t.needs for t in plan.transforms if isinstance(t, FittedTransform)]
+    return max(needs, default=Needs.NOTHING)
+
+
+def _layer_linears(plan: Plan) -> list[Item]:
+    """All linears but the output projection, which no fitted transform changes."""
+    return [i for i in plan.items if isinstance(i.spec, LinearSpec) and i.name != LM_HEAD]
+
+
+def _hessian_weights(inputs: list[int]) -> int:
+    """Of matrices [K, K], and of the product of a step that is added to one of them."""
+    return sum(size * size for size in inputs) + max(inputs, default=0) ** 2
+
+
+def _chosen(plan: Plan) -> list[Item]:
+    """The linears whose integers are to be chosen."""
+    return [
+        item
+        for item in plan.items
+        if isinstance(item.scheme, IntegerScheme) and item.encoding.codes == "chosen"
+    ]
+
+
+def _least(item: Item) -> Needs:
+    """What has to be known: static scales of activations are found of the range of the inputs."""
+    static = Needs.SQUARES if item.scheme.input is Input.INT8_STATIC else Needs.NOTHING
+    return max(static, QUANTIZERS[item.quantizer].needs)
+
+
+def _most(item: Item) -> Needs:
+    """What is made use of."""
+    return max(_least(item), QUANTIZERS[item.quantizer].uses)

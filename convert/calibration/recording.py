@@ -1,0 +1,135 @@
+"""Statistics of the inputs of a layer's linears, taken while a LayerStream computes the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend.checkpoint.architecture import LayerSpec
+from qwen3_ascend.checkpoint.schemes import Input
+from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
+from qwen3_ascend.convert.quantizers import Needs
+from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_float
+from qwen3_ascend.runtime.model.qwen3 import DecoderLayer
+
+
+@dataclass
+class Recorder:
+    """The inputs x [T, K] of one linear, step by step.
+
+    Attributes:
+        hessian: whether x'x is wanted.
+        input: what the linear will be fed once it is quantized: where that is codes with a scale
+            for each token, x'x is taken of what those codes stand for, since this is what the
+            quantized weight will be multiplied with. (A static scale depends on the range that is
+            being recorded here.)
+    """
+
+    hessian: bool
+    input: Input
+    _tokens: int = 0
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def see(self, x: Tensor) -> None:
+        """Takes the inputs [T, K] of one step into account; on the device where they are."""
+        values = x.float()
+        self._tokens += values.shape[0]
+        self._take("least", values.amin(0), torch.minimum)
+        self._take("largest", values.amax(0), torch.maximum)
+        self._take("magnitude", values.abs().sum(0), torch.add)
+        if self.input is Input.INT8_PER_TOKEN:
+            codes, scale = quantize_tokens(values)
+            values = codes.float() * scale[:, None]
+        if self.hessian:
+            self._take("product", values.t() @ values, Tensor.add_)
+        else:
+            self._take("squares", values.square().sum(0), torch.add)
+
+    def statistics(self) -> InputStatistics:
+        """Of everything that was seen, on the CPU; at least one token. Nothing stays here."""
+        sums, self._sums = self._sums, {}
+        product = sums.get("product")
+        hessian = None if product is None else product.cpu().div_(self._tokens)
+        squares = sums["squares"].cpu() / self._tokens if hessian is None else hessian.diagonal()
+        return InputStatistics(
+            tokens=self._tokens,
+            least=sums["least"].cpu(),
+            largest=sums["largest"].cpu(),
+            mean_magnitude=sums["magnitude"].cpu() / self._tokens,
+            mean_square=squares.clone(),
+            hessian=hessian,
+        )
+
+    def _take(self, name: str, found: Tensor, merge: Callable[[Tensor, Tensor], Tensor]) -> None:
+        before = self._sums.get(name)
+        self._sums[name] = found if before is None else merge(before, found)
+
+
+class RecordedLinear:
+    """A linear of floats whose recorder sees its inputs."""
+
+    input = Input.FLOAT
+
+    def __init__(self, linear: DeviceLinear, recorder: Recorder) -> None:
+        assert linear.input is Input.FLOAT, "the linears of a model of floats want floats"
+        self.weight, self._linear, self._recorder = linear.weight, linear, recorder
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, [T, N]."""
+        self._recorder.see(as_float(x))
+        return self._linear(x)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be known of the inputs of a linear.
+
+    Attributes:
+        needs: how much.
+        input: see Recorder.
+    """
+
+    needs: Needs
+    input: Input
+
+    def recorder(self) -> Recorder:
+        """One that has seen nothing."""
+        return Recorder(self.needs >= Needs.HESSIAN, self.input)
+
+
+def recorded_layer(
+    layer: DecoderLayer, spec: LayerSpec, wanted: Mapping[str, Wanted]
+) -> tuple[DecoderLayer, dict[str, Recorder]]:
+    """A layer of floats that records, and the recorder of each of its linears by name.
+
+    Args:
+        layer: its weights on the device.
+        spec: its names.
+        wanted: by name of the linear; those that it leaves out are not recorded.
+    """
+    recorders = {
+        linear.name: wanted[linear.name].recorder()
+        for linear in (spec.qkv, spec.output, spec.mlp.gate_up, spec.mlp.down)
+        if linear.name in wanted
+    }
+
+    def record(name: str, linear: DeviceLinear) -> DeviceLinear:
+        recorder = recorders.get(name)
+        return linear if recorder is None else RecordedLinear(linear, recorder)
+
+    mlp = replace(
+        layer.mlp,
+        gate_up=record(spec.mlp.gate_up.name, layer.mlp.gate_up),
+        down=record(spec.mlp.down.name, layer.mlp.down),
+    )
+    recording = replace(
+        layer,
+        qkv=record(spec.qkv.name, layer.qkv),
+        output=record(spec.output.name, layer.output),
+        mlp=mlp,
+    )
+    return recording, recorders
