@@ -194,7 +194,7 @@ class Ours:
             starts = found.stack.starts()
             parts = parts_of(name, self._names)
             made |= {
-                part: whole[start : start + len(rows)]
+                part: whole[start : start + rows.shape[0]]
                 for part, (start, rows) in zip(parts, starts, strict=True)
             }
         return made
@@ -209,7 +209,8 @@ class Peer:
 
         self._model = torch.nn.ModuleDict()
         for name, weight in weights.items():
-            linear = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            outputs, width = weight.shape
+            linear = torch.nn.Linear(width, outputs, bias=False, device="meta")
             linear.weight = torch.nn.Parameter(weight, requires_grad=False)
             self._model[name.replace(".", "-")] = linear
         self._modifier = GPTQModifier(config_groups=int4())
@@ -234,7 +235,7 @@ class Peer:
     def results(self) -> dict[str, Tensor]:
         """See Side."""
         return {
-            name.replace("-", "."): linear.weight.data.float()
+            name.replace("-", "."): next(linear.parameters()).data.float()
             for name, linear in self._model.items()
         }
 
@@ -326,7 +327,16 @@ def load(file: Path) -> dict[str, Tensor]:
 
 def measure(side: str, python: Path, folder: Path, given: argparse.Namespace) -> Figures:
     """One run in a process of its own."""
-    command = [python, __file__, "--child", side, "--folder", folder, "--tokens", str(given.tokens)]
+    command: list[str | Path] = [
+        python,
+        __file__,
+        "--child",
+        side,
+        "--folder",
+        folder,
+        "--tokens",
+        str(given.tokens),
+    ]
     command += ["--whole"] if given.whole else []
     paths = [str(ROOT / "benchmarks")]
     if side == "ours":
