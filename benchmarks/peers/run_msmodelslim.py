@@ -77,7 +77,10 @@ def copy_in_float32(source: Path, folder: Path) -> None:
     # transformers 4.51 does not read rope_parameters, and would compute with another theta.
     theta = config["rope_parameters"]["rope_theta"]
     change(folder / "config.json", torch_dtype="float32", rope_theta=theta)
-    change(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    said = json.loads((source / "tokenizer_config.json").read_text())
+    padding = said.get("pad_token", said["eos_token"])  # it asks for one, and pads nothing
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": padding}
+    change(folder / "tokenizer_config.json", **fast)
 
 
 def change(file: Path, **entries: Any) -> None:
@@ -99,7 +102,8 @@ def main() -> None:
         command = [program, "quant", "--device", "cpu", "--config_path", str(config)]
         command += ["--model_type", MODEL_TYPE, "--model_path", str(folder / "model")]
         command += ["--save_path", output, "--trust_remote_code", "False"]
-        subprocess.run(command, check=True)
+        code = subprocess.run(command, check=False).returncode
+    sys.exit(code)  # without a traceback: the tool's own error is the last that is said
 
 
 def read_texts(file: Path) -> list[str]:

@@ -7,9 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import (  # type: ignore[import-untyped]
-    pack_to_int32,
-)
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from peers.checkpoints import PeerModel, decode, per_token, static_inputs
 from safetensors.torch import load_file
 from support.quantized_sources import DATA
