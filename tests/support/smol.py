@@ -130,7 +130,8 @@ def _dither(
     blocks = tensor.data.reshape(-1, BLOCK_BYTES[tensor.tensor_type.name])
     steps = blocks[:, :2].copy().view(np.float16).astype(np.float32)
     noise = generator.uniform(-0.5, 0.5, (len(steps), BLOCK)).astype(np.float32)
-    return (steps * noise).reshape(shape)
+    added: NDArray[np.float32] = (steps * noise).reshape(shape)
+    return added
 
 
 def _rotary_halves(weight: Tensor, head_dim: int) -> Tensor:
