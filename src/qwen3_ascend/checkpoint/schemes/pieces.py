@@ -22,8 +22,9 @@ from qwen3_ascend.native.kernels import lane_sums
 PIECE_BYTES = 1 << 21
 """Stored bytes of a piece: with its source still within a core's share of the cache."""
 
-NARROW = 2
-"""Bytes that a weight counts for in a piece whose codes are narrower than one."""
+NARROW = 8
+"""Bytes that a weight counts for in a piece whose codes are narrower than one: torch works on them,
+and its temporaries are many times as large. With larger pieces the allocator kept twice as much."""
 
 
 @dataclass(frozen=True)
