@@ -308,13 +308,8 @@ class ReferenceBackend(Backend[LayerKV]):
 
     @override
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
-        """A product for a static input is rounded to the compute type before it is quantized: no
-        kernel does both."""
         gate, up = gate_up.float().chunk(2, dim=-1)
-        product = F.silu(gate) * up
-        if consumer.input is Input.INT8_STATIC:
-            product = product.to(self.dtype)
-        return self.feed(product, consumer)
+        return self.feed(F.silu(gate) * up, consumer)
 
     @override
     def prefetch(self, linears: tuple[DeviceLinear, ...], after: Activation) -> None:
@@ -325,11 +320,12 @@ class ReferenceBackend(Backend[LayerKV]):
         """Nothing was begun."""
 
     def feed(self, x: Tensor, consumer: DeviceLinear) -> Activation:
-        """A float result [T, K] as its consumer wants it."""
+        """A float result [T, K] as its consumer wants it. For a static input it is rounded to the
+        compute type first, as devices have an operator of its own for this quantization."""
         if consumer.input is Input.FLOAT:
             return x.to(self.dtype)
         if consumer.input is Input.INT8_STATIC:
-            return StaticActivation(static_input_of(consumer).quantize(x))
+            return StaticActivation(static_input_of(consumer).quantize(x.to(self.dtype)))
         return QuantizedActivation(*quantize_tokens(x))
 
 

@@ -70,7 +70,6 @@ LACKS: dict[str, tuple[Plant, str, int, str]] = {
     "no scatter": (without("npu_scatter_pa_kv_cache"), "cache_write", 1, "AttributeError"),
     "masked output": (faults.whole_masked_output, "norm_quant", 1, "EZ1001"),
     "no fused norm": (without("npu_add_rms_norm_dynamic_quant"), "norm_quant", 2, "Attribute"),
-    "no static norm": (without("npu_add_rms_norm_quant"), "static_norm_quant", 1, "Attribute"),
     "rotary layout": (refused_rotary, "rotate", 1, "layout is not one"),
     "wrong tile": (wrong_tile, "gated_quant", 1, "codes are up to"),
     "no fused gate": (without("npu_dequant_swiglu_quant"), "gated_quant", 1, "AttributeError"),

@@ -59,9 +59,9 @@ def probed() -> Capabilities:
 
 
 CHOSEN = {
-    "8.3": {"cache_write": 1, "norm_quant": 1, "static_norm_quant": 1},
-    "8.5": {"cache_write": 1, "static_norm_quant": 1},
-    "9.0": {"static_norm_quant": 1},
+    "8.3": {"cache_write": 1, "norm_quant": 1},
+    "8.5": {"cache_write": 1},
+    "9.0": {},
     "9.1": {},
 }
 """The numbers of the forms that are used with each CANN and a wheel of it, where not the first."""
@@ -243,7 +243,7 @@ def machine(**lacks: bool) -> Capabilities:
     names = ("bound_update", "fused_update", "paged_update", "masked", "fused_splits", "paged")
     found = {name: lacking(name) if lacks.get(name) else there(name) for name in names}
     form: Any = None
-    return Capabilities(form, form, form, form, form, **found)
+    return Capabilities(form, form, form, form, **found)
 
 
 def decoding(attention: str = "auto", graph: bool = True, way: str = "auto", **lacks: bool) -> Any:

@@ -53,8 +53,8 @@ def test_prefetching_changes_no_token(checkpoints: dict[str, Path], graph: bool)
 @pytest.mark.parametrize("recipe", ["w8a8-static", "w4a8-plain"])
 @pytest.mark.parametrize("graph", [False, True])
 def test_tokens_of_each_recipe(checkpoints: dict[str, Path], recipe: str, graph: bool) -> None:
-    """Equal, but that one answer of nine may go on with a token that the CPU found as probable, to
-    the last bit of a logit."""
+    """Equal, but that one answer of nine with w4a8 may go on with a token that the CPU found as
+    probable, to the last bit of a logit."""
     params = SamplingParams(max_new_tokens=40, logprobs=2)
     expected = open_cpu(checkpoints[recipe]).generate(PROMPTS, params)
     actual = open_npu(checkpoints[recipe], graph=graph).generate(PROMPTS, params)
@@ -68,7 +68,7 @@ def test_tokens_of_each_recipe(checkpoints: dict[str, Path], recipe: str, graph:
         assert {mine.token_ids[same], other.token_ids[same]} == {first, second}
         assert most - nearly <= LOGIT_UNIT
         ties += 1
-    assert ties <= 1
+    assert ties <= (1 if recipe == "w4a8-plain" else 0)
     assert len({answer.token_ids for answer in expected}) == len(PROMPTS)
 
 

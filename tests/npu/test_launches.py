@@ -62,7 +62,7 @@ def layer(scheme: str, lengths: tuple[int, ...], counts: tuple[int, ...]) -> tup
     [
         ("w8a8", 13),
         ("bf16", 12),
-        ("w8a8-static", 14),
+        ("w8a8-static", 16),
         ("w8a16", 12),
         ("w4a8", 13),
         ("w4a16", 12),

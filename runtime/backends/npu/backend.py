@@ -67,7 +67,7 @@ from qwen3_ascend.runtime.backends.npu.linears import (
     load_linear,
     static_vectors,
 )
-from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant, static_quant
+from qwen3_ascend.runtime.backends.npu.operators import add_norm, dynamic_quant, static_quant
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
 from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
 from qwen3_ascend.runtime.backends.npu.transfers import BUFFER_BYTES, Transfers
@@ -298,13 +298,9 @@ class NpuBackend(Backend[LayerKV]):
             added = self._zeros(hidden) if delta is None else delta
             return self.capabilities.norm_quant.call(hidden, added, weight, epsilon)
         if consumer.input is Input.INT8_STATIC:
-            added = self._zeros(hidden) if delta is None else delta
-            vectors = static_vectors(consumer)
-            return self.capabilities.static_norm_quant.call(hidden, added, weight, epsilon, vectors)
-        if delta is None:
-            return torch_npu.npu_rms_norm(hidden, weight, epsilon)[0], hidden
-        normed, _, total = torch_npu.npu_add_rms_norm(hidden, delta, weight, epsilon)
-        return normed, total
+            normed, total = add_norm(hidden, delta, weight, epsilon)
+            return static_quant(normed, static_vectors(consumer)), total
+        return add_norm(hidden, delta, weight, epsilon)
 
     def _zeros(self, like: Tensor) -> Tensor | None:
         """What the first norm of a step adds: kept, where making it costs a launch that counts."""

@@ -33,7 +33,6 @@ from qwen3_ascend.runtime.backends.npu.operators import (
     GATED_QUANTS,
     NORM_QUANTS,
     ROTATIONS,
-    STATIC_NORM_QUANTS,
     CacheWrite,
     Call,
     Form,
@@ -41,7 +40,6 @@ from qwen3_ascend.runtime.backends.npu.operators import (
     MaskedAttention,
     NormQuant,
     Rotate,
-    StaticNormQuant,
     masked_attention,
     reshape_and_cache,
 )
@@ -76,7 +74,6 @@ class Capabilities:
     Attributes:
         cache_write: stores keys and values.
         norm_quant: norms a sum and quantizes it.
-        static_norm_quant: norms a sum and quantizes it under a fixed scale and offset.
         gated_quant: gates and quantizes, at the width of the model's MLP.
         rotate: applies the rotary embedding.
         bound_update: whether we can update the lengths of any captured attention ourselves.
@@ -88,7 +85,6 @@ class Capabilities:
 
     cache_write: Choice[CacheWrite]
     norm_quant: Choice[NormQuant]
-    static_norm_quant: Choice[StaticNormQuant]
     gated_quant: Choice[GatedQuant]
     rotate: Choice[Rotate]
     bound_update: Support
@@ -140,9 +136,6 @@ class Operation:
 OPERATIONS: dict[str, Operation] = {
     "cache_write": Operation("cache write", CACHE_WRITES, trials.cache_write),
     "norm_quant": Operation("norm and quantization", NORM_QUANTS, trials.norm_quant),
-    "static_norm_quant": Operation(
-        "norm and static quantization", STATIC_NORM_QUANTS, trials.static_norm_quant
-    ),
     "gated_quant": Operation("gate and quantization", GATED_QUANTS, trials.gated_quant),
     "rotate": Operation("rotary embedding", ROTATIONS, trials.rotate),
 }

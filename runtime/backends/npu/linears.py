@@ -147,7 +147,7 @@ class StaticInt8Linear:
         weight = upload(linear.weight, linear.layout, outputs, inputs)
         made = static_input(linear.tensors)
         scale, bias = linear.tensors["deq_scale"].to("npu"), folded_bias(linear).to("npu")
-        return cls(weight, scale, bias, made, StaticVectors.upload(made, inputs))
+        return cls(weight, scale, bias, made, StaticVectors.upload(made))
 
     def __call__(self, x: Activation) -> Tensor:
         """The product, bfloat16 [T, N]."""

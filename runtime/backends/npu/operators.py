@@ -30,33 +30,21 @@ class StaticVectors:
     """How a linear's inputs are quantized, in the forms that operators ask for; on the device.
 
     Attributes:
-        scales: float32 [K], what a norm divides by.
-        zero_points: int32 [K], beside it.
         reciprocal, offset: bfloat16 [1], what npu_quantize multiplies by and adds.
     """
 
-    scales: Tensor
-    zero_points: Tensor
     reciprocal: Tensor
     offset: Tensor
 
     @classmethod
-    def upload(cls, static_input: StaticInput, inputs: int) -> StaticVectors:
-        """Of a linear with so many inputs."""
+    def upload(cls, static_input: StaticInput) -> StaticVectors:
+        """Of a linear."""
         reciprocal, offset = static_input.reciprocal, static_input.offset
         return cls(
-            torch.full([inputs], 1 / reciprocal).to("npu"),
-            torch.full([inputs], offset, dtype=torch.int32).to("npu"),
             torch.tensor([reciprocal], dtype=torch.bfloat16).to("npu"),
             torch.tensor([offset], dtype=torch.bfloat16).to("npu"),
         )
 
-
-StaticNormQuant = Callable[
-    [Tensor, Tensor | None, Tensor, float, StaticVectors], tuple[StaticActivation, Tensor]
-]
-"""(hidden, delta, weight, epsilon, of the consumer) -> (codes of the norm of hidden + delta,
-hidden + delta)."""
 
 GatedQuant = Callable[[Tensor], QuantizedActivation]
 """[T, 2 * inner] -> the quantized silu(gate) * up."""
@@ -130,30 +118,10 @@ def _norm_quant(
     return QuantizedActivation(codes, scale), total
 
 
-def fused_static_norm_quant(
-    hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, static: StaticVectors
-) -> tuple[StaticActivation, Tensor]:
-    """One launch; the first layer adds zeros. It divides by a scale, which as the reciprocal of a
-    bfloat16 number has to be float32; releases that take bfloat16 scales only would divide by one
-    that is up to 2^-9 off."""
-    delta = torch.zeros_like(hidden) if delta is None else delta
-    codes, _, total = torch_npu.npu_add_rms_norm_quant(
-        hidden, delta, weight, static.scales, static.zero_points, epsilon=epsilon
-    )
-    return StaticActivation(codes), total
-
-
-def norm_then_static_quant(
-    hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, static: StaticVectors
-) -> tuple[StaticActivation, Tensor]:
-    """Two launches; the norm is rounded to bfloat16 before it is quantized."""
-    normed, total = _norm(hidden, delta, weight, epsilon)
-    return static_quant(normed, static), total
-
-
-def _norm(
+def add_norm(
     hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
+    """(RMS norm of hidden + delta, hidden + delta), bfloat16 [T, hidden]; one launch."""
     if delta is None:
         return torch_npu.npu_rms_norm(hidden, weight, epsilon)[0], hidden
     normed, _, total = torch_npu.npu_add_rms_norm(hidden, delta, weight, epsilon)
@@ -164,7 +132,7 @@ def norm_then_quant(
     hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float
 ) -> tuple[QuantizedActivation, Tensor]:
     """Two launches; the norm is rounded to bfloat16 before it is quantized."""
-    normed, total = _norm(hidden, delta, weight, epsilon)
+    normed, total = add_norm(hidden, delta, weight, epsilon)
     return dynamic_quant(normed), total
 
 
@@ -221,10 +189,6 @@ NORM_QUANTS: tuple[Form[NormQuant], ...] = (
     Form("npu_add_rms_norm_dynamic_quant", fused_norm_quant),
     Form("npu_add_rms_norm_dynamic_quant with both outputs", unmasked_norm_quant),
     Form("npu_add_rms_norm, npu_dynamic_quant", norm_then_quant),
-)
-STATIC_NORM_QUANTS: tuple[Form[StaticNormQuant], ...] = (
-    Form("npu_add_rms_norm_quant", fused_static_norm_quant),
-    Form("npu_add_rms_norm, npu_quantize", norm_then_static_quant),
 )
 GATED_QUANTS: tuple[Form[GatedQuant], ...] = (
     Form("npu_dequant_swiglu_quant", fused_gated_quant),
