@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from qwen3_ascend.convert.transforms.base import Transform
 from qwen3_ascend.convert.transforms.changes import Changes, Floats, Gain
-from qwen3_ascend.convert.transforms.hadamard import Rotation
+from qwen3_ascend.convert.transforms.hadamard import Rotation, base_matrix
 from qwen3_ascend.convert.transforms.parts import EndParts, LayerParts, ModelParts, Unit
 from qwen3_ascend.native import Kernels
 
@@ -36,7 +36,7 @@ class RotateModel(Transform):
     @override
     def touches(self, model: ModelParts, unit: Unit) -> Mapping[str, int]:
         for size in (model.hidden_size, model.head_dim):
-            Rotation(size, RESIDUAL).base  # noqa: B018  refuses a size that there is none of
+            base_matrix(size)  # refuses a size that there is none of
         if isinstance(unit, EndParts):
             return dict.fromkeys((unit.embedding, unit.final_norm, unit.head), 1)
         norms = (unit.input_norm, unit.post_attention_norm)
