@@ -204,6 +204,8 @@ def test_models_of_other_tokens(out: Path, tmp_path: Path) -> None:
     respelt = shutil.copytree(DATA, tmp_path / "respelt")
     tiny_tokenizers.write(respelt)
     assert "divide" in refused(out, "--against", respelt)
+    few = tiny_models.write(tmp_path / "few")
+    assert "has 320: its tokenizer is that of another model" in refused(few)
 
 
 def test_a_reference_without_a_tokenizer_is_read_with_the_models(
@@ -214,6 +216,37 @@ def test_a_reference_without_a_tokenizer_is_read_with_the_models(
         (bare / name).unlink()
     said = evaluate(out, TEXT, against=bare, options=OPTIONS).comparison
     assert said is not None and said == found.comparison
+
+
+def test_a_source_with_named_chat_templates(tmp_path: Path, found: Evaluation) -> None:
+    """They lie in a folder of their own."""
+    source = shutil.copytree(DATA, tmp_path / "source")
+    named = source / "additional_chat_templates" / "tool_use.jinja"
+    named.parent.mkdir()
+    named.write_text("{{ messages }}")
+    assert found.reference is not None
+    assert evaluate(source, TEXT, options=OPTIONS).model.perplexity == found.reference.perplexity
+
+
+def test_a_model_that_is_far_too_sure(tmp_path: Path) -> None:
+    """exp of its loss is beyond float64."""
+    config = tiny_models.config(vocab_size=4096, num_hidden_layers=1)
+    weights = tiny_models.tensors(config)
+    weights["lm_head.weight"] *= 3000
+    loud = tiny_models.write(tmp_path / "loud", config, weights)
+    said = refused(loud, "--window", "64", "--windows", "1", "--device", "cpu")
+    assert "nats a token" in said and str(loud) in said
+
+
+def test_what_was_measured_is_printed_even_if_it_cannot_be_saved(out: Path, tmp_path: Path) -> None:
+    asked = ("--window", "64", "--windows", "1", "--device", "cpu")
+    done = run("eval", out, "--text", TEXT, *asked, "--save", tmp_path / "none" / "eval.json")
+    assert done.one_line_error("No such file") and "perplexity" in done.out
+
+
+def test_a_bound_is_a_number(out: Path) -> None:
+    asked = ("--window", "64", "--windows", "1", "--device", "cpu", "--against", DATA)
+    assert run("eval", out, "--text", TEXT, *asked, "--max-kl", "nan").code != 0
 
 
 def test_weights_that_are_damaged_or_not_finite_are_named(out: Path, tmp_path: Path) -> None:

@@ -77,10 +77,10 @@ def evaluate(
             note=silent if quiet else to_stderr,
         )  # fmt: skip
     written = json.dumps(found.to_json(), indent=1, ensure_ascii=False)
-    if save is not None:
+    click.echo(written if as_json else "\n".join(words.lines(found)))
+    if save is not None:  # printed first: it may have taken hours
         with os_errors(OptionError):
             save.write_text(f"{written}\n", encoding="utf-8")
-    click.echo(written if as_json else "\n".join(words.lines(found)))
     _hold_bound(found, max_kl)
 
 
@@ -88,7 +88,7 @@ def _hold_bound(found: Evaluation, max_kl: float | None) -> None:
     if max_kl is None or found.comparison is None:
         return
     kl = found.comparison.kl.value
-    if kl > max_kl:
+    if not kl <= max_kl:  # as well if the bound is no number
         click.echo(f"Error: the mean KL divergence is {kl:.6f}, above {max_kl}", err=True)
         sys.exit(1)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_ascend.errors import OptionError
+from qwen3_ascend.errors import CheckpointError, OptionError
 from qwen3_ascend.evaluation.bootstrap import Values, interval
 from qwen3_ascend.evaluation.measuring import Progress, Scores, Window, measure
 from qwen3_ascend.evaluation.options import EvaluationOptions
@@ -30,6 +30,9 @@ from qwen3_ascend.runtime.tokenizer import NoTokenizer, Tokenizer
 
 SHARE = 0.99
 """Of the tokens, those that kl_99 is of."""
+
+MOST_LOSS = 700.0
+"""Nats a token whose perplexity is still a float64."""
 
 
 def evaluate(
@@ -57,7 +60,8 @@ def evaluate(
 
     Raises:
         OptionError: if the text is too short, is not UTF-8, or the models have other tokens.
-        UserError: if a model cannot be opened, or does not fit the device.
+        UserError: if a model cannot be opened, does not fit the device, or gives no predictions
+            that can be measured.
     """
     if compare is not None and against is None:
         raise OptionError(
@@ -79,6 +83,8 @@ def evaluate(
         order = [subjects[-1], *subjects[:-1]]  # the reference is measured first
         scores = measure(order, windows, progress)
         sides = [_Side(subject, found) for subject, found in zip(order, scores, strict=True)]
+        for side in sides:
+            side.check()
         alone = Evaluation(
             text=path.name,
             text_blake3=file_blake3(path),
@@ -139,6 +145,11 @@ def _common_windows(
             f"beside its config.json"
         )
     windows = windows_of(said, path, readers[0].tokenizer, options)
+    if (largest := max(map(max, windows))) >= first.config.vocab_size:
+        raise OptionError(
+            f"the tokenizer of {readers[0].name} makes token {largest} of {path}, but the model "
+            f"has {first.config.vocab_size}: its tokenizer is that of another model"
+        )
     for other in readers[1:]:
         if windows_of(said, path, other.tokenizer, options) != windows:
             raise OptionError(
@@ -154,6 +165,14 @@ class _Side:
 
     subject: Subject
     scores: Scores
+
+    def check(self) -> None:
+        """CheckpointError if a window is lost beyond all measure."""
+        if (worst := float(self.scores.loss.max())) > MOST_LOSS:
+            raise CheckpointError(
+                f"{self.subject.name} loses {worst:.0f} nats a token, which is no language model "
+                f"any more: its weights are damaged, or its tokenizer is that of another model"
+            )
 
     def figures(self) -> ModelFigures:
         """The model by itself."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from qwen3_ascend.convert.float_model import FloatModel, settled_config
 from qwen3_ascend.convert.options import HUBS
 from qwen3_ascend.convert.source import Source, open_source
 from qwen3_ascend.convert.source.transfer import Transfer
+from qwen3_ascend.convert.usable import unpacked
 from qwen3_ascend.errors import CheckpointError, os_errors
 from qwen3_ascend.evaluation.options import EvaluationOptions
 from qwen3_ascend.files.paths import user_path
@@ -130,10 +130,8 @@ def _open_source(
 
 def _source_tokenizer(source: Source) -> Tokenizer:
     """A tokenizer reads its files once, so they need not stay."""
-    with tempfile.TemporaryDirectory() as place:
-        for name, data in source.carried().items():
-            (Path(place) / name).write_bytes(data)
-        return load_tokenizer(Path(place))
+    with unpacked(source.carried()) as folder:
+        return load_tokenizer(folder)
 
 
 def open_backend(config: Qwen3Config, options: EvaluationOptions) -> Backend[LayerKV]:
