@@ -144,6 +144,13 @@ def test_the_command(manifest: Manifest, tmp_path: Path) -> None:
     saved.write_text("[]")
     again = run("report", tmp_path / "out", "--eval", saved, "-o", tmp_path / "other.html")
     assert again.one_line_error(str(saved)) and not (tmp_path / "other.html").exists()
+    missing = tmp_path / "none.json"
+    again = run("report", tmp_path / "out", "--eval", missing, "-o", tmp_path / "other.html")
+    assert "model folder" not in again.one_line_error(str(missing), "eval OUT --text FILE --save")
+    empty = replace(FOUND, model=replace(FOUND.model, weights=0))
+    saved.write_text(json.dumps(empty.to_json()))
+    again = run("report", tmp_path / "out", "--eval", saved, "-o", tmp_path / "other.html")
+    again.one_line_error("model.weights", "1")
     run("report", DATA, "-o", tmp_path / "other.html").one_line_error("qwen3_ascend.json")
     run("report", tmp_path / "out", "-o", tmp_path).one_line_error(str(tmp_path))
 

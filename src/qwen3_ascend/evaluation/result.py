@@ -11,6 +11,7 @@ from qwen3_ascend.files.json_file import (
     Count,
     Finite,
     Name,
+    Size,
     check_keys,
     plain,
     read_json_object,
@@ -66,8 +67,8 @@ class ModelFigures:
 
     name: Name
     recipe: Name | None
-    weights: Count
-    nbytes: Count
+    weights: Size
+    nbytes: Size
     perplexity: Interval
 
     @property
@@ -147,16 +148,16 @@ class Evaluation:
     @classmethod
     def read(cls, path: Path) -> Evaluation:
         """Reads a saved evaluation; CheckpointError naming the file if it is none."""
+        advice = "make one with: qwen3-ascend eval OUT --text FILE --save FILE.json"
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; {advice}")
         try:
             data = read_json_object(path)
             if (data.pop("format", None), data.pop("format_version", None)) != (
                 FORMAT,
                 FORMAT_VERSION,
             ):
-                raise ValueError(
-                    "it is no evaluation of this version; make one with: "
-                    "qwen3-ascend eval OUT --text FILE --save FILE.json"
-                )
+                raise ValueError(f"it is no evaluation of this version; {advice}")
             found = typed(data, cls, "it")
             check_keys(data, plain(found), "it")
         except (ValueError, ConfigError) as error:
