@@ -73,13 +73,9 @@ def lines(found: Evaluation) -> list[str]:
 def _model(
     prefix: str, model: ModelFigures, reference: ModelFigures | None, comparison: Comparison | None
 ) -> Iterator[tuple[str, str]]:
-    recipe = f", recipe {model.recipe}" if model.recipe else ""
-    yield f"{prefix}model", f"{model.name}{recipe}"
+    yield f"{prefix}model", _named(model)
     if reference is not None:
-        yield (
-            "reference",
-            f"{reference.name}{f', recipe {reference.recipe}' if reference.recipe else ''}",
-        )
+        yield "reference", _named(reference)
     size = f"{model.bits_per_weight:.2f}, {size_text(model.nbytes)}"
     if reference is not None:
         size += f" ({percent(model.nbytes / reference.nbytes)} of the reference)"
