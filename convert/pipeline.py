@@ -30,7 +30,14 @@ from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.statistics import InputStatistics
 from qwen3_ascend.convert.transforms.parts import model_parts
 from qwen3_ascend.convert.transforms.whole import ModelChanges
-from qwen3_ascend.convert.work import changed_floats, convert, floats_of, make_task, stored_blake3
+from qwen3_ascend.convert.work import (
+    changed_floats,
+    convert,
+    floats_of,
+    make_task,
+    require_finite_inputs,
+    stored_blake3,
+)
 from qwen3_ascend.errors import DamagedSourceError
 from qwen3_ascend.native import Kernels
 
@@ -98,6 +105,7 @@ class Conversion(Production[Item]):
         self, number: int, statistics: Mapping[str, InputStatistics]
     ) -> Mapping[str, InputStatistics]:
         """See Fitting.fit."""
+        require_finite_inputs(statistics, stages(self.plan)[number + 1], self.source)
         return self.fitting.fit(number, statistics)
 
     def make_stage(self, items: Sequence[Item], statistics: Mapping[str, InputStatistics]) -> None:
@@ -107,6 +115,7 @@ class Conversion(Production[Item]):
             items: all of the stage.
             statistics: of the inputs of linears, by name; they go with the items.
         """
+        require_finite_inputs(statistics, items, self.source)
         self._statistics = dict(statistics)
         self.make(self.remaining(items))
         self._release_files(self._files_of(items))

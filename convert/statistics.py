@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.schemes import InputRange
@@ -27,6 +28,13 @@ class InputStatistics:
     mean_magnitude: Tensor
     mean_square: Tensor
     hessian: Tensor | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every input and its square is a number in float32; of others nothing can be
+        made."""
+        seen = (self.least, self.largest, self.mean_square)
+        return all(bool(torch.isfinite(each).all()) for each in seen)
 
     @property
     def range(self) -> InputRange:

@@ -48,6 +48,7 @@ class Task:
         pieces: how the weight is divided.
         changes: gives what transforms do to each part; None if they leave the item as it is.
         statistics: of the linear's inputs, if there was calibration.
+        consults: name and values of further source tensors, which decide the changes.
     """
 
     item: Item
@@ -57,6 +58,7 @@ class Task:
     pieces: tuple[Piece, ...]
     changes: FindChanges | None = None
     statistics: InputStatistics | None = None
+    consults: tuple[tuple[str, Tensor], ...] = ()
 
     @property
     def is_verbatim(self) -> bool:
@@ -118,7 +120,7 @@ class Task:
         try:
             yield
         except NotFinite:
-            for name, tensor in self.reads:
+            for name, tensor in (*self.reads, *self.consults):
                 require_finite(name, tensor)
             if self.changes is None:
                 raise
@@ -145,8 +147,7 @@ def make_task(
     Raises:
         DamagedSourceError: if a small tensor of the weight holds what cannot be right.
     """
-    for name in item.consults:
-        source.read(name)
+    consults = tuple((name, source.read(name)) for name in item.consults)
     values = {name: source.read(name) for name in item.reads}
     weights = read_weights(item.encoding, item.parts, {name: values[name] for name in item.weights})
     biases = tuple(values[name] for name in item.biases)
@@ -155,7 +156,7 @@ def make_task(
         find = partial(changes.of, item.changed, partial(floats_of, source))
         weights = weights.changed(find, changes.kernels)
     reads = tuple(values.items())
-    return Task(item, reads, weights, biases, item.pieces, find, statistics)
+    return Task(item, reads, weights, biases, item.pieces, find, statistics, consults)
 
 
 def changed_floats(source: Source, changes: ModelChanges) -> Callable[[str, Tensor], Tensor]:
@@ -343,6 +344,7 @@ def stored_blake3(tensor: Tensor) -> str:
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """DamagedSourceError naming the first NaN, infinity, or number beyond bfloat16."""
+    tensor = tensor if tensor.dim() else tensor[None]  # a scale of the whole
     for start in range(0, tensor.shape[0], ROWS_AT_A_TIME):
         finite = torch.isfinite(tensor[start : start + ROWS_AT_A_TIME].to(torch.bfloat16))
         if not bool(finite.all()):
@@ -355,3 +357,28 @@ def require_finite(name: str, tensor: Tensor) -> None:
                 else "the source is damaged, download it again"
             )
             raise DamagedSourceError(f"tensor {name} holds {value} at {first}; {advice}")
+
+
+def require_finite_inputs(
+    statistics: Mapping[str, InputStatistics], items: Sequence[Item], source: Source
+) -> None:
+    """Holds what calibration has seen of a layer against being numbers.
+
+    Args:
+        statistics: of the inputs of linears, by name.
+        items: of the layer.
+        source: of the model.
+
+    Raises:
+        DamagedSourceError: naming the first value of these items that is not finite.
+        SourceError: naming the first linear whose inputs are not, if the fault is none of theirs.
+    """
+    wrong = next((name for name, known in statistics.items() if not known.is_finite), None)
+    if wrong is None:
+        return
+    for name in (name for item in items for name in item.needs):
+        require_finite(name, source.read(name))
+    raise SourceError(
+        f"the inputs of {wrong} on the calibration data, or their squares, are beyond float32: the "
+        f"model cannot be calibrated; use a recipe without calibration"
+    )

@@ -11,7 +11,8 @@ a few hundred rows of logits. The cost is that of half a pass over the model for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,6 +27,7 @@ from qwen3_ascend.convert.calibration.recording import Wanted, recorded_layer
 from qwen3_ascend.convert.quantizers import QUANTIZERS
 from qwen3_ascend.convert.statistics import InputStatistics
 from qwen3_ascend.convert.weights import chunk_outputs
+from qwen3_ascend.errors import SourceError
 from qwen3_ascend.native import Kernels
 from qwen3_ascend.runtime.backends.base import DeviceLinear
 from qwen3_ascend.runtime.backends.cache import LayerKV
@@ -67,6 +69,9 @@ class Measuring:
 
         Args:
             ladders: of the linears that are wanted; layers without any are only passed.
+
+        Raises:
+            SourceError: if the model, or what quantization makes of it, gives no numbers.
         """
         by_name = {ladder.item.name: ladder for ladder in ladders}
         reference = self._stream.read(self._floats, lambda: self._tell("predictions of the model"))
@@ -78,6 +83,7 @@ class Measuring:
             after = [*self._stream.through(layer, states)]
             if here:
                 known = {name: recorder.statistics() for name, recorder in recorders.items()}
+                _require_finite(name for name, seen in known.items() if not seen.is_finite)
                 changed = [
                     [*self._stream.through(variant, states)]
                     for variant in self._variants(number, here, known)
@@ -127,13 +133,19 @@ class Measuring:
         self, ladders: Sequence[Ladder], finished: Sequence[States], reference: States
     ) -> dict[str, list[Loss]]:
         divergences = iter(self._divergences(finished, reference))
-        return {
+        found = {
             ladder.item.name: [
                 Loss.of(rung, next(divergences) if rung in _lossy(ladder) else 0.0)
                 for rung in ladder.rungs
             ]
             for ladder in ladders
         }
+        _require_finite(
+            name
+            for name, losses in found.items()
+            if not all(math.isfinite(loss.kl) for loss in losses)
+        )
+        return found
 
     def _divergences(self, variants: Sequence[States], reference: States) -> list[float]:
         """Mean KL(reference || variant) over all tokens, in nats, of each variant."""
@@ -151,6 +163,15 @@ class Measuring:
                 for index, logits in enumerate(others):
                     sums[index] += float((p * (log_p - logits.log_softmax(-1))).sum())
         return [found / tokens for found in sums]
+
+
+def _require_finite(wrong: Iterable[str]) -> None:
+    """SourceError naming the first linear of these."""
+    for name in wrong:
+        raise SourceError(
+            f"{name} is fed, or leads to, values that are not finite: nothing can be measured of "
+            f"such a model"
+        )
 
 
 def _lossy(ladder: Ladder) -> list[Rung]:
