@@ -126,7 +126,10 @@ def sensitivities_file(options: ConvertOptions, output: Path | None) -> Path:
         return user_path(options.sensitivities)
     if output is None:
         raise OptionError("target_bpw: say in which file the sensitivities are")
-    return output.with_name(f"{output.name}.{SENSITIVITIES}")
+    folder = output.resolve() if output.name in ("", "..") else output
+    if not folder.name:
+        raise OptionError(f"target_bpw: {output} has nothing beside it; pass --sensitivities FILE")
+    return folder.with_name(f"{folder.name}.{SENSITIVITIES}")
 
 
 def _measure(

@@ -86,6 +86,7 @@ def sensitivities_of(
         return known
     check_usable(carried, source.place, events.note)
     windows = choose_windows(texts, plan.config, carried, events.note)
+    known.save(file)  # a place that cannot be written to is told before the work
     events.note(f"measuring {len(left)} linears of {len(found)}; what is done is kept in {file}")
     events.begun(sum(ladder.item.source_bytes for ladder in left))
     measuring = _measuring(source, plan, texts, windows, events)

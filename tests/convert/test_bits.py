@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +40,12 @@ class Told(Events):
 
     def __init__(self, most: int = 1000) -> None:
         self.names: list[str] = []
+        self.steps = 0
         self._most = most
+
+    @override
+    def working(self, what: str) -> None:
+        self.steps += 1
 
     @override
     def done(self, name: str, nbytes: int) -> None:
@@ -134,6 +140,26 @@ def test_the_command_line_says_what_is_missing(measured: Path, tmp_path: Path) -
     missing = run("convert", DATA, out, "--recipe", RECIPE, "--target-bpw", "5", "--dry-run")
     missing.one_line_error("qwen3-ascend sensitivity")
     assert not out.exists()
+
+
+def test_an_output_without_a_name(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file lies beside the folder, wherever that is given as."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copyfile(measured, tmp_path / "here.sensitivities.json")
+    asked = ("--recipe", RECIPE, "--calibration-tokens", "512", "--target-bpw", "6", "--quiet")
+    done = run("convert", DATA, ".", *asked)
+    assert (done.code, done.err) == (0, "")
+    run("convert", DATA, "/", *asked, "--dry-run").one_line_error("--sensitivities")
+
+
+def test_a_place_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
+    told = Told()
+    with pytest.raises(OptionError, match="No such file"):
+        measure_sensitivities(DATA, tmp_path / "none" / "file.json", RECIPE, OPTIONS, told)
+    assert told.names == [] and told.steps == 0
 
 
 def test_the_manifest_of_a_mixed_checkpoint_is_read_back(measured: Path, tmp_path: Path) -> None:
