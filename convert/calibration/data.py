@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.files.json_file import refuse_pointer
 from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.files.text import size_text
-from qwen3_ascend.runtime.tokenizer import Message, Tokenizer, has_vocabulary, load_tokenizer
+from qwen3_ascend.runtime.tokenizer import Message, has_vocabulary, load_tokenizer
 
 WINDOW_TOKENS = 512
 """Tokens that are read as one text; of a model with a shorter context as many as that has."""
@@ -150,7 +151,7 @@ def choose_windows(
         note(f"the model has no tokenizer: it is calibrated with {RANDOM}")
         return _random_windows(count, length, config.vocab_size)
     with unpacked(carried) as folder:
-        tokens = _tokens(calibration.text, load_tokenizer(folder))
+        tokens = _tokens(calibration.text, folder)
     windows = _spread(tokens, count, length, calibration.text.name)
     largest = max(map(max, windows))
     if largest >= config.vocab_size:
@@ -197,10 +198,11 @@ def _document(line: str, where: str) -> Document:
     )
 
 
-def _tokens(text: CalibrationText, tokenizer: Tokenizer) -> list[int]:
-    """All documents, one after the other. Without a chat template a conversation is its words."""
-    found: list[int] = []
-    for document in text.documents:
+def _tokens(text: CalibrationText, folder: Path) -> list[int]:
+    """All documents, one after the other, by the tokenizer of a folder that will not stay. Without
+    a chat template a conversation is its words."""
+    tokenizer, found = load_tokenizer(folder), list[int]()
+    for number, document in enumerate(text.documents, 1):
         try:
             if isinstance(document, str):
                 found += tokenizer.encode(document)
@@ -210,7 +212,8 @@ def _tokens(text: CalibrationText, tokenizer: Tokenizer) -> list[int]:
             else:
                 found += tokenizer.encode("\n\n".join(str(m.get("content")) for m in document))
         except RequestError as error:
-            raise OptionError(f"calibration: {text.name}: {error}") from error
+            said = str(error).replace(f"{folder}/", "")
+            raise OptionError(f"calibration: {text.name}, text {number}: {said}") from error
     return found
 
 

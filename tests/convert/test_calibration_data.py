@@ -123,7 +123,16 @@ def test_random_ids_where_there_is_no_tokenizer(config: Qwen3Config) -> None:
         ("a.jsonl", b'{"prompt": "a"}', 'line 1 is neither {"text"'),
         ("a.jsonl", b'{"messages": []}', "line 1 is neither"),
         ("a.jsonl", b'["a"]', "line 1 is neither"),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "a.jsonl: the chat template"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user"}]}',
+            "a.jsonl, text 1: the chat template of chat_template.jinja refuses",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n\n{"text": "\\ud800"}',
+            "a.jsonl, text 2: the prompt is not valid",
+        ),
         ("a.txt", b"few words", "give more text$"),
         ("a.txt", b"some words " * 400, "give more text, or pass --calibration-tokens 512$"),
     ],
