@@ -19,6 +19,9 @@ from qwen3_ascend.checkpoint.schemes.pieces import Matrix, Ranges
 DECODED = torch.bfloat16
 """Type of the floats."""
 
+CHUNK_WEIGHTS = 1 << 20
+"""Weights that are decoded together: what it takes is many times what comes of it."""
+
 
 class DecodedMatrix(Matrix, ABC):
     """A matrix [N, K] of bfloat16 that is made of codes when it is asked for."""
@@ -35,8 +38,13 @@ class DecodedMatrix(Matrix, ABC):
     @override
     def __getitem__(self, ranges: Ranges, /) -> Tensor:
         outputs, inputs = ranges if isinstance(ranges, tuple) else (ranges, slice(None))
-        rows, columns = self.shape
-        return self.decode(_within(outputs, rows), _within(inputs, columns)).to(DECODED)
+        outputs, inputs = _within(outputs, self.shape[0]), _within(inputs, self.shape[1])
+        found = torch.empty(_length(outputs), _length(inputs), dtype=DECODED)
+        for rows in found.split(max(1, CHUNK_WEIGHTS // max(1, _length(inputs)))):
+            stop = outputs.start + len(rows)
+            rows.copy_(self.decode(slice(outputs.start, stop), inputs))
+            outputs = slice(stop, outputs.stop)
+        return found
 
     @override
     def float(self) -> Tensor:
@@ -74,6 +82,10 @@ class ScaledBlocks(DecodedMatrix):
 def _within(span: slice, length: int) -> slice:
     start, stop, _ = span.indices(length)
     return slice(start, stop)
+
+
+def _length(span: slice) -> int:
+    return max(0, int(span.stop - span.start))
 
 
 def _numbers(span: slice) -> Tensor:

@@ -67,6 +67,7 @@ class Item:
         block: how many neighbouring outputs have to be known together, since a transform mixes
             them; 0 if its weight stays as it is.
         consults: further source tensors, which decide how its weight is changed.
+        decoded: weights of the largest of these that has to be decoded as a whole.
         quantizer: the name of who chooses its codes, if they are chosen.
     """
 
@@ -79,6 +80,7 @@ class Item:
     source_bytes: int
     block: int = 0
     consults: tuple[str, ...] = ()
+    decoded: int = 0
     quantizer: str = NEAREST
 
     @property
@@ -151,6 +153,7 @@ class Item:
             itemsize = torch.float32.itemsize
         taken = self.encoding.temporary_bytes(self.scheme, self.layout, itemsize)
         packing = max(taken * weights, PIECE_BYTES) + self._changed_bytes(piece)
+        packing = max(packing, 2 * torch.float32.itemsize * self.decoded)
         return packing if self.quantizer == NEAREST else self._quantized_bytes(packing)
 
     def _quantized_bytes(self, packing: int) -> int:
@@ -166,13 +169,15 @@ class Item:
 
     def _changed_bytes(self, piece: Piece) -> int:
         """Memory of the changed weights that are known together, float32: all, of which pieces are
-        views, or those of a piece and of the blocks at its ends, and a copy of the piece."""
+        views, or those of a piece and of the blocks at its ends, and a copy of the piece. What is
+        decoded is there as floats before it is changed."""
         outputs, inputs = self.matrix
         if not self.block:
             return 0
         around = 2 * (piece.stop - piece.start) + 2 * (self.block - 1)
         together = outputs if piece.axis == "inputs" else min(around, outputs)
-        return torch.float32.itemsize * together * inputs
+        copies = 1 if self.encoding == FLOAT else 2
+        return copies * torch.float32.itemsize * together * inputs
 
 
 @dataclass(frozen=True)
@@ -266,8 +271,8 @@ def make_plan(
         else _plan_tensor(part, slots)
         for part in spec
     )
-    changes = touched(model_parts(config), transforms)
-    items = tuple(_changed(item, changes, recipe, slots, quantization) for item in made)
+    changes, sizes = touched(model_parts(config), transforms), _decoded_sizes(config, quantization)
+    items = tuple(_changed(item, changes, recipe, slots, quantization, sizes) for item in made)
     ignored = _unread(config, items, slots)
     weight_files = fill_files([item.forms for item in items], parse_size(max_file_bytes), STEM)
     stored = replace(config, tie_word_embeddings=spec.lm_head is None)
@@ -421,8 +426,9 @@ def _changed(
     recipe: Recipe,
     slots: Mapping[str, TensorSlot],
     quantization: Quantization,
+    sizes: Mapping[str, int],
 ) -> Item:
-    """An item with what transforms will do to it."""
+    """An item with what transforms will do to it; sizes are those of `_decoded_sizes`."""
     found = [changes[name] for name in item.changed if name in changes]
     if not found:
         return item
@@ -436,7 +442,21 @@ def _changed(
     consults = [
         stored for name in consulted for stored in quantization.encoding(name).stored(name, slots)
     ]
-    return replace(item, block=max(touch.block for touch in found), consults=tuple(consults))
+    block, decoded = (
+        max(touch.block for touch in found),
+        max((sizes.get(n, 0) for n in consulted), default=0),
+    )
+    return replace(item, block=block, consults=tuple(consults), decoded=decoded)
+
+
+def _decoded_sizes(config: Qwen3Config, quantization: Quantization) -> dict[str, int]:
+    """How many weights each linear has that the source holds as codes."""
+    return {
+        source: rows * linear.inputs
+        for linear in model_spec(config).linears
+        for source, rows in zip(linear.sources, linear.parts, strict=True)
+        if quantization.encoding(source) != FLOAT
+    }
 
 
 def _unread(

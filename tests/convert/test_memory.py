@@ -59,9 +59,10 @@ BIG = tiny_models.config(
 head."""
 
 
-def watched(*arguments: str | Path) -> tuple[int, int]:
+def watched(*arguments: str | Path, threads: int = 2) -> tuple[int, int]:
     """The most private and mapped memory that a work adds, in bytes."""
-    command = [sys.executable, "-c", WATCHED, *arguments]
+    program = WATCHED.replace("threads=2", f"threads={threads}")
+    command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     private, mapped = json.loads(done.stdout)
     return private, mapped
@@ -152,3 +153,18 @@ def test_integers_that_are_unpacked_are_never_whole(tmp_path: Path) -> None:
     private, mapped = watched("convert", source, tmp_path / "out", "w8a8")
     assert private < 200 << 20
     assert mapped < 100 << 20
+
+
+def test_decoded_weights_that_are_changed_keep_to_the_plan(tmp_path: Path) -> None:
+    """A rotation needs a whole linear, and equalization looks at whole ones."""
+    data = tiny_models.config(hidden_size=1024, intermediate_size=24_576, num_hidden_layers=1)
+    source = write_packed(tmp_path / "awq", data, format="awq", group=64, tokenizer=False)
+    recipe = tmp_path / "rotated.yaml"
+    recipe.write_text(
+        "{schema: 1, name: x, transforms: [cle, rotate],"
+        " rules: [{match: lm_head, scheme: bf16}, {match: '*', scheme: w8a8}]}"
+    )
+    options = ConvertOptions(threads=1, max_memory="1GiB")
+    counted = plan_budget(plan_conversion(source, str(recipe))[1], options).working_bytes
+    private, _ = watched("convert", source, tmp_path / "out", str(recipe), threads=1)
+    assert private < counted < 1 << 30
