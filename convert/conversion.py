@@ -85,8 +85,8 @@ def plan_conversion(
     if config.tie_word_embeddings and any(transform.unties for transform in plan.transforms):
         (head,) = (item for item in plan.items if item.name == LM_HEAD)
         notes.append(
-            f"the embedding and the tied output projection become different weights: the latter is "
-            f"stored as well, {size_text(head.nbytes)}"
+            f"the output projection, which was tied to the embedding, is stored as a weight of its "
+            f"own: {size_text(head.nbytes)} that a recipe without rotate does not need"
         )
     for line in notes:  # not before: a refusal is one line
         events.note(line)

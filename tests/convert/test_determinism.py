@@ -75,7 +75,7 @@ WAYS: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", SEARCHED], ids=["w8a8", "mse"])
+@pytest.mark.parametrize("recipe", ["w8a8-plain", SEARCHED], ids=["nearest", "mse"])
 @pytest.mark.parametrize("environment", WAYS.values(), ids=WAYS)
 def test_kernels_and_threads(
     environment: dict[str, str],
@@ -177,7 +177,7 @@ def test_against(tiny_source: Path, tiny_w8a8: Path, tiny_bf16: Path, tmp_path: 
         done = run("verify", made, "--against", tiny_source)
         assert (done.code, done.err) == (0, "") and f"as {tiny_source} says" in done.out
     source = tiny_models.write(tmp_path / "source")
-    convert_checkpoint(source, tmp_path / "out")
+    convert_checkpoint(source, tmp_path / "out", "w8a8-plain")
     weights = tiny_models.tensors(tiny_models.config())
     weights["model.norm.weight"][3] += 1
     weights["model.layers.1.self_attn.v_proj.weight"][5, 5] += 3
