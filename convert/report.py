@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qwen3_ascend.checkpoint.architecture import EMBEDDING, LM_HEAD
 from qwen3_ascend.checkpoint.describe import dims, layout_text
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.checkpoint.schemes import BF16
@@ -67,6 +68,21 @@ def describe_errors(manifest: Manifest) -> list[str]:
     return lines
 
 
+def describe_head(manifest: Manifest) -> list[str]:
+    """A line on a head that is apart from the embedding, though the source ties it."""
+    head = manifest.linears.get(LM_HEAD)
+    if head is None or head.parts[0][0] != EMBEDDING:
+        return []
+    return [_head_text(sum(tensor.nbytes for tensor in head.tensors.values()))]
+
+
+def _head_text(nbytes: int) -> str:
+    return (
+        f"the output projection, which the source ties to the embedding, is a weight of its own: "
+        f"{size_text(nbytes)}"
+    )
+
+
 def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
     """The plan as a table: name, shape, scheme, layout, output bytes; equal layers are merged."""
     merged: dict[tuple[str, ...], list[int]] = {}
@@ -93,6 +109,8 @@ def plan_totals(plan: Plan, budget: Budget) -> list[str]:
     ]
     if plan.calibration is not None:
         lines.append(f"calibrated with {plan.calibration.record}")
+    heads = (item for item in plan.items if item.name == LM_HEAD and item.parts == (EMBEDDING,))
+    lines += [_head_text(head.nbytes) for head in heads]
     return lines + [f"leaves out {name}: {reason}" for name, reason in plan.ignored.items()]
 
 
