@@ -28,8 +28,12 @@ from qwen3_ascend.files.hashing import file_sha256
 # If one of these changes, CONVERTER_VERSION in convert/identity.py has to go up as well.
 PINNED = {
     "w8a8": (
+        "fd1d3a76b2e6df1adb00bfc8c9675091dca51287539038474fdea9ca0c2cea0b",
+        "b2294254ea89b06f3e2d25a47106305759ee5e53c81442f88747ba40f329acbd",
+    ),
+    "w8a8-plain": (
         "9ba509149ddf2b0be59c39a16240b33cecab9e91cf1d6b32a6adcfa7a858fc96",
-        "ea92882e8b5bde31f63b8608e2f0b4a9792be51534156c710bb9fd9560a61f02",
+        "b36ae3323de32d0debc2a0ab457dcf870176cdf3f86033fbd542de8dc785b28a",
     ),
     "bf16": (
         "752513b0281a812c6c83409c14aa1fa4b7bd40d57128b5543f1e0f0ad9f97a14",

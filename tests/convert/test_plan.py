@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import tiny_models
 from support.command_line import run
+from support.recipe_notes import recipe_notes
 
-from qwen3_ascend import Recipe, convert_checkpoint
-from qwen3_ascend.checkpoint.architecture import model_spec
+from qwen3_ascend import Recipe, convert_checkpoint, recipes
+from qwen3_ascend.checkpoint.architecture import LinearSpec, model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.manifest import Manifest
@@ -81,6 +82,16 @@ def test_published_models(
         assert sum(len(shard.tensors) for shard in made.weight_files) == sum(
             len(item.forms) for item in made.items
         )
+
+
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_bits_that_a_recipe_states(recipe: str) -> None:
+    """Of the linears of the layers in the shapes of 0.6B, scales included."""
+    linears = [item for item in plan(QWEN3_0_6B, recipe).items if ".layers." in item.name]
+    linears = [item for item in linears if isinstance(item.spec, LinearSpec)]
+    bits = 8 * sum(item.nbytes for item in linears)
+    weights = sum(item.spec.outputs * item.spec.inputs for item in linears)
+    assert recipe_notes(recipe)["Bits"] == f"{bits / weights:.3f}".rstrip("0").rstrip(".")
 
 
 def test_every_tensor_is_read_once_and_written_once() -> None:
