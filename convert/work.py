@@ -177,10 +177,18 @@ def changed_floats(source: Source, changes: ModelChanges) -> Callable[[str, Tens
 
 def floats_of(source: Source, name: str) -> Tensor:
     """The weight of a linear, norm or embedding as the source has it; what it holds as codes of no
-    scheme is decoded."""
+    scheme is decoded.
+
+    Raises:
+        DamagedSourceError: if a gain of a norm is not finite. It goes into other weights, which
+            would be blamed for it.
+    """
     encoding = source.quantization.encoding(name)
     if encoding == FLOAT:
-        return source.read(f"{name}.{WEIGHT}")
+        weight = source.read(f"{name}.{WEIGHT}")
+        if weight.dim() == 1:
+            require_finite(f"{name}.{WEIGHT}", weight)
+        return weight
     tensors = {stored: source.read(stored) for stored in encoding.stored(name, source.slots)}
     return read_weights(encoding, [name], tensors).floats()
 

@@ -7,6 +7,9 @@ from importlib.resources import files
 DEFAULT = "w8a8"
 """The recipe of who asks for none."""
 
+OF_BACKBONES = "w8a8-plain"
+"""The same for a model without a head: it is used for its hidden states, which a rotation turns."""
+
 
 def names() -> list[str]:
     """Names of the shipped recipes, sorted."""

@@ -11,7 +11,9 @@ import torch
 from blake3 import blake3
 from jsonschema import Draft202012Validator
 from support.manifest_schema import manifest_schema, schema_text
+from support.recipe_notes import WORDS, recipe_notes
 
+from qwen3_ascend import recipes
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear, quantize
 from qwen3_ascend.checkpoint.manifest import canonical_blake3
@@ -202,6 +204,18 @@ def test_every_format_of_an_export_is_described() -> None:
         assert f"| `{name}` |" in text
     for key in ExportRecord.__dataclass_fields__:
         assert f"`{key}`" in text
+
+
+def test_every_recipe_is_described_as_it_describes_itself() -> None:
+    """One row for each, of the words that its file begins with."""
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    table = text.partition("| recipe | purpose | bits | measured | needs |\n")[2].partition("\n\n")[0]
+    expected = []
+    for name in recipes.names():
+        said = recipe_notes(name)
+        assert tuple(said) == WORDS, name
+        expected.append(f"| `{name}` | {' | '.join(said.values())} |")
+    assert sorted(table.splitlines()[1:]) == sorted(expected)
 
 
 def test_every_option_is_described() -> None:

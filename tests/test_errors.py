@@ -68,7 +68,7 @@ def test_a_source_stays_one_where_finished_work_is_kept(
 
     monkeypatch.setattr(Source, "read", failing)
     with pytest.raises(SourceError, match="the hub is gone; what is done is kept"):
-        convert_checkpoint(source, tmp_path / "out", options=ConvertOptions(threads=1))
+        convert_checkpoint(source, tmp_path / "out", "bf16", ConvertOptions(threads=1))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,9 @@ endef
 
 $(foreach name,$(PEERS),$(eval $(call peer,$(name))))
 
-.PHONY: peers $(PEERS:%=peer-%)
+.PHONY: quality peers $(PEERS:%=peer-%)
 
 peers: $(PEERS:%=peer-%)  ## environments of the tools that accuracy is compared with (4 GB)
+
+quality: $(VENV)/.dev $(VENV)/.smol  ## accuracy per bit, ours and the peers', on three models (hours)
+	PYTHONPATH=tests $(BIN)/python benchmarks/quality.py

@@ -173,7 +173,7 @@ class Source:
         """Tensors by the names of transformers; a backbone takes its embedding for the head."""
         names = canonical(files, self.config.tie_word_embeddings)
         self.notes += names.notes
-        self.original = names.original
+        self.original, self.is_backbone = names.original, names.is_backbone
         self.location = {name: files[stored] for name, stored in names.original.items()}
         if names.is_backbone and not self.config.tie_word_embeddings:
             self.config = replace(self.config, tie_word_embeddings=True)

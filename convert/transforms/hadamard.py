@@ -101,7 +101,10 @@ def base_matrix(size: int) -> Tensor:
         if order % 4 == 0 and (order // 2 - 1) % 4 == 1 and _is_prime(order // 2 - 1):
             return _second_paley(order // 2 - 1)
         order *= 2
-    raise RecipeError(f"no Hadamard matrix of size {size} is known: leave the transform rotate out")
+    raise RecipeError(
+        f"no Hadamard matrix of size {size} is known: choose a recipe without the transform rotate, "
+        f"such as w8a8-plain"
+    )
 
 
 def _is_prime(number: int) -> bool:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.command_line import run
+from support.equivalent import equivalent
 
+from qwen3_ascend import convert_checkpoint
 from qwen3_ascend.checkpoint.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -82,11 +84,17 @@ def test_every_hash_is_of_the_bytes(tiny_w8a8: Path) -> None:
     assert on_disk == {*manifest.files, *manifest.weight_files, MANIFEST_NAME}
 
 
-def test_error_figures_are_those_of_the_bytes(tiny_w8a8: Path, tiny_source: Path) -> None:
-    source = load_file(tiny_source / "model.safetensors")
-    reader = CheckpointReader(tiny_w8a8)
-    for name, entry in reader.manifest.linears.items():
-        weight = torch.cat([source[f"{part}.weight"] for part, _ in entry.parts]).double()
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-plain"])
+def test_error_figures_are_those_of_the_bytes(
+    recipe: str, tiny_source: Path, tmp_path: Path
+) -> None:
+    """Against the source, after the transforms of the recipe."""
+    manifest = convert_checkpoint(tiny_source, tmp_path / "out", recipe)
+    reader, source = CheckpointReader(tmp_path / "out"), load_file(tiny_source / "model.safetensors")
+    weights = equivalent(source, manifest.model, manifest.transforms)
+    for name, entry in manifest.linears.items():
+        stacked = ["lm_head"] if name == "lm_head" else [part for part, _ in entry.parts]
+        weight = torch.cat([weights[f"{part}.weight"] for part in stacked]).double()
         noise = weight - reader.linear(name).dequantize().double()
         figure = 10 * torch.log10(weight.square().sum() / noise.square().sum())
         assert entry.sqnr_db == pytest.approx(float(figure), abs=0.0051), name

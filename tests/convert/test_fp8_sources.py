@@ -44,9 +44,9 @@ BLOCKS = tiny_models.config(
 
 EDGES = tiny_models.config(
     hidden_size=144, intermediate_size=150, num_attention_heads=5, num_hidden_layers=1,
-    num_key_value_heads=1, head_dim=30, attention_bias=True,
+    num_key_value_heads=1, head_dim=28, attention_bias=True,
 )  # fmt: skip
-"""Blocks that are cut off at both edges; 150 outputs for queries and 30 for keys."""
+"""Blocks that are cut off at both edges; 140 outputs for queries and 28 for keys."""
 
 REAL = ("llm-compressor-fp8-dynamic", "llm-compressor-fp8-block")
 

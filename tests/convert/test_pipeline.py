@@ -113,6 +113,7 @@ PLACES = {
     "linear, a later block of rows": ("lm_head.weight", (300, 5)),
     "bias": ("model.layers.0.self_attn.v_proj.bias", (3,)),
     "norm": ("model.layers.0.self_attn.q_norm.weight", (31,)),
+    "norm of a layer": ("model.layers.1.input_layernorm.weight", (5,)),
     "last norm": ("model.norm.weight", (0,)),
     "embedding": ("model.embed_tokens.weight", (319, 0)),
 }
@@ -125,7 +126,7 @@ def test_not_a_number(place: tuple[str, tuple[int, ...]], value: float, tmp_path
     weights = tiny_models.tensors(BIASED)
     weights[name][index] = value
     source = tiny_models.write(tmp_path / "source", BIASED, weights)
-    for recipe in ("bf16", "w8a8"):
+    for recipe in ("bf16", "w8a8", "w8a8-plain"):
         done = run("convert", source, tmp_path / "out", "--recipe", recipe)
         done.one_line_error(name, str(list(index)), str(value))
         assert not (tmp_path / "out").exists()
@@ -144,8 +145,11 @@ def test_what_the_terminal_says(tmp_path: Path) -> None:
     source = tiny_models.write(tmp_path / "source")
     done = run("convert", source, tmp_path / "out")
     assert done.code == 0 and done.err == ""
-    assert "8 are quantized: mean SQNR" in done.out
-    assert "1 of 9 linears equal their source exactly" in done.out
+    assert "8 of 9 linears are quantized: mean SQNR" in done.out
+    assert "1 of 9 linears are rounded to bfloat16: mean SQNR 5" in done.out  # the rotated head
+    plain = run("convert", source, tmp_path / "plain", "--recipe", "w8a8-plain")
+    assert "8 of 9 linears are quantized" in plain.out
+    assert "1 of 9 linears equal their source exactly" in plain.out
     shown = run("inspect", tmp_path / "out")
     for name in Manifest.read(tmp_path / "out").linears:
         assert name in shown.out

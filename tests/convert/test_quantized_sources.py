@@ -37,7 +37,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from qwen3_ascend import ConvertOptions, convert_checkpoint, load
+from qwen3_ascend import ConvertOptions, Recipe, convert_checkpoint, load
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import BF16, W8A8, pieces
@@ -45,6 +45,10 @@ from qwen3_ascend.checkpoint.verify import verify
 from qwen3_ascend.convert.export.exporting import export_checkpoint
 
 DOWN = "model.layers.0.mlp.down_proj"
+
+EVERYWHERE = Recipe.parse(
+    "{schema: 1, name: everywhere, rules: [{match: '*', scheme: w8a8}]}", "test"
+)
 UP = "model.layers.1.mlp.up_proj"
 
 
@@ -289,32 +293,34 @@ def test_the_weights_that_compressed_tensors_reads(tmp_path: Path) -> None:
 
 def test_a_recipe_decides_on_what_came_as_floats(tmp_path: Path) -> None:
     source = write_ascendv1(tmp_path / "source", floats=[DOWN])
-    manifest = convert_checkpoint(source, tmp_path / "out", "w8a8")
+    manifest = convert_checkpoint(source, tmp_path / "out", "w8a8-plain")
     codes = {name: entry.codes for name, entry in manifest.linears.items()}
     assert {name for name, said in codes.items() if said == "chosen"} == {DOWN, "lm_head"}
     assert manifest.linears[DOWN].scheme == W8A8() and (manifest.linears[DOWN].sqnr_db or 0) > 30
-    assert manifest.recipe["name"] == "w8a8"
+    assert manifest.recipe["name"] == "w8a8-plain"
     assert run("verify", tmp_path / "out", "--against", source).code == 0
 
 
 def test_a_head_is_quantized_on_request(tmp_path: Path) -> None:
     data = tiny_models.config(tie_word_embeddings=True)
     source = write_compressed_tensors(tmp_path / "source", data)
-    manifest = convert_checkpoint(source, tmp_path / "out", "w8a8-head")
+    manifest = convert_checkpoint(source, tmp_path / "out", EVERYWHERE)
     assert manifest.linears["lm_head"].codes == "chosen"
     assert manifest.linears["lm_head"].parts[0][0] == "model.embed_tokens"
     assert run("verify", tmp_path / "out", "--against", source).code == 0
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "w8a8-attention-bf16"])
-def test_a_recipe_that_contradicts(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "does"), [("bf16", "gives bf16 to"), ("w8a8", "transforms the weights of")]
+)
+def test_a_recipe_that_contradicts(recipe: str, does: str, tmp_path: Path) -> None:
     source = write_ascendv1(tmp_path / "source")
     done = run("convert", source, tmp_path / "out", "--recipe", recipe)
-    done.one_line_error(f"recipe {recipe} gives bf16 to model.layers.0.", "w8a8", "--recipe")
+    done.one_line_error(f"recipe {recipe} {does} model.layers.0.", "w8a8", "--recipe")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [(), ("--recipe", "w8a8")])
+@pytest.mark.parametrize("options", [(), ("--recipe", "w8a8-plain")])
 def test_parts_of_a_fused_linear_are_alike(options: tuple[str, ...], tmp_path: Path) -> None:
     source = write_ascendv1(tmp_path / "source", floats=["model.layers.1.self_attn.k_proj"])
     done = run("convert", source, tmp_path / "out", *options)
@@ -386,7 +392,7 @@ def test_a_second_run(tmp_path: Path) -> None:
     before = contents(out)
     done = run("convert", source, out)
     assert done.code == 0 and "nothing to do" in done.err and contents(out) == before
-    run("convert", source, out, "--recipe", "w8a8-head").one_line_error("recipe", "--overwrite")
+    run("convert", source, out, "--recipe", "w8a8-plain").one_line_error("recipe", "--overwrite")
     shutil.rmtree(source)
     run("convert", write_compressed_tensors(source), out).one_line_error("another conversion")
 
@@ -394,10 +400,10 @@ def test_a_second_run(tmp_path: Path) -> None:
 def test_the_same_weights_in_another_format(tmp_path: Path) -> None:
     """The weight files are the same, and so is what becomes of config.json."""
     source, out = write_compressed_tensors(tmp_path / "source"), tmp_path / "out"
-    convert_checkpoint(source, out, "w8a8")
+    convert_checkpoint(source, out, "w8a8-plain")
     shutil.copyfile(out / "config.json", source / "config.json")
     (source / DESCRIPTION).write_text(json.dumps(types_of(source_weights(source))))
-    done = run("convert", source, out, "--recipe", "w8a8")
+    done = run("convert", source, out, "--recipe", "w8a8-plain")
     done.one_line_error("(differing in: format of the source)")
 
 
@@ -407,12 +413,12 @@ def test_an_edited_description_does_not_continue(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwen3_ascend.convert.pipeline.Conversion._settle", broken)
         with pytest.raises(KeyboardInterrupt):
-            convert_checkpoint(source, out, "w8a8")
+            convert_checkpoint(source, out, "w8a8-plain")
     assert (out / ".partial").exists()
     weights = source_weights(source)
     weights[f"{DOWN}.weight"], weights[f"{DOWN}.weight_scale"] = quantize(weights[f"{DOWN}.weight"])
     write_ascendv1(source, weights=weights)
-    run("convert", source, out, "--recipe", "w8a8", "-q").one_line_error("codes of the source")
+    run("convert", source, out, "--recipe", "w8a8-plain", "-q").one_line_error("codes of the source")
 
 
 def broken(*arguments: object) -> None:

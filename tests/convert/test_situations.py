@@ -35,7 +35,7 @@ class Notes(Events):
         self.lines.append(line)
 
 
-def converted(source: Path, recipe: str = "bf16") -> tuple[Path, str]:
+def converted(source: Path, recipe: str | None = "bf16") -> tuple[Path, str]:
     """The output of a conversion, which verifies and loads, and its notes."""
     out, notes = source.parent / f"{source.name}-out", Notes()
     convert_checkpoint(source, out, recipe, events=notes)
@@ -208,10 +208,13 @@ def test_backbones_of_embedding_models(is_tied: bool, tmp_path: Path) -> None:
     weights.pop("lm_head.weight", None)
     flat = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     source = tiny_models.write(tmp_path / "source", data, flat)
-    out, notes = converted(source, "w8a8")
+    out, notes = converted(source, None)
     assert "backbone" in notes and ("means nothing" in notes) is not is_tied
-    assert Manifest.read(out).model.tie_word_embeddings
+    manifest = Manifest.read(out)
+    assert manifest.model.tie_word_embeddings and manifest.recipe["name"] == "w8a8-plain"
     assert run("verify", out, "--against", source).code == 0
+    done = run("convert", source, tmp_path / "turned", "--recipe", "w8a8")
+    done.one_line_error("hidden states", "rotate", "such as w8a8-plain")
 
 
 # What is there and would be left out, and what is no model at all.

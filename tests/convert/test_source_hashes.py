@@ -21,8 +21,8 @@ from qwen3_ascend.convert.compare import compare
 from qwen3_ascend.convert.source import open_source
 
 ODD = tiny_models.config(
-    hidden_size=70, intermediate_size=50, num_attention_heads=3, num_key_value_heads=1,
-    head_dim=10, attention_bias=True,
+    hidden_size=72, intermediate_size=50, num_attention_heads=3, num_key_value_heads=1,
+    head_dim=20, attention_bias=True,
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import tiny_models
 from support.command_line import run
+from support.equivalent import equivalent
 from support.folders import contents, finished_weights
 from support.hub_client import REPO, big_model, downloads
 from support.hub_server import HubServer
@@ -27,11 +28,9 @@ from qwen3_ascend.checkpoint.schemes import pieces
 from qwen3_ascend.checkpoint.verify import verify
 from qwen3_ascend.convert.recipe import Recipe
 from qwen3_ascend.convert.source.config_file import read_config
-from qwen3_ascend.convert.transforms import TRANSFORMS, stack
-from qwen3_ascend.convert.transforms.parts import model_parts
-from qwen3_ascend.convert.transforms.whole import changed_state, state_changes
+from qwen3_ascend.convert.transforms import stack
 
-ROTATED = "w8a8-rotated"
+ROTATED = "w8a8"
 ODD = {
     "hidden_size": 72, "intermediate_size": 52, "num_attention_heads": 3, "num_key_value_heads": 1,
     "head_dim": 20, "attention_bias": True,
@@ -75,9 +74,7 @@ def uneven(data: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def changed(data: Mapping[str, Any], transforms: tuple[str, ...]) -> dict[str, Tensor]:
     """The weights of such a model as they should be stored, float32."""
-    weights, parts = uneven(data), model_parts(read_config(dict(data)))
-    found = state_changes(weights, parts, [TRANSFORMS[name] for name in transforms])
-    return changed_state(weights, parts, found)
+    return equivalent(uneven(data), read_config(dict(data)), transforms)
 
 
 @pytest.mark.parametrize("chosen", RECIPES.values(), ids=RECIPES)
@@ -207,7 +204,7 @@ def test_a_tied_head_that_is_stored_as_well(
         repo = f"Qwen/Qwen3-{name}"
         hub.add_model(repo, tiny_models.write(tmp_path / name, data, weights))
         done = run("convert", repo, tmp_path / f"out-{name}", "--recipe", ROTATED, "--low-disk")
-        assert "the tied output projection" in done.err or name == "different"
+        assert ("a weight of its own" in done.out) == (name == "equal")
         manifest = Manifest.read(tmp_path / f"out-{name}")
         assert not manifest.model.tie_word_embeddings
         assert ("lm_head.weight" in manifest.source.ignored) == (name == "equal")
@@ -215,14 +212,15 @@ def test_a_tied_head_that_is_stored_as_well(
 
 def test_what_people_read(tmp_path: Path) -> None:
     source = tiny_models.write(tmp_path / "source", tiny_models.config(tie_word_embeddings=True))
-    done = run("convert", source, tmp_path / "out", "--recipe", ROTATED)
-    assert "the latter is stored as well, 41.0 kB" in done.err, done.err
+    for options in ((), ("--dry-run",), ("--recipe", "w8a8-plain")):
+        done = run("convert", source, tmp_path / "_".join(("out", *options)), *options)
+        is_apart = "is a weight of its own: 41.0 kB" in done.out
+        assert (is_apart, done.err) == ("w8a8-plain" not in options, ""), done.out
     assert "weights changed by cle, rotate" in run("inspect", tmp_path / "out").out
     assert "equivalent model (cle, rotate)" in (tmp_path / "out" / "README.md").read_text()
-    plain = run("convert", source, tmp_path / "plain")
-    assert "stored as well" not in plain.err
-    assert "weights changed" not in run("inspect", tmp_path / "plain").out
-    assert "equivalent" not in (tmp_path / "plain" / "README.md").read_text()
+    plain = tmp_path / "out_--recipe_w8a8-plain"
+    assert "weights changed" not in run("inspect", plain).out
+    assert "equivalent" not in (plain / "README.md").read_text()
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -235,7 +233,7 @@ def test_refusals(tmp_path: Path) -> None:
     broken = tiny_models.write(tmp_path / "damaged", data, damaged)
     said = {
         int8: "the weights of model.layers.0.self_attn.q_proj, which the source holds as w8a8",
-        odd: "no Hadamard matrix of size 70 is known: leave the transform rotate out",
+        odd: "no Hadamard matrix of size 70 is known: choose a recipe without the transform rotate",
         broken: "tensor model.layers.1.mlp.down_proj.weight holds nan at [3, 5]",
     }
     for source, words in said.items():

@@ -111,8 +111,8 @@ def test_a_model_against_itself(out: Path, other: Path) -> None:
 
 
 def test_two_models_with_one_reference(out: Path, found: Evaluation, tmp_path: Path) -> None:
-    convert_checkpoint(DATA, tmp_path / "w8a8")
-    both = evaluate(tmp_path / "w8a8", TEXT, against=DATA, compare=out, options=OPTIONS)
+    convert_checkpoint(DATA, tmp_path / "plain", "w8a8-plain")
+    both = evaluate(tmp_path / "plain", TEXT, against=DATA, compare=out, options=OPTIONS)
     assert both.comparison is not None and both.kl_difference is not None
     assert both.other_comparison is not None and both.other_comparison == found.comparison
     assert both.kl_difference.value == pytest.approx(
@@ -120,7 +120,7 @@ def test_two_models_with_one_reference(out: Path, found: Evaluation, tmp_path: P
     )
     low, high = both.kl_difference.low, both.kl_difference.high
     assert low is not None and high is not None and low > 0  # the changed one is clearly farther
-    assert both.model.recipe == "w8a8" and both.model.bits_per_weight < 10
+    assert both.model.recipe == "w8a8-plain" and both.model.bits_per_weight < 10
 
 
 def test_perplexity_alone(out: Path, found: Evaluation) -> None:

@@ -54,6 +54,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def checkpoint_with_tie(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without transforms, whose head is the embedding."""
+    return converted(tmp_path_factory, "w8a8-plain")
+
+
+@pytest.fixture(scope="session")
 def checkpoint_of_floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in bf16."""
     return converted(tmp_path_factory, "bf16")

@@ -10,8 +10,8 @@ from handover.agreement import agreement
 from handover.engines import Engines
 from qwen3_ascend.convert import export_checkpoint
 
-RECIPES = ["checkpoint", "checkpoint_with_head"]
-"""Fixtures: the default recipe, and one in which a tied head has become an int8 linear."""
+RECIPES = ["checkpoint", "checkpoint_with_tie", "checkpoint_with_head"]
+"""Fixtures: the default recipe, one whose head is the embedding, and one whose head is int8."""
 
 PERPLEXITY = 0.002
 """Relative difference at most. More than tokens could not be asked of vLLM's CPU backend: where the

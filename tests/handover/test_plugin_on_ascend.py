@@ -48,8 +48,8 @@ def check_raw_copies(report: Report) -> None:
 @pytest.mark.parametrize(
     "recipe",
     [
-        "checkpoint", "checkpoint_of_floats", "checkpoint_with_head", "checkpoint_w8a16",
-        "checkpoint_w4a16", "checkpoint_of_static_inputs",
+        "checkpoint", "checkpoint_with_tie", "checkpoint_of_floats", "checkpoint_with_head",
+        "checkpoint_w8a16", "checkpoint_w4a16", "checkpoint_of_static_inputs",
     ],
 )  # fmt: skip
 def test_weights_are_copied_once_and_never_cast(
@@ -110,11 +110,11 @@ def test_two_stages_hold_half_of_the_layers(
 
 
 def test_a_draft_is_loaded_likewise(
-    engines: Engines, checkpoint: Path, checkpoint_of_floats: Path
+    engines: Engines, checkpoint_with_tie: Path, checkpoint_of_floats: Path
 ) -> None:
     """It is the last to be loaded. To draft, vllm-ascend calls operators of its own that are
     compiled for a card, so nothing is asked."""
-    draft = {"model": str(checkpoint), "method": "draft_model", "num_speculative_tokens": 3}
+    draft = {"model": str(checkpoint_with_tie), "method": "draft_model", "num_speculative_tokens": 3}
     report = engines.on_ascend(checkpoint_of_floats, [], speculative_config=draft)
     check_raw_copies(report)
     (loading,) = report.loading

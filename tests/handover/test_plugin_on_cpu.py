@@ -97,9 +97,9 @@ def test_a_compiled_graph_answers_the_same(
 @pytest.mark.parametrize(
     ("target", "draft", "accepted"),
     [
-        ("checkpoint", "checkpoint", 0.98),
+        ("checkpoint_with_tie", "checkpoint_with_tie", 0.98),
         ("checkpoint", "tiny_source", 0.8),
-        ("tiny_source", "checkpoint", 0.8),
+        ("tiny_source", "checkpoint_with_tie", 0.8),
     ],
 )
 def test_speculative_decoding(

@@ -103,9 +103,10 @@ def test_a_program_gets_an_exception_of_one_line(
 
 
 def test_a_draft_that_cannot_be_one(
-    engines: Engines, checkpoint: Path, checkpoint_with_head: Path
+    engines: Engines, checkpoint: Path, checkpoint_with_tie: Path
 ) -> None:
-    plain, head = str(checkpoint), str(checkpoint_with_head)
+    """The default recipe rotates the head, so that it is another weight than the embedding."""
+    plain, head = str(checkpoint_with_tie), str(checkpoint)
     fp8 = {"model": plain, "num_speculative_tokens": 3, "quantization": "fp8"}
     asked: dict[str, tuple[str, dict[str, object]]] = {
         "head": (plain, {"speculative_config": {"model": head, "num_speculative_tokens": 3}}),

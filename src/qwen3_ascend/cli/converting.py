@@ -192,7 +192,7 @@ def _convert(
     seconds = time.perf_counter() - started
     nbytes = sum(entry.size for entry in manifest.weight_files.values())
     click.echo(f"{output}: {size_text(nbytes)} in {seconds:.1f} s")
-    click.echo("\n".join(report.describe_errors(manifest)))
+    click.echo("\n".join(report.describe_errors(manifest) + report.describe_head(manifest)))
     click.echo(f'next: qwen3-ascend generate {output} --prompt "Hello"')
 
 

@@ -76,7 +76,7 @@ def _settle_draft(arguments: Any, folder: Path) -> None:
         raise OptionError(
             f"{folder} has a head of its own, though its config.json ties it to the embedding, "
             f"which vLLM does not take in the draft of speculative decoding; convert the draft "
-            f"with a recipe that leaves the head alone, such as w8a8"
+            f"with a recipe that leaves the head alone, such as w8a8-plain"
         )
     given = arguments.speculative_config or {}
     _check_unset("the draft's quantization", given.get("quantization"))
