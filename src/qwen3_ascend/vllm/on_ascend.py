@@ -237,13 +237,15 @@ class WeightOnlyMethod(LateMethod):
         for name, tensor in (("weight", product.weight), ("weight_scale", product.scale)):
             layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
         layer.register_buffer("stored_bias", product.bias, persistent=False)
+        layer.register_buffer("weight_offset", product.offset, persistent=False)
         layer.stored_group = product.group
 
     @override
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product [*, N] of x [*, K]; the bias is the stored one."""
         stored = layer.weight, layer.weight_scale, layer.stored_group, layer.stored_bias
-        return multiply(x.reshape(-1, x.shape[-1]), *stored).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1])
+        return multiply(rows, *stored, layer.weight_offset).view(*x.shape[:-1], -1)
 
 
 class HeadMethod(LateMethod):
