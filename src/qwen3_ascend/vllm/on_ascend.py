@@ -234,10 +234,11 @@ class WeightOnlyMethod(LateMethod):
     @override
     def fill(self, layer: Any, linear: Linear, upload: Upload) -> None:
         product = WeightOnlyLinear.load(linear, upload)
-        for name, tensor in (("weight", product.weight), ("weight_scale", product.scale)):
-            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        for name in ("weight", "scale", "offset"):
+            stored = getattr(product, name)
+            made = None if stored is None else torch.nn.Parameter(stored, requires_grad=False)
+            layer.register_parameter(name if name == "weight" else f"weight_{name}", made)
         layer.register_buffer("stored_bias", product.bias, persistent=False)
-        layer.register_buffer("weight_offset", product.offset, persistent=False)
         layer.stored_group = product.group
 
     @override
