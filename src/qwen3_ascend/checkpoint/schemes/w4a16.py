@@ -80,9 +80,11 @@ class W4A16(IntegerScheme):
 
     @override
     def places(self, layout: Layout) -> dict[str, dict[Cut, Place]]:
-        weight = {"outputs": layout.place("outputs"), "inputs": layout.place("inputs")}
         of_groups: dict[Cut, Place] = {"outputs": Place(-1, 1), "inputs": Place(-2, self.group)}
-        return {"weight": weight, **dict.fromkeys(self._of_groups, of_groups)}
+        return {
+            "weight": {"outputs": layout.place("outputs"), "inputs": layout.place("inputs")},
+            **dict.fromkeys(self._of_groups, of_groups),
+        }
 
     @property
     def _of_groups(self) -> tuple[str, ...]:
