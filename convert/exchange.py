@@ -144,7 +144,8 @@ PACK_QUANTIZED = "pack-quantized"
 """Its format for weights alone: codes of 4 or 8 bits along the inputs, in int32."""
 
 WEIGHT_PACKED, WEIGHT_SHAPE = "weight_packed", "weight_shape"
-"""Suffixes of such codes, and of the shape (N, K), int64 [2]."""
+"""Suffixes of such codes, and of the shape (N, K), int64 [2]. Zero points are packed as well, but
+along the outputs."""
 
 LINEAR = "Linear"
 """The class of modules that stands for every linear but the output projection."""
@@ -174,13 +175,16 @@ INT8_DYNAMIC: Mapping[str, Any] = MappingProxyType(
 """What a group of linears of w8a8 is told by."""
 
 
-def weights_alone(bits: int, group: int | None) -> dict[str, Any]:
-    """What a group of linears is told by whose weights alone have so many bits, with a scale for
-    each output (None) or for each group of its inputs."""
-    strategy = "channel" if group is None else "group"
-    sizes = {} if group is None else {"group_size": group}
+def weights_alone(bits: int, group: int | None, zero_points: bool = False) -> dict[str, Any]:
+    """What a group of linears is told by whose weights alone have so many bits, with a scale (and
+    perhaps a zero point) for each output (None) or for each group of its inputs."""
+    said = {"num_bits": bits, "strategy": "channel" if group is None else "group"}
+    if group is not None:
+        said["group_size"] = group
+    if zero_points:
+        said |= {"symmetric": False, "zp_dtype": "torch.int8"}
     return {
-        "weights": {**INT8_PER_CHANNEL, "num_bits": bits, "strategy": strategy, **sizes},
+        "weights": {**INT8_PER_CHANNEL, **said},
         "input_activations": None,
         "output_activations": None,
         "format": PACK_QUANTIZED,
@@ -215,29 +219,49 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def packed_forms(shape: Sequence[int], bits: int, group: int | None) -> dict[str, Form]:
+def packed_forms(
+    shape: Sequence[int], bits: int, group: int | None, zero_points: bool = False
+) -> dict[str, Form]:
     """The tensors of a pack-quantized linear [N, K] by suffix, but for its shape."""
     outputs, inputs = shape
     groups = 1 if group is None else inputs // group
-    return {
+    forms = {
         WEIGHT_PACKED: Form(torch.int32, (outputs, -(-inputs * bits // 32))),
         WEIGHT_SCALE: Form(torch.bfloat16, (outputs, groups)),
     }
+    if zero_points:
+        forms[WEIGHT_ZERO_POINT] = Form(torch.int32, (-(-outputs * bits // 32), groups))
+    return forms
 
 
 def packed_tensors(codes: Codes, bits: int) -> dict[str, Tensor]:
-    """Those tensors of codes of w8a16 or w4a16. A code is stored as what it lies above the least
+    """Those tensors of codes of w8a16 or w4a16.
+
+    Raises:
+        ValueError: if a zero point does not fit into so many bits.
+    """
+    scale = codes["scale"]  # [N], or [G, N]
+    tensors = {
+        WEIGHT_PACKED: _packed_rows(codes["weight"], bits),
+        WEIGHT_SCALE: (scale[:, None] if scale.dim() == 1 else scale.t()).contiguous(),
+    }
+    if "offset" in codes:
+        zeros = codes["offset"].neg().to(torch.int8)  # [G, N]
+        if bool((zeros >= 1 << (bits - 1)).any()):
+            raise ValueError(f"a zero point is {1 << bits}, which {bits} bits do not hold")
+        tensors[WEIGHT_ZERO_POINT] = _packed_rows(zeros, bits).t().contiguous()
+    return tensors
+
+
+def _packed_rows(codes: Tensor, bits: int) -> Tensor:
+    """int8 [R, C] as int32 words along the rows. A code is stored as what it lies above the least
     one, the first in the lowest bits of a word."""
     least = 1 << (bits - 1)
-    fields = (codes["weight"].view(torch.uint8) ^ least) & ((1 << bits) - 1)
+    fields = (codes.view(torch.uint8) ^ least) & ((1 << bits) - 1)
     fields = torch.nn.functional.pad(fields, (0, -fields.shape[-1] % (32 // bits)))
     if bits < 8:
         fields = fields[:, 0::2] | fields[:, 1::2] << bits
-    scale = codes["scale"]  # [N], or [G, N]
-    return {
-        WEIGHT_PACKED: fields.flatten().view(torch.int32).view(fields.shape[0], -1),
-        WEIGHT_SCALE: (scale[:, None] if scale.dim() == 1 else scale.t()).contiguous(),
-    }
+    return fields.flatten().view(torch.int32).view(fields.shape[0], -1)
 
 
 # fp8

@@ -2,9 +2,13 @@
 
     weight = (integer - zero point of its group) * scale of its group
 
-Integers of 4 bits that are symmetric (every zero point is 8), in groups of neighbouring inputs, are
-those of the scheme w4a16 and can be taken. Others are decoded: that scheme has no zero points, and
-its groups are of neighbours.
+Integers of 4 bits in groups of neighbouring inputs are those of the scheme w4a16 and can be taken,
+with zero points or without (every one is 8 then). Others are decoded: the groups of that scheme are
+of neighbours.
+
+The scheme counts integers from -8 and has offsets instead of zero points:
+
+    weight = (integer - 8 + (8 - zero point)) * scale = (code + offset) * scale
 
 A scale that is taken becomes bfloat16, in which npu_weight_quant_batchmatmul reads it, and engines
 that compute in bfloat16 do. Those of float16 are rounded by that, which moves a weight by at most
@@ -131,18 +135,30 @@ class PackedMatrix(DecodedMatrix):
     @override
     def decode(self, outputs: slice, inputs: slice) -> Tensor:
         scales = self.scales[outputs].index_select(1, self.groups[inputs])
-        return self.integers(outputs, inputs).float().mul_(scales.float())
+        return self._from_zero(outputs, inputs).float().mul_(scales.float())
+
+    @property
+    def middle(self) -> int:
+        """Half of the range of an integer: the zero point of all groups, if none is stored."""
+        return 1 << self.bits - 1
 
     def integers(self, outputs: slice, inputs: slice) -> Tensor:
-        """int16 [n, k]: the integers less their zero points."""
+        """int16 [n, k], from 0."""
         if self.packing.packs == "outputs":
-            integers = self._unpacked(self.words[:, inputs], outputs)
-        else:
-            integers = self._unpacked(self.words[outputs].t(), inputs).t().contiguous()
+            return self._unpacked(self.words[:, inputs], outputs)
+        return self._unpacked(self.words[outputs].t(), inputs).t().contiguous()
+
+    def zero_points(self, outputs: slice) -> Tensor:
+        """int16 [n, G], if they are stored."""
+        assert self.zeros is not None, "each is half of the range"
+        return self._unpacked(self.zeros, outputs) + self.packing.added
+
+    def _from_zero(self, outputs: slice, inputs: slice) -> Tensor:
+        """int16 [n, k]: the integers less their zero points."""
+        integers = self.integers(outputs, inputs)
         if self.zeros is None:
-            return integers.sub_(1 << self.bits - 1)
-        zeros = self._unpacked(self.zeros, outputs) + self.packing.added
-        return integers.sub_(zeros.index_select(1, self.groups[inputs]))
+            return integers.sub_(self.middle)
+        return integers.sub_(self.zero_points(outputs).index_select(1, self.groups[inputs]))
 
     def _unpacked(self, words: Tensor, span: slice) -> Tensor:
         """Some rows of the integers that lie in words along the first axis, int16."""
@@ -158,7 +174,7 @@ class TakenIntegers(KeptWeights):
     """Integers that somebody else has chosen for w4a16, and that are kept; scales are bfloat16.
 
     Attributes:
-        parts: symmetric, of 4 bits, in the groups of the scheme.
+        parts: of 4 bits, in the groups of the scheme, and with zero points if that has them.
     """
 
     parts: tuple[PackedMatrix, ...]
@@ -195,12 +211,16 @@ class TakenIntegers(KeptWeights):
 
     def _codes(self, scheme: Scheme, piece: Piece) -> Codes:
         assert isinstance(scheme, W4A16)
-        integers, scales = [], []
+        integers, scales, offsets = [], [], []
         for part, (outputs, inputs) in self._parts(piece):
             groups = slice(inputs.start // scheme.group, -(-inputs.stop // scheme.group))
-            integers.append(part.integers(outputs, inputs).to(torch.int8))
+            integers.append(part.integers(outputs, inputs).sub_(part.middle).to(torch.int8))
             scales.append(part.scales[outputs, groups].float())
-        return scheme.codes(torch.cat(integers), torch.cat(scales))
+            if scheme.zero_points:
+                offsets.append(part.middle - part.zero_points(outputs)[:, groups])
+        if not scheme.zero_points:
+            return scheme.codes(torch.cat(integers), torch.cat(scales))
+        return scheme.offset_codes(torch.cat(integers), torch.cat(scales), torch.cat(offsets))
 
     def _parts(self, piece: Piece) -> list[tuple[PackedMatrix, tuple[slice, slice]]]:
         """The parts that a piece lies in, with the outputs and inputs of it."""
@@ -262,8 +282,6 @@ class PackedEncoding(Encoding):
         """Why the integers are those of no scheme; None if w4a16 has them."""
         if self.bits != W4A16().grid.bits:
             return f"they have {self.bits} bits"
-        if not self.symmetric:
-            return "they have zero points, which w4a16 has not"
         if self.ordered:
             return "their groups are not of neighbouring inputs (act-order)"
         if self.group not in GROUPS:
@@ -275,7 +293,7 @@ class PackedEncoding(Encoding):
         """The same with the scheme whose codes they are, if there is one."""
         if self.group is None or self.why_decoded is not None:
             return self
-        return replace(self, scheme=W4A16(self.group))
+        return replace(self, scheme=W4A16(self.group, zero_points=not self.symmetric))
 
     @override
     def under(self, scheme: Scheme | None) -> Encoding:

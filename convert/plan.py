@@ -22,7 +22,7 @@ from qwen3_ascend.checkpoint.architecture import (
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import BIAS, stored_forms
-from qwen3_ascend.checkpoint.schemes import BF16, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, Scheme
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
@@ -356,6 +356,12 @@ def _check_quantizer(linear: str, rule: Rule, recipe: Recipe) -> None:
         raise RecipeError(
             f"recipe {recipe.name} gives the quantizer {rule.quantizer} to {linear}, whose scheme "
             f"{rule.scheme} has no integers to choose: leave the quantizer out"
+        )
+    if rule.quantizer != NEAREST and isinstance(rule.scheme, W4A16) and rule.scheme.zero_points:
+        raise RecipeError(
+            f"recipe {recipe.name} gives the quantizer {rule.quantizer} to {linear}, whose scheme "
+            f"is {rule.scheme}: only {NEAREST} finds zero points; leave zero_points or the "
+            f"quantizer out"
         )
 
 

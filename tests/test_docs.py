@@ -147,10 +147,12 @@ def test_the_rules_of_cutting() -> None:
     assert of_outputs == place(w8a8, "scale", "outputs", None)
     assert of_inputs.startswith(place(w8a8, "scale", "inputs", None))
     int4 = cases["`weight`, nd of KN"][0]
-    assert said["`scale` of w4a16"] == (
-        place(int4, "scale", "outputs", None),
-        place(int4, "scale", "inputs", "group"),
-    )
+    offsets = quantize(W4A16(32, zero_points=True), weight, None, w4a16.ROWS)
+    for linear, suffix in ((int4, "scale"), (offsets, "scale"), (offsets, "offset")):
+        assert said["`scale` and `offset` of w4a16"] == (
+            place(linear, suffix, "outputs", None),
+            place(linear, suffix, "inputs", "group"),
+        )
     static = quantize(W8A8Static(), weight, None, Layout("nz", "KN", 32))
     for suffix in ("deq_scale", "quant_bias"):
         of_outputs, of_inputs = said[f"`{suffix}` of w8a8-static"]

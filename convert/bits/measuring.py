@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.architecture import LayerSpec, model_spec
-from qwen3_ascend.checkpoint.linear import BIAS, Linear, stored_bias
+from qwen3_ascend.checkpoint.linear import BIAS, Linear, quantize, stored_bias
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.convert.bits.ladder import Ladder, Rung
 from qwen3_ascend.convert.bits.sensitivities import Loss
 from qwen3_ascend.convert.calibration.recording import Wanted, recorded_layer
 from qwen3_ascend.convert.quantizers import QUANTIZERS
+from qwen3_ascend.convert.recipe import NEAREST
 from qwen3_ascend.convert.statistics import InputStatistics
 from qwen3_ascend.convert.weights import chunk_outputs
 from qwen3_ascend.errors import SourceError
@@ -109,14 +110,17 @@ class Measuring:
         scheme = rung.scheme
         assert isinstance(scheme, IntegerScheme)
         weight = linear.weight.float().cpu()
+        bias = getattr(linear, "bias", None)  # every linear of floats has it; see Backend.dense
+        bias = None if bias is None else bias.cpu()
+        if rung.quantizer == NEAREST:
+            return self._stream.backend.linear(quantize(scheme, weight, bias, rung.layout))
         choose = QUANTIZERS[rung.quantizer].prepare(scheme.grid, known, self._kernels)
         chosen = [choose(rows) for rows in weight.split(chunk_outputs(weight.shape[1]))]
         integers = torch.cat([part.integers for part in chosen])
         scales = torch.cat([part.scales for part in chosen])
         tensors = scheme.pack(scheme.codes(integers, scales), rung.layout)
-        bias = getattr(linear, "bias", None)  # every linear of floats has it; see Backend.dense
         if bias is not None:
-            tensors = {**tensors, BIAS: stored_bias(bias.cpu())}
+            tensors = {**tensors, BIAS: stored_bias(bias)}
         made = Linear(scheme, tuple(weight.shape), rung.layout, tensors)
         return self._stream.backend.linear(made)
 

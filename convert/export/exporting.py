@@ -169,20 +169,20 @@ def export_item(
         advance: called before each piece; it may raise to end the work.
     """
     output = _Rows(item, file)
-    for source, outputs in item.parts:
-        for suffix, tensor in item.expression.constants((outputs, item.matrix[1])).items():
+    for source, count in item.parts:
+        for suffix, tensor in item.expression.constants((count, item.matrix[1])).items():
             output.append(f"{source}.{suffix}", tensor)
     start = 0
     for piece in pieces:
         advance()
         stop = start + piece.shape[-2]
         tensors = item.tensors(piece)
-        for source, rows in item.slices(start, stop):
+        for source, outputs in item.slices(start, stop):
             for suffix, tensor in tensors.items():
                 if suffix in item.expression.undivided:
                     output.write_once(f"{source}.{suffix}", tensor)
                 else:
-                    output.append(f"{source}.{suffix}", tensor[rows])
+                    output.append(f"{source}.{suffix}", tensor[item.rows(suffix, outputs)])
         start = stop
     return Done(item.name, output.hashes(), {}, None)
 

@@ -36,6 +36,7 @@ class Floats:
 
     is_quantized: ClassVar[bool] = False
     undivided: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[Mapping[str, int]] = {}
 
     def keeping_scales(self) -> Floats:
         return self
@@ -56,6 +57,7 @@ class Int8:
 
     is_quantized: ClassVar[bool] = True
     undivided: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[Mapping[str, int]] = {}
     scale: torch.dtype
     offset: bool = False
 
@@ -74,23 +76,30 @@ class Int8:
 
 @dataclass(frozen=True)
 class Packed:
-    """weight_packed: codes along the inputs, in int32; weight_scale: bfloat16 [N, G]; weight_shape.
+    """weight_packed: codes along the inputs, in int32; weight_scale: bfloat16 [N, G]; weight_shape;
+    perhaps weight_zero_point: those of groups along the outputs, in int32 [N * bits / 32, G].
 
     Attributes:
         bits: of a code, 4 or 8.
         group: inputs that share a scale; None if all do.
+        zero_points: whether they share a zero point as well.
     """
 
     is_quantized: ClassVar[bool] = True
     undivided: ClassVar[tuple[str, ...]] = ()
     bits: int
     group: int | None = None
+    zero_points: bool = False
+
+    @property
+    def shared(self) -> Mapping[str, int]:
+        return {exchange.WEIGHT_ZERO_POINT: 32 // self.bits}
 
     def keeping_scales(self) -> Packed:
         return self
 
     def forms(self, shape: Sequence[int]) -> dict[str, Form]:
-        return exchange.packed_forms(shape, self.bits, self.group)
+        return exchange.packed_forms(shape, self.bits, self.group, self.zero_points)
 
     def tensors(self, linear: Linear) -> dict[str, Tensor]:
         return exchange.packed_tensors(linear.codes(), self.bits)
@@ -106,6 +115,7 @@ class StaticInt8:
 
     is_quantized: ClassVar[bool] = True
     undivided: ClassVar[tuple[str, ...]] = (exchange.INPUT_SCALE, exchange.INPUT_OFFSET)
+    shared: ClassVar[Mapping[str, int]] = {}
 
     def keeping_scales(self) -> StaticInt8:
         return self
@@ -224,7 +234,9 @@ The codes and scales are those of the checkpoint, unchanged; engines find the fo
 
     @override
     def states(self, scheme: Scheme) -> Expression | None:
-        return Packed(4, scheme.group) if isinstance(scheme, W4A16) else super().states(scheme)
+        if isinstance(scheme, W4A16):
+            return Packed(4, scheme.group, scheme.zero_points)
+        return super().states(scheme)
 
     @override
     def files(self, config: Mapping[str, Any], items: Sequence[ExportItem]) -> dict[str, bytes]:
@@ -248,7 +260,7 @@ The codes and scales are those of the checkpoint, unchanged; engines find the fo
         """What a group of config.json says of the linears of a scheme."""
         stated = self.states(scheme)
         if isinstance(stated, Packed):
-            return exchange.weights_alone(stated.bits, stated.group)
+            return exchange.weights_alone(stated.bits, stated.group, stated.zero_points)
         return exchange.INT8_DYNAMIC
 
 
@@ -340,7 +352,19 @@ def _one_quantized_scheme(linears: Sequence[ExportItem]) -> Scheme:
                 f"states whole groups of {item.scheme.group} only; convert with another group, or "
                 f"export as {HuggingFace.name}"
             )
+        _require_whole_words(item)
     return next(iter(schemes))
+
+
+def _require_whole_words(item: ExportItem) -> None:
+    """Words of zero points hold neighbouring outputs: of two parts they cannot be divided."""
+    if isinstance(item.scheme, W4A16) and item.scheme.zero_points:
+        for source, outputs in item.parts:
+            if outputs % 8:
+                raise OptionError(
+                    f"{source} has {outputs} outputs, and format {CompressedTensors.name} packs "
+                    f"the zero points of eight; export as {HuggingFace.name}"
+                )
 
 
 def _require_quantized(made: Format, items: Sequence[ExportItem]) -> None:

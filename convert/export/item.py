@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.linear import BIAS, Linear
 from qwen3_ascend.checkpoint.schemes import Scheme
 from qwen3_ascend.checkpoint.schemes.base import TEMPORARY_BYTES
+from qwen3_ascend.errors import OptionError
 from qwen3_ascend.files.safetensors import Form
 from qwen3_ascend.geometry import STRIP_BYTES
 
@@ -33,6 +34,10 @@ class Expression(Protocol):
     def undivided(self) -> tuple[str, ...]:
         """Suffixes of the tensors that belong to all outputs together."""
 
+    @property
+    def shared(self) -> Mapping[str, int]:
+        """How many outputs share a row of a tensor, by suffix, where it is more than one."""
+
     def keeping_scales(self) -> Expression:
         """The same for scales that bfloat16 may not have."""
 
@@ -40,7 +45,11 @@ class Expression(Protocol):
         """The tensors of a weight [N, K], by suffix."""
 
     def tensors(self, linear: Linear) -> dict[str, Tensor]:
-        """Those tensors of a stored linear; its bias, which no format changes, is none of them."""
+        """Those tensors of a stored linear; its bias, which no format changes, is none of them.
+
+        Raises:
+            ValueError: if the format has no words for a value.
+        """
 
     def constants(self, shape: Sequence[int]) -> dict[str, Tensor]:
         """Further tensors of a weight [N, K], which its shape alone decides."""
@@ -107,9 +116,17 @@ class ExportItem:
         return found
 
     def tensors(self, piece: Linear) -> dict[str, Tensor]:
-        """What some outputs become, by suffix."""
-        tensors = self.expression.tensors(piece)
+        """What some outputs become, by suffix; OptionError if the format cannot state a value."""
+        try:
+            tensors = self.expression.tensors(piece)
+        except ValueError as error:
+            raise OptionError(f"{self.name} cannot be exported in this format: {error}") from error
         return tensors if piece.bias is None else {**tensors, BIAS: piece.bias}
+
+    def rows(self, suffix: str, outputs: slice) -> slice:
+        """The rows of a tensor that belong to some outputs of a part."""
+        share = self.expression.shared.get(suffix, 1)
+        return slice(outputs.start // share, -(-outputs.stop // share))
 
     def slices(self, start: int, stop: int) -> Iterator[tuple[str, slice]]:
         """Each part that has outputs in [start, stop), and where they lie in that range."""

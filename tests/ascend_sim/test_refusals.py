@@ -194,6 +194,10 @@ WEIGHT_QUANT: Cases = {
         dict(antiquant_scale=lambda: strided(2, 128)),
     ),
     "offset": ("antiquant_offset must have", dict(antiquant_offset=lambda: dev(1, 128))),
+    "offset dtype": (
+        "antiquant_offset must have",
+        dict(antiquant_offset=lambda: dev(2, 128, **FP32)),
+    ),
     "bias dtype": ("bias must be one of float32", dict(bias=lambda: dev(128))),
     "bias shape": ("bias must have shape", dict(bias=lambda: dev(64, **FP32))),
     "scales of a transposed weight": (

@@ -42,6 +42,7 @@ CASES: list[tuple[Scheme, Layout]] = [
     *((SCHEMES[name](), layout) for name, layout in ASCEND_A2_A3.layouts.items()),
     *((scheme(), ND) for scheme in SCHEMES.values()),
     *((W4A16(group), layout) for group in (32, 64) for layout in (w4a16.NZ, w4a16.ROWS)),
+    *((W4A16(32, zero_points=True), layout) for layout in (w4a16.NZ, w4a16.ROWS, ND)),
     *((GroupInt4(group), layout) for group in (32, 128) for layout in LAYOUTS),
 ]
 
@@ -92,7 +93,9 @@ def test_what_a_scheme_promises(
         assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("scheme", [BF16(), W8A8(), W4A16(64), GroupInt4(64)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [BF16(), W8A8(), W4A16(64), W4A16(128, True), GroupInt4(64)], ids=str
+)
 def test_a_scheme_comes_back_from_the_manifest(scheme: Scheme) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SCHEMES, GroupInt4.name, GroupInt4)
@@ -130,6 +133,42 @@ def test_errors_are_those_of_the_stored_bytes(scheme: Scheme, layout: Layout) ->
             assert float(again.noise.sum()) == pytest.approx(
                 float((exact - decoded).square().sum())
             )
+
+
+def test_what_a_scheme_is_called() -> None:
+    assert str(W8A8()) == "w8a8" and str(W4A16(32)) == "w4a16 (group 32)"
+    assert str(W4A16(64, zero_points=True)) == "w4a16 (group 64, zero points)"
+
+
+def test_zero_points_by_hand() -> None:
+    """A range of -1 to 2 in steps of 0.2: zero is the sixth of sixteen integers, -3."""
+    weight = torch.linspace(-1, 2, 16).repeat(2)[None].clone()
+    weight[0, 7] = 0.0
+    weight = torch.cat([weight, weight.abs() + 1, torch.zeros(1, 32)], dim=1)
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, 7))
+    codes = quantize(W4A16(32, zero_points=True), weight, None, w4a16.ROWS).codes()
+    scale, offset = (codes[suffix][:, 0].tolist() for suffix in ("scale", "offset"))
+    assert offset == [3, 8, 8] and scale == pytest.approx([0.2, 0.2, 1.0], rel=2**-8)
+    assert codes["weight"][0, :16].tolist() == [*range(-8, -1), -3, *range(0, 8)]
+    assert codes["weight"][0, 7] + offset[0] == 0
+    assert int(codes["weight"][0, 32:64].max()) == 7  # the range of positive weights begins at zero
+    assert bool((codes["weight"][0, 64:] == -8).all())
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_zero_points_leave_half_a_step(data: st.DataObject) -> None:
+    """Of any weights, as long as bfloat16 has the step; and what was zero stays zero."""
+    weight = data.draw(weights()).float()
+    linear = quantize(W4A16(32, zero_points=True), weight, None, ND)
+    codes = linear.codes()
+    scale, offset = (codes[suffix].t().double() for suffix in ("scale", "offset"))
+    assert bool((scale > 0).all()) and bool((offset == offset.round()).all())
+    assert int(offset.min()) >= -7 and int(offset.max()) <= 8
+    error = (linear.dequantize().double() - weight.double()).abs()
+    # The step was rounded to bfloat16, and the outermost integers are fifteen away from zero.
+    assert bool((error <= (0.5 + 16 * 2**-8) * scale)[(scale > 2.0**-120).expand_as(error)].all())
+    assert not linear.dequantize()[weight == 0].any()
 
 
 def test_unknown_scheme_names_the_known() -> None:

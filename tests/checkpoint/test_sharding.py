@@ -37,6 +37,7 @@ CASES: list[tuple[Scheme, Layout]] = [
     *((W8A8(), layout) for layout in (W8A8_NZ, Layout("nz", "NK", 32), ND)),
     *((W8A16(), layout) for layout in (w8a16.NZ, ND)),
     *((W4A16(group), layout) for group in (32, 128) for layout in (w4a16.NZ, w4a16.ROWS, ND)),
+    *((W4A16(64, zero_points=True), layout) for layout in (w4a16.NZ, w4a16.ROWS)),
     *((GroupInt4(group), layout) for group in (32, 128) for layout in LAYOUTS),
 ]
 
@@ -109,6 +110,7 @@ def test_one_rank_has_it_all() -> None:
         (W4A16(32), w4a16.ROWS, "outputs", (24,), 128, "inside a block of 8 of the weight"),
         # four and a half groups of 128
         (W4A16(128), w4a16.ROWS, "inputs", (64,), 576, "inside a block of 128 of the scale"),
+        (W4A16(128, True), w4a16.ROWS, "inputs", (64,), 576, "inside a block of 128 of the scale"),
     ],
 )
 def test_uneven_cuts_are_refused(

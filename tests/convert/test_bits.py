@@ -67,10 +67,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_a_loss_is_that_of_a_conversion_of_this_linear_alone(
-    measured: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "one.yaml").write_text(ONE_LINEAR)
+def loss_of(recipe: str, tmp_path: Path) -> float:
+    """KL of a conversion, in nats a token."""
+    (tmp_path / "one.yaml").write_text(recipe)
     convert_checkpoint(DATA, tmp_path / "one", str(tmp_path / "one.yaml"))
     convert_checkpoint(DATA, tmp_path / "floats", "bf16")
     source = open_source(str(DATA))
@@ -80,9 +79,23 @@ def test_a_loss_is_that_of_a_conversion_of_this_linear_alone(
         load(tmp_path / name, device="cpu", dtype="float32").logits(window).log_softmax(-1)
         for name in ("floats", "one")
     )
-    expected = float((floats.exp() * (floats - one)).sum(-1).mean())
+    return float((floats.exp() * (floats - one)).sum(-1).mean())
+
+
+def test_a_loss_is_that_of_a_conversion_of_this_linear_alone(
+    measured: Path, tmp_path: Path
+) -> None:
+    expected = loss_of(ONE_LINEAR, tmp_path)
     found = Sensitivities.load(measured).linears[DOWN][0].kl
     assert expected > 1e-4
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_loss_with_zero_points(tmp_path: Path) -> None:
+    recipe = ONE_LINEAR.replace("w4a16}", "{name: w4a16, zero_points: true}}")
+    expected, file = loss_of(recipe, tmp_path), tmp_path / "sensitivities.json"
+    measure_sensitivities(DATA, file, str(tmp_path / "one.yaml"), OPTIONS)
+    found = Sensitivities.load(file).linears[DOWN][0].kl
     assert found == pytest.approx(expected, rel=1e-3)
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import tiny_models
+from support.int4_recipes import w4a16_recipe
+from support.quantized_sources import write_packed
 from transformers import CompressedTensorsConfig, Qwen3ForCausalLM
 
 from qwen3_ascend import convert_checkpoint
@@ -23,6 +25,8 @@ SCHEMES = {
     "w8a16": "w8a16",
     "w4a16": "{name: w4a16, group: 128}",
     "w4a16-g32": "{name: w4a16, group: 32}",
+    "w4a16-g32-zero-points": "{name: w4a16, group: 32, zero_points: true}",
+    "w4a16-zero-points": "{name: w4a16, zero_points: true}",
 }
 FORM: dict[str, Any] = {"hidden_size": 160, "intermediate_size": 384, "attention_bias": True}
 
@@ -45,7 +49,7 @@ def test_compressed_tensors_reads_what_is_stored(scheme: str, head: bool, tmp_pa
     """The codes by its own packing, and the weights as transformers decodes them: each weight is
     the one of the checkpoint, also under negative scales."""
     packing = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    hidden = 160 if scheme == "w4a16-g32" else 256  # whole groups
+    hidden = 160 if scheme.startswith("w4a16-g32") else 256  # whole groups
     said = SCHEMES[scheme]
     out = converted(tmp_path, recipe(said, said if head else "bf16"), hidden_size=hidden)
     export_checkpoint(out, tmp_path / "ct", "compressed-tensors")
@@ -71,7 +75,12 @@ def test_compressed_tensors_reads_what_is_stored(scheme: str, head: bool, tmp_pa
             assert torch.equal(packed, packing.pack_to_int32(codes[rows], bits)), part
             assert stored[f"{part}.weight_shape"].tolist() == [outputs, entry.shape[1]]
             negative += int((stored[f"{part}.weight_scale"] < 0).sum())
-    assert bool(negative) == (scheme != "w8a16")
+            if "zero-points" in scheme:
+                zeros = -linear.codes()["offset"][:, rows].t().to(torch.int8)
+                packed = packing.pack_to_int32(zeros, bits, packed_dim=0)
+                assert torch.equal(stored[f"{part}.weight_zero_point"], packed), part
+                assert len(zeros.unique()) > 2
+    assert bool(negative) == (scheme in ("w4a16", "w4a16-g32"))
 
 
 def test_what_config_says(tmp_path: Path) -> None:
@@ -83,6 +92,31 @@ def test_what_config_says(tmp_path: Path) -> None:
     assert group["input_activations"] is None
     weights = group["weights"]
     assert (weights["num_bits"], weights["strategy"], weights["group_size"]) == (4, "group", 32)
+
+
+def test_what_config_says_of_zero_points(tmp_path: Path) -> None:
+    out = converted(tmp_path, w4a16_recipe(32, zero_points=True))
+    export_checkpoint(out, tmp_path / "ct", "compressed-tensors")
+    section = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    weights = section["config_groups"]["group_0"]["weights"]
+    assert weights["symmetric"] is False and weights["zp_dtype"] == "torch.int8"
+
+
+def test_zero_points_that_no_format_has_words_for(tmp_path: Path) -> None:
+    """Those of older GPTQ go up to 16; words of eight cannot be divided between parts."""
+    source = write_packed(tmp_path / "gptq", zero_points=True)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.qzeros"][0, 3] = -1
+    save_file(weights, source / "model.safetensors")
+    convert_checkpoint(source, tmp_path / "sixteen")
+    message = r"layers.1.mlp.gate_up_proj cannot be exported.*zero point is 16, which 4 bits"
+    with pytest.raises(OptionError, match=message):
+        export_checkpoint(tmp_path / "sixteen", tmp_path / "ct", "compressed-tensors")
+    form = {"head_dim": 4, "num_attention_heads": 10, "num_key_value_heads": 1}
+    out = converted(tmp_path, w4a16_recipe(32, zero_points=True), hidden_size=64, **form)
+    with pytest.raises(OptionError, match=r"k_proj has 4 outputs.*packs the zero points of eight"):
+        export_checkpoint(out, tmp_path / "ct", "compressed-tensors")
+    export_checkpoint(tmp_path / "sixteen", tmp_path / "hf", "huggingface")
 
 
 def test_ascendv1_states_w8a16_and_not_w4a16(tmp_path: Path) -> None:

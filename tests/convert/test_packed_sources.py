@@ -19,10 +19,12 @@ from support.command_line import run
 from support.folders import contents, finished_weights
 from support.hub_client import REPO, talk_to
 from support.hub_server import HubServer
+from support.int4_recipes import w4a16_recipe
 from support.native_cases import runnable_paths
 from support.quantized_sources import (
     DATA,
     PACKED,
+    asymmetric_integers,
     grouped_integers,
     section,
     source_weights,
@@ -52,15 +54,13 @@ WITH_DIGESTS = (
 )  # fmt: skip
 """What the tools have written, beside the hashes of what they decode it to."""
 
-TAKEN = ("gptqmodel", "auto-round-awq-symmetric", "llm-compressor-int4")
-
-DECODED = {
-    "gptqmodel-act-order": "act-order",
-    "gptqmodel-v2": "zero points",
-    "auto-round-gptq-asymmetric": "zero points",
-    "auto-round-awq": "zero points",
-    "llm-compressor-int4-asymmetric": "zero points",
-}
+SYMMETRIC = ("gptqmodel", "auto-round-awq-symmetric", "llm-compressor-int4")
+ASYMMETRIC = (
+    "gptqmodel-v2", "auto-round-gptq-asymmetric", "auto-round-awq", "llm-compressor-int4-asymmetric"
+)  # fmt: skip
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which output of eight lies in bits 4i to 4i + 3 of a word: AutoAWQ's `order_map`
+(`WQLinear_GEMM.from_linear`)."""
 
 GROUPS = tiny_models.config(
     hidden_size=256, intermediate_size=384, num_hidden_layers=1, num_attention_heads=4,
@@ -76,7 +76,7 @@ def parts(out: Path) -> dict[str, Linear]:
         for part, rows in entry.parts:
             span = slice(start, start + rows)
             codes = {
-                suffix: tensor[..., span] if suffix == "scale" else tensor[span]
+                suffix: tensor[span] if suffix == "weight" else tensor[..., span]
                 for suffix, tensor in stored.codes().items()
             }
             found[part] = Linear(entry.scheme, (rows, entry.shape[1]), stored.layout, codes)
@@ -136,18 +136,20 @@ def decompressed(compressor: Any, held: Mapping[str, Tensor], arguments: Any) ->
     return floats
 
 
-def assert_taken(source: Path, out: Path, group: int) -> None:
+def assert_taken(source: Path, out: Path, group: int, zero_points: bool = False) -> None:
     """Integers are the source's, and scales the source's in bfloat16."""
+    scheme = W4A16(group, zero_points)
     weights, found, manifest = source_weights(source), parts(out), Manifest.read(out)
     held = [n for n in weights if n.endswith((".scales", ".weight_scale"))]
     assert held
     for name in held:
         linear = found[name.rpartition(".")[0]]
         scales = weights[name] if name.endswith(".scales") else weights[name].t()
-        assert linear.scheme == W4A16(group)
+        assert linear.scheme == scheme
         assert torch.equal(linear.tensors["scale"], scales.bfloat16())
+        assert ("offset" in linear.tensors) == zero_points
     for entry in manifest.linears.values():
-        taken = entry.scheme == W4A16(group)
+        taken = entry.scheme == scheme
         assert entry.codes == ("taken" if taken else "chosen")
         assert taken or (entry.scheme == BF16() and entry.sqnr_db is None)
     assert run("verify", out).code == 0
@@ -155,19 +157,29 @@ def assert_taken(source: Path, out: Path, group: int) -> None:
     assert (done.code, done.err) == (0, "")
 
 
-@pytest.mark.parametrize("name", TAKEN)
+def has_rounded_scales(source: Path) -> bool:
+    """Whether bfloat16 lacks some scales of a source."""
+    scales = (t for n, t in source_weights(source).items() if n.endswith("scales"))
+    return any(not torch.equal(tensor, tensor.bfloat16().to(tensor.dtype)) for tensor in scales)
+
+
+@pytest.mark.parametrize("name", [*SYMMETRIC, *ASYMMETRIC])
 def test_what_is_taken(name: str, tmp_path: Path) -> None:
-    """Each weight is its integer times its scale, which bfloat16 may have to round."""
-    convert_checkpoint(DATA / name, tmp_path / "out")
-    assert_taken(DATA / name, tmp_path / "out", 32)
+    """Each weight is its integer, less its zero point, times its scale, which bfloat16 may have to
+    round. That is the float that the tools decode it to; see the tests of those."""
+    done = run("convert", DATA / name, tmp_path / "out")
+    assert done.code == 0 and "decoded" not in done.err
+    assert_taken(DATA / name, tmp_path / "out", 32, zero_points=name in ASYMMETRIC)
     convert_checkpoint(DATA / name, tmp_path / "floats", "bf16")
     exact, found = floats(tmp_path / "floats"), floats(tmp_path / "out")
-    rounded = {e.sqnr_db for e in Manifest.read(tmp_path / "out").linears.values()} - {None}
-    assert bool(rounded) == (name == "gptqmodel")
+    entries = Manifest.read(tmp_path / "out").linears.values()
+    figures = [entry.sqnr_db for entry in entries if entry.sqnr_db is not None]
+    rounded = has_rounded_scales(DATA / name)
+    assert bool(figures) == rounded and all(figure > 45 for figure in figures)
     for linear, weight in exact.items():
         # One rounding of the scale, and one of the weight that it is held against.
         assert bool(((found[linear] - weight).abs() <= weight.abs() * 2**-7).all())
-        if name != "gptqmodel":
+        if not rounded:
             assert torch.equal(found[linear].bfloat16(), weight.bfloat16())
     (answer,) = load(tmp_path / "out", kv_cache_tokens=256).generate(
         [[5, 17, 3]], SamplingParams(max_new_tokens=5, ignore_eos=True)
@@ -175,35 +187,56 @@ def test_what_is_taken(name: str, tmp_path: Path) -> None:
     assert len(answer.token_ids) == 5
 
 
-@pytest.mark.parametrize(("name", "why"), DECODED.items())
-def test_what_is_decoded(name: str, why: str, tmp_path: Path) -> None:
-    done = run("convert", DATA / name, tmp_path / "out")
-    assert done.code == 0 and "are decoded: " in done.err and why in done.err
+def test_integers_and_zero_points_of_awq(tmp_path: Path) -> None:
+    """By AutoAWQ's own order of the outputs, one integer at a time."""
+    convert_checkpoint(DATA / "auto-round-awq", tmp_path / "out")
+    weights, found = source_weights(DATA / "auto-round-awq"), parts(tmp_path / "out")
+    words, zeros = (weights[f"model.layers.0.mlp.down_proj.{n}"] for n in ("qweight", "qzeros"))
+    codes = found["model.layers.0.mlp.down_proj"].tensors
+    for column in range(words.shape[1]):
+        for place, number in enumerate(AWQ_ORDER):
+            output = 8 * column + number
+            integers, zero = ((t[:, column] >> 4 * place) & 15 for t in (words, zeros))
+            assert torch.equal(codes["weight"][output], (integers - 8).to(torch.int8))
+            assert torch.equal(codes["offset"][:, output], (8 - zero).bfloat16())
+    assert len({*codes["offset"].flatten().tolist()}) > 2
+
+
+def test_what_is_decoded(tmp_path: Path) -> None:
+    source = DATA / "gptqmodel-act-order"
+    done = run("convert", source, tmp_path / "out")
+    assert done.code == 0 and "are decoded: " in done.err and "act-order" in done.err
     manifest = Manifest.read(tmp_path / "out")
     assert manifest.recipe["name"] == "w8a8"
     assert {e.scheme for n, e in manifest.linears.items() if n != "lm_head"} == {W8A8()}
     assert {e.codes for e in manifest.linears.values()} == {"chosen"}
-    assert run("verify", tmp_path / "out", "--against", DATA / name).code == 0
+    assert run("verify", tmp_path / "out", "--against", source).code == 0
 
 
-def decoded_source(tmp_path: Path, data: dict[str, Any], group: int) -> Path:
+def decoded_source(tmp_path: Path, data: dict[str, Any], group: int, zero_points: bool) -> Path:
     """The floats that packed weights stand for, as a source of bfloat16."""
     weights = tiny_models.tensors(data)
+    choose = asymmetric_integers if zero_points else grouped_integers
     for name in [n for n in weights if "_proj" in n]:
-        integers, scales = grouped_integers(weights[name], group)
+        integers, scales, *zeros = choose(weights[name], group)
+        zero = zeros[0].repeat_interleave(group, 1) if zeros else 8
         spread = scales.float().repeat_interleave(group, 1)
-        weights[name] = ((integers - 8) * spread).bfloat16()
+        weights[name] = ((integers - zero) * spread).bfloat16()
     return tiny_models.write(tmp_path / "floats", data, weights)
 
 
+@pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("format", PACKED)
 @pytest.mark.parametrize("recipe", ["w8a8", "bf16", "w8a16", "w4a16-plain"])
 def test_a_recipe_makes_of_it_what_it_makes_of_the_floats(
-    recipe: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, format: str, zero_points: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also w4a16 with other groups: nothing is taken then."""
-    source = write_packed(tmp_path / "source", GROUPS, format=format, group=64)
-    convert_checkpoint(decoded_source(tmp_path, GROUPS, 64), tmp_path / "expected", recipe)
+    source = write_packed(
+        tmp_path / "source", GROUPS, format=format, group=64, zero_points=zero_points
+    )
+    expected = decoded_source(tmp_path, GROUPS, 64, zero_points)
+    convert_checkpoint(expected, tmp_path / "expected", recipe)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
     manifest = convert_checkpoint(source, tmp_path / "out", recipe)
     assert finished_weights(tmp_path / "out") == finished_weights(tmp_path / "expected")
@@ -219,12 +252,22 @@ def test_a_recipe_that_takes(tmp_path: Path) -> None:
     assert manifest.linears[DOWN].scheme == W4A16(128)
 
 
+def test_a_recipe_without_zero_points_chooses_others(tmp_path: Path) -> None:
+    """And one with them takes what is there, in groups of the same size."""
+    source = write_packed(tmp_path / "source", GROUPS, format="awq", group=128, zero_points=True)
+    recipes = {"chosen": w4a16_recipe(128), "taken": w4a16_recipe(128, zero_points=True)}
+    for codes, recipe in recipes.items():
+        out = tmp_path / codes
+        manifest = convert_checkpoint(source, out, recipe)
+        assert manifest.linears[DOWN].codes == codes
+        assert run("verify", out, "--against", source).code == 0
+    taken, chosen = (Manifest.read(tmp_path / n).linears[DOWN].sqnr_db for n in ("taken", "chosen"))
+    assert taken is not None and chosen is not None and taken > chosen + 25
+
+
 def test_a_recipe_with_transforms_takes_nothing(tmp_path: Path) -> None:
     """Weights are others then. Nothing makes floats of what int8 sources hold."""
-    recipe = Recipe.parse(
-        "{schema: 1, name: mine, rules: [{match: lm_head, scheme: bf16}, "
-        "{match: '*', scheme: {name: w4a16, group: 32}}]}", "here",
-    )  # fmt: skip
+    recipe = w4a16_recipe(32)
     transformed = Recipe(recipe.name, "", recipe.rules, recipe.verbatim, ("cle",))
     with open_source(str(write_packed(tmp_path / "gptq"))) as source:
         for chosen, codes in ((recipe, "taken"), (transformed, "chosen")):
@@ -243,15 +286,19 @@ def test_a_recipe_with_transforms_takes_nothing(tmp_path: Path) -> None:
 # The machinery of every conversion.
 
 
-@pytest.mark.parametrize("format", PACKED)
+@pytest.mark.parametrize(
+    ("format", "zero_points"), [("gptq", False), ("awq", False), ("gptq", True), ("awq", True)]
+)
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_any_division(
-    format: str, group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    format: str, zero_points: bool, group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In both layouts of w4a16: pieces are of outputs in one, of inputs in the other."""
-    source = write_packed(tmp_path / "source", GROUPS, format=format, group=group)
+    source = write_packed(
+        tmp_path / "source", GROUPS, format=format, group=group, zero_points=zero_points
+    )
     convert_checkpoint(source, tmp_path / "first", options=ConvertOptions(threads=1))
-    assert_taken(source, tmp_path / "first", group)
+    assert_taken(source, tmp_path / "first", group, zero_points)
     layouts = {e.layout.format for e in Manifest.read(tmp_path / "first").linears.values()}
     assert layouts == ({"nd"} if group == 32 else {"nz", "nd"})  # the head is plain
     monkeypatch.setattr(pieces, "PIECE_BYTES", 4000)
@@ -288,27 +335,25 @@ def test_what_is_said(tmp_path: Path) -> None:
     assert done.code == 0 and "nothing to do" in done.err
 
 
+@pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("group", [32, 128])
-def test_an_export_comes_back(group: int, tmp_path: Path) -> None:
+def test_an_export_comes_back(group: int, zero_points: bool, tmp_path: Path) -> None:
     """The weight files are those of the checkpoint that was exported, byte for byte."""
-    recipe = Recipe.parse(
-        "{schema: 1, name: mine, rules: [{match: lm_head, scheme: bf16}, "
-        f"{{match: '*', scheme: {{name: w4a16, group: {group}}}}}]}}", "here",
-    )  # fmt: skip
+    recipe = w4a16_recipe(group, zero_points)
     convert_checkpoint(tiny_models.write(tmp_path / "source", GROUPS), tmp_path / "made", recipe)
     export_checkpoint(tmp_path / "made", tmp_path / "exported", "compressed-tensors")
     convert_checkpoint(tmp_path / "exported", tmp_path / "back")
     assert finished_weights(tmp_path / "back") == finished_weights(tmp_path / "made")
-    assert_taken(tmp_path / "exported", tmp_path / "back", group)
+    assert_taken(tmp_path / "exported", tmp_path / "back", group, zero_points)
 
 
 def test_an_integer_that_differs_is_named(tmp_path: Path) -> None:
-    source = write_packed(tmp_path / "source")
+    source = write_packed(tmp_path / "source", zero_points=True)
     convert_checkpoint(source, tmp_path / "out")
-    for suffix in ("qweight", "scales"):
+    for suffix in ("qweight", "scales", "qzeros"):
         weights = source_weights(source)
         weights[f"{UP}.{suffix}"][1, 0] *= 2
-        other = write_packed(tmp_path / suffix)
+        other = write_packed(tmp_path / suffix, zero_points=True)
         save_file(weights, other / "model.safetensors")
         done = run("verify", tmp_path / "out", "--against", other)
         done.one_line_error("linear model.layers.1.mlp.gate_up_proj", "codes are not the source's")

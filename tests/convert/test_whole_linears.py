@@ -203,6 +203,10 @@ REFUSED = {
         ["{match: '*.o_proj', scheme: bf16, quantizer: mse}", "{match: '*', scheme: w8a8}"],
         ["quantizer mse to model.layers.0.self_attn.o_proj", "bf16 has no integers"],
     ),
+    "zero points": (
+        ["{match: '*', scheme: {name: w4a16, group: 32, zero_points: true}, quantizer: gptq}"],
+        ["quantizer gptq to model.layers.0", "w4a16 (group 32, zero points): only nearest finds"],
+    ),
     "two for one linear": (
         ["{match: '*.q_proj', scheme: w8a8, quantizer: mse}", "{match: '*', scheme: w8a8}"],
         ["qkv_proj is one fused linear", "different quantizers", "q_proj: mse, k_proj: nearest"],

@@ -36,6 +36,7 @@ def clean_device() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny model converted with each recipe."""
+    from support.int4_recipes import w4a16_recipe
     from support.static_inputs import write_static
 
     from qwen3_ascend import convert_checkpoint
@@ -43,5 +44,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
     for recipe in ("w8a8", "bf16", "w8a16", "w4a16-plain", "w4a8-plain"):
         convert_checkpoint(TINY_MODEL, root / recipe, recipe)
+    zero_points = w4a16_recipe(64, zero_points=True)
+    convert_checkpoint(TINY_MODEL, root / "w4a16-zero-points", zero_points)
     write_static(TINY_MODEL, root / "w8a8-static")
     return {folder.name: folder for folder in root.iterdir()}

@@ -74,6 +74,7 @@ def way(attention: str, lengths: str | None) -> Way:
     return Way(options, lengths, ("bound_update",) if lengths == "dispatched" else ())
 
 
+FLOAT_INPUTS = ("w8a16", "w4a16-plain", "w4a16-zero-points")
 UPDATES = ("bound", "dispatched")
 WAYS = [
     *(way(attention, lengths) for attention in ("fused", "paged") for lengths in (None, *UPDATES)),
@@ -84,7 +85,7 @@ if ascend_sim.cann.current().handlers == "hard_coded_without_paged":  # CANN 8.3
 CASES = [
     *((recipe, chosen) for recipe in ("w8a8", "bf16") for chosen in WAYS),
     # What attention does has nothing to do with what is multiplied.
-    *((recipe, chosen) for recipe in ("w8a16", "w4a16-plain") for chosen in WAYS[:2]),
+    *((recipe, chosen) for recipe in FLOAT_INPUTS for chosen in WAYS[:2]),
 ]
 by_recipe_and_way = pytest.mark.parametrize(
     ("recipe", "chosen"), CASES, ids=[f"{recipe}-{chosen.name}" for recipe, chosen in CASES]

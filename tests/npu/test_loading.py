@@ -31,6 +31,8 @@ pytestmark = pytest.mark.every_mode
 
 MODEL = (Qwen3, DecoderLayer, Mlp, DenseLinear, Int8Linear, WeightOnlyLinear)
 
+RECIPES = ("w8a8", "bf16", "w8a16", "w4a16-plain", "w4a16-zero-points")
+
 PADDING = 544
 """torch_npu rounds an allocation up to 512 bytes and adds 32."""
 
@@ -71,7 +73,7 @@ def stored_tensors(reader: CheckpointReader) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "bf16", "w8a16", "w4a16-plain"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_each_byte_is_copied_once_and_never_cast(checkpoints: dict[str, Path], recipe: str) -> None:
     reader = CheckpointReader(checkpoints[recipe])
     backend = open_backend(reader)
@@ -97,7 +99,7 @@ def test_each_byte_is_copied_once_and_never_cast(checkpoints: dict[str, Path], r
     assert len(model.layers) == 4
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "bf16", "w8a16", "w4a16-plain"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_peak_memory_is_the_bytes_of_the_weights(checkpoints: dict[str, Path], recipe: str) -> None:
     reader = CheckpointReader(checkpoints[recipe])
     backend = open_backend(reader)
@@ -116,7 +118,7 @@ def test_peak_memory_is_the_bytes_of_the_weights(checkpoints: dict[str, Path], r
     assert model.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "bf16", "w8a16", "w4a16-plain"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_all_four_self_checks_hold(checkpoints: dict[str, Path], recipe: str) -> None:
     reader = CheckpointReader(checkpoints[recipe])
     backend = open_backend(reader)

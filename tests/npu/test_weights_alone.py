@@ -33,6 +33,9 @@ CASES: list[tuple[Scheme, Shape]] = [
     (W4A16(32), (192, 256)),  # row by row: a group of 32,
     (W4A16(128), (200, 256)),  # outputs that fill no strip,
     (W4A16(128), (192, 576)),  # and inputs that fill no group
+    (W4A16(128, zero_points=True), (192, 256)),
+    (W4A16(32, zero_points=True), (192, 256)),
+    (W4A16(128, zero_points=True), (192, 576)),
 ]
 
 
@@ -102,7 +105,9 @@ def test_the_layout_is_that_of_the_wheels_own_packing(form: str) -> None:
         assert tuple(ours.shape) == (192 // 64, 256 // 16, 16, 8)
 
 
-@pytest.mark.parametrize("scheme", [W8A16(), W4A16(64), W4A16(32)], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [W8A16(), W4A16(64), W4A16(64, zero_points=True), W4A16(32)], ids=str
+)
 @pytest.mark.parametrize("outputs", [65535 // 64 * 64, 65536, 151936])
 def test_more_outputs_than_a_kernel_takes(
     scheme: Scheme, outputs: int, backend: NpuBackend
@@ -144,10 +149,29 @@ def test_a_kernel_that_ignores_signs_of_scales_is_found(
     assert bool((linear.tensors["scale"] < 0).any())
     right = torch_npu.npu_weight_quant_batchmatmul
 
-    def unsigned(x: Tensor, weight: Tensor, scale: Tensor, **more: object) -> Tensor:
-        return right(x, weight, scale.abs(), **more)
+    def unsigned(
+        x: Tensor, weight: Tensor, scale: Tensor, *more: object, **named: object
+    ) -> Tensor:
+        return right(x, weight, scale.abs(), *more, **named)
 
     monkeypatch.setattr(torch_npu, "npu_weight_quant_batchmatmul", unsigned)
+    assert self_check.kernel_sees_weight(linear, loaded)
+    assert not self_check.kernel_decodes_weight(linear, loaded)
+
+
+def test_a_kernel_that_ignores_offsets_is_found(
+    backend: NpuBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = stored(W4A16(128, zero_points=True), (192, 256))
+    loaded = backend.linear(linear)
+    assert bool((linear.tensors["offset"] != 0).any())
+    right = torch_npu.npu_weight_quant_batchmatmul
+
+    def symmetric(x: Tensor, weight: Tensor, scale: Tensor, _: object, **more: object) -> Tensor:
+        return right(x, weight, scale, **more)
+
+    assert self_check.kernel_decodes_weight(linear, loaded)
+    monkeypatch.setattr(torch_npu, "npu_weight_quant_batchmatmul", symmetric)
     assert self_check.kernel_sees_weight(linear, loaded)
     assert not self_check.kernel_decodes_weight(linear, loaded)
 

@@ -17,7 +17,9 @@ from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.vllm.shards import Rank, Rows, check_division, rows_of, shard_of
 
-SCHEMES: list[Scheme] = [BF16(), W8A8(), W8A16(), W4A16(32), W8A8Static()]
+SCHEMES: list[Scheme] = [
+    BF16(), W8A8(), W8A16(), W4A16(32), W4A16(32, zero_points=True), W8A8Static()
+]  # fmt: skip
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 8, 2, 32, 64
 
 

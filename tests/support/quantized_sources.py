@@ -203,6 +203,17 @@ def grouped_integers(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return integers.clamp(0, 15).to(torch.int32).flatten(1), scales
 
 
+def asymmetric_integers(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers from 0 to 15, scales, and zero points [N, K / group] from 1 to 15, as AutoAWQ finds
+    them (`pseudo_quantize_tensor`); older GPTQ cannot state a zero point of 0."""
+    groups = weight.float().unflatten(1, (-1, group))
+    least, largest = groups.amin(-1), groups.amax(-1)
+    scales = ((largest - least) / 15).half()
+    zeros = (-torch.round(least / scales.float())).clamp(1, 15)
+    integers = torch.round(groups / scales[..., None].float()) + zeros[..., None]
+    return integers.clamp(0, 15).to(torch.int32).flatten(1), scales, zeros.to(torch.int32)
+
+
 def words(integers: Tensor, places: Sequence[int] = range(8)) -> Tensor:
     """Integers of four bits along the first axis, eight to an int32: the first in the lowest bits,
     or where `places` says."""
@@ -212,21 +223,23 @@ def words(integers: Tensor, places: Sequence[int] = range(8)) -> Tensor:
     return torch.where(found >= 1 << 31, found - (1 << 32), found).to(torch.int32)
 
 
-def gptq_tensors(integers: Tensor, scales: Tensor, zero: int = 7) -> dict[str, Tensor]:
+def gptq_tensors(
+    integers: Tensor, scales: Tensor, zeros: Tensor | None = None
+) -> dict[str, Tensor]:
     """A linear as AutoGPTQ stores it, whose zero points are less by one."""
-    outputs, inputs = integers.shape
-    zeros = torch.full((outputs, scales.shape[1]), zero)
+    inputs = integers.shape[1]
+    zeros = torch.full(scales.shape, 8) if zeros is None else zeros
     return {
-        "qweight": words(integers.t().contiguous()), "qzeros": words(zeros).t().contiguous(),
+        "qweight": words(integers.t().contiguous()), "qzeros": words(zeros - 1).t().contiguous(),
         "scales": scales.t().contiguous(),
         "g_idx": (torch.arange(inputs) // (inputs // scales.shape[1])).int(),
     }  # fmt: skip
 
 
-def awq_tensors(integers: Tensor, scales: Tensor) -> dict[str, Tensor]:
+def awq_tensors(integers: Tensor, scales: Tensor, zeros: Tensor | None = None) -> dict[str, Tensor]:
     """A linear as AutoAWQ stores it: outputs 0, 2, 4, 6, 1, 3, 5, 7 in the order of the bits."""
     places = [0, 4, 1, 5, 2, 6, 3, 7]
-    zeros = torch.full((integers.shape[0], scales.shape[1]), 8)
+    zeros = torch.full(scales.shape, 8) if zeros is None else zeros
     return {
         "qweight": words(integers, places).t().contiguous(),
         "qzeros": words(zeros, places).t().contiguous(), "scales": scales.t().contiguous(),
@@ -234,11 +247,8 @@ def awq_tensors(integers: Tensor, scales: Tensor) -> dict[str, Tensor]:
 
 
 PACKED: Mapping[str, tuple[Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
-    "gptq": (gptq_tensors, {"bits": 4, "desc_act": False, "sym": True, "quant_method": "gptq"}),
-    "awq": (
-        awq_tensors,
-        {"bits": 4, "zero_point": False, "version": "gemm", "quant_method": "awq"},
-    ),
+    "gptq": (gptq_tensors, {"bits": 4, "desc_act": False, "quant_method": "gptq"}),
+    "awq": (awq_tensors, {"bits": 4, "version": "gemm", "quant_method": "awq"}),
 }
 
 
@@ -248,6 +258,7 @@ def write_packed(
     *,
     format: str = "gptq",
     group: int = 32,
+    zero_points: bool = False,
     floats: Collection[str] = (),
     said: Mapping[str, Any] | None = None,
     tokenizer: bool = True,
@@ -255,15 +266,17 @@ def write_packed(
     """A model as GPTQ or AWQ store it; `said` are changes of quantization_config."""
     data = tiny_models.config() if data is None else data
     tensors, section = PACKED[format]
+    choose = asymmetric_integers if zero_points else grouped_integers
     found: dict[str, Tensor] = {}
     for name, tensor in tiny_models.tensors(data).items():
         linear = name.removesuffix(".weight")
         if not is_linear(name) or linear in floats:
             found[name] = tensor
             continue
-        for suffix, stored in tensors(*grouped_integers(tensor, group)).items():
+        for suffix, stored in tensors(*choose(tensor, group)).items():
             found[f"{linear}.{suffix}"] = stored
-    section = {**section, "group_size": group, **(said or {})}
+    symmetry = {"zero_point": zero_points} if format == "awq" else {"sym": not zero_points}
+    section = {**section, **symmetry, "group_size": group, **(said or {})}
     _write_folder(folder, {**data, "quantization_config": section}, tokenizer)
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -15,7 +15,7 @@ import torch
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear, quantize
-from qwen3_ascend.checkpoint.schemes import BF16, EXAMPLES, W4A16, Input
+from qwen3_ascend.checkpoint.schemes import BF16, EXAMPLES, W4A16, Input, Scheme
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu.device import (
@@ -99,9 +99,15 @@ def _linear_checks(linear: Linear) -> Iterator[tuple[str, bool]]:
     yield f"S2 cast back to ND, {case}", self_check.reads_back(linear, loaded)
     yield f"S3 one-hot through the kernel, {case}", self_check.kernel_sees_weight(linear, loaded)
     if linear.scheme.input is Input.FLOAT and not isinstance(linear.scheme, BF16):
-        scales = "negative scales too" if isinstance(linear.scheme, W4A16) else "with its scales"
         holds = self_check.kernel_decodes_weight(linear, loaded)
-        yield f"S4 decoded by the kernel, {scales}, {case}", holds
+        yield f"S4 decoded by the kernel, {_decoded_with(linear.scheme)}, {case}", holds
+
+
+def _decoded_with(scheme: Scheme) -> str:
+    """What S4 sees of a scheme, beside the codes."""
+    if not isinstance(scheme, W4A16):
+        return "with its scales"
+    return "with its offsets" if scheme.zero_points else "negative scales too"
 
 
 def wait_for_device() -> None:

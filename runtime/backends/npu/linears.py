@@ -220,7 +220,12 @@ class GroupInt4Linear:
 
 
 def multiply(
-    x: Tensor, weight: Tensor, scale: Tensor, group: int, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    group: int,
+    bias: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Floats times int8 or int4 weights, which the kernel decodes on the way.
 
@@ -233,9 +238,10 @@ def multiply(
         scale: bfloat16 [N], or [K / group, N].
         group: inputs that share a scale; 0 if all do.
         bias: float32 [N].
+        offset: what is added to codes before they are scaled, as scale.
     """
     y: Tensor = torch_npu.npu_weight_quant_batchmatmul(
-        x, weight, scale, bias=bias, antiquant_group_size=group
+        x, weight, scale, offset, bias=bias, antiquant_group_size=group
     )
     return y
 
@@ -245,9 +251,17 @@ class WeightOnlyLinear:
 
     input = Input.FLOAT
 
-    def __init__(self, weight: Tensor, scale: Tensor, group: int, bias: Tensor | None) -> None:
-        """`group` inputs share a scale; 0 if all do."""
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        group: int,
+        bias: Tensor | None,
+        offset: Tensor | None = None,
+    ) -> None:
+        """As `multiply` takes them."""
         self.weight, self.scale, self.group, self.bias = weight, scale, group, bias
+        self.offset = offset
 
     @classmethod
     def load(cls, linear: Linear, upload: Upload) -> WeightOnlyLinear:
@@ -260,15 +274,16 @@ class WeightOnlyLinear:
             weight = weight.t()
         group = linear.scheme.group if isinstance(linear.scheme, W4A16) else 0
         bias = None if linear.bias is None else linear.bias.float().to("npu")
-        return cls(weight, linear.tensors["scale"].to("npu"), group, bias)
+        offset = linear.tensors["offset"].to("npu") if "offset" in linear.tensors else None
+        return cls(weight, linear.tensors["scale"].to("npu"), group, bias, offset)
 
     def __call__(self, x: Activation) -> Tensor:
         """The product, bfloat16 [T, N]."""
-        return multiply(as_float(x), self.weight, self.scale, self.group, self.bias)
+        return multiply(as_float(x), self.weight, self.scale, self.group, self.bias, self.offset)
 
     def probe(self, rows: Tensor) -> Tensor:
-        """See NpuLinear. A one-hot activation picks one input; with scales of 1 the bf16 result is
-        the code itself, which bf16 holds exactly."""
+        """See NpuLinear. A one-hot activation picks one input; with scales of 1 and no offsets the
+        bf16 result is the code itself, which bf16 holds exactly."""
         one_hot = _one_hot(rows, self.weight.shape[0], torch.bfloat16).to("npu")
         codes = multiply(one_hot, self.weight, torch.ones_like(self.scale), self.group)
         return codes.cpu().to(torch.int8)

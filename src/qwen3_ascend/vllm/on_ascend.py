@@ -234,8 +234,10 @@ class WeightOnlyMethod(LateMethod):
     @override
     def fill(self, layer: Any, linear: Linear, upload: Upload) -> None:
         product = WeightOnlyLinear.load(linear, upload)
-        for name, tensor in (("weight", product.weight), ("weight_scale", product.scale)):
-            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        for name in ("weight", "scale", "offset"):
+            stored = getattr(product, name)
+            made = None if stored is None else torch.nn.Parameter(stored, requires_grad=False)
+            layer.register_parameter(name if name == "weight" else f"weight_{name}", made)
         layer.register_buffer("stored_bias", product.bias, persistent=False)
         layer.stored_group = product.group
 
@@ -243,7 +245,8 @@ class WeightOnlyMethod(LateMethod):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product [*, N] of x [*, K]; the bias is the stored one."""
         stored = layer.weight, layer.weight_scale, layer.stored_group, layer.stored_bias
-        return multiply(x.reshape(-1, x.shape[-1]), *stored).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1])
+        return multiply(rows, *stored, layer.weight_offset).view(*x.shape[:-1], -1)
 
 
 class HeadMethod(LateMethod):

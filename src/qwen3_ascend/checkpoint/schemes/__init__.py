@@ -25,9 +25,14 @@ SCHEMES: dict[str, type[Scheme]] = {
     "w4a16": W4A16,
 }
 
-EXAMPLES: tuple[Scheme, ...] = (*(make() for make in SCHEMES.values()), W4A16(64), W4A16(32))
+EXAMPLES: tuple[Scheme, ...] = (
+    *(make() for make in SCHEMES.values()),
+    W4A16(64),
+    W4A16(32),
+    W4A16(128, zero_points=True),
+)
 """One of every kind, for whoever examines kernels; w4a16 with each group, of which 32 has another
-layout."""
+layout, and with zero points."""
 
 
 def make_scheme(name: str, parameters: Mapping[str, Any]) -> Scheme:

@@ -161,9 +161,10 @@ class Scheme(ABC):
         return TEMPORARY_BYTES
 
     def __str__(self) -> str:
-        """For people: the name, and the parameters if there are any."""
-        parameters = ", ".join(f"{key} {value}" for key, value in self.parameters.items())
-        return f"{self.name} ({parameters})" if parameters else self.name
+        """For people: the name, and the parameters if there are any; what is off is not said."""
+        named = {key.replace("_", " "): value for key, value in self.parameters.items()}
+        said = [k if v is True else f"{k} {v}" for k, v in named.items() if v is not False]
+        return f"{self.name} ({', '.join(said)})" if said else self.name
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's form: the name and every parameter."""
