@@ -53,11 +53,26 @@ def require_storage(operator: str, weight: Layout) -> None:
     require(weight.storage_size == expected, operator, rule)
 
 
+def float_product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """a @ b + bias, summed in float32 and rounded once. bfloat16 is summed in the order of torch's own
+    linear (README, "The order of float sums"), for which b lies as a weight [N, K] does; unless the
+    bias has more bits than that takes."""
+    b = b.mT.contiguous().mT if b.dim() > 1 else b
+    if a.dtype is torch.bfloat16 and bias is None:
+        return torch.matmul(a, b)
+    if a.dtype is torch.bfloat16 and torch.equal(bias.bfloat16().to(bias.dtype), bias):
+        return torch.addmm(bias.bfloat16(), a, b)
+    product = torch.matmul(a.float(), b.float())
+    return product if bias is None else product + bias.float()
+
+
 def plan_matmul(
     operator: str, a: DeviceTensor, b: DeviceTensor, out: DeviceTensor
 ) -> Callable[[], None]:
     check_matmul(operator, a.layout, b.layout)
-    return lambda: out.write(torch.matmul(a.read().float(), b.read().float()))
+    return lambda: out.write(float_product(a.read(), b.read()))
 
 
 @aclnn("aclnnMm", "a:T b:T out:T cube:i")
@@ -94,6 +109,9 @@ def addmm(
     require(bias.layout.dtype is a.layout.dtype, "addmm", rule)
 
     def run() -> None:
+        if alpha == beta == 1:
+            out.write(float_product(a.read(), b.read(), bias.read()))
+            return
         product = torch.matmul(a.read().float(), b.read().float())
         out.write(beta * bias.read().float() + alpha * product)
 
