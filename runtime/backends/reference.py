@@ -121,8 +121,8 @@ class StaticInt8Linear:
 
 
 class GroupInt4Linear:
-    """w4a8: exact integer products of each group and each half of the codes, summed up in float16 in
-    order, as the only kernel for it does."""
+    """w4a8: exact integer products of each group and each half of the codes, summed up in order in
+    float16, as the only kernel for it does."""
 
     input = Input.INT8_PER_TOKEN
 

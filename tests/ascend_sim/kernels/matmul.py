@@ -56,9 +56,9 @@ def require_storage(operator: str, weight: Layout) -> None:
 def float_product(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """a @ b + bias, summed in float32 and rounded once. bfloat16 is summed in the order of torch's own
-    linear (README, "The order of float sums"), for which b lies as a weight [N, K] does; unless the
-    bias has more bits than that takes."""
+    """a @ b + bias, summed in float32 and rounded once. bfloat16 is summed in the order of torch's
+    own linear (README, "The order of float sums"), for which b lies as a weight [N, K] does; unless
+    the bias has more bits than that takes."""
     b = b.mT.contiguous().mT if b.dim() > 1 else b
     if a.dtype is torch.bfloat16 and bias is None:
         return torch.matmul(a, b)
@@ -245,10 +245,10 @@ def plan_grouped(
     group: int,
     out: DeviceTensor,
 ) -> Callable[[], None]:
-    """quant_batch_matmul_v4_msd.h: x1 is split into two 4-bit numbers, without 8 of each code, which
-    `offset` brings back. Of each, the products of a group leave the cube unit as float16, scaled, and
-    are added to those of the groups before it in float16; what follows is float32. How the two
-    roundings are done is not said; here it is to the nearest, halves to even."""
+    """quant_batch_matmul_v4_msd.h: x1 is split into two 4-bit numbers, without 8 of each code,
+    which `offset` brings back. Of each, the products of a group leave the cube unit as float16,
+    scaled, and are added to those of the groups before it in float16; what follows is float32. How
+    the two roundings are done is not said; here it is to the nearest, halves to even."""
     check_grouped(
         x.layout,
         weight.layout,

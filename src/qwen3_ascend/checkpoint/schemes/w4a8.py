@@ -15,8 +15,9 @@ each group, `shift` in float32. A sum within a group is at most 2^14, so float32
 
 That is what npu_quant_matmul does (CANN's ops-nn at e5c3fa93: quant_batch_matmul_v4_msd.h): it
 multiplies 4-bit numbers by 4-bit numbers, so it splits each input code (QuantBatchMatmulV4MsdPre);
-each group's integers leave the matrix unit as float16, scaled, and are added to those before them in
-memory (MMCompute: GetTensorC of half with atomic addition); the rest is float32 (ComputeDequant).
+each group's integers leave the matrix unit as float16, scaled, and are added to those before them
+in memory (MMCompute: GetTensorC of half with atomic addition); the rest is float32
+(ComputeDequant).
 The 8 that it leaves out is asked for as the argument `offset`; `code_sums`, of each group, makes
 that for every cut of the inputs.
 
