@@ -27,7 +27,7 @@ from qwen3_ascend.checkpoint.schemes import (
     Scheme,
     W8A8Static,
 )
-from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, SHIFT, rescale_groups, shift_of
+from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, halves_of, rescale_groups, shift_of
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens, rescale
 from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias, static_input
 from qwen3_ascend.errors import CheckpointError
@@ -121,7 +121,8 @@ class StaticInt8Linear:
 
 
 class GroupInt4Linear:
-    """w4a8: exact integer products of each group, summed up in float32 in order."""
+    """w4a8: exact integer products of each group and each half of the codes, summed up in order in
+    float16, as the only kernel for it does."""
 
     input = Input.INT8_PER_TOKEN
 
@@ -138,9 +139,9 @@ class GroupInt4Linear:
         return (y if self.bias is None else y + self.bias.float()).to(self.dtype)
 
     def products(self, codes: Tensor) -> Iterator[Tensor]:
-        """The integer product of codes [T, K], less 8, within each group of inputs, [T, N]."""
-        groups = zip(codes.split(GROUP, 1), self.weight.split(GROUP, 1), strict=True)
-        return ((x.double() - SHIFT) @ weight.double().t() for x, weight in groups)
+        """The integer products of both halves of codes [T, K] within each group, [2 T, N]."""
+        groups = zip(halves_of(codes).split(GROUP, 1), self.weight.split(GROUP, 1), strict=True)
+        return (x.double() @ weight.double().t() for x, weight in groups)
 
 
 LINEARS: dict[type[Scheme], Callable[[Linear, torch.dtype], DeviceLinear]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import Cut
@@ -49,22 +50,29 @@ def test_what_is_stored_for_each_group() -> None:
 
 
 def test_sums_of_a_group_are_exact() -> None:
-    """The contract in whole numbers, and float32 from there on."""
+    """The contract in whole numbers, and numpy's float16 and float32 from there on."""
     linear, x = stored(random(40, 1024)), random(7, 1024, seed=3).float()
     token_codes, token_scale = quantize_tokens(x)
     codes = linear.codes()
-    weight = codes["weight"].numpy().astype(object)
-    moved = token_codes.numpy().astype(object) - 8
-    total = torch.zeros(7, 40)
-    for group, scale in enumerate(codes["scale"]):
-        part = slice(group * 256, group * 256 + 256)
-        sums = moved[:, part] @ weight[:, part].T
-        assert max(abs(sums).flat) < 1 << 19
-        total += torch.tensor(sums.astype(np.float64)).float() * scale
-    expected = (total + shift_of(codes)) * token_scale[:, None]
+    weight, scales = codes["weight"].numpy().astype(object), codes["scale"].numpy()
+    given = token_codes.numpy().astype(object)
+    high, low = given // 16, given % 16 - 8
+    assert {*high.flat} | {*low.flat} == {*range(-8, 8)}
+
+    def added_up(half: NDArray[np.object_]) -> NDArray[np.float32]:
+        total = np.zeros((7, 40), np.float16)
+        for group, scale in enumerate(scales):
+            part = slice(group * 256, group * 256 + 256)
+            sums = half[:, part] @ weight[:, part].T
+            assert max(abs(sums).flat) <= 1 << 14
+            total = total + (sums.astype(np.float32) * scale).astype(np.float16)
+        return total.astype(np.float32)
+
+    summed = np.float32(16) * added_up(high) + added_up(low) + shift_of(codes).numpy()
+    expected = torch.from_numpy(summed) * token_scale[:, None]
     assert torch.equal(linear.reference(x), expected)
     plain = (token_codes.double() * token_scale[:, None]) @ linear.dequantize().double().t()
-    assert (expected.double() - plain).norm() < 1e-5 * plain.norm()
+    assert (expected.double() - plain).norm() < 2.0**-10 * plain.norm()
 
 
 @pytest.mark.parametrize("cut", ["outputs", "inputs"])

@@ -13,13 +13,6 @@ from qwen3_ascend.runtime import LLM
 
 pytestmark = pytest.mark.every_mode
 
-# Where a float32 sum is rounded to bf16 at another place, a logit of about 20 may move by a few
-# units in the last of bf16's 8 bits (2^-4 at that size).
-LOGIT_BOUND = 0.5
-
-LOGIT_UNIT = 2.0**-4 + 1e-6
-"""Of bf16 at the size of the largest logits, and what a float32 logarithm adds to it."""
-
 WORDS = ("river", "bicycle", "house", "oxygen", "create", "water", "mountain", "teacher", "music")
 PROMPTS = [f"What does {word} mean?" for word in WORDS]
 BUCKETS = (1, 2, 4, 8)
@@ -32,8 +25,8 @@ def open_npu(path: Path, **options: Any) -> LLM:
     )  # fmt: skip
 
 
-def open_cpu(path: Path) -> LLM:
-    return load(path, device="cpu", kv_cache_tokens=8192, max_batch=9)
+def open_cpu(path: Path, **options: Any) -> LLM:
+    return load(path, device="cpu", kv_cache_tokens=8192, max_batch=9, **options)
 
 
 def tokens_of(llm: LLM, prompts: list[str], params: SamplingParams) -> list[tuple[int, ...]]:
@@ -52,24 +45,13 @@ def test_prefetching_changes_no_token(checkpoints: dict[str, Path], graph: bool)
 
 @pytest.mark.parametrize("recipe", ["w8a8-static", "w4a8-plain"])
 @pytest.mark.parametrize("graph", [False, True])
-def test_tokens_of_each_recipe(checkpoints: dict[str, Path], recipe: str, graph: bool) -> None:
-    """Equal, but that one answer of nine with w4a8 may go on with a token that the CPU found as
-    probable, to the last bit of a logit."""
-    params = SamplingParams(max_new_tokens=40, logprobs=2)
-    expected = open_cpu(checkpoints[recipe]).generate(PROMPTS, params)
-    actual = open_npu(checkpoints[recipe], graph=graph).generate(PROMPTS, params)
-    ties = 0
-    for mine, other in zip(actual, expected, strict=True):
-        same = first_difference(mine.token_ids, other.token_ids)
-        if same == len(other.token_ids) == len(mine.token_ids):
-            continue
-        assert other.logprobs is not None
-        (first, most), (second, nearly) = other.logprobs[same].top
-        assert {mine.token_ids[same], other.token_ids[same]} == {first, second}
-        assert most - nearly <= LOGIT_UNIT
-        ties += 1
-    assert ties <= (1 if recipe == "w4a8-plain" else 0)
-    assert len({answer.token_ids for answer in expected}) == len(PROMPTS)
+def test_tokens_of_integer_schemes(checkpoints: dict[str, Path], recipe: str, graph: bool) -> None:
+    """The batch shrinks, so that graphs are padded; see also test_recipes.py."""
+    params = SamplingParams(max_new_tokens=40)
+    expected = tokens_of(open_cpu(checkpoints[recipe]), PROMPTS, params)
+    llm = open_npu(checkpoints[recipe], graph=graph)
+    assert tokens_of(llm, PROMPTS, params) == expected
+    assert len(set(expected)) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("attention", ["fused", "paged"])
@@ -91,15 +73,12 @@ def test_hundreds_of_captured_steps_across_block_borders(
 
 @pytest.mark.parametrize("recipe", ["w8a8", "bf16", "w8a8-static", "w4a8-plain"])
 def test_logits_of_a_chunked_prefill(checkpoints: dict[str, Path], recipe: str) -> None:
+    """All bits of them: the simulated device adds up in the order of the CPU."""
     text = (Path(__file__).parent.parent / "data/tiny-qwen3/heldout.txt").read_text()
-    cpu = open_cpu(checkpoints[recipe])
+    cpu = open_cpu(checkpoints[recipe], step_tokens=64)
     ids = cpu.tokenizer.encode(text[:2000])[:200]
     llm = open_npu(checkpoints[recipe], graph=False, step_tokens=64)
-    expected, actual = cpu.logits(ids), llm.logits(ids)
-    assert (actual - expected).abs().max() < LOGIT_BOUND
-    assert expected.abs().max() > 10 * LOGIT_BOUND  # the bound means something
-    agree = (actual.argmax(-1) == expected.argmax(-1)).float().mean()
-    assert agree > 0.97
+    assert torch.equal(llm.logits(ids), cpu.logits(ids))
 
 
 def test_auto_takes_the_npu_and_float32_the_cpu(checkpoints: dict[str, Path]) -> None:

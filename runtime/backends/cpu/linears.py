@@ -18,7 +18,7 @@ from qwen3_ascend.checkpoint.schemes import (
     Scheme,
     W8A8Static,
 )
-from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, SHIFT
+from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, halves_of
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import Product, pick_int8_matmul
 from qwen3_ascend.runtime.backends.reference import FloatLinear, Loader
 from qwen3_ascend.runtime.backends.reference import GroupInt4Linear as ReferenceGroupInt4Linear
@@ -63,12 +63,12 @@ class GroupInt4Linear(ReferenceGroupInt4Linear):
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         super().__init__(linear, dtype)
         make = pick_int8_matmul()
-        self._products = [make(group.contiguous(), SHIFT) for group in self.weight.split(GROUP, 1)]
+        self._products = [make(group.contiguous(), 0) for group in self.weight.split(GROUP, 1)]
         self.weight = linear.weight
 
     @override
     def products(self, codes: Tensor) -> Iterator[Tensor]:
-        groups = zip(codes.split(GROUP, 1), self._products, strict=True)
+        groups = zip(halves_of(codes).split(GROUP, 1), self._products, strict=True)
         return (product(x.contiguous()) for x, product in groups)
 
 

@@ -53,11 +53,26 @@ def require_storage(operator: str, weight: Layout) -> None:
     require(weight.storage_size == expected, operator, rule)
 
 
+def float_product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """a @ b + bias, summed in float32 and rounded once. bfloat16 is summed in the order of torch's
+    own linear (README, "The order of float sums"), for which b lies as a weight [N, K] does; unless
+    the bias has more bits than that takes."""
+    b = b.mT.contiguous().mT if b.dim() > 1 else b
+    if a.dtype is torch.bfloat16 and bias is None:
+        return torch.matmul(a, b)
+    if a.dtype is torch.bfloat16 and torch.equal(bias.bfloat16().to(bias.dtype), bias):
+        return torch.addmm(bias.bfloat16(), a, b)
+    product = torch.matmul(a.float(), b.float())
+    return product if bias is None else product + bias.float()
+
+
 def plan_matmul(
     operator: str, a: DeviceTensor, b: DeviceTensor, out: DeviceTensor
 ) -> Callable[[], None]:
     check_matmul(operator, a.layout, b.layout)
-    return lambda: out.write(torch.matmul(a.read().float(), b.read().float()))
+    return lambda: out.write(float_product(a.read(), b.read()))
 
 
 @aclnn("aclnnMm", "a:T b:T out:T cube:i")
@@ -94,6 +109,9 @@ def addmm(
     require(bias.layout.dtype is a.layout.dtype, "addmm", rule)
 
     def run() -> None:
+        if alpha == beta == 1:
+            out.write(float_product(a.read(), b.read(), bias.read()))
+            return
         product = torch.matmul(a.read().float(), b.read().float())
         out.write(beta * bias.read().float() + alpha * product)
 
@@ -227,9 +245,10 @@ def plan_grouped(
     group: int,
     out: DeviceTensor,
 ) -> Callable[[], None]:
-    """x1 is split into two 4-bit numbers, and 8 of each code is left out of the products; `offset`
-    is what brings it back (quant_batch_matmul_v4_msd.h). The kernel adds up groups in float16,
-    which is not simulated: here it is float32."""
+    """quant_batch_matmul_v4_msd.h: x1 is split into two 4-bit numbers, without 8 of each code,
+    which `offset` brings back. Of each, the products of a group leave the cube unit as float16,
+    scaled, and are added to those of the groups before it in float16; what follows is float32. How
+    the two roundings are done is not said; here it is to the nearest, halves to even."""
     check_grouped(
         x.layout,
         weight.layout,
@@ -243,13 +262,19 @@ def plan_grouped(
 
     def run() -> None:
         assert token is not None and offset is not None
-        codes, words = x.read().int() - LEFT_OUT, unpacked(weight.read())
+        words = unpacked(weight.read())
         scales = scale.read().view(torch.int64).to(torch.int32).view(torch.float32)
-        total = torch.zeros(codes.shape[0], words.shape[1])
-        groups = zip(codes.split(GROUP, 1), words.split(GROUP), scales, strict=True)
-        for part, rows, factor in groups:
-            total += integer_product(part, rows).float() * factor
-        out.write((total + offset.read()) * token.read())
+
+        def summed(half: torch.Tensor) -> torch.Tensor:
+            total = torch.zeros(half.shape[0], words.shape[1], dtype=torch.float16)
+            groups = zip(half.split(GROUP, 1), words.split(GROUP), scales, strict=True)
+            for part, rows, factor in groups:
+                total += (integer_product(part, rows).float() * factor).half()
+            return total.float()
+
+        high = torch.div(x.read().int(), 16, rounding_mode="floor")
+        low = x.read().int() - 16 * high - LEFT_OUT
+        out.write((16 * summed(high) + summed(low) + offset.read()) * token.read())
 
     return run
 

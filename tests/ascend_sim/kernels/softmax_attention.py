@@ -42,18 +42,16 @@ def attend(
 ) -> torch.Tensor:
     """query [Q, heads, D] (float32), key and value [KV, kv_heads, D] -> [Q, heads, D_value].
 
-    `masked` is True where a query must not look.  A row that may look nowhere gives zeros."""
-    heads, kv_heads = query.shape[1], key.shape[1]
-    grouped = query.unflatten(1, (kv_heads, heads // kv_heads)).permute(1, 2, 0, 3)
-    keys = key.float().permute(1, 2, 0).unsqueeze(1)
-    scores = torch.matmul(grouped, keys) * scale
-    if masked is not None:
-        scores = scores.masked_fill(masked, float("-inf"))
-    weights = torch.softmax(scores, -1)
-    if masked is not None:
-        weights = torch.nan_to_num(weights)
-    values = value.float().permute(1, 0, 2).unsqueeze(1)
-    return torch.matmul(weights, values).permute(2, 0, 1, 3).flatten(1, 2)
+    `masked` [Q, KV] is True where a query must not look.  A row that may look nowhere gives zeros.
+    Sums are in the order of torch's own operator (README, "The order of float sums")."""
+    allowed = None if masked is None else ~masked
+    heads_first = (each.float().transpose(0, 1)[None] for each in (query, key, value))
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        *heads_first, attn_mask=allowed, scale=scale, enable_gqa=True
+    )[0].transpose(0, 1)
+    if masked is None:
+        return attended
+    return attended.masked_fill(masked.all(-1).view(-1, 1, 1), 0.0)
 
 
 def log_sum_exp(

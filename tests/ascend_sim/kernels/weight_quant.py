@@ -20,7 +20,7 @@ from .. import nz, raw
 from ..doors.aclnn import aclnn
 from ..limits import require, require_a2_or_a3, require_dtype, require_nd
 from ..tensors import DeviceTensor, Layout, row_major
-from .matmul import require_storage
+from .matmul import float_product, require_storage
 
 OPERATOR = "npu_weight_quant_batchmatmul"
 MOST = 65535
@@ -183,8 +183,8 @@ def weight_quant_matmul(
     require(precise & 0xFFFFFFFF in (0, 1), OPERATOR, "inner_precise must be 0 or 1")
 
     def run() -> None:
-        result = x.read().float() @ decoded(weight, scale, offset, group).float()
-        out.write(result if bias is None else result + bias.read().float())
+        weights = decoded(weight, scale, offset, group)
+        out.write(float_product(x.read(), weights, None if bias is None else bias.read()))
 
     return run
 

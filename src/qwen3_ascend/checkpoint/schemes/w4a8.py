@@ -5,17 +5,21 @@ The arithmetic, in this order, with g counting the groups of 256 inputs:
     group scale   = bf16(max|w| / 7)                 exact in bfloat16
     weight code   = clip(round(w / scale), -7, 7)    half to even, in float32
     token scale, token code: as w8a8 has them
-    y             = (sum over g of float32(sum of (token code - 8) * weight code, exact) * scale[g]
-                     + shift) * token scale
+    token code    = 16 h + l + 8                     h and l of 4 bits, -8 to 7
+    sum(c)        = sum over g of f16(float32(sum of c * weight code, exact) * scale[g]), c = h or l
+    y             = (16 * sum(h) + sum(l) + shift) * token scale
     shift         = sum over g of 8 * scale[g] * sum of the weight codes of g
 
-Both sums over groups are in float32, one group after the other. A sum within a group is below 2^19,
-so float32 holds it exactly.
+Sums over groups are taken one group after the other: sum(h) and sum(l) in float16, rounded after
+each group, `shift` in float32. A sum within a group is at most 2^14, so float32 holds it exactly.
 
-The 8 comes from the kernel. npu_quant_matmul splits an input code x into 16 h + l + 8 with two
-4-bit numbers h and l and multiplies these; what it leaves out is asked for as the argument `offset`
-(CANN's ops-nn at e5c3fa93: quant_batch_matmul_v4_msd.h, QuantBatchMatmulV4MsdPre). `code_sums`, of
-each group, makes that for every cut of the inputs.
+That is what npu_quant_matmul does (CANN's ops-nn at e5c3fa93: quant_batch_matmul_v4_msd.h): it
+multiplies 4-bit numbers by 4-bit numbers, so it splits each input code (QuantBatchMatmulV4MsdPre);
+each group's integers leave the matrix unit as float16, scaled, and are added to those before them
+in memory (MMCompute: GetTensorC of half with atomic addition); the rest is float32
+(ComputeDequant).
+The 8 that it leaves out is asked for as the argument `offset`; `code_sums`, of each group, makes
+that for every cut of the inputs.
 
 On A2 and A3 it takes such weights as plain [K, N / 8] int32 with group_sizes [0, 0, 256], and
 neither in FRACTAL_NZ nor transposed (quant_batch_matmul_v4_msd_tiling.cpp: AnalyzeInputs,
@@ -24,6 +28,7 @@ AnalyzeAttrs).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -43,6 +48,9 @@ GROUP = 256
 
 SHIFT = 8
 """What npu_quant_matmul leaves out of every input code."""
+
+HIGH = 16
+"""What the high half of an input code counts."""
 
 ROWS = Layout("nd", "KN", per_word=8)
 """[K, N] row by row, eight outputs to an int32."""
@@ -107,25 +115,31 @@ class W4A8(IntegerScheme):
     def product(self, codes: Codes, x: Tensor) -> Tensor:
         """The contract of the module docstring, summed in int64."""
         token_codes, token_scale = quantize_tokens(x)
-        shifted, weight = token_codes.long() - SHIFT, codes["weight"].long()
-        groups = zip(shifted.split(GROUP, -1), weight.split(GROUP, -1), strict=True)
+        halves, weight = halves_of(token_codes).long(), codes["weight"].long()
+        groups = zip(halves.split(GROUP, -1), weight.split(GROUP, -1), strict=True)
         products = (x @ w.t() for x, w in groups)
         return rescale_groups(products, codes["scale"], shift_of(codes), token_scale)
+
+
+def halves_of(codes: Tensor) -> Tensor:
+    """The high and then the low halves of int8 codes [T, K], int8 [2 T, K] from -8 to 7."""
+    return torch.cat((codes >> 4, (codes & HIGH - 1) - SHIFT))
 
 
 def rescale_groups(
     products: Iterable[Tensor], scale: Tensor, shift: Tensor, token_scale: Tensor
 ) -> Tensor:
-    """The epilogue: integer products [T, N] of each group in order, to float32 [T, N].
+    """The epilogue: integer products of each group in order, to float32 [T, N].
 
     Args:
-        products: of codes less 8, exact.
+        products: of halves of codes, exact, [2 T, N].
         scale: float32 [K / 256, N].
         shift: float32 [N].
         token_scale: float32 [T].
     """
-    scaled = (product.float() * group for product, group in zip(products, scale, strict=True))
-    return (_added_up(scaled) + shift) * token_scale[:, None]
+    groups = ((x.float() * factor).half() for x, factor in zip(products, scale, strict=True))
+    high, low = _added_up(groups).float().chunk(2)
+    return (HIGH * high + low + shift) * token_scale[:, None]
 
 
 def shift_of(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -135,8 +149,5 @@ def shift_of(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _added_up(groups: Iterable[Tensor]) -> Tensor:
-    """A sum in order; it begins with zero."""
-    total = torch.zeros(())
-    for group in groups:
-        total = total + group
-    return total
+    """A sum in order, each step rounded to the type of the groups."""
+    return functools.reduce(torch.add, groups)
