@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch import Tensor
 from qwen3_ascend import native
 from qwen3_ascend.checkpoint.layout import Cut
 from qwen3_ascend.convert.transforms.hadamard import Rotation
-from qwen3_ascend.native import Kernels
+from qwen3_ascend.native import Kernels, Rows, RowStep
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,32 +79,29 @@ class Change:
         ]
         return math.lcm(*sizes)
 
+    def prepared(self, inputs: int) -> Prepared:
+        """What is to be done to a weight [N, K], K `inputs`, in as few passes as can be."""
+        found = _Passes(inputs)
+        for step in self.steps:
+            found.add(step)
+        return found.prepared()
+
     def weight(self, weight: Tensor, start: int = 0, kernels: Kernels | None = None) -> Tensor:
         """Some outputs of a weight, or all of them.
 
         Args:
             weight: bfloat16, float16 or float32 [n, K]; n and `start` are multiples of `block`.
             start: the output that is the first one here.
-            kernels: to rotate with; all give the same bits. Default: the best that there are.
+            kernels: to compute with; all give the same bits. Default: the best that there are.
 
         Returns:
             float32 [n, K], contiguous, of its own memory.
         """
-        changed = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        waiting: Tensor | None = None  # factors of inputs that the next rotation can multiply with
-        for step in self.steps:
-            if isinstance(step, Scale) and step.axis == "inputs":
-                waiting = step.factors if waiting is None else waiting * step.factors
-            elif isinstance(step, Scale):
-                changed.mul_(step.factors[start : start + len(changed), None])
-            elif isinstance(step, Replace):
-                changed.copy_(step.gain)
-            elif step.axis == "outputs":
-                step.rotation.of_outputs(changed, kernels or native.best())
-            else:
-                step.rotation.of_inputs(changed, kernels or native.best(), waiting)
-                waiting = None
-        return changed if waiting is None else changed.mul_(waiting)
+        kernels, prepared = kernels or native.best(), self.prepared(weight.shape[1])
+        rows = prepared.rows(weight, start, kernels)
+        out = rows.source if prepared.mixed else _empty(weight)
+        kernels.change_rows(rows.source, rows.steps, out)
+        return out
 
     def bias(self, bias: Tensor, kernels: Kernels | None = None) -> Tensor:
         """The bias [N] of a linear, float32: what its outputs become."""
@@ -113,6 +110,87 @@ class Change:
 
 
 UNCHANGED = Change()
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The passes of a change over a weight [N, K]: what is done to each row by itself goes into
+    the pass that comes after it.
+
+    Attributes:
+        gain: what stands in the place of the source, if the gain of a norm is replaced.
+        mixed: rotations of outputs, each with the steps of rows before it.
+        steps: of rows, that are left for whoever reads them.
+    """
+
+    gain: Tensor | None
+    mixed: tuple[tuple[tuple[RowStep, ...], Rotation], ...]
+    steps: tuple[RowStep, ...]
+
+    @property
+    def block(self) -> int:
+        """As `Change.block`."""
+        return math.lcm(*(rotation.size for _, rotation in self.mixed))
+
+    def rows(self, weight: Tensor, start: int, kernels: Kernels) -> Rows:
+        """Some outputs of a weight, or all; see `Change.weight`. Views of the weight if no outputs
+        are mixed, else float32 of its own memory."""
+        if self.gain is not None:
+            weight = self.gain.expand(weight.shape)
+        outputs = slice(start, start + len(weight))
+        out: Tensor | None = None
+        for steps, rotation in self.mixed:
+            out = _empty(weight) if out is None else out
+            if steps:
+                kernels.change_rows(weight, [step.of(outputs) for step in steps], out)
+                weight = out
+            rotation.of_outputs(weight, kernels, out)
+            weight = out
+        return Rows(weight, tuple(step.of(outputs) for step in self.steps))
+
+
+class _Passes:
+    """Gathers the passes of a change, step by step."""
+
+    def __init__(self, inputs: int) -> None:
+        self._inputs = inputs
+        self._gain: Tensor | None = None
+        self._mixed: list[tuple[tuple[RowStep, ...], Rotation]] = []
+        self._steps: list[RowStep] = []
+        self._waiting: Tensor | None = None  # factors of inputs, for the next step that reads them
+
+    def add(self, step: Step) -> None:
+        """A step after the others."""
+        if isinstance(step, Replace):
+            self._gain, self._mixed, self._steps, self._waiting = step.gain, [], [], None
+        elif isinstance(step, Scale) and step.axis == "inputs":
+            waiting = self._waiting
+            self._waiting = step.factors if waiting is None else waiting * step.factors
+        elif isinstance(step, Scale):
+            self._steps.append(RowStep(outputs=step.factors))
+        elif step.axis == "outputs":
+            self._mixed.append((tuple(self._steps), step.rotation))
+            self._steps = []
+        else:
+            self._then(step.rotation.of_inputs(self._inputs, self._waiting))
+            self._waiting = None
+
+    def prepared(self) -> Prepared:
+        """All of them."""
+        if self._waiting is not None:
+            self._then(RowStep(inputs=self._waiting))
+        return Prepared(self._gain, tuple(self._mixed), tuple(self._steps))
+
+    def _then(self, step: RowStep) -> None:
+        """A step of inputs, which a factor of the row before it joins."""
+        if self._steps and self._steps[-1].inputs is None:
+            step = replace(step, outputs=self._steps.pop().outputs)
+        self._steps.append(step)
+
+
+def _empty(weight: Tensor) -> Tensor:
+    return torch.empty(weight.shape, dtype=torch.float32)
+
 
 FindChanges = Callable[[], Sequence[Change]]
 """Finds the changes of the parts of a linear, which may have to look at other weights."""

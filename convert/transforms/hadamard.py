@@ -18,7 +18,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from qwen3_ascend.errors import RecipeError
-from qwen3_ascend.native import Kernels
+from qwen3_ascend.native import Kernels, RowStep
 
 MOST_IN_BASE = 512
 """The largest factor that is no power of two: it costs as many additions for each weight."""
@@ -65,23 +65,20 @@ class Rotation:
         whole: Tensor = torch.kron(self.base.double(), sylvester)
         return whole * self.signs.double() / math.sqrt(self.size)
 
-    def of_inputs(self, weight: Tensor, kernels: Kernels, factors: Tensor | None = None) -> None:
-        """Rotates the rows of a float32 matrix [N, K] in place; K is a multiple of the size.
+    def of_inputs(self, inputs: int, factors: Tensor | None = None) -> RowStep:
+        """The rotation of rows [K].
 
         Args:
-            weight: the matrix.
-            kernels: to compute with.
+            inputs: K, a multiple of the size.
             factors: float32 [K] that the inputs are multiplied by first.
         """
-        if factors is not None and len(factors) != self.size:
-            weight.mul_(factors)
-            factors = None
-        signs = self.signs if factors is None else self.signs * factors
-        kernels.rotate_inputs(weight, signs, self.base)
+        signs = self.signs.repeat(inputs // self.size)  # exact, so one product does for both
+        return RowStep(None, signs if factors is None else signs * factors, self.base, self.size)
 
-    def of_outputs(self, weight: Tensor, kernels: Kernels) -> None:
-        """Rotates the columns of a float32 matrix [N, K] in place; N is a multiple of the size."""
-        kernels.rotate_outputs(weight, self.signs, self.base)
+    def of_outputs(self, weight: Tensor, kernels: Kernels, out: Tensor) -> None:
+        """Rotates the columns of a float matrix [N, K] into a float32 one; N is a multiple of the
+        size."""
+        kernels.rotate_outputs(weight, self.signs, self.base, out)
 
 
 @lru_cache

@@ -7,8 +7,9 @@
 
 int qwen3_ascend_has_path(int path);
 int qwen3_ascend_quantize_w8a8_nz(int path, int dtype, const void *source, int64_t rows,
-                                  int64_t columns, int64_t row_stride, uint8_t *strips,
-                                  float *scales, double *signal, double *noise, int64_t *position);
+                                  int64_t columns, int64_t row_stride, const void *steps,
+                                  int64_t count, float *scratch, uint8_t *strips, float *scales,
+                                  double *signal, double *noise, int64_t *position);
 int qwen3_ascend_error_w8a8_nz(int path, int dtype, const void *source, int64_t rows,
                                int64_t columns, int64_t row_stride, const uint8_t *strips,
                                const float *scales, double *signal, double *noise);
@@ -26,17 +27,27 @@ int qwen3_ascend_compensate_block(int path, const float *weights, int64_t rows, 
                                   int64_t factor_stride, int least, int most, int8_t *codes,
                                   float *errors);
 
-int qwen3_ascend_rotate_inputs(int path, float *data, int64_t rows, int64_t columns,
-                               const float *signs, int64_t size, const float *base, int64_t order,
-                               float factor);
-int qwen3_ascend_rotate_outputs(int path, float *data, int64_t rows, int64_t columns,
-                                const float *signs, int64_t size, const float *base, int64_t order,
-                                float factor, float *scratch);
+int qwen3_ascend_change_rows(int path, int dtype, const void *source, int64_t rows, int64_t columns,
+                             int64_t row_stride, const void *steps, int64_t count, float *out);
+int qwen3_ascend_rotate_outputs(int path, int dtype, const void *source, int64_t rows,
+                                int64_t columns, int64_t row_stride, const float *signs,
+                                const float *base, int64_t size, int64_t order, float factor,
+                                float *scratch, float *out);
+int qwen3_ascend_round_rows(int path, int dtype, const void *source, int64_t rows, int64_t columns,
+                            int64_t row_stride, const void *steps, int64_t count, float *scratch,
+                            uint16_t *stored, double *signal, double *noise, int64_t *position);
 int qwen3_ascend_square_sums(int path, int dtype, const void *source, int64_t rows, int64_t columns,
                              int64_t row_stride, int by_column, double *sums);
 int qwen3_ascend_error_bf16(int path, int dtype, const void *source, int64_t rows, int64_t columns,
                             int64_t row_stride, const uint16_t *stored, double *signal,
                             double *noise);
+
+/* `struct step` of kernels.h. */
+struct step {
+    const float *outputs, *inputs, *base;
+    int64_t size, order;
+    float factor;
+};
 
 enum { ROWS = 67, COLUMNS = 1051, STRIDE = 1060, BF16 = 1, FP16 = 2, FP32 = 3 };
 
@@ -79,8 +90,8 @@ static uint64_t run(int path, int dtype, int64_t rows, int64_t columns, const vo
     int64_t padded_rows = (rows + 15) / 16 * 16;
     int flags = dtype == BF16 ? 1 : 2;
     memset(strips, 0x5a, sizeof strips);
-    int status = qwen3_ascend_quantize_w8a8_nz(path, dtype, source, rows, columns, STRIDE, strips,
-                                               scales, sums[0], sums[1], position);
+    int status = qwen3_ascend_quantize_w8a8_nz(path, dtype, source, rows, columns, STRIDE, NULL, 0,
+                                               NULL, strips, scales, sums[0], sums[1], position);
     status += qwen3_ascend_error_w8a8_nz(path, dtype, source, rows, columns, STRIDE, strips, scales,
                                          sums[2], sums[3]);
     if (memcmp(sums[0], sums[2], 2 * sizeof sums[0]) != 0) status += 100;
@@ -121,15 +132,47 @@ static uint64_t choose(int path, int64_t columns)
 static uint64_t turn(int path, int64_t order, int64_t doublings, float *data)
 {
     enum { LENGTH = 2560, BREADTH = 21 };
-    static float signs[LENGTH], base[64 * 64], scratch[16 * LENGTH];
-    int64_t size = order * doublings, blocks = LENGTH / size;
+    static float signs[LENGTH], base[64 * 64], scratch[32 * LENGTH];
+    int64_t size = order * doublings, length = LENGTH / size * size;
     for (int i = 0; i < size; i++) signs[i] = next_random() & 1 ? 1.0f : -1.0f;
+    for (int64_t i = size; i < length; i++) signs[i] = signs[i - size];
     for (int i = 0; i < order * order; i++) base[i] = next_random() & 1 ? 1.0f : -1.0f;
-    int status = qwen3_ascend_rotate_inputs(path, data, BREADTH, blocks * size, signs, size, base,
-                                            order, 0.3f);
-    status += qwen3_ascend_rotate_outputs(path, data, blocks * size, BREADTH, signs, size, base,
-                                          order, 0.7f, scratch);
+    struct step step = {NULL, signs, base, size, order, 0.3f};
+    int status = qwen3_ascend_change_rows(path, FP32, data, BREADTH, length, length, &step, 1, data);
+    status += qwen3_ascend_rotate_outputs(path, FP32, data, length, BREADTH, BREADTH, signs, base,
+                                          size, order, 0.7f, scratch, data);
     uint64_t state = digest(14695981039346656037u, data, LENGTH * BREADTH * sizeof *data);
+    return digest(state, &status, sizeof status);
+}
+
+/* Rows that are changed as they are quantized, rounded, and written; and outputs of every type. */
+static uint64_t change(int path, int dtype, int64_t order, int64_t doublings, const void *source)
+{
+    static float factors[2][STRIDE], base[64 * 64], scratch[32 * STRIDE], out[ROWS * STRIDE];
+    static uint8_t strips[96 * STRIDE];
+    static uint16_t stored[ROWS * STRIDE];
+    float scales[ROWS];
+    double sums[4][ROWS];
+    int64_t position[2], size = order * doublings, columns = COLUMNS / size * size;
+    for (int i = 0; i < STRIDE; i++)
+        for (int j = 0; j < 2; j++) factors[j][i] = (float)next_random() / 0x1p31f - 1.0f;
+    for (int i = 0; i < order * order; i++) base[i] = next_random() & 1 ? 1.0f : -1.0f;
+    struct step steps[] = {{factors[1], factors[0], base, size, order, 0.3f},
+                           {factors[0], NULL, NULL, 1, 1, 1.0f},
+                           {NULL, factors[1], NULL, 1, 1, 1.0f}};
+    memset(strips, 0x5a, sizeof strips);
+    int status = qwen3_ascend_quantize_w8a8_nz(path, dtype, source, ROWS, columns, STRIDE, steps, 3,
+                                               scratch, strips, scales, sums[0], sums[1], position);
+    status += qwen3_ascend_round_rows(path, dtype, source, ROWS, columns, STRIDE, steps, 3, scratch,
+                                      stored, sums[2], sums[3], position);
+    uint64_t state = digest(14695981039346656037u, strips, sizeof strips);
+    state = digest(digest(state, scales, sizeof scales), sums, sizeof sums);
+    state = digest(state, stored, (size_t)(ROWS * columns) * sizeof *stored);
+    status += qwen3_ascend_change_rows(path, dtype, source, ROWS, columns, STRIDE, steps, 3, out);
+    state = digest(state, out, (size_t)(ROWS * columns) * sizeof *out);
+    status += qwen3_ascend_rotate_outputs(path, dtype, source, ROWS / size * size, columns, STRIDE,
+                                          factors[0], base, size, order, 0.7f, scratch, out);
+    state = digest(state, out, (size_t)(ROWS * columns) * sizeof *out);
     return digest(state, &status, sizeof status);
 }
 
@@ -173,5 +216,12 @@ int main(int count, char **arguments)
         printf("sums %d %016llx\n", dtype,
                (unsigned long long)add_up(path, dtype, source, stored));
     }
+    static const int64_t changed[][2] = {{1, 4}, {1, 64}, {12, 4}, {20, 1}, {1, 256}, {4, 256}};
+    for (int dtype = BF16; dtype <= FP32; dtype++)
+        for (size_t i = 0; i < sizeof changed / sizeof *changed; i++) {
+            fill(source, dtype, 1);
+            printf("change %d %zu %016llx\n", dtype, i,
+                   (unsigned long long)change(path, dtype, changed[i][0], changed[i][1], source));
+        }
     return 0;
 }

@@ -10,12 +10,15 @@ from __future__ import annotations
 from qwen3_ascend.native.fallback import TorchKernels
 from qwen3_ascend.native.kernels import Kernels, NativeKernels, NotFinite
 from qwen3_ascend.native.library import NativeUnavailable, open_library
+from qwen3_ascend.native.rows import Rows, RowStep
 
 __all__ = [
     "Kernels",
     "NativeKernels",
     "NativeUnavailable",
     "NotFinite",
+    "RowStep",
+    "Rows",
     "TorchKernels",
     "best",
     "describe",

@@ -1,4 +1,4 @@
-"""Rotations by randomized Hadamard matrices in torch: the definition of their bits."""
+"""Steps of rows and rotations of outputs in torch: the definition of their bits."""
 
 from __future__ import annotations
 
@@ -7,46 +7,38 @@ import math
 import torch
 from torch import Tensor
 
+from qwen3_ascend.native.rows import Steps
+
 BLOCK_WEIGHTS = 1 << 18
 """Weights that are rotated together: their copies stay near ten megabytes."""
 
 
-def check_rotation(matrix: Tensor, axis: int, signs: Tensor, base: Tensor) -> None:
-    """Raise ValueError unless the arguments are what `Kernels.rotate_inputs` (axis 1) or
-    `rotate_outputs` (axis 0) takes."""
-    size, order = signs.numel(), base.shape[0]
-    doublings = size // max(order, 1)
-    for name, tensor in (("matrix", matrix), ("signs", signs), ("base", base)):
-        if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
-            raise ValueError(f"{name} must be float32 on the CPU, not {tensor.dtype}")
-        if tensor.dim() != (1 if tensor is signs else 2) or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, and not {list(tensor.shape)}")
-    if base.shape[1] != order or order * doublings != size or doublings & doublings - 1:
-        raise ValueError(f"a base of {list(base.shape)} does not make a rotation of {size}")
-    if size == 0 or matrix.shape[axis] % size:
-        raise ValueError(f"{list(matrix.shape)} has no whole blocks of {size} along axis {axis}")
+def changed(rows: Tensor, steps: Steps) -> Tensor:
+    """Rows [N, K] of any float type after some steps, float32; see `Kernels.change_rows`."""
+    x = rows.float()
+    for step in steps:
+        if step.outputs is not None:
+            x = x * step.outputs[:, None]
+        if step.inputs is not None:
+            x = x * step.inputs
+        if step.base is not None:
+            x = _rotated(x.unflatten(1, (-1, step.size)), step.base).flatten(1)
+    return x
 
 
-def rotate(matrix: Tensor, axis: int, signs: Tensor, base: Tensor) -> None:
-    """Rotates blocks of rows (axis 1) or of columns (axis 0) in place; see `Kernels`."""
-    check_rotation(matrix, axis, signs, base)
-    size = len(signs)
-    other = matrix.shape[1 - axis]
-    step = max(1, BLOCK_WEIGHTS // max(1, matrix.shape[axis]))
-    for start in range(0, other, step):
-        part = matrix.narrow(1 - axis, start, min(step, other - start))
-        if axis == 1:
-            blocks = part.unflatten(1, (-1, size))
-            blocks.copy_(_rotated(blocks, signs, base))
-        else:
-            blocks = part.unflatten(0, (-1, size)).transpose(1, 2)
-            blocks.copy_(_rotated(blocks, signs, base))
+def rotate_outputs(source: Tensor, signs: Tensor, base: Tensor, out: Tensor) -> None:
+    """See `Kernels.rotate_outputs`."""
+    rows, columns = source.shape
+    step = max(1, BLOCK_WEIGHTS // max(1, rows))
+    for start in range(0, columns, step):
+        span = slice(start, start + step)
+        blocks = source[:, span].float().unflatten(0, (-1, len(signs))).transpose(1, 2)
+        out[:, span] = _rotated(blocks * signs, base).transpose(1, 2).flatten(0, 1)
 
 
-def _rotated(x: Tensor, signs: Tensor, base: Tensor) -> Tensor:
+def _rotated(x: Tensor, base: Tensor) -> Tensor:
     """[..., S]: each step is elementwise, so that no processor can add in another order."""
-    size, order = len(signs), len(base)
-    x = x * signs
+    size, order = x.shape[-1], len(base)
     apart = 1
     while apart * order < size:
         pairs = x.unflatten(-1, (-1, 2, apart))

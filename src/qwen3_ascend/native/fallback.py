@@ -14,20 +14,23 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
-from qwen3_ascend.native.butterflies import rotate
+from qwen3_ascend.native.butterflies import changed, rotate_outputs
 from qwen3_ascend.native.kernels import (
     FLOATS,
     LEAST_SEARCHED,
     NotFinite,
     check_block,
+    check_change,
     check_codes,
     check_matrix,
+    check_outputs,
     check_pack,
     check_rounded,
     check_search,
     check_square_sums,
     lane_sums,
 )
+from qwen3_ascend.native.rows import Rows, Steps
 
 BLOCK_WEIGHTS = 1 << 18
 
@@ -43,13 +46,18 @@ class TorchKernels:
             _check_finite(source[start:stop], start)
 
     def quantize_w8a8_nz(
-        self, source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
+        self,
+        source: Tensor,
+        strips: Tensor,
+        scales: Tensor,
+        signal: Tensor,
+        noise: Tensor,
+        steps: Steps = (),
     ) -> None:
-        check_codes(source, strips, scales, signal, noise)
+        check_codes(source, strips, scales, signal, noise, steps)
         for start, stop in _blocks(source, STRIP_BYTES):
-            rows = source[start:stop]
-            _check_finite(rows, start)
-            weights = rows.float()
+            weights = _changed(source, steps, start, stop)
+            _check_finite(weights, start)
             scales[start:stop] = _channel_scales(weights)
             codes = (weights / scales[start:stop, None]).round_().clamp_(-128, 127)
             _store_codes(codes.to(torch.int8), _strips_of(strips, start, stop))
@@ -122,11 +130,14 @@ class TorchKernels:
             weight.sub_(code * step).div_(factor[column, column])
             errors[:, column + 1 :] -= weight[:, None] * factor[column, column + 1 :]
 
-    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
-        rotate(matrix, 1, signs, base)
+    def change_rows(self, source: Tensor, steps: Steps, out: Tensor) -> None:
+        check_change(source, steps, out)
+        for start, stop in _blocks(source, 1):
+            out[start:stop] = _changed(source, steps, start, stop)
 
-    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
-        rotate(matrix, 0, signs, base)
+    def rotate_outputs(self, source: Tensor, signs: Tensor, base: Tensor, out: Tensor) -> None:
+        check_outputs(source, signs, base, out)
+        rotate_outputs(source, signs, base, out)
 
     def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
         check_square_sums(source, axis, sums)
@@ -142,6 +153,22 @@ class TorchKernels:
             exact = source[start:stop].double()
             signal[start:stop] = lane_sums(exact.square())
             noise[start:stop] = lane_sums(exact.sub_(stored[start:stop].double()).square_())
+
+    def round_rows(
+        self, source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor, steps: Steps = ()
+    ) -> None:
+        check_rounded(source, stored, signal, noise, steps)
+        for start, stop in _blocks(source, 1):
+            rows, place = _changed(source, steps, start, stop), slice(start, stop)
+            stored[place] = rows
+            _check_finite(stored[place], start)
+            self.error_bf16(rows, stored[place], signal[place], noise[place])
+
+
+def _changed(source: Tensor, steps: Steps, start: int, stop: int) -> Tensor:
+    """Some rows after their steps, float32."""
+    part = Rows(source, tuple(steps)).part(start, stop)
+    return changed(part.source, part.steps)
 
 
 def _blocks(matrix: Tensor, unit: int) -> Iterator[tuple[int, int]]:

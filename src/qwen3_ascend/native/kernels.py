@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
-from qwen3_ascend.native.butterflies import check_rotation
-from qwen3_ascend.native.library import Library
+from qwen3_ascend.native.library import Library, Step
+from qwen3_ascend.native.rows import Steps, check_factors, check_rotation, check_steps
 
 LANES = 8
 
-ROTATED_COLUMNS = 16
+ROTATED_COLUMNS = 32
 """Columns that the compiled kernel rotates together, in a scratch."""
 
 BLOCK_COLUMNS = 128
@@ -52,13 +52,20 @@ class Kernels(Protocol):
         """Raise NotFinite if the float matrix source [N, K] holds a NaN or Inf."""
 
     def quantize_w8a8_nz(
-        self, source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
+        self,
+        source: Tensor,
+        strips: Tensor,
+        scales: Tensor,
+        signal: Tensor,
+        noise: Tensor,
+        steps: Steps = (),
     ) -> None:
         """Quantize rows to int8 per row, laid out as FRACTAL_NZ of the transposed matrix.
 
-        source [N, K]; strips int8 [ceil(N/32), ceil(K/16), 16, 32], contiguous, zero padded;
-        scales float32 [N], bfloat16 values; signal and noise float64 [N]: sums of w^2 and of
-        (w - code * scale)^2. Raises NotFinite, after which the outputs hold nothing of use.
+        source [N, K], of which the weights w are made by some steps (see change_rows); strips int8
+        [ceil(N/32), ceil(K/16), 16, 32], contiguous, zero padded; scales float32 [N], bfloat16
+        values; signal and noise float64 [N]: sums of w^2 and of (w - code * scale)^2. Raises
+        NotFinite, after which the outputs hold nothing of use.
         """
 
     def error_w8a8_nz(
@@ -120,17 +127,23 @@ class Kernels(Protocol):
             w_k = w_k - error_j * factor_jk        for all k > j
         """
 
-    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
-        """Rotate each block of S neighbours in every row, in place: x becomes H (s * x) / sqrt(S).
+    def change_rows(self, source: Tensor, steps: Steps, out: Tensor) -> None:
+        """Write what rows become by some steps, one after the other.
 
-        matrix float32 [N, K], K a multiple of S; signs float32 [S], or other factors; base float32
-        [M, M] of 1 and -1, S = M * 2^k, H = base (x) Sylvester's matrix of order 2^k. Additions in
-        this order: pairs 1 apart, 2 apart, ..., 2^(k-1) apart, each a + b and a - b; then rows of
-        the base from its first column to its last; then one product with float32(1 / sqrt(S)).
+        source [N, K]; out float32 [N, K], contiguous, which may be the source. In each step, in
+        float32, x is multiplied by the factor of its row, then by those of its columns; then each
+        block of S neighbours is rotated, x becomes H x / sqrt(S): base float32 [M, M] of 1 and -1,
+        S = M * 2^k, H = base (x) Sylvester's matrix of order 2^k. Additions in this order: pairs
+        1 apart, 2 apart, ..., 2^(k-1) apart, each a + b and a - b; then rows of the base from its
+        first column to its last; then one product with float32(1 / sqrt(S)).
         """
 
-    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
-        """The same for each block of S neighbours in every column; N is a multiple of S."""
+    def rotate_outputs(self, source: Tensor, signs: Tensor, base: Tensor, out: Tensor) -> None:
+        """Rotate each block of S neighbours in every column, once its signs are in it.
+
+        source [N, K], N a multiple of S; signs float32 [S], or other factors; base and the order of
+        additions as in change_rows; out float32 [N, K], contiguous, which may be the source.
+        """
 
     def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
         """Write the sums of w^2 of every row (axis 0) or column (axis 1) of source [N, K].
@@ -144,12 +157,27 @@ class Kernels(Protocol):
         stored bfloat16 [N, K], contiguous: w'. In the order of `lane_sums`.
         """
 
+    def round_rows(
+        self, source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor, steps: Steps = ()
+    ) -> None:
+        """Round the rows that some steps make of source [N, K] to bfloat16, half to even.
+
+        stored bfloat16 [N, K], contiguous; signal and noise as error_bf16 finds them. Raises
+        NotFinite when a stored value is, after which the outputs hold nothing of use.
+        """
+
 
 def check_codes(
-    source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
+    source: Tensor,
+    strips: Tensor,
+    scales: Tensor,
+    signal: Tensor,
+    noise: Tensor,
+    steps: Steps = (),
 ) -> None:
     """Raise ValueError unless the arguments fit quantize_w8a8_nz and error_w8a8_nz."""
     check_matrix(source, FLOATS)
+    check_steps(source.shape, steps)
     rows, columns = source.shape
     shape = (-(-rows // STRIP_BYTES), -(-columns // ROW_BLOCK), ROW_BLOCK, STRIP_BYTES)
     _check_plain("strips", strips, torch.int8, shape)
@@ -158,15 +186,33 @@ def check_codes(
     _check_plain("noise", noise, torch.float64, (rows,))
 
 
+def check_change(source: Tensor, steps: Steps, out: Tensor) -> None:
+    """Raise ValueError unless the arguments fit change_rows."""
+    check_matrix(source, FLOATS)
+    check_steps(source.shape, steps)
+    check_factors("out", out, tuple(source.shape))
+
+
+def check_outputs(source: Tensor, signs: Tensor, base: Tensor, out: Tensor) -> None:
+    """Raise ValueError unless the arguments fit rotate_outputs."""
+    check_matrix(source, FLOATS)
+    check_rotation(source.shape[0], signs.numel(), base)
+    check_factors("signs", signs, (signs.numel(),))
+    check_factors("out", out, tuple(source.shape))
+
+
 def check_square_sums(source: Tensor, axis: int, sums: Tensor) -> None:
     """Raise ValueError unless the arguments fit square_sums."""
     check_matrix(source, FLOATS)
     _check_plain("sums", sums, torch.float64, (source.shape[axis],))
 
 
-def check_rounded(source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor) -> None:
-    """Raise ValueError unless the arguments fit error_bf16."""
+def check_rounded(
+    source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor, steps: Steps = ()
+) -> None:
+    """Raise ValueError unless the arguments fit error_bf16 and round_rows."""
     check_matrix(source, FLOATS)
+    check_steps(source.shape, steps)
     _check_plain("stored", stored, torch.bfloat16, tuple(source.shape))
     for name, sums in (("signal", signal), ("noise", noise)):
         _check_plain(name, sums, torch.float64, (source.shape[0],))
@@ -229,11 +275,19 @@ class NativeKernels:
         self._run("find_not_finite", *_matrix(source), position=True)
 
     def quantize_w8a8_nz(
-        self, source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
+        self,
+        source: Tensor,
+        strips: Tensor,
+        scales: Tensor,
+        signal: Tensor,
+        noise: Tensor,
+        steps: Steps = (),
     ) -> None:
-        check_codes(source, strips, scales, signal, noise)
+        check_codes(source, strips, scales, signal, noise, steps)
+        scratch = torch.empty(STRIP_BYTES * source.shape[1] if steps else 0)
         outputs = (strips.data_ptr(), scales.data_ptr(), signal.data_ptr(), noise.data_ptr())
-        self._run("quantize_w8a8_nz", *_matrix(source), *outputs, position=True)
+        changed = (*_matrix(source), *_steps(steps, scratch))
+        self._run("quantize_w8a8_nz", *changed, *outputs, position=True)
 
     def error_w8a8_nz(
         self, source: Tensor, strips: Tensor, scales: Tensor, signal: Tensor, noise: Tensor
@@ -288,14 +342,16 @@ class NativeKernels:
         found = (codes.data_ptr(), errors.data_ptr())
         self._run("compensate_block", *_matrix(weights)[1:], *given, *integers, *found)
 
-    def rotate_inputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
-        check_rotation(matrix, 1, signs, base)
-        self._run("rotate_inputs", *_turned(matrix, signs, base))
+    def change_rows(self, source: Tensor, steps: Steps, out: Tensor) -> None:
+        check_change(source, steps, out)
+        self._run("change_rows", *_matrix(source), *_steps(steps, out))
 
-    def rotate_outputs(self, matrix: Tensor, signs: Tensor, base: Tensor) -> None:
-        check_rotation(matrix, 0, signs, base)
+    def rotate_outputs(self, source: Tensor, signs: Tensor, base: Tensor, out: Tensor) -> None:
+        check_outputs(source, signs, base, out)
+        rotation = (signs.data_ptr(), base.data_ptr(), len(signs), len(base), _factor(len(signs)))
         scratch = torch.empty(len(signs) * ROTATED_COLUMNS)
-        self._run("rotate_outputs", *_turned(matrix, signs, base), scratch.data_ptr())
+        outputs = (scratch.data_ptr(), out.data_ptr())
+        self._run("rotate_outputs", *_matrix(source), *rotation, *outputs)
 
     def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
         check_square_sums(source, axis, sums)
@@ -306,7 +362,16 @@ class NativeKernels:
         sums = (signal.data_ptr(), noise.data_ptr())
         self._run("error_bf16", *_matrix(source), stored.data_ptr(), *sums)
 
-    def _run(self, name: str, *arguments: float, position: bool = False) -> None:
+    def round_rows(
+        self, source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor, steps: Steps = ()
+    ) -> None:
+        check_rounded(source, stored, signal, noise, steps)
+        scratch = torch.empty(source.shape[1] if steps else 0)
+        outputs = (stored.data_ptr(), signal.data_ptr(), noise.data_ptr())
+        changed = (*_matrix(source), *_steps(steps, scratch))
+        self._run("round_rows", *changed, *outputs, position=True)
+
+    def _run(self, name: str, *arguments: object, position: bool = False) -> None:
         """Call a kernel; with `position` it reports a non-finite weight as its last argument."""
         place = (ctypes.c_int64 * 2)()
         status = self.library.call(name, *arguments, *([place] if position else []))
@@ -321,13 +386,21 @@ def _matrix(source: Tensor) -> tuple[int, int, int, int, int]:
     return _DTYPE_CODES[source.dtype], source.data_ptr(), rows, columns, source.stride(0)
 
 
-def _turned(
-    matrix: Tensor, signs: Tensor, base: Tensor
-) -> tuple[int, int, int, int, int, int, int, float]:
-    rows, columns = matrix.shape
-    factor = 1.0 / math.sqrt(len(signs))
-    turn = (signs.data_ptr(), len(signs), base.data_ptr(), len(base), factor)
-    return matrix.data_ptr(), rows, columns, *turn
+def _steps(steps: Steps, scratch: Tensor) -> tuple[ctypes.Array[Step], int, int]:
+    """Steps as the library takes them, with the memory that it makes their rows in."""
+    found = (Step * len(steps))()
+    for place, step in zip(found, steps, strict=True):
+        place.outputs = None if step.outputs is None else step.outputs.data_ptr()
+        place.inputs = None if step.inputs is None else step.inputs.data_ptr()
+        place.base = None if step.base is None else step.base.data_ptr()
+        place.size = step.size
+        place.order = 1 if step.base is None else len(step.base)
+        place.factor = _factor(step.size)
+    return found, len(steps), scratch.data_ptr()
+
+
+def _factor(size: int) -> float:
+    return 1.0 / math.sqrt(size)
 
 
 def _strip_stride(strips: Tensor) -> int:

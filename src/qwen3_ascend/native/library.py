@@ -11,28 +11,42 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-ABI = 6
+ABI = 7
 LIBRARY = Path(__file__).with_name("_kernels.so")
 PATHS = {"baseline": 0, "avx2": 1, "avx512": 2}
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _MATRIX = [_INT, _POINTER, _LONG, _LONG, _LONG]  # dtype, data, rows, columns, row stride
-# data, rows, columns; signs and size, base and order, factor
-_TURNED = [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, ctypes.c_float]
+_STEPS = [_POINTER, _LONG, _POINTER]  # steps, how many, scratch
+_ROTATION = [_POINTER, _LONG, _LONG, ctypes.c_float]  # base, size, order, factor
 _FLOATS = _MATRIX[1:]  # the same of float32
 _SIGNATURES: dict[str, list[type]] = {
     "find_not_finite": [_INT, *_MATRIX, _POINTER],
-    "quantize_w8a8_nz": [_INT, *_MATRIX, *[_POINTER] * 5],
+    "quantize_w8a8_nz": [_INT, *_MATRIX, *_STEPS, *[_POINTER] * 5],
     "error_w8a8_nz": [_INT, *_MATRIX, *[_POINTER] * 4],
     "pack_nz_rows": [_INT, _INT, _INT, *_MATRIX[1:], _POINTER, _LONG, _LONG, _POINTER],
     "unpack_nz_rows": [_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG],
-    "rotate_inputs": [_INT, *_TURNED],
-    "rotate_outputs": [_INT, *_TURNED, _POINTER],
+    "change_rows": [_INT, *_MATRIX, *_STEPS],
+    "rotate_outputs": [_INT, *_MATRIX, _POINTER, *_ROTATION, _POINTER, _POINTER],
     "square_sums": [_INT, *_MATRIX, _INT, _POINTER],
     "error_bf16": [_INT, *_MATRIX, _POINTER, _POINTER, _POINTER],
+    "round_rows": [_INT, *_MATRIX, *_STEPS, *[_POINTER] * 4],
     "search_scales": [_INT, *_FLOATS, _POINTER, _LONG, _INT, _INT, _POINTER, _LONG, _POINTER],
     "compensate_block": [_INT, *_FLOATS, *[_POINTER] * 2, _LONG, _INT, _INT, *[_POINTER] * 2],
 }
+
+
+class Step(ctypes.Structure):
+    """`struct step` of csrc/kernels.h."""
+
+    _fields_ = (
+        ("outputs", _POINTER),
+        ("inputs", _POINTER),
+        ("base", _POINTER),
+        ("size", _LONG),
+        ("order", _LONG),
+        ("factor", ctypes.c_float),
+    )
 
 
 class NativeUnavailable(Exception):

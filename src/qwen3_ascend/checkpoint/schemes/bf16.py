@@ -100,8 +100,7 @@ class BF16(Scheme):
 
 
 def _rounded(source: Stack, piece: Piece, kernels: Kernels) -> tuple[Tensor, Sums | None]:
-    """Some outputs, bfloat16, and their errors; what is rounded is looked at a few rows at a time,
-    while it is in the cache."""
+    """Some outputs, bfloat16, and their errors."""
     if source.is_all(torch.bfloat16):
         matrix = source.piece(piece)
         kernels.check_finite(matrix)
@@ -110,12 +109,11 @@ def _rounded(source: Stack, piece: Piece, kernels: Kernels) -> tuple[Tensor, Sum
     matrix = torch.empty(count, source.shape[1], dtype=torch.bfloat16)
     sums = Sums(*torch.empty(2, count, dtype=torch.float64))
     row = 0
-    for floats in source.outputs(piece, 1):
-        rows = slice(row, row + len(floats))
-        matrix[rows] = floats
-        kernels.error_bf16(floats, matrix[rows], sums.signal[rows], sums.noise[rows])
+    for found in source.outputs(piece, 1):
+        rows = slice(row, row + len(found))
+        outputs = (matrix[rows], sums.signal[rows], sums.noise[rows])
+        kernels.round_rows(found.source, *outputs, steps=found.steps)
         row = rows.stop
-    kernels.check_finite(matrix)
     return matrix, sums
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import Cut, Place
 from qwen3_ascend.files.safetensors import Form
+from qwen3_ascend.native import Rows
 from qwen3_ascend.native.kernels import lane_sums
 
 PIECE_BYTES = 1 << 21
@@ -123,12 +124,12 @@ class Stack:
             found = self._outputs(piece)
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def outputs(self, piece: Piece, unit: int) -> Iterable[Tensor]:
+    def outputs(self, piece: Piece, unit: int) -> Iterable[Rows]:
         """A piece of outputs as matrices of a multiple of `unit` rows each, but for the last one:
         views of the parts if those end at such multiples, else one copy."""
         found = self._outputs(piece)
         aligned = all(part.shape[0] % unit == 0 for part in found[:-1])
-        return found if aligned else [torch.cat(found)]
+        return map(Rows, found if aligned else [torch.cat(found)])
 
     def _outputs(self, piece: Piece) -> list[Tensor]:
         return [

@@ -101,12 +101,11 @@ class W8A8(IntegerScheme):
         tensors = {suffix: torch.empty(f.shape, dtype=f.dtype) for suffix, f in forms.items()}
         sums = Sums(*torch.empty(2, count, dtype=torch.float64))
         row = 0
-        for matrix in source.outputs(piece, NZ.c0):
-            rows = slice(row, row + matrix.shape[0])
+        for found in source.outputs(piece, NZ.c0):
+            rows = slice(row, row + len(found))
             strips = tensors["weight"][row // NZ.c0 : -(-rows.stop // NZ.c0)]
-            kernels.quantize_w8a8_nz(
-                matrix, strips, tensors["scale"][rows], sums.signal[rows], sums.noise[rows]
-            )
+            outputs = (strips, tensors["scale"][rows], sums.signal[rows], sums.noise[rows])
+            kernels.quantize_w8a8_nz(found.source, *outputs, steps=found.steps)
             row = rows.stop
         return Packed(tensors, sums)
 

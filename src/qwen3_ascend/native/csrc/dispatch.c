@@ -60,6 +60,26 @@ static int matrix_is_valid(struct matrix source)
     return (uintptr_t)source.data % alignment[source.dtype] == 0;
 }
 
+static int rotation_is_valid(struct rotation rotation, int64_t length)
+{
+    int64_t size = rotation.size, order = rotation.order;
+    if (order < 1 || order > MOST_ORDER || (order > 1 && order % 4 != 0)) return 0;
+    if (size < order || size % order != 0) return 0;
+    int64_t doublings = size / order;
+    return (doublings & (doublings - 1)) == 0 && length % size == 0;
+}
+
+static int rows_are_valid(struct rows source)
+{
+    if (!matrix_is_valid(source.matrix) || source.matrix.dtype == DTYPE_BYTE) return 0;
+    for (int64_t i = 0; i < source.count; i++) {
+        const struct step *step = source.steps + i;
+        if (step->rotation.size > 1 && step->inputs == NULL) return 0;
+        if (!rotation_is_valid(step->rotation, source.matrix.columns)) return 0;
+    }
+    return source.count == 0 || source.scratch != NULL;
+}
+
 QWEN3_ASCEND_API int qwen3_ascend_abi(void) { return QWEN3_ASCEND_ABI; }
 
 /* 1 when this processor and operating system can run the path, 0 when not. */
@@ -77,22 +97,24 @@ QWEN3_ASCEND_API int qwen3_ascend_find_not_finite(int path, int dtype, const voi
     return table->find(matrix, position);
 }
 
-/* [rows, columns] weights -> strips of [columns padded to 16][32 channels] int8, one per 32 rows,
- * plus per row a scale (a bfloat16 value), signal and noise. position gets the [row, column] of
- * the first NaN or Inf, after which the outputs hold nothing of use. */
+/* [rows, columns] weights, after `count` steps in a scratch of [32][columns], -> strips of [columns
+ * padded to 16][32 channels] int8, one per 32 rows, plus per row a scale (a bfloat16 value), signal
+ * and noise. position gets the [row, column] of the first NaN or Inf, after which the outputs hold
+ * nothing of use. */
 QWEN3_ASCEND_API int qwen3_ascend_quantize_w8a8_nz(int path, int dtype, const void *source,
                                                    int64_t rows, int64_t columns,
-                                                   int64_t row_stride, uint8_t *strips,
+                                                   int64_t row_stride, const struct step *steps,
+                                                   int64_t count, float *scratch, uint8_t *strips,
                                                    float *scales, double *signal, double *noise,
                                                    int64_t *position)
 {
-    struct matrix matrix = {source, rows, columns, row_stride, dtype};
+    struct rows changed = {{source, rows, columns, row_stride, dtype}, steps, count, scratch};
     const struct path_table *table = find_path(path);
     if (table == NULL) return STATUS_NO_PATH;
-    if (!matrix_is_valid(matrix) || dtype == DTYPE_BYTE) return STATUS_BAD_ARGUMENT;
+    if (!rows_are_valid(changed)) return STATUS_BAD_ARGUMENT;
     float_mode saved = enter_ieee_mode();
     struct error_sums sums = {signal, noise};
-    int status = table->quantize(matrix, strips, scales, sums, position);
+    int status = table->quantize(changed, strips, scales, sums, position);
     leave_ieee_mode(saved);
     return status;
 }
@@ -146,43 +168,37 @@ QWEN3_ASCEND_API int qwen3_ascend_unpack_nz_rows(int path, const uint8_t *strips
     return table->unpack(strips, strip_stride, rows, row_bytes, destination, row_stride);
 }
 
-static int rotation_is_valid(struct rotation rotation, int64_t length)
+/* Rows after `count` steps -> float32 [rows, columns], which may be the source. */
+QWEN3_ASCEND_API int qwen3_ascend_change_rows(int path, int dtype, const void *source, int64_t rows,
+                                              int64_t columns, int64_t row_stride,
+                                              const struct step *steps, int64_t count, float *out)
 {
-    int64_t size = rotation.size, order = rotation.order;
-    if (order < 1 || order > MOST_ORDER || (order > 1 && order % 4 != 0)) return 0;
-    if (size < order || size % order != 0) return 0;
-    int64_t doublings = size / order;
-    return (doublings & (doublings - 1)) == 0 && length % size == 0;
-}
-
-/* Blocks of `size` neighbours in every row of [rows, columns] float32, in place. */
-QWEN3_ASCEND_API int qwen3_ascend_rotate_inputs(int path, float *data, int64_t rows,
-                                                int64_t columns, const float *signs, int64_t size,
-                                                const float *base, int64_t order, float factor)
-{
-    struct rotation rotation = {signs, base, size, order, factor};
+    struct rows changed = {{source, rows, columns, row_stride, dtype}, steps, count, out};
     const struct path_table *table = find_path(path);
     if (table == NULL) return STATUS_NO_PATH;
-    if (rows < 0 || columns < 0 || !rotation_is_valid(rotation, columns))
-        return STATUS_BAD_ARGUMENT;
+    if (!rows_are_valid(changed)) return STATUS_BAD_ARGUMENT;
     float_mode saved = enter_ieee_mode();
-    table->rotate_inputs(data, rows, columns, rotation);
+    table->change(changed, out);
     leave_ieee_mode(saved);
     return STATUS_OK;
 }
 
-/* Blocks of `size` neighbours in every column; scratch holds size * 16 floats. */
-QWEN3_ASCEND_API int qwen3_ascend_rotate_outputs(int path, float *data, int64_t rows,
-                                                 int64_t columns, const float *signs, int64_t size,
-                                                 const float *base, int64_t order, float factor,
-                                                 float *scratch)
+/* Blocks of `size` neighbours in every column, times their signs, rotated -> float32 [rows,
+ * columns], which may be the source; scratch holds size * 32 floats. */
+QWEN3_ASCEND_API int qwen3_ascend_rotate_outputs(int path, int dtype, const void *source,
+                                                 int64_t rows, int64_t columns, int64_t row_stride,
+                                                 const float *signs, const float *base,
+                                                 int64_t size, int64_t order, float factor,
+                                                 float *scratch, float *out)
 {
-    struct rotation rotation = {signs, base, size, order, factor};
+    struct matrix matrix = {source, rows, columns, row_stride, dtype};
+    struct rotation rotation = {base, size, order, factor};
     const struct path_table *table = find_path(path);
     if (table == NULL) return STATUS_NO_PATH;
-    if (rows < 0 || columns < 0 || !rotation_is_valid(rotation, rows)) return STATUS_BAD_ARGUMENT;
+    if (!matrix_is_valid(matrix) || dtype == DTYPE_BYTE || !rotation_is_valid(rotation, rows))
+        return STATUS_BAD_ARGUMENT;
     float_mode saved = enter_ieee_mode();
-    table->rotate_outputs(data, rows, columns, rotation, scratch);
+    table->rotate_outputs(matrix, signs, rotation, scratch, out);
     leave_ieee_mode(saved);
     return STATUS_OK;
 }
@@ -216,6 +232,25 @@ QWEN3_ASCEND_API int qwen3_ascend_error_bf16(int path, int dtype, const void *so
     table->rounding_errors(matrix, stored, sums);
     leave_ieee_mode(saved);
     return STATUS_OK;
+}
+
+/* Rows, after `count` steps in a scratch of [columns], -> bfloat16 [rows, columns], signal and noise.
+ * position gets the [row, column] of the first NaN or Inf of the bfloat16. */
+QWEN3_ASCEND_API int qwen3_ascend_round_rows(int path, int dtype, const void *source, int64_t rows,
+                                             int64_t columns, int64_t row_stride,
+                                             const struct step *steps, int64_t count,
+                                             float *scratch, uint16_t *stored, double *signal,
+                                             double *noise, int64_t *position)
+{
+    struct rows changed = {{source, rows, columns, row_stride, dtype}, steps, count, scratch};
+    const struct path_table *table = find_path(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    if (!rows_are_valid(changed)) return STATUS_BAD_ARGUMENT;
+    float_mode saved = enter_ieee_mode();
+    struct error_sums sums = {signal, noise};
+    int status = table->round_rows(changed, stored, sums, position);
+    leave_ieee_mode(saved);
+    return status;
 }
 
 /* The scale of each group of `width` columns, [rows, groups]: of the ratios to the widest one that

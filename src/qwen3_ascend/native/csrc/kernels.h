@@ -16,7 +16,7 @@
 #endif
 
 /* Raised when a signature below changes; the Python side refuses any other number. */
-#define QWEN3_ASCEND_ABI 6
+#define QWEN3_ASCEND_ABI 7
 
 enum status { STATUS_OK = 0, STATUS_NOT_FINITE = 1, STATUS_BAD_ARGUMENT = 2, STATUS_NO_PATH = 3 };
 enum dtype { DTYPE_BYTE = 0, DTYPE_BF16 = 1, DTYPE_FP16 = 2, DTYPE_FP32 = 3 };
@@ -38,15 +38,32 @@ struct error_sums {
     double *signal, *noise;
 };
 
-/* H (s * x) * factor in blocks of `size`: signs s, H = base of `order` (x) Sylvester's matrix. */
+/* H x * factor in blocks of `size`: H = base of `order` (x) Sylvester's matrix. */
 struct rotation {
-    const float *signs, *base;
+    const float *base;
     int64_t size, order;
     float factor;
 };
 
-/* Columns that are rotated together, in a scratch of [size][ROTATED_COLUMNS]; the largest order. */
-enum { ROTATED_COLUMNS = 16, MOST_ORDER = 512 };
+/* What a row becomes: x, times the factor of the row, times those of the columns, rotated. Either
+ * factors may be NULL, but those of the columns only if the size is 1, which is no rotation. */
+struct step {
+    const float *outputs, *inputs; /* [rows], [columns] */
+    struct rotation rotation;
+};
+
+/* Rows that are changed by `count` steps as they are read, in a scratch for as many of them as are
+ * worked on together. */
+struct rows {
+    struct matrix matrix;
+    const struct step *steps;
+    int64_t count;
+    float *scratch;
+};
+
+/* Columns that are rotated together, a cache line of halves, in a scratch of
+ * [size][ROTATED_COLUMNS]; the largest order. */
+enum { ROTATED_COLUMNS = 32, MOST_ORDER = 512 };
 
 /* The integers of a scheme. */
 struct integers {
@@ -77,7 +94,7 @@ enum { BLOCK_COLUMNS = 128 };
 
 struct path_table {
     int (*find)(struct matrix source, int64_t *position);
-    int (*quantize)(struct matrix source, uint8_t *strips, float *scales, struct error_sums sums,
+    int (*quantize)(struct rows source, uint8_t *strips, float *scales, struct error_sums sums,
                     int64_t *position);
     int (*measure)(struct matrix source, const uint8_t *strips, const float *scales,
                    struct error_sums sums);
@@ -85,11 +102,13 @@ struct path_table {
                 int64_t padded_rows, int64_t *position);
     int (*unpack)(const uint8_t *strips, int64_t strip_stride, int64_t rows, int64_t row_bytes,
                   uint8_t *destination, int64_t row_stride);
-    void (*rotate_inputs)(float *data, int64_t rows, int64_t columns, struct rotation rotation);
-    void (*rotate_outputs)(float *data, int64_t rows, int64_t columns, struct rotation rotation,
-                           float *scratch);
+    void (*change)(struct rows source, float *out);
+    void (*rotate_outputs)(struct matrix source, const float *signs, struct rotation rotation,
+                           float *scratch, float *out);
     void (*square_sums)(struct matrix source, int by_column, double *sums);
     void (*rounding_errors)(struct matrix source, const uint16_t *stored, struct error_sums sums);
+    int (*round_rows)(struct rows source, uint16_t *stored, struct error_sums sums,
+                      int64_t *position);
     int (*search)(struct matrix source, struct search search, float *scales);
     int (*compensate)(struct block block, int8_t *codes, float *errors);
 };

@@ -157,6 +157,363 @@ static int find(struct matrix source, int64_t *position)
     return STATUS_OK;
 }
 
+/* ---- rotations: additions in one order, whatever the width of the processor ---- */
+
+/* As many floats as a register holds, anywhere in memory; the bits of them; as many halves. */
+typedef float floats __attribute__((vector_size(4 * PATH_FLOATS), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * PATH_FLOATS)));
+typedef uint16_t halves __attribute__((vector_size(2 * PATH_FLOATS)));
+
+#define FLOATS(place) (*(floats *)(place))
+
+/* Constant vectors: what a macro of place and distance says for each place. */
+#define FOUR(of, place, apart) \
+    of(place, apart), of(place + 1, apart), of(place + 2, apart), of(place + 3, apart)
+#if PATH_FLOATS == 4
+#define EACH(of, apart) FOUR(of, 0, apart)
+#elif PATH_FLOATS == 8
+#define EACH(of, apart) FOUR(of, 0, apart), FOUR(of, 4, apart)
+#else
+#define EACH(of, apart) \
+    FOUR(of, 0, apart), FOUR(of, 4, apart), FOUR(of, 8, apart), FOUR(of, 12, apart)
+#endif
+#define PARTNER(place, apart) ((place) ^ (apart))
+#define SIGN(place, apart) ((place) & (apart) ? -1.0f : 1.0f)
+
+#if defined(__clang__)
+#define SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define SHUFFLE(v, ...) __builtin_shuffle(v, (words){__VA_ARGS__})
+#endif
+
+/* Pairs within a register: a + b in the first place, a - b, which is a + -b, in the second. */
+#define BUTTERFLY(v, apart) (SHUFFLE(v, EACH(PARTNER, apart)) + (v) * (floats){EACH(SIGN, apart)})
+
+/* All pairs within a register: 1, 2, ... apart. */
+INLINE floats butterflies_within(floats v)
+{
+    v = BUTTERFLY(v, 1);
+    v = BUTTERFLY(v, 2);
+#if PATH_FLOATS > 4
+    v = BUTTERFLY(v, 4);
+#endif
+#if PATH_FLOATS > 8
+    v = BUTTERFLY(v, 8);
+#endif
+    return v;
+}
+
+/* Pairs of registers, 1, 2, ... apart: two, four or eight of them. */
+INLINE void butterflies_across(floats *v, int count)
+{
+    floats w[8];
+    for (int i = 0; i < count; i += 2) w[i] = v[i] + v[i + 1], w[i + 1] = v[i] - v[i + 1];
+    for (int i = 0; i < count; i++) v[i] = w[i];
+    if (count < 4) return;
+    for (int i = 0; i < count; i += 4)
+        for (int k = i; k < i + 2; k++) w[k] = v[k] + v[k + 2], w[k + 2] = v[k] - v[k + 2];
+    for (int i = 0; i < count; i++) v[i] = w[i];
+    if (count < 8) return;
+    for (int k = 0; k < 4; k++) v[k] = w[k] + w[k + 4], v[k + 4] = w[k] - w[k + 4];
+}
+
+/* Floats of a row of any type, from element `i` on; see widen_bf16 and widen_fp16. */
+INLINE floats widen_floats(const void *row, int dtype, int64_t i)
+{
+    if (dtype == DTYPE_FP32) return FLOATS((const float *)row + i);
+    halves half;
+    memcpy(&half, (const uint16_t *)row + i, sizeof half);
+    words bits = __builtin_convertvector(half, words);
+    if (dtype == DTYPE_BF16) return (floats)(bits << 16);
+    words magnitude = bits & 0x7fffu, sign = (bits & 0x8000u) << 16;
+    words not_finite = (words)(magnitude >= 0x7c00u) & 0x7f800000u;
+    return (floats)((words)((floats)(magnitude << 13) * 0x1p112f) | not_finite | sign);
+}
+
+/* The first steps of blocks that are a multiple of eight registers long, in one go: elements of a
+ * row, times its factor and those of its columns, then pairs within and across registers. `last`
+ * is the factor of all, or 1. */
+enum { BEGUN = 8 * PATH_FLOATS };
+
+INLINE void begin_blocks(const void *row, int dtype, float factor, const float *factors,
+                         int64_t count, float last, float *out)
+{
+    for (int64_t i = 0; i < count; i += BEGUN) {
+        floats v[8];
+        for (int j = 0; j < 8; j++) {
+            int64_t at = i + j * PATH_FLOATS;
+            v[j] = widen_floats(row, dtype, at) * factor * FLOATS(factors + at);
+            v[j] = butterflies_within(v[j]);
+        }
+        butterflies_across(v, 8);
+        for (int j = 0; j < 8; j++) FLOATS(out + i + j * PATH_FLOATS) = v[j] * last;
+    }
+}
+
+LOOP void begin_bf16(const void *row, float factor, const float *factors, int64_t count, float last,
+                     float *out)
+{
+    begin_blocks(row, DTYPE_BF16, factor, factors, count, last, out);
+}
+
+LOOP void begin_fp16(const void *row, float factor, const float *factors, int64_t count, float last,
+                     float *out)
+{
+    begin_blocks(row, DTYPE_FP16, factor, factors, count, last, out);
+}
+
+LOOP void begin_fp32(const void *row, float factor, const float *factors, int64_t count, float last,
+                     float *out)
+{
+    begin_blocks(row, DTYPE_FP32, factor, factors, count, last, out);
+}
+
+/* One, two or three steps at once, runs of whole registers apart: each value is loaded and stored
+ * once. */
+INLINE void butterflies_by(int radix, float *x, int64_t count, int64_t run, float last)
+{
+    for (int64_t start = 0; start < count; start += radix * run)
+        for (int64_t i = start; i < start + run; i += PATH_FLOATS) {
+            floats v[8];
+            for (int j = 0; j < radix; j++) v[j] = FLOATS(x + i + j * run);
+            butterflies_across(v, radix);
+            for (int j = 0; j < radix; j++) FLOATS(x + i + j * run) = v[j] * last;
+        }
+}
+
+LOOP void butterflies_by_eight(float *x, int64_t count, int64_t run, float last)
+{
+    butterflies_by(8, x, count, run, last);
+}
+
+LOOP void butterflies_by_four(float *x, int64_t count, int64_t run, float last)
+{
+    butterflies_by(4, x, count, run, last);
+}
+
+LOOP void butterflies_by_two(float *x, int64_t count, int64_t run, float last)
+{
+    butterflies_by(2, x, count, run, last);
+}
+
+LOOP void butterflies_of_any(float *x, int64_t count, int64_t run, float last)
+{
+    for (int64_t start = 0; start < count; start += 2 * run)
+        for (int64_t i = start; i < start + run; i++) {
+            float a = x[i], b = x[i + run];
+            x[i] = (a + b) * last;
+            x[i + run] = (a - b) * last;
+        }
+}
+
+/* The steps from `run` apart to those half of `length` apart, then `last`. */
+INLINE void butterflies(float *x, int64_t count, int64_t run, int64_t length, float last)
+{
+    while (run < length) {
+        int64_t left = length / run;
+        int radix = run % PATH_FLOATS ? 2 : left >= 8 ? 8 : (int)left;
+        float factor = left == radix ? last : 1.0f;
+        if (run % PATH_FLOATS)
+            butterflies_of_any(x, count, run, factor);
+        else if (radix == 8)
+            butterflies_by_eight(x, count, run, factor);
+        else if (radix == 4)
+            butterflies_by_four(x, count, run, factor);
+        else
+            butterflies_by_two(x, count, run, factor);
+        run *= radix;
+    }
+}
+
+/* The base on x [order][run]: the sum of each row from its first column on. An order is a multiple
+ * of four, and four sums at a time do not wait for each other. */
+LOOP void base_on_registers(float *x, int64_t run, const float *base, int64_t order, float last)
+{
+    floats values[MOST_ORDER];
+    for (int64_t i = 0; i < run; i += PATH_FLOATS) {
+        for (int64_t j = 0; j < order; j++) values[j] = FLOATS(x + i + j * run);
+        for (int64_t row = 0; row < order; row += 4) {
+            const float *signs = base + row * order;
+            floats totals[4];
+            for (int k = 0; k < 4; k++) totals[k] = values[0] * signs[k * order];
+            for (int64_t j = 1; j < order; j++)
+                for (int k = 0; k < 4; k++) totals[k] += values[j] * signs[k * order + j];
+            for (int k = 0; k < 4; k++) FLOATS(x + i + (row + k) * run) = totals[k] * last;
+        }
+    }
+}
+
+LOOP void base_on_any(float *x, int64_t run, const float *base, int64_t order, float last)
+{
+    float values[MOST_ORDER];
+    for (int64_t i = 0; i < run; i++) {
+        for (int64_t j = 0; j < order; j++) values[j] = x[i + j * run];
+        for (int64_t row = 0; row < order; row++) {
+            float total = values[0] * base[row * order];
+            for (int64_t j = 1; j < order; j++) total += values[j] * base[row * order + j];
+            x[i + row * run] = total * last;
+        }
+    }
+}
+
+/* What is left of blocks [order][length][lanes], `count` values, after the steps below `run`. */
+INLINE void finish_blocks(float *x, int64_t count, int64_t run, int64_t lanes,
+                          struct rotation rotation)
+{
+    int64_t length = rotation.size / rotation.order * lanes;
+    if (rotation.order == 1) {
+        butterflies(x, count, run, length, rotation.factor);
+        return;
+    }
+    butterflies(x, count, run, length, 1.0f);
+    for (int64_t start = 0; start < count; start += rotation.order * length)
+        if (length % PATH_FLOATS == 0)
+            base_on_registers(x + start, length, rotation.base, rotation.order, rotation.factor);
+        else
+            base_on_any(x + start, length, rotation.base, rotation.order, rotation.factor);
+}
+
+/* ---- rows that are changed before anything else is done with them ---- */
+
+LOOP void multiply(float *x, const float *factors, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) x[i] *= factors[i];
+}
+
+LOOP void multiply_all(float *x, float factor, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) x[i] *= factor;
+}
+
+/* A row as float32, times the factors of a step. */
+INLINE void scale_row(const void *row, int dtype, float factor, const float *factors, int64_t count,
+                      float *out)
+{
+    if (row != out) widen_row(row, dtype, count, count, out);
+    if (factor != 1.0f) multiply_all(out, factor, count);
+    if (factors != NULL) multiply(out, factors, count);
+}
+
+INLINE void rotate_row(const void *row, int dtype, float factor, const float *factors,
+                       struct rotation rotation, int64_t count, float *out)
+{
+    int64_t length = rotation.size / rotation.order;
+    int is_done = rotation.size == BEGUN && rotation.order == 1;
+    float last = is_done ? rotation.factor : 1.0f;
+    if (length < BEGUN)
+        scale_row(row, dtype, factor, factors, count, out);
+    else if (dtype == DTYPE_BF16)
+        begin_bf16(row, factor, factors, count, last, out);
+    else if (dtype == DTYPE_FP16)
+        begin_fp16(row, factor, factors, count, last, out);
+    else
+        begin_fp32(row, factor, factors, count, last, out);
+    finish_blocks(out, count, length < BEGUN ? 1 : BEGUN, 1, rotation);
+}
+
+/* A row after all steps, float32. */
+INLINE void change_row(struct rows source, int64_t row, float *out)
+{
+    const void *from = element(source.matrix, row, 0);
+    int dtype = source.matrix.dtype;
+    int64_t columns = source.matrix.columns;
+    if (source.count == 0) widen_row(from, dtype, columns, columns, out);
+    for (int64_t i = 0; i < source.count; i++) {
+        const struct step *step = source.steps + i;
+        float factor = step->outputs == NULL ? 1.0f : step->outputs[row];
+        if (step->rotation.size > 1)
+            rotate_row(from, dtype, factor, step->inputs, step->rotation, columns, out);
+        else
+            scale_row(from, dtype, factor, step->inputs, columns, out);
+        from = out;
+        dtype = DTYPE_FP32;
+    }
+}
+
+/* Some rows: where they are, or changed in the scratch. */
+static struct matrix changed_rows(struct rows source, int64_t row, int64_t count)
+{
+    struct matrix found = source.matrix;
+    found.rows = count;
+    found.data = element(source.matrix, row, 0);
+    if (source.count == 0) return found;
+    for (int64_t i = 0; i < count; i++)
+        change_row(source, row + i, source.scratch + i * found.columns);
+    found.data = source.scratch;
+    found.row_stride = found.columns;
+    found.dtype = DTYPE_FP32;
+    return found;
+}
+
+static void change(struct rows source, float *out)
+{
+    for (int64_t row = 0; row < source.matrix.rows; row++)
+        change_row(source, row, out + row * source.matrix.columns);
+}
+
+/* ---- rotations of outputs ---- */
+
+/* Some columns of a block, times the signs of their rows, in a scratch: rows that lie a power of
+ * two apart share few lines of a cache. */
+INLINE void gather_columns(struct matrix source, int64_t lanes, const float *signs, int64_t size,
+                           float *scratch)
+{
+    for (int64_t i = 0; i < size; i++) {
+        const void *row = element(source, i, 0);
+        float *to = scratch + i * ROTATED_COLUMNS;
+        if (lanes < ROTATED_COLUMNS)
+            widen_row(row, source.dtype, lanes, ROTATED_COLUMNS, to);
+        for (int lane = 0; lane < ROTATED_COLUMNS; lane += PATH_FLOATS) {
+            floats values = lanes < ROTATED_COLUMNS ? FLOATS(to + lane)
+                                                    : widen_floats(row, source.dtype, lane);
+            FLOATS(to + lane) = values * signs[i];
+        }
+    }
+}
+
+LOOP void gather_bf16(struct matrix source, int64_t lanes, const float *signs, int64_t size,
+                      float *scratch)
+{
+    source.dtype = DTYPE_BF16;
+    gather_columns(source, lanes, signs, size, scratch);
+}
+
+LOOP void gather_fp16(struct matrix source, int64_t lanes, const float *signs, int64_t size,
+                      float *scratch)
+{
+    source.dtype = DTYPE_FP16;
+    gather_columns(source, lanes, signs, size, scratch);
+}
+
+LOOP void gather_fp32(struct matrix source, int64_t lanes, const float *signs, int64_t size,
+                      float *scratch)
+{
+    source.dtype = DTYPE_FP32;
+    gather_columns(source, lanes, signs, size, scratch);
+}
+
+static void rotate_outputs(struct matrix source, const float *signs, struct rotation rotation,
+                           float *scratch, float *out)
+{
+    int64_t count = rotation.size * ROTATED_COLUMNS;
+    for (int64_t row = 0; row < source.rows; row += rotation.size)
+        for (int64_t column = 0; column < source.columns; column += ROTATED_COLUMNS) {
+            int64_t lanes = smaller(ROTATED_COLUMNS, source.columns - column);
+            struct matrix block = source;
+            block.data = element(source, row, column);
+            if (source.dtype == DTYPE_BF16)
+                gather_bf16(block, lanes, signs, rotation.size, scratch);
+            else if (source.dtype == DTYPE_FP16)
+                gather_fp16(block, lanes, signs, rotation.size, scratch);
+            else
+                gather_fp32(block, lanes, signs, rotation.size, scratch);
+            finish_blocks(scratch, count, ROTATED_COLUMNS, ROTATED_COLUMNS, rotation);
+            for (int64_t i = 0; i < rotation.size; i++)
+                memcpy(out + (row + i) * source.columns + column, scratch + i * ROTATED_COLUMNS,
+                       (size_t)lanes * sizeof *out);
+        }
+}
+
 /* ---- error sums ---- */
 
 struct row_lanes {
@@ -293,10 +650,9 @@ INLINE void strip_to_tile(const uint8_t *strip, int64_t columns, uint8_t *tile)
 }
 
 /* The scales of one strip's rows; brings the rows into L2, where the second pass finds them. */
-INLINE int strip_scales(struct matrix source, int64_t row, int64_t rows, float *scales,
-                        int64_t *position)
+INLINE int strip_scales(struct matrix source, float *scales, int64_t *position)
 {
-    for (int64_t i = row; i < row + rows; i++) {
+    for (int64_t i = 0; i < source.rows; i++) {
         const uint8_t *values = element(source, i, 0);
         uint32_t largest = largest_magnitude(values, source.dtype, source.columns);
         if (largest >= infinity_bits(source.dtype)) {
@@ -309,8 +665,8 @@ INLINE int strip_scales(struct matrix source, int64_t row, int64_t rows, float *
     return STATUS_OK;
 }
 
-INLINE void quantize_strip(struct matrix source, int64_t row, int64_t rows, const float *scales,
-                           uint8_t *strip, struct row_lanes *lanes)
+INLINE void quantize_strip(struct matrix source, const float *scales, uint8_t *strip,
+                           struct row_lanes *lanes)
 {
     float weights[TILE_COLUMNS];
     int32_t codes[TILE_COLUMNS];
@@ -319,26 +675,30 @@ INLINE void quantize_strip(struct matrix source, int64_t row, int64_t rows, cons
     for (int64_t column = 0; column < source.columns; column += TILE_COLUMNS) {
         int64_t count = smaller(TILE_COLUMNS, source.columns - column);
         int64_t padded = round_up(count, ROW_GROUP);
-        for (int64_t i = 0; i < rows; i++) {
-            widen_row(element(source, row + i, column), source.dtype, count, padded, weights);
-            round_codes(weights, padded, scales[row + i], codes);
+        for (int64_t i = 0; i < source.rows; i++) {
+            widen_row(element(source, i, column), source.dtype, count, padded, weights);
+            round_codes(weights, padded, scales[i], codes);
             narrow_codes(codes, padded, tile + i * TILE_COLUMNS);
-            add_exact_errors(weights, codes, padded, scales[row + i], &lanes[i]);
+            add_exact_errors(weights, codes, padded, scales[i], &lanes[i]);
         }
         tile_to_strip(tile, padded, strip + column * RUN_BYTES);
     }
 }
 
-static int quantize(struct matrix source, uint8_t *strips, float *scales, struct error_sums sums,
+static int quantize(struct rows source, uint8_t *strips, float *scales, struct error_sums sums,
                     int64_t *position)
 {
-    int64_t strip_bytes = round_up(source.columns, ROW_GROUP) * RUN_BYTES;
-    for (int64_t row = 0; row < source.rows; row += STRIP_ROWS) {
-        int64_t rows = smaller(STRIP_ROWS, source.rows - row);
+    int64_t strip_bytes = round_up(source.matrix.columns, ROW_GROUP) * RUN_BYTES;
+    for (int64_t row = 0; row < source.matrix.rows; row += STRIP_ROWS) {
+        int64_t rows = smaller(STRIP_ROWS, source.matrix.rows - row);
+        struct matrix strip = changed_rows(source, row, rows);
         struct row_lanes lanes[STRIP_ROWS] = {0};
-        int status = strip_scales(source, row, rows, scales, position);
-        if (status != STATUS_OK) return status;
-        quantize_strip(source, row, rows, scales, strips + row / STRIP_ROWS * strip_bytes, lanes);
+        int status = strip_scales(strip, scales + row, position);
+        if (status != STATUS_OK) {
+            position[0] += row;
+            return status;
+        }
+        quantize_strip(strip, scales + row, strips + row / STRIP_ROWS * strip_bytes, lanes);
         store_sums(lanes, rows, row, sums);
     }
     return STATUS_OK;
@@ -494,174 +854,6 @@ static int unpack(const uint8_t *strips, int64_t strip_stride, int64_t rows, int
     return STATUS_OK;
 }
 
-/* ---- rotations: additions in one order, whatever the width of the processor ---- */
-
-/* Eight floats anywhere in memory. */
-typedef float floats8 __attribute__((vector_size(32), aligned(4), may_alias));
-
-#define EIGHT(place) (*(floats8 *)(place))
-
-#if defined(__clang__)
-#define SHUFFLE(a, ...) __builtin_shufflevector(a, a, __VA_ARGS__)
-#else
-#define SHUFFLE(a, ...) __builtin_shuffle(a, (int32s8){__VA_ARGS__})
-typedef int32_t int32s8 __attribute__((vector_size(32)));
-#endif
-
-/* Pairs 1, 2 and 4 apart in each eight. a - b is a + -b, to the last bit. */
-LOOP void butterflies_in_eights(float *x, int64_t count)
-{
-    const floats8 odd = {1, -1, 1, -1, 1, -1, 1, -1};
-    const floats8 second = {1, 1, -1, -1, 1, 1, -1, -1};
-    const floats8 upper = {1, 1, 1, 1, -1, -1, -1, -1};
-    for (int64_t i = 0; i < count; i += 8) {
-        floats8 v = EIGHT(x + i);
-        v = SHUFFLE(v, 0, 0, 2, 2, 4, 4, 6, 6) + odd * SHUFFLE(v, 1, 1, 3, 3, 5, 5, 7, 7);
-        v = SHUFFLE(v, 0, 1, 0, 1, 4, 5, 4, 5) + second * SHUFFLE(v, 2, 3, 2, 3, 6, 7, 6, 7);
-        v = SHUFFLE(v, 0, 1, 2, 3, 0, 1, 2, 3) + upper * SHUFFLE(v, 4, 5, 6, 7, 4, 5, 6, 7);
-        EIGHT(x + i) = v;
-    }
-}
-
-LOOP void butterflies_of_any(float *x, int64_t count, int64_t run)
-{
-    for (int64_t start = 0; start < count; start += 2 * run)
-        for (int64_t i = start; i < start + run; i++) {
-            float a = x[i], b = x[i + run];
-            x[i] = a + b;
-            x[i + run] = a - b;
-        }
-}
-
-/* Three steps at once, runs of a multiple of eight apart: each value is loaded and stored once. */
-LOOP void butterflies_by_eight(float *x, int64_t count, int64_t run)
-{
-    for (int64_t start = 0; start < count; start += 8 * run)
-        for (int64_t i = start; i < start + run; i += 8) {
-            floats8 v[8], w[8];
-            for (int j = 0; j < 8; j++) v[j] = EIGHT(x + i + j * run);
-            for (int j = 0; j < 8; j += 2) w[j] = v[j] + v[j + 1], w[j + 1] = v[j] - v[j + 1];
-            for (int j = 0; j < 8; j += 4)
-                for (int k = j; k < j + 2; k++) v[k] = w[k] + w[k + 2], v[k + 2] = w[k] - w[k + 2];
-            for (int k = 0; k < 4; k++) w[k] = v[k] + v[k + 4], w[k + 4] = v[k] - v[k + 4];
-            for (int j = 0; j < 8; j++) EIGHT(x + i + j * run) = w[j];
-        }
-}
-
-LOOP void butterflies_by_two(float *x, int64_t count, int64_t run)
-{
-    for (int64_t start = 0; start < count; start += 2 * run)
-        for (int64_t i = start; i < start + run; i += 8) {
-            floats8 a = EIGHT(x + i), b = EIGHT(x + i + run);
-            EIGHT(x + i) = a + b;
-            EIGHT(x + i + run) = a - b;
-        }
-}
-
-/* Sylvester's matrix of order `order` on x [count / (order * lanes)][order][lanes]. */
-INLINE void sylvester(float *x, int64_t count, int64_t order, int64_t lanes)
-{
-    int64_t run = lanes, last = order * lanes;
-    if (run == 1 && last >= 8) {
-        butterflies_in_eights(x, count);
-        run = 8;
-    }
-    for (; run % 8 == 0 && run * 8 <= last; run *= 8) butterflies_by_eight(x, count, run);
-    for (; run % 8 == 0 && run < last; run *= 2) butterflies_by_two(x, count, run);
-    for (; run < last; run *= 2) butterflies_of_any(x, count, run);
-}
-
-/* The base on x [order][run]: the sum of each row from its first column on. An order is a multiple
- * of four, and four sums at a time do not wait for each other. */
-LOOP void base_on_eights(float *x, int64_t run, const float *base, int64_t order)
-{
-    floats8 values[MOST_ORDER];
-    for (int64_t i = 0; i < run; i += 8) {
-        for (int64_t j = 0; j < order; j++) values[j] = EIGHT(x + i + j * run);
-        for (int64_t row = 0; row < order; row += 4) {
-            const float *signs = base + row * order;
-            floats8 totals[4];
-            for (int k = 0; k < 4; k++) totals[k] = values[0] * signs[k * order];
-            for (int64_t j = 1; j < order; j++)
-                for (int k = 0; k < 4; k++) totals[k] += values[j] * signs[k * order + j];
-            for (int k = 0; k < 4; k++) EIGHT(x + i + (row + k) * run) = totals[k];
-        }
-    }
-}
-
-LOOP void base_on_any(float *x, int64_t run, const float *base, int64_t order)
-{
-    float values[MOST_ORDER];
-    for (int64_t i = 0; i < run; i++) {
-        for (int64_t j = 0; j < order; j++) values[j] = x[i + j * run];
-        for (int64_t row = 0; row < order; row++) {
-            float total = values[0] * base[row * order];
-            for (int64_t j = 1; j < order; j++) total += values[j] * base[row * order + j];
-            x[i + row * run] = total;
-        }
-    }
-}
-
-/* One block [size][lanes], whose signs are in it already and whose factor is not. */
-INLINE void rotate_block(float *x, int64_t lanes, struct rotation rotation)
-{
-    int64_t run = rotation.size / rotation.order * lanes;
-    sylvester(x, rotation.size * lanes, rotation.size / rotation.order, lanes);
-    if (rotation.order == 1) return;
-    if (run % 8 == 0)
-        base_on_eights(x, run, rotation.base, rotation.order);
-    else
-        base_on_any(x, run, rotation.base, rotation.order);
-}
-
-LOOP void multiply(float *x, const float *factors, int64_t count)
-{
-    for (int64_t i = 0; i < count; i++) x[i] *= factors[i];
-}
-
-LOOP void multiply_all(float *x, float factor, int64_t count)
-{
-    for (int64_t i = 0; i < count; i++) x[i] *= factor;
-}
-
-static void rotate_inputs(float *data, int64_t rows, int64_t columns, struct rotation rotation)
-{
-    int64_t size = rotation.size;
-    for (int64_t start = 0; start < rows * columns; start += size) {
-        multiply(data + start, rotation.signs, size);
-        rotate_block(data + start, 1, rotation);
-        multiply_all(data + start, rotation.factor, size);
-    }
-}
-
-/* A few columns of a block, gathered: rows that lie a power of two apart share few cache lines. */
-INLINE void rotate_columns(float *data, int64_t stride, int64_t lanes, struct rotation rotation,
-                           float *scratch)
-{
-    for (int64_t i = 0; i < rotation.size; i++)
-        for (int64_t lane = 0; lane < ROTATED_COLUMNS; lane++)
-            scratch[i * ROTATED_COLUMNS + lane] =
-                lane < lanes ? data[i * stride + lane] * rotation.signs[i] : 0.0f;
-    rotate_block(scratch, ROTATED_COLUMNS, rotation);
-    for (int64_t i = 0; i < rotation.size; i++)
-        for (int64_t lane = 0; lane < lanes; lane++)
-            data[i * stride + lane] = scratch[i * ROTATED_COLUMNS + lane] * rotation.factor;
-}
-
-static void rotate_outputs(float *data, int64_t rows, int64_t columns, struct rotation rotation,
-                           float *scratch)
-{
-    for (int64_t row = 0; row < rows; row += rotation.size)
-        for (int64_t column = 0; column < columns; column += ROTATED_COLUMNS) {
-            int64_t lanes = smaller(ROTATED_COLUMNS, columns - column);
-            float *block = data + row * columns + column;
-            if (lanes == ROTATED_COLUMNS)
-                rotate_columns(block, columns, ROTATED_COLUMNS, rotation, scratch);
-            else
-                rotate_columns(block, columns, lanes, rotation, scratch);
-        }
-}
-
 /* ---- sums of squares, and errors of what may be no rounding: not every product is exact ---- */
 
 LOOP void add_squares(const float *weights, int64_t count, double *lanes)
@@ -733,6 +925,11 @@ LOOP void add_rounding_errors(const float *weights, const float *rounded, int64_
         }
 }
 
+LOOP void round_row(const float *weights, int64_t count, uint16_t *stored)
+{
+    for (int64_t i = 0; i < count; i++) stored[i] = narrow_bf16(weights[i]);
+}
+
 static void rounding_errors(struct matrix source, const uint16_t *stored, struct error_sums sums)
 {
     float weights[TILE_COLUMNS], rounded[TILE_COLUMNS];
@@ -748,6 +945,30 @@ static void rounding_errors(struct matrix source, const uint16_t *stored, struct
         }
         store_sums(&lanes, 1, row, sums);
     }
+}
+
+/* Rounds and measures a row while it is in L1. */
+static int round_rows(struct rows source, uint16_t *stored, struct error_sums sums,
+                      int64_t *position)
+{
+    int64_t columns = source.matrix.columns;
+    for (int64_t row = 0; row < source.matrix.rows; row++, stored += columns) {
+        struct matrix changed = changed_rows(source, row, 1);
+        struct error_sums sum = {sums.signal + row, sums.noise + row};
+        for (int64_t column = 0; column < columns; column += TILE_COLUMNS) {
+            float weights[TILE_COLUMNS];
+            int64_t count = smaller(TILE_COLUMNS, columns - column);
+            widen_row(element(changed, 0, column), changed.dtype, count, count, weights);
+            round_row(weights, count, stored + column);
+        }
+        if (largest_half(stored, columns) >= infinity_bits(DTYPE_BF16)) {
+            position[0] = row;
+            position[1] = first_not_finite((const uint8_t *)stored, DTYPE_BF16, columns);
+            return STATUS_NOT_FINITE;
+        }
+        rounding_errors(changed, stored, sum);
+    }
+    return STATUS_OK;
 }
 
 /* ---- search of scales ---- */
@@ -892,9 +1113,10 @@ const struct path_table PATH_TABLE = {find,
                                       measure,
                                       pack,
                                       unpack,
-                                      rotate_inputs,
+                                      change,
                                       rotate_outputs,
                                       square_sums,
                                       rounding_errors,
+                                      round_rows,
                                       search,
                                       compensate};

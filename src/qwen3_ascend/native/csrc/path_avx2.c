@@ -6,6 +6,7 @@
 #else
 #pragma GCC target("avx2")
 #endif
+#define PATH_FLOATS 8 /* of a register */
 #define PATH_TABLE path_table_avx2
 #include "path.inc.h"
 #if defined(__clang__)

@@ -8,6 +8,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 #define PATH_FUSES 1 /* AVX-512 F has fused multiplication */
+#define PATH_FLOATS 16 /* of a register */
 #define PATH_TABLE path_table_avx512
 #include "path.inc.h"
 #if defined(__clang__)
