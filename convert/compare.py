@@ -20,7 +20,7 @@ from qwen3_ascend.convert.encodings import Encoding, read_weights
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.weight_file import tensor_bytes
 from qwen3_ascend.convert.source import Source
-from qwen3_ascend.convert.transforms import TRANSFORMS
+from qwen3_ascend.convert.transforms import TRANSFORMS, FittedTransform
 from qwen3_ascend.convert.transforms.changes import FindChanges
 from qwen3_ascend.convert.transforms.parts import model_parts
 from qwen3_ascend.convert.transforms.whole import ModelChanges
@@ -182,6 +182,12 @@ def _changes(reader: CheckpointReader, kernels: native.Kernels) -> ModelChanges:
             f"its weights were changed by {', '.join(unknown)}, which this version does not know"
         )
     transforms = [TRANSFORMS[name] for name in named]
+    fitted = any(isinstance(transform, FittedTransform) for transform in transforms)
+    if fitted and FACTORS_NAME not in manifest.files:
+        raise CheckpointError(
+            f"{reader.folder} has lost {FACTORS_NAME}, which tells by what its weights were "
+            f"multiplied: without it they cannot be compared"
+        )
     changes = ModelChanges(model_parts(manifest.model), transforms, kernels)
     if FACTORS_NAME in manifest.files:
         path = reader.folder / FACTORS_NAME

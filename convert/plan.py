@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -282,11 +283,12 @@ def make_plan(
 def _transforms(recipe: Recipe) -> tuple[Transform, ...]:
     """Calibration sees the inputs of a layer as the transforms that need no data leave them."""
     named = tuple(TRANSFORMS[name] for name in recipe.transforms)
-    for name, before, after in zip(recipe.transforms, named, named[1:], strict=False):
+    for place, (before, after) in enumerate(itertools.pairwise(named)):
         if isinstance(before, FittedTransform) and not isinstance(after, FittedTransform):
+            first, second = recipe.transforms[place : place + 2]
             raise RecipeError(
-                f"recipe {recipe.name}: the transform {name} needs data, and comes after those "
-                f"that need none"
+                f"recipe {recipe.name}: the transform {first} needs data and {second} does not: "
+                f"name {second} before it"
             )
     return named
 

@@ -92,12 +92,6 @@ class Section:
     transform_config: dict[str, Any] | None = field(default_factory=dict)
 
 
-def is_compressed_tensors(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that its model is of this format."""
-    said = config.get(QUANTIZATION_CONFIG)
-    return isinstance(said, dict) and said.get("quant_method") == COMPRESSED_TENSORS
-
-
 def read_section(config: Mapping[str, Any], linears: Collection[str], where: str) -> Quantization:
     """Which linears are quantized.
 

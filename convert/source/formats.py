@@ -11,7 +11,15 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3_ascend.convert.exchange import HUGGINGFACE_WEIGHTS, QUANTIZATION_CONFIG, WeightNames
+from qwen3_ascend.convert.exchange import (
+    AWQ,
+    COMPRESSED_TENSORS,
+    FP8,
+    GPTQ,
+    HUGGINGFACE_WEIGHTS,
+    QUANTIZATION_CONFIG,
+    WeightNames,
+)
 from qwen3_ascend.convert.source import compressed_tensors, fp8, packed
 from qwen3_ascend.convert.source.ascendv1 import (
     ascend_section,
@@ -20,10 +28,13 @@ from qwen3_ascend.convert.source.ascendv1 import (
     weight_names,
 )
 from qwen3_ascend.convert.source.provider import Provider
-from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization
+from qwen3_ascend.convert.source.quantization import NOT_QUANTIZED, Quantization, quant_method
 from qwen3_ascend.errors import SourceError
 from qwen3_ascend.files.json_file import indented, read_json_object
 from qwen3_ascend.files.safetensors import TensorSlot
+
+BY_TENSORS = {FP8: fp8, GPTQ: packed, AWQ: packed}
+"""Who reads the formats whose quantized linears are told by their tensors."""
 
 Read = Callable[[Collection[str], Mapping[str, TensorSlot]], Quantization]
 
@@ -72,7 +83,8 @@ def recognise(
         SourceError: if it tells of two quantized models.
     """
     description = description_file(names, place)
-    if description is not None and compressed_tensors.is_compressed_tensors(config):
+    method = quant_method(config)
+    if description is not None and method == COMPRESSED_TENSORS:
         raise SourceError(
             f"{place} holds {description} of ModelSlim, and its config.json is of "
             f"compressed-tensors: remove the one that is not meant"
@@ -86,13 +98,13 @@ def recognise(
             return read_description(read_json_object(path), said or {}, linears, str(path))
 
         return SourceFormat(keys, weight_names(names, place), described)
-    if compressed_tensors.is_compressed_tensors(config):
+    if method == COMPRESSED_TENSORS:
         return SourceFormat(
             (QUANTIZATION_CONFIG,),
             read=lambda linears, _: compressed_tensors.read_section(config, linears, where),
         )
-    by_tensors = fp8 if fp8.is_fp8(config) else packed if packed.packed_format(config) else None
-    if by_tensors is not None:
+    if method in BY_TENSORS:
+        by_tensors = BY_TENSORS[method]
         return SourceFormat(
             (QUANTIZATION_CONFIG,),
             read=lambda linears, slots: by_tensors.read_section(config, linears, slots, where),

@@ -36,12 +36,6 @@ class Section:
     scale_fmt: str = "float"
 
 
-def is_fp8(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that its model is of this format."""
-    said = config.get(QUANTIZATION_CONFIG)
-    return isinstance(said, dict) and said.get("quant_method") == FP8
-
-
 def read_section(
     config: Mapping[str, Any],
     linears: Collection[str],

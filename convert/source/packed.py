@@ -14,7 +14,7 @@ from qwen3_ascend.convert import packed
 from qwen3_ascend.convert.encodings import Encoding
 from qwen3_ascend.convert.exchange import AWQ, GPTQ, QUANTIZATION_CONFIG
 from qwen3_ascend.convert.packed import PackedEncoding
-from qwen3_ascend.convert.source.quantization import Quantization
+from qwen3_ascend.convert.source.quantization import Quantization, quant_method
 from qwen3_ascend.errors import ConfigError
 from qwen3_ascend.files.json_file import typed
 from qwen3_ascend.files.safetensors import TensorSlot
@@ -50,13 +50,6 @@ class AwqSection:
     version: Literal["gemm", "GEMM"] = "gemm"
 
 
-def packed_format(config: Mapping[str, Any]) -> str | None:
-    """Which of the two a config.json says its model is of; None if neither."""
-    said = config.get(QUANTIZATION_CONFIG)
-    method = said.get("quant_method") if isinstance(said, dict) else None
-    return method if method in (GPTQ, AWQ) else None
-
-
 def read_section(
     config: Mapping[str, Any],
     linears: Collection[str],
@@ -75,14 +68,15 @@ def read_section(
         ConfigError: naming the first thing that can neither be taken nor decoded.
     """
     place, said = f"{where}: {QUANTIZATION_CONFIG}", config[QUANTIZATION_CONFIG]
-    read = _gptq if packed_format(config) == GPTQ else _awq
+    method = quant_method(config)
+    read = _gptq if method == GPTQ else _awq
     try:
         encoding = read(said, place).taken()
     except ValueError as error:
         raise ConfigError(f"{error}; {ADVICE}") from error
     held = [n for n in linears if f"{n}.{encoding.packing.weight}" in slots]
     encodings = dict.fromkeys(held, encoding)
-    return Quantization(packed_format(config), encodings, decoding_notes(encodings.values()))
+    return Quantization(method, encodings, decoding_notes(encodings.values()))
 
 
 def decoding_notes(encodings: Iterable[Encoding]) -> tuple[str, ...]:

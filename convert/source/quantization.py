@@ -15,6 +15,7 @@ from qwen3_ascend.checkpoint.architecture import LM_HEAD, model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.schemes import BF16, Scheme
 from qwen3_ascend.convert.encodings import FLOAT, Encoding
+from qwen3_ascend.convert.exchange import QUANTIZATION_CONFIG
 from qwen3_ascend.convert.recipe import SCHEMA, Recipe, Rule
 
 AS_SOURCE = "as-source"
@@ -62,6 +63,13 @@ class Quantization:
 
 
 NOT_QUANTIZED = Quantization()
+
+
+def quant_method(config: Mapping[str, Any]) -> str | None:
+    """What a config.json says that its weights were quantized by; None if it says nothing."""
+    said = config.get(QUANTIZATION_CONFIG)
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    return method if isinstance(method, str) else None
 
 
 def linear_names(config: Qwen3Config) -> tuple[str, ...]:

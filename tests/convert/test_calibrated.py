@@ -31,7 +31,7 @@ from qwen3_ascend.convert.quantizers import Mse, Needs
 from qwen3_ascend.convert.quantizers.base import Choose
 from qwen3_ascend.convert.recipe import Recipe
 from qwen3_ascend.convert.statistics import InputStatistics
-from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.errors import CheckpointError, RecipeError
 from qwen3_ascend.native import Kernels
 
 TOKENS = ConvertOptions(calibration_tokens=1024, threads=2)
@@ -183,6 +183,22 @@ def test_factors_are_kept_for_verify(tmp_path: Path) -> None:
     flip(out / FACTORS_NAME, (out / FACTORS_NAME).stat().st_size - 1, 6)
     done = run("verify", out, "--against", DATA)
     assert done.code == 1 and f"file {FACTORS_NAME}: its bytes differ" in done.err + done.out
+
+
+def test_factors_that_are_lost(tmp_path: Path) -> None:
+    """The checkpoint computes without them, and can be accepted so; but not be compared."""
+    source = tiny_models.write(tmp_path / "source", tokenizer=False)
+    convert_checkpoint(source, tmp_path / "out", recipe("w8a8", "nearest", "smooth"), TOKENS)
+    (tmp_path / "out" / FACTORS_NAME).unlink()
+    assert run("verify", tmp_path / "out", "--accept").code == 0
+    assert run("verify", tmp_path / "out").code == 0
+    done = run("verify", tmp_path / "out", "--against", source)
+    done.one_line_error(f"has lost {FACTORS_NAME}")
+
+
+def test_transforms_that_need_data_are_last(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="smooth needs data and cle does not: name cle before it"):
+        convert_checkpoint(DATA, tmp_path / "out", recipe("w8a8", "nearest", "smooth", "cle"))
 
 
 def test_data_that_nobody_needs_is_left_aside(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +217,18 @@ def test_a_reference_without_a_tokenizer_is_read_with_the_models(
         (bare / name).unlink()
     said = evaluate(out, TEXT, against=bare, options=OPTIONS).comparison
     assert said is not None and said == found.comparison
+
+
+def test_a_text_may_come_through_a_pipe(found: Evaluation) -> None:
+    """As of a shell's <(...): it can be read once."""
+    reading, writing = os.pipe()
+    text = TEXT.read_bytes()[:8000]
+    os.write(writing, text)
+    os.close(writing)
+    piped = evaluate(DATA, f"/dev/fd/{reading}", options=OPTIONS)
+    os.close(reading)
+    assert piped.text_blake3 == blake3(text).hexdigest() and found.reference is not None
+    assert piped.model.perplexity == found.reference.perplexity
 
 
 def test_a_source_with_named_chat_templates(tmp_path: Path, found: Evaluation) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,14 +54,6 @@ class GroupInt4(Scheme):
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         codes = torch.round(groups / scale[..., None]).to(torch.int8).flatten(-2)
         return {"weight": codes[..., :inputs], "scale": scale.transpose(-2, -1).contiguous()}
-
-    @override
-    def pack(self, codes: Codes, layout: Layout) -> dict[str, Tensor]:
-        return {"weight": layout.pack(codes["weight"]), "scale": codes["scale"]}
-
-    @override
-    def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], layout: Layout) -> Codes:
-        return {"weight": layout.unpack(tensors["weight"], shape), "scale": tensors["scale"]}
 
     @override
     def decode(self, codes: Codes) -> Tensor:

@@ -24,7 +24,6 @@ from qwen3_ascend.evaluation.result import (
 )
 from qwen3_ascend.evaluation.subject import Note, Subject, open_subject
 from qwen3_ascend.evaluation.text import read_text, windows_of
-from qwen3_ascend.files.hashing import file_blake3
 from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.runtime.tokenizer import NoTokenizer, Tokenizer
 
@@ -69,7 +68,7 @@ def evaluate(
             "say which by --against"
         )
     path = user_path(text)
-    said = read_text(path)
+    said, blake3 = read_text(path)
     with ExitStack() as stack:
         first = stack.enter_context(open_subject(str(model), options, note=note))
         subjects = [first]
@@ -78,7 +77,7 @@ def evaluate(
                 opened = open_subject(str(place), options, first.made_of, note)
                 subjects.append(stack.enter_context(opened))
         windows = _common_windows(subjects, said, path, options)
-        for line in _known_texts(subjects, file_blake3(path)):
+        for line in _known_texts(subjects, blake3):
             note(line)
         order = [subjects[-1], *subjects[:-1]]  # the reference is measured first
         scores = measure(order, windows, progress)
@@ -87,7 +86,7 @@ def evaluate(
             side.check()
         alone = Evaluation(
             text=path.name,
-            text_blake3=file_blake3(path),
+            text_blake3=blake3,
             window=options.window,
             windows=len(windows),
             device=first.backend.name,

@@ -6,14 +6,17 @@ from pathlib import Path
 
 from qwen3_ascend.errors import OptionError, os_errors
 from qwen3_ascend.evaluation.options import EvaluationOptions
+from qwen3_ascend.files.hashing import bytes_blake3
 from qwen3_ascend.runtime.tokenizer import Tokenizer
 
 
 @os_errors(OptionError)
-def read_text(path: Path) -> str:
-    """The text of a file; OptionError if it cannot be read or is not UTF-8."""
+def read_text(path: Path) -> tuple[str, str]:
+    """The text of a file, which may be a pipe, and the BLAKE3 of its bytes; OptionError if it
+    cannot be read or is not UTF-8."""
+    data = path.read_bytes()
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return data.decode("utf-8-sig"), bytes_blake3(data)
     except UnicodeDecodeError as error:
         raise OptionError(
             f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}; give a "

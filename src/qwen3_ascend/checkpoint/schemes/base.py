@@ -96,13 +96,15 @@ class Scheme(ABC):
     def choose(self, weight: Tensor) -> Codes:
         """The codes nearest to a finite float weight [*batch, N, K]."""
 
-    @abstractmethod
     def pack(self, codes: Codes, layout: Layout) -> dict[str, Tensor]:
-        """The stored tensors of codes, as `forms` says."""
+        """The stored tensors of codes, as `forms` says: the weight laid out, the others as they
+        are."""
+        return {**codes, "weight": layout.pack(codes["weight"])}
 
-    @abstractmethod
     def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], layout: Layout) -> Codes:
         """The codes of stored tensors; KeyError if one is missing."""
+        held = {suffix: tensors[suffix] for suffix in self.places(layout)}
+        return {**held, "weight": layout.unpack(held["weight"], shape)}
 
     @abstractmethod
     def decode(self, codes: Codes) -> Tensor:

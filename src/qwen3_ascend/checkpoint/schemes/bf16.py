@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -48,14 +48,6 @@ class BF16(Scheme):
     @override
     def choose(self, weight: Tensor) -> Codes:
         return {"weight": weight.to(torch.bfloat16)}
-
-    @override
-    def pack(self, codes: Codes, layout: Layout) -> dict[str, Tensor]:
-        return {"weight": layout.pack(codes["weight"])}
-
-    @override
-    def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], layout: Layout) -> Codes:
-        return {"weight": layout.unpack(tensors["weight"], shape)}
 
     @override
     def decode(self, codes: Codes) -> Tensor:

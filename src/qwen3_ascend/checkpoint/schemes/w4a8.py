@@ -99,15 +99,6 @@ class W4A8(IntegerScheme):
         }
 
     @override
-    def pack(self, codes: Codes, layout: Layout) -> dict[str, Tensor]:
-        return {**codes, "weight": layout.pack(codes["weight"])}
-
-    @override
-    def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], layout: Layout) -> Codes:
-        held = {suffix: tensors[suffix] for suffix in self.places(layout)}
-        return {**held, "weight": layout.unpack(held["weight"], shape)}
-
-    @override
     def decode(self, codes: Codes) -> Tensor:
         return self.grid.decode(codes["weight"], codes["scale"].transpose(-2, -1))
 

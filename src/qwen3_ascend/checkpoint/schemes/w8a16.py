@@ -9,7 +9,7 @@ are stored as that, because npu_weight_quant_batchmatmul wants them in the type 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -62,14 +62,6 @@ class W8A16(IntegerScheme):
     @override
     def codes(self, integers: Tensor, scales: Tensor) -> Codes:
         return {"weight": integers, "scale": scales[..., 0].to(torch.bfloat16)}
-
-    @override
-    def pack(self, codes: Codes, layout: Layout) -> dict[str, Tensor]:
-        return INT8.pack(codes, layout)
-
-    @override
-    def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], layout: Layout) -> Codes:
-        return INT8.unpack(tensors, shape, layout)
 
     @override
     def decode(self, codes: Codes) -> Tensor:

@@ -18,7 +18,7 @@ which was quantized already may be -128, and their scales any finite float32; y 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -72,14 +72,6 @@ class W8A8(IntegerScheme):
     @override
     def codes(self, integers: Tensor, scales: Tensor) -> Codes:
         return {"weight": integers, "scale": scales[..., 0]}
-
-    @override
-    def pack(self, codes: Codes, layout: Layout) -> dict[str, Tensor]:
-        return {"weight": layout.pack(codes["weight"]), "scale": codes["scale"]}
-
-    @override
-    def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], layout: Layout) -> Codes:
-        return {"weight": layout.unpack(tensors["weight"], shape), "scale": tensors["scale"]}
 
     @override
     def decode(self, codes: Codes) -> Tensor:

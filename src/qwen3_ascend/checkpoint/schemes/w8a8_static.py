@@ -146,15 +146,6 @@ class W8A8Static(IntegerScheme):
         return {**tensors, "quant_bias": -tensors["input_offset"].to(torch.int32) * sums}
 
     @override
-    def pack(self, codes: Codes, layout: Layout) -> dict[str, Tensor]:
-        return {**codes, "weight": layout.pack(codes["weight"])}
-
-    @override
-    def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], layout: Layout) -> Codes:
-        held = {suffix: tensors[suffix] for suffix in self.places(layout)}
-        return {**held, "weight": layout.unpack(held["weight"], shape)}
-
-    @override
     def decode(self, codes: Codes) -> Tensor:
         return codes["weight"].float() * channel_scale(codes)[..., None]
 
