@@ -211,13 +211,13 @@ def test_every_format_of_an_export_is_described() -> None:
 def test_every_recipe_is_described_as_it_describes_itself() -> None:
     """One row for each, of the words that its file begins with."""
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    table = text.partition("| recipe | purpose | bits | measured | needs |\n")[2].partition("\n\n")[0]
-    expected = []
+    table = text.partition("| recipe | purpose | bits | measured | needs |\n")[2]
+    rows, expected = table.partition("\n\n")[0].splitlines()[1:], []
     for name in recipes.names():
         said = recipe_notes(name)
         assert tuple(said) == WORDS, name
         expected.append(f"| `{name}` | {' | '.join(said.values())} |")
-    assert sorted(table.splitlines()[1:]) == sorted(expected)
+    assert sorted(rows) == sorted(expected)
 
 
 def test_every_option_is_described() -> None:

@@ -99,8 +99,8 @@ def base_matrix(size: int) -> Tensor:
             return _second_paley(order // 2 - 1)
         order *= 2
     raise RecipeError(
-        f"no Hadamard matrix of size {size} is known: choose a recipe without the transform rotate, "
-        f"such as w8a8-plain"
+        f"no Hadamard matrix of size {size} is known: choose a recipe without the transform "
+        f"rotate, such as w8a8-plain"
     )
 
 

@@ -90,7 +90,8 @@ def test_error_figures_are_those_of_the_bytes(
 ) -> None:
     """Against the source, after the transforms of the recipe."""
     manifest = convert_checkpoint(tiny_source, tmp_path / "out", recipe)
-    reader, source = CheckpointReader(tmp_path / "out"), load_file(tiny_source / "model.safetensors")
+    source = load_file(tiny_source / "model.safetensors")
+    reader = CheckpointReader(tmp_path / "out")
     weights = equivalent(source, manifest.model, manifest.transforms)
     for name, entry in manifest.linears.items():
         stacked = ["lm_head"] if name == "lm_head" else [part for part, _ in entry.parts]

@@ -87,10 +87,10 @@ def test_published_models(
 @pytest.mark.parametrize("recipe", recipes.names())
 def test_bits_that_a_recipe_states(recipe: str) -> None:
     """Of the linears of the layers in the shapes of 0.6B, scales included."""
-    linears = [item for item in plan(QWEN3_0_6B, recipe).items if ".layers." in item.name]
-    linears = [item for item in linears if isinstance(item.spec, LinearSpec)]
+    items = plan(QWEN3_0_6B, recipe).items
+    linears = [i for i in items if ".layers." in i.name and isinstance(i.spec, LinearSpec)]
     bits = 8 * sum(item.nbytes for item in linears)
-    weights = sum(item.spec.outputs * item.spec.inputs for item in linears)
+    weights = sum(rows * columns for rows, columns in (item.matrix for item in linears))
     assert recipe_notes(recipe)["Bits"] == f"{bits / weights:.3f}".rstrip("0").rstrip(".")
 
 

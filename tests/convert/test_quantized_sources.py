@@ -418,7 +418,8 @@ def test_an_edited_description_does_not_continue(tmp_path: Path) -> None:
     weights = source_weights(source)
     weights[f"{DOWN}.weight"], weights[f"{DOWN}.weight_scale"] = quantize(weights[f"{DOWN}.weight"])
     write_ascendv1(source, weights=weights)
-    run("convert", source, out, "--recipe", "w8a8-plain", "-q").one_line_error("codes of the source")
+    done = run("convert", source, out, "--recipe", "w8a8-plain", "-q")
+    done.one_line_error("codes of the source")
 
 
 def broken(*arguments: object) -> None:

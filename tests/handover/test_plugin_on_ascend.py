@@ -114,7 +114,8 @@ def test_a_draft_is_loaded_likewise(
 ) -> None:
     """It is the last to be loaded. To draft, vllm-ascend calls operators of its own that are
     compiled for a card, so nothing is asked."""
-    draft = {"model": str(checkpoint_with_tie), "method": "draft_model", "num_speculative_tokens": 3}
+    model = str(checkpoint_with_tie)
+    draft = {"model": model, "method": "draft_model", "num_speculative_tokens": 3}
     report = engines.on_ascend(checkpoint_of_floats, [], speculative_config=draft)
     check_raw_copies(report)
     (loading,) = report.loading

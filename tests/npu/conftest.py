@@ -42,7 +42,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from qwen3_ascend import convert_checkpoint
 
     root = tmp_path_factory.mktemp("checkpoints")
-    for recipe in ("w8a8", "bf16", "w8a16", "w4a16-plain", "w4a8-plain"):
+    for recipe in ("w8a8", "w8a8-plain", "bf16", "w8a16", "w4a16-plain", "w4a8-plain"):
         convert_checkpoint(TINY_MODEL, root / recipe, recipe)
     zero_points = w4a16_recipe(64, zero_points=True)
     convert_checkpoint(TINY_MODEL, root / "w4a16-zero-points", zero_points)

@@ -115,7 +115,7 @@ def test_peak_memory_is_the_bytes_of_the_weights(checkpoints: dict[str, Path], r
     # While the first linear of a kind is checked, its probe and result exist too: a few rows.
     largest = max(linear.shape[0] for linear in reader.manifest.linears.values())
     assert peak <= held + self_check.PROBE_ROWS * largest * 8
-    assert model.config.tie_word_embeddings
+    assert model.config.tie_word_embeddings == (recipe != "w8a8")  # whose head is rotated
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
