@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from support.int4_recipes import w4a16_recipe
 from support.static_inputs import write_static
 from support.tiny_models import DATA
 
 from handover.engines import Engines
 from qwen3_ascend import ConvertOptions, convert_checkpoint
+from qwen3_ascend.convert.recipe import Recipe
 from qwen3_ascend.runtime.tokenizer import load_tokenizer
 
 NAMES = ("VLLM_CPU", "VLLM_ASCEND", "CLIENTS", "SGLANG", "PLUGIN")
@@ -91,7 +93,13 @@ def checkpoint_w4a16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted(tmp_path_factory, "w4a16-plain")
 
 
-def converted(factory: pytest.TempPathFactory, recipe: str) -> Path:
-    output = factory.mktemp("checkpoints") / recipe
+@pytest.fixture(scope="session")
+def checkpoint_of_zero_points(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with zero points."""
+    return converted(tmp_path_factory, w4a16_recipe(64, zero_points=True))
+
+
+def converted(factory: pytest.TempPathFactory, recipe: str | Recipe) -> Path:
+    output = factory.mktemp("checkpoints") / "out"
     convert_checkpoint(DATA, output, recipe, ConvertOptions())
     return output

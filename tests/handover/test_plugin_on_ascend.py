@@ -49,7 +49,8 @@ def check_raw_copies(report: Report) -> None:
     "recipe",
     [
         "checkpoint", "checkpoint_with_tie", "checkpoint_of_floats", "checkpoint_with_head",
-        "checkpoint_w8a16", "checkpoint_w4a16", "checkpoint_of_static_inputs",
+        "checkpoint_w8a16", "checkpoint_w4a16", "checkpoint_of_zero_points",
+        "checkpoint_of_static_inputs",
     ],
 )  # fmt: skip
 def test_weights_are_copied_once_and_never_cast(

@@ -45,7 +45,10 @@ def test_answers_are_those_of_our_runtime(
     assert found.difference <= NOISE * rounding_noise(checkpoint, prompts)
 
 
-@pytest.mark.parametrize("recipe", ["checkpoint_of_floats", "checkpoint_w8a16", "checkpoint_w4a16"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["checkpoint_of_floats", "checkpoint_w8a16", "checkpoint_w4a16", "checkpoint_of_zero_points"],
+)
 def test_floats_are_computed_alike(
     engines: Engines, prompts: list[list[int]], recipe: str, request: pytest.FixtureRequest
 ) -> None:

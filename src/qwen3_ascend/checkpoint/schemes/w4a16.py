@@ -149,7 +149,8 @@ def _by_output(stored: Tensor) -> Tensor:
 
 
 def _scales_and_offsets(grid: Grid, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Those under which no weight [*batch, N, K] is clipped, float32 [*batch, N, G]."""
+    """Those whose integers span the range of each group of a weight [*batch, N, K], float32
+    [*batch, N, G]; see the module."""
     groups = grid.grouped(weight.float())
     least, largest = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
     steps = grid.most - grid.least  # each bound is divided, as their difference may overflow
