@@ -39,9 +39,14 @@ class Agreement:
         return 1 - len(self.gaps) / self.tokens
 
 
-def agreement(checkpoint: Path, answers: Sequence[Answer], ranks: int = 1) -> Agreement:
-    """Computes every sequence again in float32, teacher-forced; `ranks` as in OwnRuntime."""
-    runtime = OwnRuntime(checkpoint, ranks)
+def agreement(
+    checkpoint: Path,
+    answers: Sequence[Answer],
+    ranks: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Agreement:
+    """Computes every sequence again, teacher-forced; `ranks` and `dtype` as in OwnRuntime."""
+    runtime = OwnRuntime(checkpoint, ranks, dtype)
     gaps: list[float] = []
     engine: list[float] = []
     own: list[float] = []
@@ -63,11 +68,13 @@ def agreement(checkpoint: Path, answers: Sequence[Answer], ranks: int = 1) -> Ag
 
 
 def rounding_noise(checkpoint: Path, prompts: Sequence[Sequence[int]]) -> float:
-    """How far our runtime is from itself if its inputs differ in their last bit: the mean absolute
-    difference of the log-probabilities of prompt tokens, in nats.
+    """How far our runtime is from itself if what goes into its linears differs in the last bit: the
+    mean absolute difference of the log-probabilities of prompt tokens, in nats.
 
     An activation that lies between two codes falls to either side of it, and the next layers see a
-    step of 1/127. No engine that sums in an order of its own can be nearer than this.
+    step between codes. No engine that sums in an order of its own can be nearer than this. It has
+    to be every linear: what comes out of one with fixed scales is the same to the last bit unless a
+    code has moved, so that a difference of the embeddings alone ends in the first layer.
     """
     runtime, nudged = OwnRuntime(checkpoint), OwnRuntime(checkpoint, nudged=True)
     one: list[float] = []

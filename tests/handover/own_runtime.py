@@ -1,5 +1,5 @@
-"""This project's own runtime in float32, as engines are compared with it: with the last bit of its
-inputs moved, or with the arithmetic of several ranks."""
+"""This project's own runtime on a CPU, as engines are compared with it: with the last bit of what
+goes into its linears moved, or with the arithmetic of several ranks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from qwen3_ascend.checkpoint.architecture import EMBEDDING
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import Input
-from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.checkpoint.sharding import shard
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     DeviceLinear,
-    QuantizedActivation,
     as_float,
 )
 from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
@@ -38,12 +35,20 @@ class OwnRuntime:
         checkpoint: a finished one.
         ranks: where a linear's inputs are divided among ranks, each of them quantizes its part of
             an activation with a scale of its own.
-        nudged: multiply the embedding by one plus or minus a unit in the last place of float32.
+        dtype: that it computes in.
+        nudged: multiply what goes into each linear by one plus or minus a unit in the last place of
+            float32, before it is quantized.
     """
 
-    def __init__(self, checkpoint: Path, ranks: int = 1, nudged: bool = False) -> None:
-        weights = _Weights(CheckpointReader(checkpoint), ranks, nudged)
-        backend = _Backend(weights.config, torch.float32)
+    def __init__(
+        self,
+        checkpoint: Path,
+        ranks: int = 1,
+        dtype: torch.dtype = torch.float32,
+        nudged: bool = False,
+    ) -> None:
+        weights = _Weights(CheckpointReader(checkpoint), ranks)
+        backend = (_NudgedBackend if nudged else _Backend)(weights.config, dtype)
         engine = make_engine(weights, backend, EngineOptions(), lambda *_: None)
         self._llm = LLM(engine, load_tokenizer(checkpoint), frozenset(), SamplingParams())
 
@@ -55,16 +60,12 @@ class OwnRuntime:
 class _Weights:
     """See runtime.model.loader.WeightSource."""
 
-    def __init__(self, reader: CheckpointReader, ranks: int, nudged: bool) -> None:
-        self._reader, self._ranks, self._nudged = reader, ranks, nudged
+    def __init__(self, reader: CheckpointReader, ranks: int) -> None:
+        self._reader, self._ranks = reader, ranks
         self.config = reader.config
 
     def tensor(self, name: str) -> Tensor:
-        tensor = self._reader.tensor(name)
-        if not self._nudged or name != f"{EMBEDDING}.weight":
-            return tensor
-        signs = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(0))
-        return tensor.float() * (1 + (2 * signs - 1) * torch.finfo(torch.float32).eps)
+        return self._reader.tensor(name)
 
     def linear(self, name: str) -> Linear:
         linear, entry = self._reader.linear(name), self._reader.manifest.linears[name]
@@ -87,21 +88,28 @@ class _Backend(CpuBackend):
             return super().linear(linear)
         outputs, ranks = linear.shape[0], linear.ranks
         shares = [shard(linear, "inputs", (outputs,), rank, ranks) for rank in range(ranks)]
-        return _SumOfRanks([CpuBackend.linear(self, share) for share in shares])
+        return _SumOfRanks(self, [CpuBackend.linear(self, share) for share in shares])
+
+
+class _NudgedBackend(_Backend):
+    @override
+    def feed(self, x: Tensor, consumer: DeviceLinear) -> Activation:
+        signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(0))
+        return super().feed(x * (1 + (2 * signs - 1) * torch.finfo(torch.float32).eps), consumer)
 
 
 class _SumOfRanks:
-    """What ranks add up to."""
+    """What ranks add up to, each of which quantizes its own inputs."""
 
     input = Input.FLOAT
 
-    def __init__(self, ranks: Sequence[DeviceLinear]) -> None:
-        self._ranks, self.weight = ranks, ranks[0].weight
+    def __init__(self, backend: CpuBackend, ranks: Sequence[DeviceLinear]) -> None:
+        self._backend, self._ranks, self.weight = backend, ranks, ranks[0].weight
 
     def __call__(self, x: Activation) -> Tensor:
         parts = as_float(x).chunk(len(self._ranks), dim=-1)
         products = [
-            rank(QuantizedActivation(*quantize_tokens(part)))
+            rank(self._backend.feed(part, rank))
             for rank, part in zip(self._ranks, parts, strict=True)
         ]
         return torch.stack(products).sum(0)

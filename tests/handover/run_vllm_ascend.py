@@ -104,6 +104,7 @@ def parse() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Greedy answers with the log-probability of each token."""
+    import torch
     from vllm import LLM
 
     from handover.asking import answer, sampling, tokens_of
@@ -123,6 +124,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "generate_seconds": round(time.perf_counter() - ready, 1),
         "generation": engine.collective_rpc(report),
         "answers": [answer(each) for each in answers],
+        "torch": torch.__version__,
     }
 
 

@@ -8,6 +8,7 @@ does with these as well: only where the weight comes from, and that nothing is c
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,34 +61,18 @@ class StoredInt8Scheme(AscendW8A8DynamicLinearMethod):
         names = ("weight_scale", "weight_offset")
         return {name: torch.zeros(output_size, dtype=params_dtype) for name in names}
 
+    def beside(self, linear: Linear) -> dict[str, Tensor]:
+        """What is stored beside the weight. Scales are bf16 on vllm-ascend, whatever made a
+        checkpoint; those that the converter chooses are exact in it."""
+        return {"weight_scale": linear.tensors["scale"]}
+
     @override
     def process_weights_after_loading(self, layer: Any) -> None:
         """Nothing is transposed and nothing cast; fused operators want the scale in float32."""
         layer.weight_scale_fp32 = layer.weight_scale.data.float()
 
-
-class Int8Method(AscendLinearMethod):
-    """A w8a8 linear of a layer."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(StoredInt8Scheme())
-        self.name = name
-
     @override
-    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
-        super().create_weights(layer, *sizes, **{**attributes, "weight_loader": refuse_weights})
-        layer.stored_is_there = False
-
-    def take(self, layer: Any, linear: Linear, copy: Copy) -> None:
-        """See StoredMethod. Scales are bf16 on vllm-ascend, whatever made a checkpoint; those that
-        the converter chooses are exact in it."""
-        inputs, outputs = layer.weight.shape
-        check_shape(self.name, linear, (outputs, inputs))
-        _fill(layer, linear, copy)
-        layer.weight_scale.data.copy_(linear.tensors["scale"].to(layer.weight_scale.dtype))
-
-    @override
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, *bias_and_rank: Any) -> Tensor:
         """The product [T, N] of x [T, K]; the bias is the stored one."""
         product: Tensor = super().apply(layer, x, layer.stored_bias)
         return product
@@ -111,6 +96,11 @@ class StoredStaticScheme(AscendW8A8LinearMethod):
             "deq_scale": torch.zeros(output_size, dtype=torch.float32),
         }
 
+    def beside(self, linear: Linear) -> dict[str, Tensor]:
+        """What is stored beside the weight; quant_bias is what this rank adds, with its bias."""
+        names = ("deq_scale", "input_scale", "input_offset")
+        return {name: linear.tensors[name] for name in names} | {"quant_bias": folded_bias(linear)}
+
     @override
     def process_weights_after_loading(self, layer: Any) -> None:
         """Nothing is transposed and nothing cast. vllm-ascend multiplies by the reciprocal, or
@@ -126,12 +116,19 @@ class StoredStaticScheme(AscendW8A8LinearMethod):
         ):
             layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
 
+    @override
+    def apply(self, layer: Any, x: Tensor, *bias_and_rank: Any) -> Tensor:
+        """The product [T, N] of x [T, K]. vllm-ascend lets rank 0 alone add quant_bias, which of
+        its own is the whole linear's; here each rank has what belongs to its inputs."""
+        product: Tensor = super().apply(layer, x, None, 0)
+        return product
 
-class StaticInt8Method(AscendLinearMethod):
-    """A w8a8-static linear of a layer."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(StoredStaticScheme())
+class IntegerMethod(AscendLinearMethod):
+    """An integer linear of a layer, by a scheme of vllm-ascend's."""
+
+    def __init__(self, scheme: type[StoredInt8Scheme | StoredStaticScheme], name: str) -> None:
+        super().__init__(scheme())
         self.name = name
 
     @override
@@ -140,21 +137,13 @@ class StaticInt8Method(AscendLinearMethod):
         layer.stored_is_there = False
 
     def take(self, layer: Any, linear: Linear, copy: Copy) -> None:
-        """See StoredMethod. quant_bias is what this rank adds, its bias included."""
+        """See StoredMethod."""
         inputs, outputs = layer.weight.shape
         check_shape(self.name, linear, (outputs, inputs))
         _fill(layer, linear, copy)
-        layer.quant_bias.data.copy_(folded_bias(linear))
-        for name in ("deq_scale", "input_scale", "input_offset"):
+        for name, tensor in self.quant_method.beside(linear).items():
             parameter = getattr(layer, name)
-            parameter.data.copy_(linear.tensors[name].to(parameter.dtype))
-
-    @override
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product [T, N] of x [T, K]. vllm-ascend lets rank 0 alone add quant_bias, which of
-        its own is the whole linear's; here each rank has what belongs to its inputs."""
-        product: Tensor = self.quant_method.apply(layer, x, None, 0)
-        return product
+            parameter.data.copy_(tensor.to(parameter.dtype))
 
 
 class FloatMethod(AscendUnquantizedLinearMethod):
@@ -195,7 +184,7 @@ class FloatMethod(AscendUnquantizedLinearMethod):
         return product
 
 
-class LateMethod(LinearMethodBase):
+class LateMethod(LinearMethodBase, ABC):
     """What a linear is made of comes with its bytes."""
 
     def __init__(self, name: str) -> None:
@@ -222,9 +211,9 @@ class LateMethod(LinearMethodBase):
         self.fill(layer, linear, functools.partial(upload_packed, copy=copy))
         layer.stored_is_there = True
 
+    @abstractmethod
     def fill(self, layer: Any, linear: Linear, upload: Upload) -> None:
         """Puts a linear of the right shape on the device."""
-        raise NotImplementedError
 
 
 class WeightOnlyMethod(LateMethod):
@@ -277,10 +266,10 @@ PLAIN = AscendUnquantizedLinearMethod
 
 LINEARS: dict[type[Scheme], Any] = {
     BF16: FloatMethod,
-    W8A8: Int8Method,
+    W8A8: functools.partial(IntegerMethod, StoredInt8Scheme),
     W8A16: WeightOnlyMethod,
     W4A16: WeightOnlyMethod,
-    W8A8Static: StaticInt8Method,
+    W8A8Static: functools.partial(IntegerMethod, StoredStaticScheme),
 }
 HEADS: dict[type[Scheme], Any] = {W8A8: HeadMethod, W8A16: HeadMethod, W4A16: HeadMethod}
 

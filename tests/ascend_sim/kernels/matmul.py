@@ -60,12 +60,13 @@ def float_product(
     own linear (README, "The order of float sums"), for which b lies as a weight [N, K] does; unless
     the bias has more bits than that takes."""
     b = b.mT.contiguous().mT if b.dim() > 1 else b
-    if a.dtype is torch.bfloat16 and bias is None:
-        return torch.matmul(a, b)
-    if a.dtype is torch.bfloat16 and torch.equal(bias.bfloat16().to(bias.dtype), bias):
-        return torch.addmm(bias.bfloat16(), a, b)
-    product = torch.matmul(a.float(), b.float())
-    return product if bias is None else product + bias.float()
+    half = a.dtype is torch.bfloat16
+    if bias is None:
+        return torch.matmul(a, b) if half else torch.matmul(a.float(), b.float())
+    rounded = bias.to(a.dtype)
+    if half and torch.equal(rounded.to(bias.dtype), bias):
+        return torch.addmm(rounded, a, b)
+    return torch.matmul(a.float(), b.float()) + bias.float()
 
 
 def plan_matmul(

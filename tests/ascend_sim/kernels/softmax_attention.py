@@ -45,9 +45,9 @@ def attend(
     `masked` [Q, KV] is True where a query must not look.  A row that may look nowhere gives zeros.
     Sums are in the order of torch's own operator (README, "The order of float sums")."""
     allowed = None if masked is None else ~masked
-    heads_first = (each.float().transpose(0, 1)[None] for each in (query, key, value))
+    queries, keys, values = (each.float().transpose(0, 1)[None] for each in (query, key, value))
     attended = torch.nn.functional.scaled_dot_product_attention(
-        *heads_first, attn_mask=allowed, scale=scale, enable_gqa=True
+        queries, keys, values, attn_mask=allowed, scale=scale, enable_gqa=True
     )[0].transpose(0, 1)
     if masked is None:
         return attended
