@@ -22,7 +22,7 @@ from qwen3_ascend.native.rows import Steps, check_factors, check_rotation, check
 LANES = 8
 
 ROTATED_COLUMNS = (32, 128)
-"""The fewest and the most columns that the compiled kernel rotates together, in a scratch: a line of
+"""The fewest and the most columns that the compiled kernel rotates together in a scratch: a line of
 a cache, and as many as a page is worth looking up for."""
 
 ROTATED_WEIGHTS = 1 << 17
