@@ -1,4 +1,4 @@
-"""Conversion against `cp`, against the hash's own limit, an earlier version, and llm-compressor.
+"""Conversion against `cp`, the hash's own limit, transforms, an earlier version, llm-compressor.
 
     python benchmarks/convert.py                                   Qwen3-0.6B shapes, 1.2 GB
     python benchmarks/convert.py --model 8b --layers 2             its embedding and two layers
@@ -8,7 +8,8 @@
 Makes a random-weight checkpoint (kept in --workdir), reads it once so that it is in the page cache,
 and then runs in turn, --repeat times: `cp` of the weights, `cp` and a sync, our conversion to w8a8
 in FRACTAL_NZ with a BLAKE3 of every byte written (with --hash-source also of every byte read),
-synced to disk, and the peer. The best of each counts, because other work on the machine only ever
+synced to disk, the same after the transforms that need no data (cle and rotate), and the peer. The
+best of each counts, because other work on the machine only ever
 adds; medians are printed beside them. "work" is without start and imports. Private memory is what
 no other process shares and no file backs (RssAnon); the base is the interpreter with everything
 imported, just before it begins.
@@ -43,6 +44,9 @@ from typing import Any
 
 import random_model
 from blake3 import blake3
+
+PLAIN, TRANSFORMED = "w8a8", "w8a8-rotated"
+"""The recipes that are held against each other: the same scheme without and with transforms."""
 
 PEER = """
 import json, shutil, subprocess, sys, time
@@ -213,13 +217,15 @@ def main() -> None:
         shutil.rmtree(workdir / name, ignore_errors=True)
     environment = {"QWEN3_ASCEND_NATIVE": "0"} if options.fallback else {}
     command = [sys.executable, __file__, "--child", str(source), str(output)]
-    for name in ("threads", "max_memory", "recipe"):
+    for name in ("threads", "max_memory"):
         if getattr(options, name) is not None:
             command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
     command += ["--hash-source"] if options.hash_source else []
+    changed = [*command, f"--recipe={TRANSFORMED}"]
+    command.append(f"--recipe={options.recipe}")
     copies: list[float] = []
     synced: list[float] = []
-    ours, earlier = [], []
+    ours, transformed, earlier = [], [], []
     peers: dict[str, list[Figures]] = {name: [] for name in PEERS if options.peer_python}
     for _ in range(options.repeat):
         for sync, times in ((False, copies), (True, synced)):
@@ -229,12 +235,17 @@ def main() -> None:
         ours.append(measure(command, environment))
         stored = written(output)
         shutil.rmtree(output)
+        if options.recipe == PLAIN:
+            transformed.append(measure(changed, environment))
+            shutil.rmtree(output)
         if options.earlier:
             earlier.append(measure(command, {**environment, "PYTHONPATH": options.earlier}))
             shutil.rmtree(output)
         for name, runs in peers.items():
             runs.append(peer(options.peer_python, PEERS[name], source, workdir / "peer"))
     report(nbytes, stored + options.hash_source * nbytes, copies, synced, ours)
+    if transformed:
+        compare_transformed(ours, transformed)
     if earlier:
         compare("earlier version", nbytes, ours, earlier)
     for name, runs in peers.items():
@@ -276,6 +287,18 @@ def report(
     print(f"kernels: {native.describe()}")
 
 
+def compare_transformed(plain: list[Figures], transformed: list[Figures]) -> None:
+    """Prints what transforms cost in the same run, best against best."""
+    work = min(run.work for run in transformed), min(run.work for run in plain)
+    cpu = min(run.cpu for run in transformed), min(run.cpu for run in plain)
+    private = [max(r.peak_private for r in runs) - max(r.base_private for r in runs)
+               for runs in (transformed, plain)]  # fmt: skip
+    print(f"{TRANSFORMED} against {PLAIN}: processor time {cpu[0]:.2f} s, {cpu[0] / cpu[1]:.2f} x; "
+          f"work {work[0]:.2f} s, {work[0] / work[1]:.2f} x; private memory "
+          f"{private[0] / 2**20:.0f} MiB against {private[1] / 2**20:.0f}; "
+          f"{random_model.processor()}")  # fmt: skip
+
+
 def peer(python: str, script: str, source: Path, output: Path) -> Figures:
     """Runs llm-compressor in its own interpreter."""
     command = [python, "-c", script, str(source), str(output), str(output.with_name("settle"))]
@@ -303,7 +326,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=random_model.SHAPES, default="0.6b")
     parser.add_argument("--layers", type=int, help="only so many, of a model that is larger")
-    parser.add_argument("--recipe", default="w8a8")
+    parser.add_argument("--recipe", default=PLAIN)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--max-memory", type=int, help="bytes")

@@ -73,6 +73,26 @@ def test_pinned_bytes_of_a_search(tiny_source: Path, tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "out" / "ascend-00001-of-00001.safetensors") == SEARCHED_BYTES
 
 
+# The same after the transforms that need no data, in a linear of each kind.
+TRANSFORMED = Recipe.parse(
+    """
+    schema: 1
+    name: transformed
+    transforms: [cle, rotate]
+    rules:
+      - {match: lm_head, scheme: bf16}
+      - {match: "*", scheme: w8a8}
+    """,
+    "test",
+)
+TRANSFORMED_BYTES = "fd1d3a76b2e6df1adb00bfc8c9675091dca51287539038474fdea9ca0c2cea0b"
+
+
+def test_pinned_bytes_of_transforms(tiny_source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(tiny_source, tmp_path / "out", TRANSFORMED)
+    assert file_sha256(tmp_path / "out" / "ascend-00001-of-00001.safetensors") == TRANSFORMED_BYTES
+
+
 WAYS: dict[str, dict[str, str]] = {
     "torch": {"QWEN3_ASCEND_NATIVE": "0"},
     **{path: {"QWEN3_ASCEND_CPU": path} for path in runnable_paths()},

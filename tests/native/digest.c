@@ -32,7 +32,7 @@ int qwen3_ascend_change_rows(int path, int dtype, const void *source, int64_t ro
 int qwen3_ascend_rotate_outputs(int path, int dtype, const void *source, int64_t rows,
                                 int64_t columns, int64_t row_stride, const float *signs,
                                 const float *base, int64_t size, int64_t order, float factor,
-                                float *scratch, float *out);
+                                int64_t lanes, float *scratch, float *out);
 int qwen3_ascend_round_rows(int path, int dtype, const void *source, int64_t rows, int64_t columns,
                             int64_t row_stride, const void *steps, int64_t count, float *scratch,
                             uint16_t *stored, double *signal, double *noise, int64_t *position);
@@ -140,7 +140,7 @@ static uint64_t turn(int path, int64_t order, int64_t doublings, float *data)
     struct step step = {NULL, signs, base, size, order, 0.3f};
     int status = qwen3_ascend_change_rows(path, FP32, data, BREADTH, length, length, &step, 1, data);
     status += qwen3_ascend_rotate_outputs(path, FP32, data, length, BREADTH, BREADTH, signs, base,
-                                          size, order, 0.7f, scratch, data);
+                                          size, order, 0.7f, 32, scratch, data);
     uint64_t state = digest(14695981039346656037u, data, LENGTH * BREADTH * sizeof *data);
     return digest(state, &status, sizeof status);
 }
@@ -148,7 +148,7 @@ static uint64_t turn(int path, int64_t order, int64_t doublings, float *data)
 /* Rows that are changed as they are quantized, rounded, and written; and outputs of every type. */
 static uint64_t change(int path, int dtype, int64_t order, int64_t doublings, const void *source)
 {
-    static float factors[2][STRIDE], base[64 * 64], scratch[32 * STRIDE], out[ROWS * STRIDE];
+    static float factors[2][STRIDE], base[64 * 64], scratch[64 * STRIDE], out[ROWS * STRIDE];
     static uint8_t strips[96 * STRIDE];
     static uint16_t stored[ROWS * STRIDE];
     float scales[ROWS];
@@ -171,7 +171,7 @@ static uint64_t change(int path, int dtype, int64_t order, int64_t doublings, co
     status += qwen3_ascend_change_rows(path, dtype, source, ROWS, columns, STRIDE, steps, 3, out);
     state = digest(state, out, (size_t)(ROWS * columns) * sizeof *out);
     status += qwen3_ascend_rotate_outputs(path, dtype, source, ROWS / size * size, columns, STRIDE,
-                                          factors[0], base, size, order, 0.7f, scratch, out);
+                                          factors[0], base, size, order, 0.7f, 64, scratch, out);
     state = digest(state, out, (size_t)(ROWS * columns) * sizeof *out);
     return digest(state, &status, sizeof status);
 }

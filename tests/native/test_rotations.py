@@ -95,7 +95,7 @@ def test_rows_are_changed_before_anything_else(
     assert torch.equal(found, expected)
     plain, fused = Codes.garbage(rows, columns), Codes.garbage(rows, columns)
     kernels.quantize_w8a8_nz(expected, *vars(plain).values())
-    kernels.quantize_w8a8_nz(source, *vars(fused).values(), steps=steps)
+    kernels.quantize_w8a8_nz(source, **vars(fused), steps=steps)
     assert fused.equals(plain)
     stored, sums = expected.bfloat16(), torch.full((4, rows), -7.0, dtype=torch.float64)
     kernels.error_bf16(expected, stored, sums[0], sums[1])
@@ -109,13 +109,13 @@ def test_rows_that_become_infinite_are_found(kernels: native.Kernels) -> None:
     source, outputs = torch.ones(40, 70), torch.ones(40)
     source[35, 7], outputs[35] = 2.0, 3.0e38
     steps = [RowStep(outputs=outputs)]
-    sums = torch.empty(2, 40, dtype=torch.float64)
+    stored, sums = torch.empty(40, 70, dtype=torch.bfloat16), torch.empty(2, 40).double()
     with pytest.raises(native.NotFinite) as error:
-        kernels.quantize_w8a8_nz(source, *vars(Codes.garbage(40, 70)).values(), steps=steps)
+        kernels.quantize_w8a8_nz(source, **vars(Codes.garbage(40, 70)), steps=steps)
     assert (error.value.row, error.value.column) == (35, 7)
     source[35, 7], outputs[33] = 1.0, 3.4e38
     with pytest.raises(native.NotFinite) as error:
-        kernels.round_rows(source, torch.empty(40, 70, dtype=torch.bfloat16), *sums, steps)
+        kernels.round_rows(source, stored, sums[0], sums[1], steps)
     assert (error.value.row, error.value.column) == (33, 0)
 
 

@@ -21,8 +21,15 @@ from qwen3_ascend.native.rows import Steps, check_factors, check_rotation, check
 
 LANES = 8
 
-ROTATED_COLUMNS = 32
-"""Columns that the compiled kernel rotates together, in a scratch."""
+ROTATED_COLUMNS = (32, 128)
+"""The fewest and the most columns that the compiled kernel rotates together in a scratch: a line of
+a cache, and as many as a page is worth looking up for."""
+
+ROTATED_WEIGHTS = 1 << 17
+"""What the scratch may hold if it is to stay in a core's cache."""
+
+ROUNDED_ROWS = 4
+"""Rows that it rounds together, in a scratch."""
 
 BLOCK_COLUMNS = 128
 """Columns whose codes are chosen together when errors are made up for."""
@@ -349,8 +356,10 @@ class NativeKernels:
     def rotate_outputs(self, source: Tensor, signs: Tensor, base: Tensor, out: Tensor) -> None:
         check_outputs(source, signs, base, out)
         rotation = (signs.data_ptr(), base.data_ptr(), len(signs), len(base), _factor(len(signs)))
-        scratch = torch.empty(len(signs) * ROTATED_COLUMNS)
-        outputs = (scratch.data_ptr(), out.data_ptr())
+        fewest, most = ROTATED_COLUMNS
+        lanes = min(max(ROTATED_WEIGHTS // len(signs) // fewest * fewest, fewest), most)
+        scratch = torch.empty(len(signs) * lanes)
+        outputs = (lanes, scratch.data_ptr(), out.data_ptr())
         self._run("rotate_outputs", *_matrix(source), *rotation, *outputs)
 
     def square_sums(self, source: Tensor, axis: int, sums: Tensor) -> None:
@@ -366,7 +375,7 @@ class NativeKernels:
         self, source: Tensor, stored: Tensor, signal: Tensor, noise: Tensor, steps: Steps = ()
     ) -> None:
         check_rounded(source, stored, signal, noise, steps)
-        scratch = torch.empty(source.shape[1] if steps else 0)
+        scratch = torch.empty(ROUNDED_ROWS * source.shape[1])
         outputs = (stored.data_ptr(), signal.data_ptr(), noise.data_ptr())
         changed = (*_matrix(source), *_steps(steps, scratch))
         self._run("round_rows", *changed, *outputs, position=True)

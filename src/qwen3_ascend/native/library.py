@@ -27,7 +27,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "pack_nz_rows": [_INT, _INT, _INT, *_MATRIX[1:], _POINTER, _LONG, _LONG, _POINTER],
     "unpack_nz_rows": [_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG],
     "change_rows": [_INT, *_MATRIX, *_STEPS],
-    "rotate_outputs": [_INT, *_MATRIX, _POINTER, *_ROTATION, _POINTER, _POINTER],
+    "rotate_outputs": [_INT, *_MATRIX, _POINTER, *_ROTATION, _LONG, *[_POINTER] * 2],
     "square_sums": [_INT, *_MATRIX, _INT, _POINTER],
     "error_bf16": [_INT, *_MATRIX, _POINTER, _POINTER, _POINTER],
     "round_rows": [_INT, *_MATRIX, *_STEPS, *[_POINTER] * 4],

@@ -184,12 +184,12 @@ QWEN3_ASCEND_API int qwen3_ascend_change_rows(int path, int dtype, const void *s
 }
 
 /* Blocks of `size` neighbours in every column, times their signs, rotated -> float32 [rows,
- * columns], which may be the source; scratch holds size * 32 floats. */
+ * columns], which may be the source; `lanes` columns at a time, in a scratch of [size][lanes]. */
 QWEN3_ASCEND_API int qwen3_ascend_rotate_outputs(int path, int dtype, const void *source,
                                                  int64_t rows, int64_t columns, int64_t row_stride,
                                                  const float *signs, const float *base,
                                                  int64_t size, int64_t order, float factor,
-                                                 float *scratch, float *out)
+                                                 int64_t lanes, float *scratch, float *out)
 {
     struct matrix matrix = {source, rows, columns, row_stride, dtype};
     struct rotation rotation = {base, size, order, factor};
@@ -197,8 +197,9 @@ QWEN3_ASCEND_API int qwen3_ascend_rotate_outputs(int path, int dtype, const void
     if (table == NULL) return STATUS_NO_PATH;
     if (!matrix_is_valid(matrix) || dtype == DTYPE_BYTE || !rotation_is_valid(rotation, rows))
         return STATUS_BAD_ARGUMENT;
+    if (lanes < ROTATED_COLUMNS || lanes % ROTATED_COLUMNS != 0) return STATUS_BAD_ARGUMENT;
     float_mode saved = enter_ieee_mode();
-    table->rotate_outputs(matrix, signs, rotation, scratch, out);
+    table->rotate_outputs(matrix, signs, rotation, lanes, scratch, out);
     leave_ieee_mode(saved);
     return STATUS_OK;
 }
@@ -234,7 +235,7 @@ QWEN3_ASCEND_API int qwen3_ascend_error_bf16(int path, int dtype, const void *so
     return STATUS_OK;
 }
 
-/* Rows, after `count` steps in a scratch of [columns], -> bfloat16 [rows, columns], signal and noise.
+/* Rows, after `count` steps in a scratch of [4][columns], -> bfloat16 [rows, columns], signal and noise.
  * position gets the [row, column] of the first NaN or Inf of the bfloat16. */
 QWEN3_ASCEND_API int qwen3_ascend_round_rows(int path, int dtype, const void *source, int64_t rows,
                                              int64_t columns, int64_t row_stride,
@@ -245,7 +246,7 @@ QWEN3_ASCEND_API int qwen3_ascend_round_rows(int path, int dtype, const void *so
     struct rows changed = {{source, rows, columns, row_stride, dtype}, steps, count, scratch};
     const struct path_table *table = find_path(path);
     if (table == NULL) return STATUS_NO_PATH;
-    if (!rows_are_valid(changed)) return STATUS_BAD_ARGUMENT;
+    if (scratch == NULL || !rows_are_valid(changed)) return STATUS_BAD_ARGUMENT;
     float_mode saved = enter_ieee_mode();
     struct error_sums sums = {signal, noise};
     int status = table->round_rows(changed, stored, sums, position);

@@ -61,9 +61,8 @@ struct rows {
     float *scratch;
 };
 
-/* Columns that are rotated together, a cache line of halves, in a scratch of
- * [size][ROTATED_COLUMNS]; the largest order. */
-enum { ROTATED_COLUMNS = 32, MOST_ORDER = 512 };
+/* Columns that are rotated together are a multiple of this; the largest order. */
+enum { ROTATED_COLUMNS = 16, MOST_ORDER = 512 };
 
 /* The integers of a scheme. */
 struct integers {
@@ -104,7 +103,7 @@ struct path_table {
                   uint8_t *destination, int64_t row_stride);
     void (*change)(struct rows source, float *out);
     void (*rotate_outputs)(struct matrix source, const float *signs, struct rotation rotation,
-                           float *scratch, float *out);
+                           int64_t lanes, float *scratch, float *out);
     void (*square_sums)(struct matrix source, int by_column, double *sums);
     void (*rounding_errors)(struct matrix source, const uint16_t *stored, struct error_sums sums);
     int (*round_rows)(struct rows source, uint16_t *stored, struct error_sums sums,

@@ -25,6 +25,13 @@ enum { TILE_COLUMNS = 256, PACK_COLUMNS = 1024, LANES = 8 };
 #define LOOP static __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 
+/* Of loops over an array that has to stay in registers. */
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
 typedef uint8_t bytes16 __attribute__((vector_size(16)));
 
 #if defined(__clang__)
@@ -203,18 +210,19 @@ INLINE floats butterflies_within(floats v)
     return v;
 }
 
-/* Pairs of registers, 1, 2, ... apart: two, four or eight of them. */
+/* So many registers take part in steps that are done at once; a path with fewer would spill. */
+enum { MOST_ACROSS = PATH_FLOATS == 16 ? 16 : 8 };
+
+/* Pairs of registers, 1, 2, ... apart. */
 INLINE void butterflies_across(floats *v, int count)
 {
-    floats w[8];
-    for (int i = 0; i < count; i += 2) w[i] = v[i] + v[i + 1], w[i + 1] = v[i] - v[i + 1];
-    for (int i = 0; i < count; i++) v[i] = w[i];
-    if (count < 4) return;
-    for (int i = 0; i < count; i += 4)
-        for (int k = i; k < i + 2; k++) w[k] = v[k] + v[k + 2], w[k + 2] = v[k] - v[k + 2];
-    for (int i = 0; i < count; i++) v[i] = w[i];
-    if (count < 8) return;
-    for (int k = 0; k < 4; k++) v[k] = w[k] + w[k + 4], v[k + 4] = w[k] - w[k + 4];
+    UNROLL for (int apart = 1; apart < count; apart *= 2)
+        UNROLL for (int i = 0; i < count; i++)
+            if (!(i & apart)) {
+                floats a = v[i], b = v[i + apart];
+                v[i] = a + b;
+                v[i + apart] = a - b;
+            }
 }
 
 /* Floats of a row of any type, from element `i` on; see widen_bf16 and widen_fp16. */
@@ -240,13 +248,13 @@ INLINE void begin_blocks(const void *row, int dtype, float factor, const float *
 {
     for (int64_t i = 0; i < count; i += BEGUN) {
         floats v[8];
-        for (int j = 0; j < 8; j++) {
+        UNROLL for (int j = 0; j < 8; j++) {
             int64_t at = i + j * PATH_FLOATS;
             v[j] = widen_floats(row, dtype, at) * factor * FLOATS(factors + at);
             v[j] = butterflies_within(v[j]);
         }
         butterflies_across(v, 8);
-        for (int j = 0; j < 8; j++) FLOATS(out + i + j * PATH_FLOATS) = v[j] * last;
+        UNROLL for (int j = 0; j < 8; j++) FLOATS(out + i + j * PATH_FLOATS) = v[j] * last;
     }
 }
 
@@ -268,17 +276,21 @@ LOOP void begin_fp32(const void *row, float factor, const float *factors, int64_
     begin_blocks(row, DTYPE_FP32, factor, factors, count, last, out);
 }
 
-/* One, two or three steps at once, runs of whole registers apart: each value is loaded and stored
- * once. */
+/* One to four steps at once, runs of whole registers apart: each value is loaded and stored once. */
 INLINE void butterflies_by(int radix, float *x, int64_t count, int64_t run, float last)
 {
     for (int64_t start = 0; start < count; start += radix * run)
         for (int64_t i = start; i < start + run; i += PATH_FLOATS) {
-            floats v[8];
-            for (int j = 0; j < radix; j++) v[j] = FLOATS(x + i + j * run);
+            floats v[MOST_ACROSS];
+            UNROLL for (int j = 0; j < radix; j++) v[j] = FLOATS(x + i + j * run);
             butterflies_across(v, radix);
-            for (int j = 0; j < radix; j++) FLOATS(x + i + j * run) = v[j] * last;
+            UNROLL for (int j = 0; j < radix; j++) FLOATS(x + i + j * run) = v[j] * last;
         }
+}
+
+LOOP void butterflies_by_most(float *x, int64_t count, int64_t run, float last)
+{
+    butterflies_by(MOST_ACROSS, x, count, run, last);
 }
 
 LOOP void butterflies_by_eight(float *x, int64_t count, int64_t run, float last)
@@ -311,10 +323,12 @@ INLINE void butterflies(float *x, int64_t count, int64_t run, int64_t length, fl
 {
     while (run < length) {
         int64_t left = length / run;
-        int radix = run % PATH_FLOATS ? 2 : left >= 8 ? 8 : (int)left;
+        int radix = run % PATH_FLOATS ? 2 : (int)smaller(left, MOST_ACROSS);
         float factor = left == radix ? last : 1.0f;
         if (run % PATH_FLOATS)
             butterflies_of_any(x, count, run, factor);
+        else if (radix == MOST_ACROSS)
+            butterflies_by_most(x, count, run, factor);
         else if (radix == 8)
             butterflies_by_eight(x, count, run, factor);
         else if (radix == 4)
@@ -453,64 +467,93 @@ static void change(struct rows source, float *out)
 
 /* ---- rotations of outputs ---- */
 
-/* Some columns of a block, times the signs of their rows, in a scratch: rows that lie a power of
- * two apart share few lines of a cache. */
-INLINE void gather_columns(struct matrix source, int64_t lanes, const float *signs, int64_t size,
-                           float *scratch)
+/* Some columns of rows, times the signs of the rows, in a scratch of [rows][columns]: rows that lie
+ * a power of two apart share few lines of a cache. The first three steps are done on the way. */
+INLINE void gather_eights(struct matrix source, int dtype, const float *signs, float *scratch)
 {
-    for (int64_t i = 0; i < size; i++) {
-        const void *row = element(source, i, 0);
-        float *to = scratch + i * ROTATED_COLUMNS;
-        if (lanes < ROTATED_COLUMNS)
-            widen_row(row, source.dtype, lanes, ROTATED_COLUMNS, to);
-        for (int lane = 0; lane < ROTATED_COLUMNS; lane += PATH_FLOATS) {
-            floats values = lanes < ROTATED_COLUMNS ? FLOATS(to + lane)
-                                                    : widen_floats(row, source.dtype, lane);
-            FLOATS(to + lane) = values * signs[i];
+    for (int64_t i = 0; i < source.rows; i += 8)
+        for (int64_t lane = 0; lane < source.columns; lane += PATH_FLOATS) {
+            floats v[8];
+            UNROLL for (int j = 0; j < 8; j++)
+                v[j] = widen_floats(element(source, i + j, 0), dtype, lane) * signs[i + j];
+            butterflies_across(v, 8);
+            UNROLL for (int j = 0; j < 8; j++)
+                FLOATS(scratch + (i + j) * source.columns + lane) = v[j];
         }
+}
+
+LOOP void gather_bf16(struct matrix source, const float *signs, float *scratch)
+{
+    source.dtype = DTYPE_BF16; /* which makes the size of an element known */
+    gather_eights(source, DTYPE_BF16, signs, scratch);
+}
+
+LOOP void gather_fp16(struct matrix source, const float *signs, float *scratch)
+{
+    source.dtype = DTYPE_FP16;
+    gather_eights(source, DTYPE_FP16, signs, scratch);
+}
+
+LOOP void gather_fp32(struct matrix source, const float *signs, float *scratch)
+{
+    source.dtype = DTYPE_FP32;
+    gather_eights(source, DTYPE_FP32, signs, scratch);
+}
+
+/* The same without any steps, of fewer columns than the `lanes` of the scratch. */
+LOOP void gather_any(struct matrix source, const float *signs, int64_t lanes, float *scratch)
+{
+    for (int64_t i = 0; i < source.rows; i++, scratch += lanes) {
+        widen_row(element(source, i, 0), source.dtype, source.columns, lanes, scratch);
+        for (int64_t lane = 0; lane < lanes; lane++) scratch[lane] *= signs[i];
     }
 }
 
-LOOP void gather_bf16(struct matrix source, int64_t lanes, const float *signs, int64_t size,
-                      float *scratch)
+/* Some columns of a block, with the steps that are done while they are in L1. Returns how many rows
+ * apart the next ones are. */
+INLINE int64_t gather_block(struct matrix source, const float *signs, struct rotation rotation,
+                            int64_t lanes, float *scratch)
 {
-    source.dtype = DTYPE_BF16;
-    gather_columns(source, lanes, signs, size, scratch);
+    int64_t near = smaller(rotation.size / rotation.order, 64);
+    if (source.columns < lanes || near < 8) {
+        gather_any(source, signs, lanes, scratch);
+        return 1;
+    }
+    for (int64_t row = 0; row < rotation.size; row += near) {
+        struct matrix part = {element(source, row, 0), near, lanes, source.row_stride,
+                              source.dtype};
+        float *to = scratch + row * lanes;
+        if (source.dtype == DTYPE_BF16)
+            gather_bf16(part, signs + row, to);
+        else if (source.dtype == DTYPE_FP16)
+            gather_fp16(part, signs + row, to);
+        else
+            gather_fp32(part, signs + row, to);
+        butterflies(to, near * lanes, 8 * lanes, near * lanes, 1.0f);
+    }
+    return near;
 }
 
-LOOP void gather_fp16(struct matrix source, int64_t lanes, const float *signs, int64_t size,
-                      float *scratch)
+LOOP void scale_to(const float *from, float factor, int64_t count, float *out)
 {
-    source.dtype = DTYPE_FP16;
-    gather_columns(source, lanes, signs, size, scratch);
-}
-
-LOOP void gather_fp32(struct matrix source, int64_t lanes, const float *signs, int64_t size,
-                      float *scratch)
-{
-    source.dtype = DTYPE_FP32;
-    gather_columns(source, lanes, signs, size, scratch);
+    for (int64_t i = 0; i < count; i++) out[i] = from[i] * factor;
 }
 
 static void rotate_outputs(struct matrix source, const float *signs, struct rotation rotation,
-                           float *scratch, float *out)
+                           int64_t lanes, float *scratch, float *out)
 {
-    int64_t count = rotation.size * ROTATED_COLUMNS;
+    float factor = rotation.factor;
+    rotation.factor = 1.0f; /* it is multiplied by on the way out */
     for (int64_t row = 0; row < source.rows; row += rotation.size)
-        for (int64_t column = 0; column < source.columns; column += ROTATED_COLUMNS) {
-            int64_t lanes = smaller(ROTATED_COLUMNS, source.columns - column);
-            struct matrix block = source;
-            block.data = element(source, row, column);
-            if (source.dtype == DTYPE_BF16)
-                gather_bf16(block, lanes, signs, rotation.size, scratch);
-            else if (source.dtype == DTYPE_FP16)
-                gather_fp16(block, lanes, signs, rotation.size, scratch);
-            else
-                gather_fp32(block, lanes, signs, rotation.size, scratch);
-            finish_blocks(scratch, count, ROTATED_COLUMNS, ROTATED_COLUMNS, rotation);
+        for (int64_t column = 0; column < source.columns; column += lanes) {
+            int64_t count = smaller(lanes, source.columns - column);
+            struct matrix block = {element(source, row, column), rotation.size, count,
+                                   source.row_stride, source.dtype};
+            int64_t run = gather_block(block, signs, rotation, lanes, scratch) * lanes;
+            finish_blocks(scratch, rotation.size * lanes, run, lanes, rotation);
             for (int64_t i = 0; i < rotation.size; i++)
-                memcpy(out + (row + i) * source.columns + column, scratch + i * ROTATED_COLUMNS,
-                       (size_t)lanes * sizeof *out);
+                scale_to(scratch + i * lanes, factor, count,
+                         out + (row + i) * source.columns + column);
         }
 }
 
@@ -665,6 +708,16 @@ INLINE int strip_scales(struct matrix source, float *scales, int64_t *position)
     return STATUS_OK;
 }
 
+/* Some columns of a row as float32: where they are, or in a buffer that zeros fill up. */
+INLINE const float *tile_row(struct matrix source, int64_t row, int64_t column, int64_t count,
+                             int64_t padded, float *buffer)
+{
+    const void *place = element(source, row, column);
+    if (source.dtype == DTYPE_FP32 && count == padded) return place;
+    widen_row(place, source.dtype, count, padded, buffer);
+    return buffer;
+}
+
 INLINE void quantize_strip(struct matrix source, const float *scales, uint8_t *strip,
                            struct row_lanes *lanes)
 {
@@ -676,10 +729,10 @@ INLINE void quantize_strip(struct matrix source, const float *scales, uint8_t *s
         int64_t count = smaller(TILE_COLUMNS, source.columns - column);
         int64_t padded = round_up(count, ROW_GROUP);
         for (int64_t i = 0; i < source.rows; i++) {
-            widen_row(element(source, i, column), source.dtype, count, padded, weights);
-            round_codes(weights, padded, scales[i], codes);
+            const float *row = tile_row(source, i, column, count, padded, weights);
+            round_codes(row, padded, scales[i], codes);
             narrow_codes(codes, padded, tile + i * TILE_COLUMNS);
-            add_exact_errors(weights, codes, padded, scales[i], &lanes[i]);
+            add_exact_errors(row, codes, padded, scales[i], &lanes[i]);
         }
         tile_to_strip(tile, padded, strip + column * RUN_BYTES);
     }
@@ -925,11 +978,6 @@ LOOP void add_rounding_errors(const float *weights, const float *rounded, int64_
         }
 }
 
-LOOP void round_row(const float *weights, int64_t count, uint16_t *stored)
-{
-    for (int64_t i = 0; i < count; i++) stored[i] = narrow_bf16(weights[i]);
-}
-
 static void rounding_errors(struct matrix source, const uint16_t *stored, struct error_sums sums)
 {
     float weights[TILE_COLUMNS], rounded[TILE_COLUMNS];
@@ -947,26 +995,77 @@ static void rounding_errors(struct matrix source, const uint16_t *stored, struct
     }
 }
 
-/* Rounds and measures a row while it is in L1. */
+/* ---- rounding ---- */
+
+/* Rows whose error sums are made side by side, because those of one row wait for each other. */
+enum { ROUNDED_ROWS = 4 };
+
+LOOP void round_row(const float *weights, int64_t count, uint16_t *stored)
+{
+    for (int64_t i = 0; i < count; i++) stored[i] = narrow_bf16(weights[i]);
+}
+
+/* What rounding takes off a weight is exact in float32: a multiple of the weight's last bit, and at
+ * most 2^16 of these. So every product is exact too. */
+INLINE void add_rounded(float weight, uint16_t stored, int lane, struct row_lanes *lanes)
+{
+    double exact = weight, error = weight - widen_bf16(stored);
+    lanes->signal[lane] = add_product(exact, exact, lanes->signal[lane], 1);
+    lanes->noise[lane] = add_product(error, error, lanes->noise[lane], 1);
+}
+
+INLINE void measure_rounded(int rows, const float *weights, const uint16_t *stored, int64_t columns,
+                            struct row_lanes *lanes)
+{
+    struct row_lanes found[ROUNDED_ROWS] = {0};
+    int64_t whole = columns / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES)
+        UNROLL for (int row = 0; row < rows; row++)
+            UNROLL for (int lane = 0; lane < LANES; lane++) {
+                int64_t at = row * columns + i + lane;
+                add_rounded(weights[at], stored[at], lane, &found[row]);
+            }
+    for (int row = 0; row < rows; row++)
+        for (int64_t at = row * columns + whole; at < (row + 1) * columns; at++)
+            add_rounded(weights[at], stored[at], (int)(at - row * columns - whole), &found[row]);
+    memcpy(lanes, found, sizeof found);
+}
+
+LOOP void measure_rounded_row(const float *weights, const uint16_t *stored, int64_t columns,
+                              struct row_lanes *lanes)
+{
+    measure_rounded(1, weights, stored, columns, lanes);
+}
+
+LOOP void measure_rounded_rows(const float *weights, const uint16_t *stored, int64_t columns,
+                               struct row_lanes *lanes)
+{
+    measure_rounded(ROUNDED_ROWS, weights, stored, columns, lanes);
+}
+
+/* Changes, rounds and measures a few rows at a time, while they are in L1. */
 static int round_rows(struct rows source, uint16_t *stored, struct error_sums sums,
                       int64_t *position)
 {
     int64_t columns = source.matrix.columns;
-    for (int64_t row = 0; row < source.matrix.rows; row++, stored += columns) {
-        struct matrix changed = changed_rows(source, row, 1);
-        struct error_sums sum = {sums.signal + row, sums.noise + row};
-        for (int64_t column = 0; column < columns; column += TILE_COLUMNS) {
-            float weights[TILE_COLUMNS];
-            int64_t count = smaller(TILE_COLUMNS, columns - column);
-            widen_row(element(changed, 0, column), changed.dtype, count, count, weights);
-            round_row(weights, count, stored + column);
-        }
-        if (largest_half(stored, columns) >= infinity_bits(DTYPE_BF16)) {
-            position[0] = row;
-            position[1] = first_not_finite((const uint8_t *)stored, DTYPE_BF16, columns);
+    for (int64_t row = 0; row < source.matrix.rows;) {
+        int rows = source.matrix.rows - row < ROUNDED_ROWS ? 1 : ROUNDED_ROWS;
+        struct row_lanes lanes[ROUNDED_ROWS];
+        uint16_t *to = stored + row * columns;
+        for (int64_t i = 0; i < rows; i++)
+            change_row(source, row + i, source.scratch + i * columns);
+        round_row(source.scratch, rows * columns, to);
+        struct matrix rounded = {to, rows, columns, columns, DTYPE_BF16};
+        if (find(rounded, position) != STATUS_OK) {
+            position[0] += row;
             return STATUS_NOT_FINITE;
         }
-        rounding_errors(changed, stored, sum);
+        if (rows == 1)
+            measure_rounded_row(source.scratch, to, columns, lanes);
+        else
+            measure_rounded_rows(source.scratch, to, columns, lanes);
+        store_sums(lanes, rows, row, sums);
+        row += rows;
     }
     return STATUS_OK;
 }
