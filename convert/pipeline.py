@@ -96,18 +96,18 @@ class Conversion(Production[Item]):
 
     def fit(
         self, number: int, statistics: Mapping[str, InputStatistics]
-    ) -> Mapping[str, InputStatistics]:
+    ) -> dict[str, InputStatistics]:
         """See Fitting.fit."""
         return self.fitting.fit(number, statistics)
 
-    def make_stage(self, items: Sequence[Item], statistics: Mapping[str, InputStatistics]) -> None:
+    def make_stage(self, items: Sequence[Item], statistics: dict[str, InputStatistics]) -> None:
         """Makes those items of a stage of a calibrated plan that are not done yet.
 
         Args:
             items: all of the stage.
-            statistics: of the inputs of linears, by name; they go with the items.
+            statistics: of the inputs of linears, by name; each is taken out by its item.
         """
-        self._statistics = dict(statistics)
+        self._statistics = statistics
         self.make(self.remaining(items))
         self._release_files(self._files_of(items))
 
@@ -130,7 +130,8 @@ class Conversion(Production[Item]):
 
     @override
     def task(self, item: Item, file: WeightFileWriter) -> Callable[[], Done]:
-        task = make_task(item, self.source, self._changes, self._statistics.pop(item.name, None))
+        statistics = partial(self._statistics.pop, item.name, None)
+        task = make_task(item, self.source, self._changes, statistics)
         advance = partial(self.advance, item.source_bytes // len(task.pieces))
         return partial(convert, task, file, self._kernels, self._hash_source, advance)
 

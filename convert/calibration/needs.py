@@ -10,7 +10,7 @@ from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.convert.quantizers import QUANTIZERS, Needs
 from qwen3_ascend.convert.transforms import FittedTransform
 
-STEP_TOKENS = 1024
+STEP_TOKENS = 512
 """Tokens of a step: what lies between the linears of a layer is in memory for so many."""
 
 FLOAT_BYTES = 4
