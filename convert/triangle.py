@@ -12,6 +12,11 @@ ROWS = 512
 """Rows of a block: temporaries are this high. Products of fewer rows take longer in a BLAS."""
 
 
+def triangle_bytes(size: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of the half of a matrix [size, size] at most."""
+    return size * (size + ROWS) // 2 * dtype.itemsize
+
+
 @dataclass(frozen=True, eq=False)
 class Triangle:
     """The lower half of a matrix [K, K]: half the memory, and half the work of a product.
@@ -29,10 +34,10 @@ class Triangle:
         cls, size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Triangle:
         """Of a matrix [size, size] of zeros."""
-        ends = [min(start + ROWS, size) for start in range(0, size, ROWS)]
-        rows = [end - start for start, end in zip([0, *ends], ends)]
-        blocks = [torch.zeros(r, end, dtype=dtype, device=device) for r, end in zip(rows, ends)]
-        return cls(blocks)
+        spans = [(start, min(start + ROWS, size)) for start in range(0, size, ROWS)]
+        return cls([
+            torch.zeros(stop - start, stop, dtype=dtype, device=device) for start, stop in spans
+        ])  # fmt: skip
 
     @classmethod
     def of(cls, matrix: Tensor) -> Triangle:

@@ -81,6 +81,5 @@ class HiddenStates:
         values = torch.frombuffer(mapped, dtype=self._dtype, offset=self._start)
         sizes = [math.prod(shape) for shape in self._shapes]
         return [
-            step.view(shape)
-            for step, shape in zip(values.split(sizes), self._shapes, strict=True)
+            step.view(shape) for step, shape in zip(values.split(sizes), self._shapes, strict=True)
         ]

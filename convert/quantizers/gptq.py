@@ -43,7 +43,7 @@ from qwen3_ascend.convert.quantizers.base import (
 )
 from qwen3_ascend.convert.quantizers.mse import importance, searched_scales
 from qwen3_ascend.convert.statistics import InputStatistics
-from qwen3_ascend.convert.triangle import ROWS, Triangle
+from qwen3_ascend.convert.triangle import ROWS, Triangle, triangle_bytes
 from qwen3_ascend.native import Kernels
 from qwen3_ascend.native.kernels import BLOCK_COLUMNS
 
@@ -74,7 +74,7 @@ class Gptq(Quantizer):
     @override
     def shared_bytes(self, inputs: int) -> int:
         """One half of a float64 matrix, and blocks of rows of it; the Hessian is there."""
-        return 8 * inputs * (inputs + ROWS) // 2 + 8 * inputs * 3 * ROWS
+        return triangle_bytes(inputs, torch.float64) + 3 * ROWS * inputs * torch.float64.itemsize
 
 
 def compensated(
@@ -106,8 +106,8 @@ def _in_order_of_work(factor: Triangle) -> Iterator[tuple[slice, Tensor]]:
     """Inputs that a kernel takes together, the last ones first, and their rows of a factor."""
     for rows, block in reversed([*factor]):
         for start in reversed(range(rows.start, rows.stop, BLOCK_COLUMNS)):
-            inputs = slice(start, min(start + BLOCK_COLUMNS, rows.stop))
-            yield inputs, block[start - rows.start : inputs.stop - rows.start]
+            columns = slice(start, min(start + BLOCK_COLUMNS, rows.stop))
+            yield columns, block[start - rows.start : columns.stop - rows.start]
 
 
 def inverse_factor(hessian: Triangle, order: Tensor) -> Triangle:
@@ -124,30 +124,29 @@ def inverse_factor(hessian: Triangle, order: Tensor) -> Triangle:
         UselessStatistics: if even the largest damping does not help: it is not finite.
     """
     mean = float(hessian.diagonal().double().mean()) or 1.0
+    matrix = Triangle.zeros(len(order), torch.float64)
     for damping in DAMPING:
-        matrix = _damped(hessian, order, damping * mean)
+        _copy_damped(hessian, order, damping * mean, matrix)
         if _factorize(matrix):
             _invert(matrix)
             return _narrowed(matrix)
     raise UselessStatistics("the Hessian of its inputs has no Cholesky factor: it is not finite")
 
 
-def _damped(hessian: Triangle, order: Tensor, damping: float) -> Triangle:
-    """The Hessian in an order, float64, with more on its diagonal. An input that was always zero is
+def _copy_damped(hessian: Triangle, order: Tensor, damping: float, matrix: Triangle) -> None:
+    """Writes the Hessian in an order, with more on its diagonal. An input that was always zero is
     then one that no other depends on."""
-    matrix = Triangle.zeros(len(order), torch.float64)
     for rows, block in matrix:
-        block.copy_(hessian.rows(order[rows]).index_select(1, order[: rows.stop]))
+        chosen = order[rows].split(BLOCK_COLUMNS)
+        for part, inputs in zip(block.split(BLOCK_COLUMNS), chosen, strict=True):
+            part.copy_(hessian.rows(inputs).index_select(1, order[: rows.stop]))
         block.diagonal(rows.start).add_(damping)
-    return matrix
 
 
 def _factorize(matrix: Triangle) -> bool:
     """Turns a symmetric matrix into its lower Cholesky factor, in place; False if there is none."""
-    for rows, block in matrix:
-        for above, factor in matrix:
-            if above.start == rows.start:
-                break
+    for number, (rows, block) in enumerate(matrix):
+        for above, factor in [*matrix][:number]:
             # What the columns before have to do with these is known; the rest is for their square.
             before, own = slice(0, above.start), block[:, above]
             own.addmm_(block[:, before], factor[:, before].t(), alpha=-1)
@@ -164,16 +163,16 @@ def _factorize(matrix: Triangle) -> bool:
 
 def _invert(matrix: Triangle) -> None:
     """Turns a lower triangular matrix into its inverse, in place."""
-    for rows, block in matrix:
+    for number, (rows, block) in enumerate(matrix):
         left, square = block[:, : rows.start], block[:, rows]
         unit = torch.eye(len(square), dtype=square.dtype)
         inverse = torch.linalg.solve_triangular(square, unit, upper=False)
-        product = torch.zeros_like(left)
-        for above, inverted in matrix:
-            if above.start == rows.start:
-                break
-            product[:, : above.stop].addmm_(left[:, above], inverted)
-        torch.mm(inverse, product, out=left).neg_()
+        inverses = [*matrix][:number]
+        for first, (columns, _) in enumerate(inverses):
+            product = torch.zeros_like(left[:, columns])
+            for above, inverted in inverses[first:]:
+                product.addmm_(left[:, above], inverted[:, columns])
+            left[:, columns] = (inverse @ product).neg_()
         square.copy_(inverse)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qwen3_ascend import native
 from qwen3_ascend.checkpoint.schemes.grid import Grid
+from qwen3_ascend.convert import triangle
 from qwen3_ascend.convert.quantizers import (
     QUANTIZERS,
     Chosen,
@@ -71,11 +72,16 @@ def plain_gptq(weight: Tensor, scales: Tensor, grid: Grid, hessian: Tensor) -> T
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 8, signed_scale=True), Grid(4), INT8], ids=str)
-@pytest.mark.parametrize("inputs", [1, 7, 21, 300, 600])  # a kernel takes 128, a block of the factor 512
-def test_gptq_is_the_papers(grid: Grid, inputs: int) -> None:
+@pytest.mark.parametrize("inputs", [1, 7, 21, 300])
+@pytest.mark.parametrize("rows", [512, 200])  # of a block of the factor; the kernel takes 128
+def test_gptq_is_the_papers(
+    grid: Grid, inputs: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triangle, "ROWS", rows)
     weight, statistics = weights(4, inputs), correlated(inputs)
     found = choose("gptq", grid, weight, statistics)
-    assert torch.equal(found.integers, plain_gptq(weight, found.scales, grid, hessian_of(statistics)))
+    expected = plain_gptq(weight, found.scales, grid, hessian_of(statistics))
+    assert torch.equal(found.integers, expected)
     assert torch.equal(found.scales, choose("mse", grid, weight, statistics).scales)
 
 
@@ -239,10 +245,10 @@ print(resident("VmHWM") - before, Gptq().shared_bytes(inputs))
 
 def test_half_a_matrix_is_enough() -> None:
     """Of float64, in which the factor is found."""
-    command = [sys.executable, "-c", WATCHED, "1500"]
+    command = [sys.executable, "-c", WATCHED, "3000"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     taken, said = map(int, done.stdout.split())
-    assert 0.5 * 8 * 1500**2 < taken < said < 1.2 * 8 * 1500**2
+    assert 0.5 * 8 * 3000**2 < taken < said < 1.15 * 8 * 3000**2
 
 
 def test_needs_are_told() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def test_statistics_reach_the_quantizer(
             if item.quantizer != "gptq":
                 continue
             known = correlated(item.matrix[1])
-            task = make_task(item, source, changes, lambda: known).quantized(KERNELS, lambda: None)
+            task = make_task(item, source, changes, partial(correlated, item.matrix[1]))
+            task = task.quantized(KERNELS, lambda: None)
             weight = fused([(part, 0) for part in item.parts], state)
             assert isinstance(item.scheme, IntegerScheme)
             grid = item.scheme.grid
