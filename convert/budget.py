@@ -21,16 +21,23 @@ class Budget:
     Attributes:
         threads: that work, each with one piece in memory.
         piece_bytes: memory of the largest piece.
-        shared_bytes: memory that the threads share, such as a layer that is being calibrated.
+        shared_bytes: memory that the threads share, such as what calibration has recorded.
+        alone_bytes: memory beside that of what comes before and after their work.
     """
 
     threads: int
     piece_bytes: int
     shared_bytes: int = 0
+    alone_bytes: int = 0
 
     @classmethod
     def fit(
-        cls, piece_bytes: int, threads: int | None, max_memory: int, shared_bytes: int = 0
+        cls,
+        piece_bytes: int,
+        threads: int | None,
+        max_memory: int,
+        shared_bytes: int = 0,
+        alone_bytes: int = 0,
     ) -> Budget:
         """The most that fits.
 
@@ -38,22 +45,23 @@ class Budget:
             piece_bytes: memory of the largest piece, its source included.
             threads: at most so many; None for one for each processor.
             max_memory: bytes beyond the interpreter with torch loaded.
-            shared_bytes: see Budget.
+            shared_bytes, alone_bytes: see Budget.
 
         Raises:
             OptionError: if not even one thread with one piece fits.
         """
         wanted = available_threads() if threads is None else threads
-        most = (max_memory - FIXED_BYTES - shared_bytes) // (THREAD_BYTES + piece_bytes)
-        if most < 1:
-            least = FIXED_BYTES + shared_bytes + THREAD_BYTES + piece_bytes
+        one = cls(1, piece_bytes, shared_bytes, alone_bytes)
+        if (least := one.working_bytes) > max_memory:
             raise OptionError(
                 f"max_memory: {max_memory} bytes of memory are too little; this model needs "
                 f"{least} ({-(-least // (1 << 20))}MiB) beyond Python with torch loaded"
             )
-        return cls(min(wanted, most), piece_bytes, shared_bytes)
+        most = (max_memory - FIXED_BYTES - shared_bytes) // (THREAD_BYTES + piece_bytes)
+        return cls(min(wanted, most), piece_bytes, shared_bytes, alone_bytes)
 
     @property
     def working_bytes(self) -> int:
         """Peak private memory beyond the interpreter with torch loaded."""
-        return FIXED_BYTES + self.shared_bytes + self.threads * (THREAD_BYTES + self.piece_bytes)
+        working = self.threads * (THREAD_BYTES + self.piece_bytes)
+        return FIXED_BYTES + self.shared_bytes + max(working, self.alone_bytes)

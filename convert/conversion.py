@@ -11,7 +11,7 @@ from qwen3_ascend.convert.bits.mixing import mixed_recipe
 from qwen3_ascend.convert.bits.sensitivities import SENSITIVITIES, Sensitivities
 from qwen3_ascend.convert.budget import Budget
 from qwen3_ascend.convert.calibration.data import Calibration, choose_windows, plan_calibration
-from qwen3_ascend.convert.calibration.needs import calibration_bytes, needs_data, wanted
+from qwen3_ascend.convert.calibration.needs import needs_data, passing_bytes, recorded_bytes, wanted
 from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.finished import CHECKPOINT, finished_manifest, is_finished
 from qwen3_ascend.convert.identity import identity
@@ -120,8 +120,9 @@ def _check_backbone(source: Source, plan: Plan) -> None:
 def plan_budget(plan: Plan, options: ConvertOptions) -> Budget:
     """How much of a plan is under way at a time; OptionError if the memory is too little."""
     return Budget.fit(
-        plan.piece_bytes, options.threads, parse_size(options.max_memory), calibration_bytes(plan)
-    )
+        plan.piece_bytes, options.threads, parse_size(options.max_memory),
+        recorded_bytes(plan), passing_bytes(plan),
+    )  # fmt: skip
 
 
 def sensitivities_file(options: ConvertOptions, output: Path | None) -> Path:

@@ -85,7 +85,9 @@ class FloatModel:
 
     def _linear(self, spec: LinearSpec) -> DeviceLinear:
         upload = self._backend.upload
-        weight = torch.cat([self._weight(spec, part) for part in spec.sources])
+        weight = torch.empty(spec.shape)
+        for rows, part in zip(weight.split(spec.parts), spec.sources, strict=True):
+            rows.copy_(self._weight(spec, part))
         bias = None
         if spec.bias:
             bias = upload(torch.cat([self._floats(f"{part}.{BIAS}") for part in spec.sources]))

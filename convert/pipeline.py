@@ -103,20 +103,20 @@ class Conversion(Production[Item]):
 
     def fit(
         self, number: int, statistics: Mapping[str, InputStatistics]
-    ) -> Mapping[str, InputStatistics]:
+    ) -> dict[str, InputStatistics]:
         """See Fitting.fit."""
         require_finite_inputs(statistics, stages(self.plan)[number + 1], self.source)
         return self.fitting.fit(number, statistics)
 
-    def make_stage(self, items: Sequence[Item], statistics: Mapping[str, InputStatistics]) -> None:
+    def make_stage(self, items: Sequence[Item], statistics: dict[str, InputStatistics]) -> None:
         """Makes those items of a stage of a calibrated plan that are not done yet.
 
         Args:
             items: all of the stage.
-            statistics: of the inputs of linears, by name; they go with the items.
+            statistics: of the inputs of linears, by name; each is taken out by its item.
         """
         require_finite_inputs(statistics, items, self.source)
-        self._statistics = dict(statistics)
+        self._statistics = statistics
         self.make(self.remaining(items))
         self._release_files(self._files_of(items))
 
@@ -139,7 +139,8 @@ class Conversion(Production[Item]):
 
     @override
     def task(self, item: Item, file: WeightFileWriter) -> Callable[[], Done]:
-        task = make_task(item, self.source, self._changes, self._statistics.pop(item.name, None))
+        statistics = partial(self._statistics.pop, item.name, None)
+        task = make_task(item, self.source, self._changes, statistics)
         advance = partial(self.advance, item.source_bytes // len(task.pieces))
         return partial(convert, task, file, self._kernels, self._hash_source, advance)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.schemes import InputRange
+from qwen3_ascend.convert.triangle import Triangle
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,7 @@ class InputStatistics:
         least, largest: float32 [K], the range of each input.
         mean_magnitude: float32 [K], the mean of |x|.
         mean_square: float32 [K], the mean of x^2, which is the diagonal of the Hessian.
-        hessian: float32 [K, K], x'x / T; None if nobody has asked for it.
+        hessian: x'x / T, float32, symmetric; None if nobody has asked for it.
     """
 
     tokens: int
@@ -27,7 +28,7 @@ class InputStatistics:
     largest: Tensor
     mean_magnitude: Tensor
     mean_square: Tensor
-    hessian: Tensor | None = None
+    hessian: Triangle | None = None
 
     @property
     def is_finite(self) -> bool:
@@ -55,5 +56,5 @@ class InputStatistics:
             self.largest / factors,
             self.mean_magnitude / factors,
             self.mean_square / factors.square(),
-            None if hessian is None else hessian / factors / factors[:, None],
+            None if hessian is None else hessian.divided(factors),
         )

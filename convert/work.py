@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen3_ascend.checkpoint.layout import ND, Place
 from qwen3_ascend.checkpoint.linear import BIAS, byte_offset, stored_bias, stored_forms
-from qwen3_ascend.checkpoint.schemes import BF16, Input
+from qwen3_ascend.checkpoint.schemes import BF16, Input, InputRange
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Sums, sqnr_db
 from qwen3_ascend.convert.encodings import FLOAT, read_weights
@@ -22,7 +22,7 @@ from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.weight_file import WeightFileWriter, tensor_bytes
 from qwen3_ascend.convert.plan import Item
-from qwen3_ascend.convert.quantizers import QUANTIZERS, UselessStatistics
+from qwen3_ascend.convert.quantizers import QUANTIZERS, Choose, UselessStatistics
 from qwen3_ascend.convert.recipe import NEAREST
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.statistics import InputStatistics
@@ -34,6 +34,13 @@ from qwen3_ascend.native import Kernels, NotFinite
 
 ROWS_AT_A_TIME = 256
 """Rows looked at together: keeps temporaries within the cache's reach."""
+
+FindStatistics = Callable[[], InputStatistics | None]
+"""Gives the statistics of a linear's inputs to who asks, and keeps nothing of them."""
+
+
+def no_statistics() -> None:
+    """Those of a linear that nothing was recorded of."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ class Task:
         biases: those of the bias's parts.
         pieces: how the weight is divided.
         changes: gives what transforms do to each part; None if they leave the item as it is.
-        statistics: of the linear's inputs, if there was calibration.
+        statistics: gives those of the linear's inputs, once; None if there was no calibration.
+        range: of the linear's inputs; None until `quantized` has found it.
         consults: name and values of further source tensors, which decide the changes.
     """
 
@@ -57,7 +65,8 @@ class Task:
     biases: tuple[Tensor, ...]
     pieces: tuple[Piece, ...]
     changes: FindChanges | None = None
-    statistics: InputStatistics | None = None
+    statistics: FindStatistics = no_statistics
+    range: InputRange | None = None
     consults: tuple[tuple[str, Tensor], ...] = ()
 
     @property
@@ -87,31 +96,37 @@ class Task:
         packed = self.weights.pack_piece(item.scheme, piece, item.layout, kernels)
         if item.scheme.input is not Input.INT8_STATIC or item.encoding.codes == "taken":
             return packed
-        assert self.statistics is not None, "the plan has seen to it that there is calibration"
-        shape, inputs = piece.shape(item.matrix), self.statistics.range
-        tensors = item.scheme.for_inputs(packed.tensors, shape, item.layout, inputs)
+        assert self.range is not None, "the plan has seen to it that there is calibration"
+        shape = piece.shape(item.matrix)
+        tensors = item.scheme.for_inputs(packed.tensors, shape, item.layout, self.range)
         return Packed(tensors, packed.sums)
 
     def quantized(self, kernels: Kernels, advance: Callable[[], None]) -> Task:
-        """The task with the codes of its whole weight, if its quantizer chooses them together.
+        """The task with what calibration tells, and with the codes of its whole weight if its
+        quantizer chooses them together.
 
         Raises:
             DamagedSourceError: naming the first value that cannot be stored.
             SourceError: if nothing can be made of the statistics of the linear's inputs.
         """
+        statistics = self.statistics()
+        known = self if statistics is None else replace(self, range=statistics.range)
+        if self.item.quantizer == NEAREST:
+            return known
+        choose = self._prepared(statistics, kernels)
+        del statistics  # large; the quantizer keeps what it needs
+        with self._naming_values():
+            return replace(known, weights=self.weights.quantized(choose, kernels, advance))
+
+    def _prepared(self, statistics: InputStatistics | None, kernels: Kernels) -> Choose:
         item = self.item
-        if item.quantizer == NEAREST:
-            return self
         assert isinstance(item.scheme, IntegerScheme)
-        quantizer = QUANTIZERS[item.quantizer]
         try:
-            choose = quantizer.prepare(item.scheme.grid, self.statistics, kernels)
+            return QUANTIZERS[item.quantizer].prepare(item.scheme.grid, statistics, kernels)
         except UselessStatistics as error:
             raise SourceError(
                 f"{item.name}: {error}; is the model finite on the calibration data?"
             ) from error
-        with self._naming_values():
-            return replace(self, weights=self.weights.quantized(choose, kernels, advance))
 
     @contextmanager
     def _naming_values(self) -> Iterator[None]:
@@ -134,7 +149,7 @@ def make_task(
     item: Item,
     source: Source,
     changes: ModelChanges,
-    statistics: InputStatistics | None = None,
+    statistics: FindStatistics = no_statistics,
 ) -> Task:
     """Reads an item's source tensors, which waits for their files.
 
@@ -142,7 +157,7 @@ def make_task(
         item: what is to be made.
         source: of the model.
         changes: what transforms do to the model.
-        statistics: of the linear's inputs, if there was calibration.
+        statistics: see Task.
 
     Raises:
         DamagedSourceError: if a small tensor of the weight holds what cannot be right.
@@ -156,7 +171,7 @@ def make_task(
         find = partial(changes.of, item.changed, partial(floats_of, source))
         weights = weights.changed(find, changes.kernels)
     reads = tuple(values.items())
-    return Task(item, reads, weights, biases, item.pieces, find, statistics, consults)
+    return Task(item, reads, weights, biases, item.pieces, find, statistics, consults=consults)
 
 
 def changed_floats(source: Source, changes: ModelChanges) -> Callable[[str, Tensor], Tensor]:

@@ -7,7 +7,7 @@ before the next layer is loaded.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol
 
 import torch
@@ -124,7 +124,7 @@ class LayerStream(Generic[Cache]):
             for step in self.steps
         ]
 
-    def through(self, layer: DecoderLayer, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+    def through(self, layer: DecoderLayer, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
         """The hidden states [T, hidden] of each step after a layer, as they are asked for.
 
         Args:
@@ -146,9 +146,16 @@ class LayerStream(Generic[Cache]):
             yield lm_head(x).float()
 
 
-def one_layer(config: Qwen3Config) -> Qwen3Config:
-    """The configuration of the backend of a LayerStream: its cache is one layer's."""
-    return dataclasses.replace(config, num_layers=1)
+def one_layer(config: Qwen3Config, longest: int | None = None) -> Qwen3Config:
+    """The configuration of the backend of a LayerStream: its cache is one layer's.
+
+    Args:
+        config: of the model.
+        longest: tokens of the longest text, so that no tables are made for more positions (yarn
+            makes its own for all); None if that is not known.
+    """
+    positions = config.max_position if longest is None else min(longest, config.max_position)
+    return dataclasses.replace(config, num_layers=1, max_position=positions)
 
 
 def _grouped(texts: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:

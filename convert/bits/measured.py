@@ -133,7 +133,8 @@ def _measuring(
 ) -> Measuring:
     kernels = native.best()
     changes = ModelChanges(model_parts(plan.config), plan.transforms, kernels)
-    backend = backends.get(one_layer(plan.config), device_options(texts.record.device))
+    config = one_layer(plan.config, texts.length)
+    backend = backends.get(config, device_options(texts.record.device))
     floats = FloatModel(source, backend, changed_floats(source, changes))
     source.expect(floats.reads)
     stream = LayerStream(backend, plan.config.rms_norm_eps, windows, STEP_TOKENS)

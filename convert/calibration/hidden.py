@@ -1,8 +1,12 @@
-"""The hidden states between two layers, kept so that a killed conversion continues from there."""
+"""The hidden states between two layers: in a file of the staging folder, so that they take no
+memory, and so that a killed conversion continues from there."""
 
 from __future__ import annotations
 
 import itertools
+import math
+import mmap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,47 +17,69 @@ from qwen3_ascend.convert.output.weight_file import tensor_bytes
 
 NAME = "hidden-states"
 
+NUMBER_BYTES = 8
+"""Of the number of the layer, before the states."""
+
 
 class HiddenStates:
-    """Of each step of a LayerStream, [T, hidden]: in memory, and in a file of the staging folder.
+    """Of each step of a LayerStream, [T, hidden].
 
     Attributes:
         layer: the layer that they are the input of, counted from 0.
-        steps: the states, on the backend's device.
+        steps: the states, on the CPU: views of the mapped file.
     """
 
-    def __init__(self, staging: Path, steps: list[Tensor]) -> None:
-        """The states before the first layer."""
-        self._path, self.steps, self.layer = staging / NAME, steps, 0
+    def __init__(
+        self, staging: Path, shapes: Sequence[tuple[int, int]], dtype: torch.dtype
+    ) -> None:
+        """No states yet.
 
-    def advance(self) -> None:
-        """Notes that the states are the inputs of the next layer now."""
-        self.layer += 1
-        number = memoryview(self.layer.to_bytes(8, "little"))
-        states = (tensor_bytes(step.cpu()) for step in self.steps)
-        write_sealed(self._path, itertools.chain([number], states))
+        Args:
+            staging: the folder.
+            shapes: of the states of each step.
+            dtype: of all of them.
+        """
+        self._path, self._shapes, self._dtype = staging / NAME, shapes, dtype
+        self.layer, self.steps = 0, list[Tensor]()
 
-    def take_up(self, complete: int) -> None:
-        """Goes on from where an earlier run has come to.
+    def keep(self, layer: int, states: Iterable[Tensor]) -> None:
+        """Puts the inputs of a layer, step by step as they come, in the place of the states."""
+        number = memoryview(layer.to_bytes(NUMBER_BYTES, "little"))
+        parts = (tensor_bytes(step.cpu()) for step in states)
+        write_sealed(self._path, itertools.chain([number], parts))
+        self.layer, self.steps = layer, self._mapped()
+
+    def take_up(self, complete: int) -> bool:
+        """Goes on from where an earlier run has come to; False if it has left nothing of use.
 
         Args:
             complete: so many layers are written, each with all its weights. Later states are not
                 believed: their layers could be written anew from others.
         """
-        if not is_sealed(self._path) or self._path.stat().st_size != DIGITS + 8 + self.nbytes:
-            return
+        if not is_sealed(self._path) or self._path.stat().st_size != self._start + self.nbytes:
+            return False
         with self._path.open("rb") as file:
             file.seek(DIGITS)
-            layer = int.from_bytes(file.read(8), "little")
-            if not 0 < layer <= complete:
-                return
-            for step in self.steps:
-                read = torch.empty_like(step, device="cpu")
-                file.readinto(tensor_bytes(read))
-                step.copy_(read)
-        self.layer = layer
+            layer = int.from_bytes(file.read(NUMBER_BYTES), "little")
+        if layer > complete:
+            return False
+        self.layer, self.steps = layer, self._mapped()
+        return True
 
     @property
     def nbytes(self) -> int:
         """Bytes of the states."""
-        return sum(step.numel() * step.element_size() for step in self.steps)
+        return sum(map(math.prod, self._shapes)) * self._dtype.itemsize
+
+    @property
+    def _start(self) -> int:
+        return DIGITS + NUMBER_BYTES
+
+    def _mapped(self) -> list[Tensor]:
+        with self._path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        values = torch.frombuffer(mapped, dtype=self._dtype, offset=self._start)
+        sizes = [math.prod(shape) for shape in self._shapes]
+        return [
+            step.view(shape) for step, shape in zip(values.split(sizes), self._shapes, strict=True)
+        ]

@@ -6,13 +6,13 @@ was written, read back from the staged files, makes the inputs of the next one. 
 calibrated with the errors of those below it, and makes up for them where its quantizer can. One
 capture a layer is as good as one before each linear (measured), and costs two passes over it.
 
-A conversion that was killed continues with the hidden states between two layers, which are kept in
-the staging folder. Where they are lost, the layers that are written make them again.
+The hidden states between two layers are in a file of the staging folder, from which a conversion
+that was killed continues. Where they are lost, the layers that are written make them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,9 +28,11 @@ from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.float_model import Changed, FloatModel
 from qwen3_ascend.convert.plan import Item
 from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.files.memory import release_free_memory
 from qwen3_ascend.runtime import backends
 from qwen3_ascend.runtime.backends.base import as_float
 from qwen3_ascend.runtime.backends.cache import LayerKV
+from qwen3_ascend.runtime.model.qwen3 import DecoderLayer
 from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.streaming import LayeredModel, LayerStream, StoredModel, one_layer
 
@@ -46,15 +48,15 @@ class Workshop(Protocol):
 
     def fit(
         self, number: int, statistics: Mapping[str, InputStatistics]
-    ) -> Mapping[str, InputStatistics]:
+    ) -> dict[str, InputStatistics]:
         """Lets transforms look at what the linears of a layer are fed; what they are fed then."""
 
-    def make_stage(self, items: Sequence[Item], statistics: Mapping[str, InputStatistics]) -> None:
+    def make_stage(self, items: Sequence[Item], statistics: dict[str, InputStatistics]) -> None:
         """Makes those items of a stage that are not done yet.
 
         Args:
             items: of the stage.
-            statistics: of the inputs of linears, by name.
+            statistics: of the inputs of linears, by name; each is taken out by its item.
         """
 
 
@@ -79,7 +81,7 @@ def calibrated_pass(
     """
     plan = conversion.plan
     assert plan.calibration is not None
-    config = one_layer(plan.config)
+    config = one_layer(plan.config, plan.calibration.length)
     backend = backends.get(config, device_options(plan.calibration.record.device))
     written = WrittenWeights(plan, conversion.files, conversion.writer.staging)
     floats = FloatModel(conversion.source, backend, changed)
@@ -123,16 +125,19 @@ class CalibratedPass:
         """Makes all items; the states between layers are kept in a folder."""
         before, *layers, after = self._stages
         self._workshop.make_stage(before, {})
-        hidden = HiddenStates(staging, self._embedded())
-        hidden.take_up(self._complete(layers))
+        width, steps = self._weights.config.hidden_size, self._stream.steps
+        shapes = [(len(step.tokens), width) for step in steps]
+        hidden = HiddenStates(staging, shapes, self._stream.backend.dtype)
+        if not hidden.take_up(self._complete(layers)):
+            hidden.keep(0, self._embedded())
         for number in range(hidden.layer, len(layers)):
             self._make_layer(number, layers[number], hidden)
         self._workshop.make_stage(after, self._head_statistics(hidden))
 
-    def _embedded(self) -> list[Tensor]:
+    def _embedded(self) -> Iterator[Tensor]:
         """The states before the first layer: only the rows that occur are read."""
         table, backend = self._weights.tensor(self._spec.embedding.name), self._stream.backend
-        return [backend.upload(table[step.tokens.long()]) for step in self._stream.steps]
+        return (backend.upload(table[step.tokens.long()]) for step in self._stream.steps)
 
     def _complete(self, layers: Sequence[Sequence[Item]]) -> int:
         """How many layers are done, each with all its items."""
@@ -142,24 +147,37 @@ class CalibratedPass:
     def _make_layer(self, number: int, items: Sequence[Item], hidden: HiddenStates) -> None:
         place = f"layer {number + 1} of {len(self._spec.layers)}"
         missing = self._workshop.remaining(items)
-        observed = self._observed(number, hidden, f"{place}: observed") if missing else {}
-        statistics = self._workshop.fit(number, observed) if missing else {}
-        del observed  # an item lets go of its own when it is done
+        statistics: dict[str, InputStatistics] = {}
+        if missing:
+            observed = self._observed(number, hidden, f"{place}: observed")
+            statistics = self._workshop.fit(number, observed)
+            del observed  # large; an item lets go of its own
+        release_free_memory()
         self._workshop.make_stage(items, statistics)
+        release_free_memory()
         with torch.inference_mode():
             layer = StoredModel(self._weights, self._stream.backend).layer(number)
-            for index, states in enumerate(self._stream.through(layer, hidden.steps)):
-                hidden.steps[index] = states
-                self._events.working(f"{place}: passed")
-        hidden.advance()
+            release_free_memory()
+            hidden.keep(number + 1, self._through(layer, hidden, f"{place}: passed"))
+        del layer
+        release_free_memory()
+
+    def _through(self, layer: DecoderLayer, hidden: HiddenStates, what: str) -> Iterator[Tensor]:
+        """The states of each step after a layer."""
+        steps = (self._stream.backend.upload(step) for step in hidden.steps)
+        for states in self._stream.through(layer, steps):
+            yield states
+            release_free_memory()  # what a step leaves is not where the next one wants it
+            self._events.working(what)
 
     def _observed(self, number: int, hidden: HiddenStates, what: str) -> dict[str, InputStatistics]:
         """What the linears of a layer of floats are fed."""
         spec = self._spec.layers[number]
         with torch.inference_mode():
             layer, recorders = recorded_layer(self._floats.layer(number), spec, self._wanted)
-            for _ in self._stream.through(layer, hidden.steps) if recorders else ():
-                self._events.working(what)
+            release_free_memory()
+            for _ in self._through(layer, hidden, what) if recorders else ():
+                pass
             return {name: recorder.statistics() for name, recorder in recorders.items()}
 
     def _head_statistics(self, hidden: HiddenStates) -> dict[str, InputStatistics]:
@@ -170,7 +188,7 @@ class CalibratedPass:
         with torch.inference_mode():
             norm = self._floats.final_norm()
             consumer = stream.backend.dense(norm[None])  # any that wants floats
-            for states in hidden.steps:
+            for states in map(stream.backend.upload, hidden.steps):
                 x, _ = stream.backend.add_norm(states, None, norm, stream.epsilon, consumer)
                 recorder.see(as_float(x))
             return {LM_HEAD: recorder.statistics()}

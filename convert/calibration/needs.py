@@ -9,8 +9,9 @@ from qwen3_ascend.convert.calibration.recording import Wanted
 from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.convert.quantizers import QUANTIZERS, Needs
 from qwen3_ascend.convert.transforms import FittedTransform
+from qwen3_ascend.convert.triangle import triangle_bytes
 
-STEP_TOKENS = 1024
+STEP_TOKENS = 512
 """Tokens of a step: what lies between the linears of a layer is in memory for so many."""
 
 FLOAT_BYTES = 4
@@ -36,25 +37,29 @@ def wanted(plan: Plan) -> dict[str, Wanted]:
     return found
 
 
-def calibration_bytes(plan: Plan) -> int:
-    """Memory that calibration takes at most, beside the pieces that are packed."""
+def recorded_bytes(plan: Plan) -> int:
+    """Memory of what calibration records of a layer at most: it is there while linears are made."""
     if plan.calibration is None:
         return 0
-    config, spec = plan.config, layer_spec(plan.config, 0)
-    shapes = {part.name: part.shape for part in spec if isinstance(part, LinearSpec)}
-    sizes = [outputs * inputs for outputs, inputs in shapes.values()]
-    # The parts of a fused linear are there beside it while it is made.
-    layer = sum(sizes) + max(sizes)
-    inputs = [item.matrix[1] for item in _hessians(plan) if item.name in shapes]
+    inputs = [item.matrix[1] for item in _hessians(plan) if item.name in _layer_shapes(plan)]
     head = [item.matrix[1] for item in _hessians(plan) if item.name == LM_HEAD]
-    hessians = max(_hessian_weights(inputs), _hessian_weights(head))
-    widths = [sum(shape) for shape in shapes.values()]
-    step = max(STEP_TOKENS, plan.calibration.length) * (sum(widths) + 2 * config.hidden_size)
-    return states_bytes(plan) + FLOAT_BYTES * (hessians + layer + step)
+    return max(sum(map(triangle_bytes, inputs)), sum(map(triangle_bytes, head)))
+
+
+def passing_bytes(plan: Plan) -> int:
+    """Memory that a pass over a layer takes at most: before and after its linears are made."""
+    if plan.calibration is None:
+        return 0
+    shapes = _layer_shapes(plan).values()
+    sizes = [outputs * inputs for outputs, inputs in shapes]
+    # A linear is there once more, decoded, while it is made.
+    layer = sum(sizes) + 2 * max(sizes)
+    widths = sum(map(sum, shapes)) + 2 * plan.config.hidden_size
+    return FLOAT_BYTES * (layer + max(STEP_TOKENS, plan.calibration.length) * widths)
 
 
 def states_bytes(plan: Plan) -> int:
-    """Of the hidden states of all calibration data."""
+    """Of the hidden states of all calibration data, on the disk."""
     tokens = 0 if plan.calibration is None else plan.calibration.record.tokens
     return FLOAT_BYTES * tokens * plan.config.hidden_size
 
@@ -76,9 +81,10 @@ def _layer_linears(plan: Plan) -> list[Item]:
     return [i for i in plan.items if isinstance(i.spec, LinearSpec) and i.name != LM_HEAD]
 
 
-def _hessian_weights(inputs: list[int]) -> int:
-    """Of matrices [K, K], and of the product of a step that is added to one of them."""
-    return sum(size * size for size in inputs) + max(inputs, default=0) ** 2
+def _layer_shapes(plan: Plan) -> dict[str, tuple[int, int]]:
+    """Of the linears of a layer, by name."""
+    spec = layer_spec(plan.config, 0)
+    return {part.name: part.shape for part in spec if isinstance(part, LinearSpec)}
 
 
 def _chosen(plan: Plan) -> list[Item]:

@@ -13,6 +13,7 @@ from qwen3_ascend.checkpoint.schemes import Input
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.convert.quantizers import Needs
 from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.convert.triangle import Triangle
 from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_float
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer
 
@@ -33,6 +34,7 @@ class Recorder:
     input: Input
     _tokens: int = 0
     _sums: dict[str, Tensor] = field(default_factory=dict)
+    _products: Triangle | None = None
 
     def see(self, x: Tensor) -> None:
         """Takes the inputs [T, K] of one step into account; on the device where they are."""
@@ -45,22 +47,24 @@ class Recorder:
             codes, scale = quantize_tokens(values)
             values = codes.float() * scale[:, None]
         if self.hessian:
-            self._take("product", values.t() @ values, Tensor.add_)
+            if self._products is None:
+                self._products = Triangle.zeros(values.shape[1], device=values.device)
+            self._products.add_products(values)
         else:
             self._take("squares", values.square().sum(0), torch.add)
 
     def statistics(self) -> InputStatistics:
         """Of everything that was seen, on the CPU; at least one token. Nothing stays here."""
         sums, self._sums = self._sums, {}
-        product = sums.get("product")
-        hessian = None if product is None else product.cpu().div_(self._tokens)
+        products, self._products = self._products, None
+        hessian = None if products is None else products.mean(self._tokens)
         squares = sums["squares"].cpu() / self._tokens if hessian is None else hessian.diagonal()
         return InputStatistics(
             tokens=self._tokens,
             least=sums["least"].cpu(),
             largest=sums["largest"].cpu(),
             mean_magnitude=sums["magnitude"].cpu() / self._tokens,
-            mean_square=squares.clone(),
+            mean_square=squares,
             hessian=hessian,
         )
 

@@ -6,7 +6,7 @@ model. Codes are always chosen in float32, against scales that bfloat16 has exac
 
 from __future__ import annotations
 
-from qwen3_ascend.convert.quantizers.base import Chosen, Needs, Quantizer, UselessStatistics
+from qwen3_ascend.convert.quantizers.base import Choose, Chosen, Needs, Quantizer, UselessStatistics
 from qwen3_ascend.convert.quantizers.gptq import Gptq
 from qwen3_ascend.convert.quantizers.mse import Mse
 from qwen3_ascend.convert.quantizers.nearest import Nearest
@@ -20,6 +20,7 @@ QUANTIZERS: dict[str, Quantizer] = {
 
 __all__ = [
     "QUANTIZERS",
+    "Choose",
     "Chosen",
     "Gptq",
     "Mse",

@@ -83,5 +83,5 @@ def _error(inputs: InputStatistics, weight: Tensor, factors: Tensor, rounded: Ro
         if inputs.hessian is None:
             total += float((lost.square() * inputs.mean_square).sum())
         else:
-            total += float(((lost @ inputs.hessian) * lost).sum())
+            total += inputs.hessian.energy(lost)
     return total

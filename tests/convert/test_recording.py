@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.inputs import hessian_of
 
 from qwen3_ascend.checkpoint.schemes import Input
 from qwen3_ascend.convert.calibration.recording import Wanted
@@ -26,7 +27,7 @@ def test_statistics_are_those_of_all_inputs(needs: Needs) -> None:
     if needs is Needs.SQUARES:
         assert found.hessian is None
     else:
-        torch.testing.assert_close(found.hessian, (x.double().t() @ x.double() / 15).float())
+        torch.testing.assert_close(hessian_of(found), (x.double().t() @ x.double() / 15).float())
 
 
 def test_codes_of_each_token_count_for_what_they_stand_for() -> None:
@@ -37,6 +38,6 @@ def test_codes_of_each_token_count_for_what_they_stand_for() -> None:
     found, x = recorder.statistics(), torch.cat(STEPS)
     scale = x.abs().amax(1, keepdim=True) / 127
     rounded = (x / scale).round() * scale
-    torch.testing.assert_close(found.hessian, rounded.t() @ rounded / 15)
+    torch.testing.assert_close(hessian_of(found), rounded.t() @ rounded / 15)
     assert not torch.allclose(rounded.t() @ rounded / 15, x.t() @ x / 15, rtol=1e-6)
     assert torch.equal(found.largest, x.amax(0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def test_statistics_reach_the_quantizer(
             if item.quantizer != "gptq":
                 continue
             known = correlated(item.matrix[1])
-            task = make_task(item, source, changes, known).quantized(KERNELS, lambda: None)
+            task = make_task(item, source, changes, partial(correlated, item.matrix[1]))
+            task = task.quantized(KERNELS, lambda: None)
             weight = fused([(part, 0) for part in item.parts], state)
             assert isinstance(item.scheme, IntegerScheme)
             grid = item.scheme.grid
@@ -136,9 +138,9 @@ def test_statistics_of_which_nothing_can_be_made(tmp_path: Path) -> None:
     item = next(item for item in items if item.quantizer == "gptq")
     known = correlated(item.matrix[1])
     assert known.hessian is not None
-    known.hessian[0, 0] = float("nan")
+    known.hessian.blocks[0][0, 0] = float("nan")
     with source, pytest.raises(SourceError, match=rf"{item.name}: .* not finite; is the model"):
-        make_task(item, source, changes, known).quantized(KERNELS, lambda: None)
+        make_task(item, source, changes, lambda: known).quantized(KERNELS, lambda: None)
 
 
 def test_work_ends_between_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

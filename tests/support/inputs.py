@@ -6,12 +6,20 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.convert.triangle import Triangle
 
 
 def statistics_of(hessian: Tensor) -> InputStatistics:
     """Those of inputs with this x'x / T, float32 [K, K]."""
     square = hessian.diagonal().clone()
-    return InputStatistics(1, -square.sqrt(), square.sqrt(), square.sqrt(), square, hessian)
+    size, kept = square.sqrt(), Triangle.of(hessian)
+    return InputStatistics(1, -size, size, size, square, kept)
+
+
+def hessian_of(statistics: InputStatistics) -> Tensor:
+    """The whole of it, float32 [K, K]."""
+    assert statistics.hessian is not None
+    return statistics.hessian.whole()
 
 
 def correlated(inputs: int, seed: int = 0, tokens: int | None = None) -> InputStatistics:

@@ -1,7 +1,8 @@
-"""How much memory this process may still take."""
+"""How much memory this process may still take, and giving back what it does not need."""
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
@@ -12,6 +13,16 @@ def available_memory() -> int | None:
     """Bytes that can be taken before the machine or the container runs out; None if unknown."""
     known = [nbytes for nbytes in (_of_machine(), _of_container()) if nbytes is not None]
     return min(known) if known else None
+
+
+def release_free_memory() -> None:
+    """Gives the system what the C library keeps of freed memory, if it is one that can (glibc).
+
+    Large tensors that come and go would leave it with as much again as is in use.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def _of_machine() -> int | None:

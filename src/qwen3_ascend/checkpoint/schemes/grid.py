@@ -85,7 +85,7 @@ class Grid:
 
     def decode(self, integers: Tensor, scales: Tensor) -> Tensor:
         """What integers [..., N, K] under scales [..., N, G] stand for: float32 [..., N, K]."""
-        return integers.float() * self.spread(scales, integers.shape[-1])
+        return integers * self.spread(scales, integers.shape[-1])
 
 
 def stored_scale(scale: Tensor) -> Tensor:
