@@ -11,7 +11,7 @@ import torch
 from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.runtime import LLM
 
-pytestmark = pytest.mark.every_mode
+pytestmark = pytest.mark.opposite_modes
 
 # Where a float32 sum is rounded to bf16 at another place, a logit of about 20 may move by a few
 # units in the last of bf16's 8 bits (2^-4 at that size).
