@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
-from support.command_line import PROGRAM, program, run
+from support.command_line import PROGRAM, Run, program, run
 
 from qwen3_ascend import SamplingParams, load, recipes
 from qwen3_ascend.checkpoint.verify import verify
@@ -161,13 +162,15 @@ def test_stop(tiny_w8a8: Path) -> None:
 
 
 def test_a_seed_repeats(tiny_w8a8: Path) -> None:
-    def sample(seed: int) -> str:
-        options = ["--temperature", "3", "--seed", str(seed), "--max-new-tokens", "16"]
-        return program("generate", tiny_w8a8, "--quiet", "-p", QUESTION, *options).out
+    """In another process too."""
 
-    first = sample(1)
-    assert first == sample(1)
-    assert first != sample(2)
+    def sample(start: Callable[..., Run], seed: int) -> str:
+        options = ["--temperature", "3", "--seed", str(seed), "--max-new-tokens", "16"]
+        return start("generate", tiny_w8a8, "--quiet", "-p", QUESTION, *options).out
+
+    first = sample(program, 1)
+    assert first == sample(run, 1)
+    assert first != sample(run, 2)
     expected = answer(tiny_w8a8, QUESTION, temperature=3.0, seed=1, max_new_tokens=16)
     assert first == expected + "\n"
 

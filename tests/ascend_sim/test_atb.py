@@ -31,7 +31,7 @@ def rotated(x: torch.Tensor, positions: torch.Tensor, halves: bool) -> torch.Ten
     return torch.view_as_real(turned).reshape(x.shape)
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 @pytest.mark.parametrize("halves", [True, False])
 def test_rotary_embedding(halves: bool) -> None:
     positions = torch.tensor([3, 0, 15])
@@ -70,7 +70,7 @@ def test_rotary_embedding_refuses(case: str) -> None:
     refused(rule, torch_npu._npu_rotary_embedding, base, **make(changes))
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_matmul_add() -> None:
     x, weight, total = torch.randn(5, 3).half(), torch.randn(5, 4).half(), torch.randn(3, 4)
     on_device = total.npu()
@@ -109,7 +109,7 @@ def written(value: torch.Tensor, slots: list[int]) -> tuple[torch.Tensor, int]:
     return caches[1].cpu().flatten(0, 1), trace.hidden_copies()
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_strided_inputs_are_copied_first() -> None:
     """The value heads of q|k|v, as vllm-ascend gives them: op-plugin makes them contiguous."""
     qkv = torch.randn(3, 8, 128).to(HALF)

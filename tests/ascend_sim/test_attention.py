@@ -93,7 +93,7 @@ def test_paged_attention() -> None:
     assert ("_npu_paged_attention", "atb") in [(e.name, e.door) for e in trace.launches()]
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_paged_attention_reads_the_lengths_at_the_call() -> None:
     key, value = (cache.npu() for cache in caches(2))
     query = torch.randn(1, HEADS, WIDTH).to(HALF).npu()

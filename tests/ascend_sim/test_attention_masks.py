@@ -36,7 +36,7 @@ def attend(lengths: tuple[int, ...], mask: torch.Tensor | None, **changes: Any) 
     return torch_npu.npu_fused_infer_attention_score(*inputs(), **(named | changes))[0].cpu()
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint8])
 def test_a_mask_hides_what_lies_behind_each_context(form: str, dtype: torch.dtype) -> None:
@@ -72,7 +72,7 @@ def test_the_mask_covers_the_block_table_not_only_the_lengths() -> None:
     torch.testing.assert_close(masked, expected, atol=0.01, rtol=0.01)
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_all_rows_count_their_blocks_masked_or_not() -> None:
     """Three rows of two blocks: a cache of five does not have them."""
     query, keys, values = inputs()

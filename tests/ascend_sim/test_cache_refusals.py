@@ -156,7 +156,7 @@ def test_paged_attention(case: str) -> None:
     refused(rule, torch_npu._npu_paged_attention, base, **make(changes))
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_paged_attention_names_blocks_outside_the_cache() -> None:
     table = torch.tensor([[9]], dtype=torch.int32).npu()
     with pytest.raises(RuntimeError, match="blocks outside the cache"):

@@ -36,7 +36,7 @@ def test_no_device() -> None:
     assert out.split()[-2:] == ["0", "False"]
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_no_atb_raises_what_the_wheel_raises() -> None:
     code = """
 try:
@@ -50,7 +50,7 @@ print(torch_npu.npu_rms_norm(torch.ones(2, 8).npu(), torch.ones(8).npu())[0].cpu
     assert float(out.split()[-1]) == pytest.approx(16, rel=1e-3)  # the rest of the device works
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_no_atb_in_process() -> None:
     arguments = [torch.zeros(1).npu()] * 5
     with faults.without_atb(), pytest.raises(OSError) as caught:
@@ -80,7 +80,7 @@ def test_memory_and_cache_sizes() -> None:
     assert out.split()[-2:] == ["32", "96"]
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_failing_copy() -> None:
     import ctypes
 
@@ -95,7 +95,7 @@ def test_failing_copy() -> None:
         torch.ones(4).npu()
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_a_device_that_hands_out_nd() -> None:
     torch_npu.npu.config.allow_internal_format = True
     with faults.nd_instead_of_nz():
@@ -106,7 +106,7 @@ def test_a_device_that_hands_out_nd() -> None:
     assert int(torch_npu.get_npu_format(right)) == nz.FORMAT
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_a_device_with_other_tiles() -> None:
     torch_npu.npu.config.allow_internal_format = True
     matrix = torch.randn(32, 48).half()

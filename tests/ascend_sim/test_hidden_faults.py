@@ -30,6 +30,7 @@ def test_memory_that_is_handed_out_again_is_nan() -> None:
     assert second.cpu().isnan().all()
 
 
+@pytest.mark.every_mode
 @pytest.mark.lazy_streams
 def test_memory_that_a_late_stream_still_reads_keeps_its_values() -> None:
     source = torch.ones(4096, device="npu")

@@ -145,7 +145,7 @@ def team() -> Iterator[Team]:
     team.part()
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_collectives(team: Team) -> None:
     team.run("""
 total = dev([1.0, rank])
@@ -180,7 +180,7 @@ assert trace.collectives()[0].bytes == 8
 """)
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_messages_between_two_ranks(team: Team) -> None:
     team.run("""
 for turn in range(3):
@@ -211,7 +211,7 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.i
 """)
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_captured_collectives_meet_at_each_replay(team: Team) -> None:
     team.run("""
 warm, summed = dev([0.0]), dev([0.0])
@@ -228,7 +228,7 @@ for start in (1.0, 5.0, -2.0):
 """)
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_a_collective_goes_on_while_its_host_waits_elsewhere(team: Team) -> None:
     """Others issue two collectives and then listen to rank 0 on the CPU, which waits for both."""
     team.run("""

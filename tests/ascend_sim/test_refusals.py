@@ -274,7 +274,7 @@ def test_weight_quant_batchmatmul_in_nz(case: str) -> None:
     refused(rule, torch_npu.npu_weight_quant_batchmatmul, base, **make(changes))
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_matmul() -> None:
     base = dict(input=dev(4, 64), mat2=dev(64, 32))
     refused("dtypes differ|same dtype|dtype", torch.mm, base, mat2=dev(64, 32, **FP32))

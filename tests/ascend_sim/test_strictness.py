@@ -13,7 +13,7 @@ from ascend_sim import faults, runtime, trace
 from ascend_sim.test_graphs import BLOCK, KINDS, Decode, capture
 from ascend_sim.test_refusals import as_nz, dev
 
-pytestmark = pytest.mark.every_mode
+pytestmark = pytest.mark.opposite_modes
 
 HALF = torch.bfloat16
 

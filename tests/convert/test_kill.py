@@ -25,10 +25,10 @@ def drive(source: Path, workdir: Path, *options: str) -> dict[str, int]:
 
 
 def test_after_each_step(tmp_path: Path) -> None:
-    """A step is a call that changes the disk: this is every state that a crash can leave."""
+    """A step is a call that changes the output: this is every state that a crash can leave."""
     source = tiny_models.write(tmp_path / "source", tiny_models.config(num_hidden_layers=1))
     found = drive(source, tmp_path / "work", "--steps", "0", "--threads", "1")
-    assert found["kills"] == found["trials"] == found["steps"] > 50
+    assert found["kills"] == found["trials"] == found["steps"] > 35
     assert 0 < found["completed"] < 15  # it was finished and had only to be tidied up
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,11 +29,20 @@ def service(folder: Path) -> Iterator[ModelScopeServer]:
         yield server
 
 
-def convert(service: ModelScopeServer, cache: Path, out: Path, *options: str) -> Run:
-    return program(
-        "convert", REPO, out, "--hub", "modelscope", *options,
-        environment=service.environment(cache),
-    )  # fmt: skip
+@pytest.fixture
+def ask(
+    service: ModelScopeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Run]:
+    """Runs a command in this process, whose client is told of the service and of a cache."""
+    from modelscope_hub import config
+
+    for name, value in service.environment(tmp_path / "cache").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(config, "_default_config", None)  # it is made of the environment, once
+    return run
+
+
+MODELSCOPE = ("--hub", "modelscope")
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -53,7 +62,8 @@ def test_the_same_bytes_as_from_the_folder(
 ) -> None:
     out, local = tmp_path / "out", tmp_path / "local"
     service.damage, service.refuse = 1, 1
-    done = convert(service, tmp_path / "cache", out, *low_disk)
+    environment = service.environment(tmp_path / "cache")
+    done = program("convert", REPO, out, *MODELSCOPE, *low_disk, environment=environment)
     assert done.code == 0, done.err
     assert "trying again" in done.err and "SHA-256" in done.err
     assert run("convert", folder, local, "--quiet").code == 0
@@ -70,17 +80,16 @@ def test_the_same_bytes_as_from_the_folder(
 
 @installed
 def test_against_the_model_on_its_own_hub(
-    service: ModelScopeServer, folder: Path, tmp_path: Path
+    ask: Callable[..., Run], folder: Path, tmp_path: Path
 ) -> None:
-    cache, out = tmp_path / "cache", tmp_path / "out"
-    assert convert(service, cache, out, "--quiet").code == 0
-    environment = service.environment(cache)
-    done = program("verify", out, "--against", REPO, environment=environment)
+    out = tmp_path / "out"
+    assert ask("convert", REPO, out, *MODELSCOPE, "--quiet").code == 0
+    done = ask("verify", out, "--against", REPO)
     assert done.code == 0, done.err
     added = folder / "added.txt"
     added.write_text("the branch has moved")
     try:
-        again = program("verify", out, "--against", REPO, "--quiet", environment=environment)
+        again = ask("verify", out, "--against", REPO, "--quiet")
     finally:
         added.unlink()
     again.one_line_error(REPO, "has changed")
@@ -88,8 +97,11 @@ def test_against_the_model_on_its_own_hub(
 
 @installed
 def test_errors_are_one_line(service: ModelScopeServer, tmp_path: Path) -> None:
+    """As a program: that the client draws no bars is settled before it is imported."""
     service.damage = 99
-    cache, out = tmp_path / "cache", tmp_path / "out"
-    convert(service, cache, out, "--quiet").one_line_error("came damaged 3 times", "SHA-256")
+    environment = service.environment(tmp_path / "cache")
+    command = ("convert", REPO, tmp_path / "out", *MODELSCOPE, "--quiet")
+    done = program(*command, environment=environment)
+    done.one_line_error("came damaged 3 times", "SHA-256")
     service.repo = "Qwen/Other"
-    convert(service, cache, out, "--quiet").one_line_error("ModelScope has no", REPO)
+    program(*command, environment=environment).one_line_error("ModelScope has no", REPO)

@@ -1,4 +1,8 @@
-"""Models by their Hub id: the real client, in a program of its own, against a local Hub."""
+"""Models by their Hub id: the real client against a local Hub.
+
+Programs of their own show that the variables of a user's environment reach the client; they take
+seconds each, so the rest is done in this process, where the same settings are put into its client.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from support import tiny_models
-from support.command_line import Run, program
+from support.command_line import Run, program, run
+from support.hub_client import talk_to
 from support.hub_server import Fault, HubServer
 from support.quantized_sources import write_ascendv1
 
@@ -24,28 +30,36 @@ REPO = "Qwen/Qwen3-Tiny"
 
 @dataclass
 class Client:
-    """Runs `convert` as a user of the local Hub would."""
+    """Runs `convert` as a user of the local Hub would; as a program, or in this process."""
 
     hub: HubServer
     folder: Path
+    patch: pytest.MonkeyPatch
     token: str = ""
     offline: bool = False
+    as_program: bool = False
 
     @property
     def out(self) -> Path:
         return self.folder / "out"
 
     def convert(self, *options: str, repo: str = REPO) -> Run:
-        environment = self.hub.environment(self.folder / "cache", self.token)
-        environment["HF_HUB_OFFLINE"] = "1" if self.offline else "0"
-        return program(
-            "convert", repo, self.out, *options, environment=environment, cwd=self.folder
-        )
+        cache = self.folder / "cache"
+        if self.as_program:
+            environment = self.hub.environment(cache, self.token)
+            environment["HF_HUB_OFFLINE"] = "1" if self.offline else "0"
+            return program(
+                "convert", repo, self.out, *options, environment=environment, cwd=self.folder
+            )
+        talk_to(self.hub, cache, self.patch)
+        self.patch.setenv("HF_TOKEN", self.token)
+        self.patch.setattr(constants, "HF_HUB_OFFLINE", self.offline)
+        return run("convert", repo, self.out, *options)
 
 
 @pytest.fixture
-def client(hub: HubServer, tmp_path: Path) -> Client:
-    return Client(hub, tmp_path)
+def client(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Client:
+    return Client(hub, tmp_path, monkeypatch)
 
 
 def model(folder: Path, seed: int = 0, shards: int = 1, **changes: object) -> Path:
@@ -63,6 +77,7 @@ def weight_bytes_sent(hub: HubServer) -> int:
 
 
 def test_convert_by_id(client: Client, tmp_path: Path) -> None:
+    client.as_program = True
     folder = model(tmp_path / "source")
     commit = client.hub.add_model(REPO, folder)
     done = client.convert()
@@ -82,7 +97,7 @@ def test_the_same_bytes_as_from_the_folder(client: Client, tmp_path: Path) -> No
     folder = model(tmp_path / "source", shards=3)
     client.hub.add_model(REPO, folder)
     assert client.convert("--quiet").err == ""
-    local = program("convert", folder, tmp_path / "local")
+    local = run("convert", folder, tmp_path / "local")
     assert local.code == 0, local.err
     ours, theirs = Manifest.read(client.out), Manifest.read(tmp_path / "local")
     assert ours.stored() == theirs.stored()
@@ -164,6 +179,7 @@ def test_gated_and_private(client: Client, tmp_path: Path) -> None:
     client.hub.add_token("hf_good", REPO, "me/private")
     client.token = "hf_good"
     assert client.convert().code == 0
+    client.as_program = True
     assert client.convert("--overwrite", repo="me/private").code == 0
     assert Manifest.read(client.out).source.repo == "me/private"
 
@@ -178,7 +194,7 @@ def test_offline_after_a_first_conversion(
     assert client.convert(*revision).code == 0
     first = Manifest.read(client.out)
     hub.forget()
-    client.offline = True
+    client.offline, client.as_program = True, not revision
     done = client.convert("--overwrite", *revision)
     assert done.code == 0, done.err
     assert hub.requests == []
@@ -192,8 +208,7 @@ def test_server_gone_after_a_first_conversion(client: Client, tmp_path: Path) ->
         commit = hub.add_model(REPO, model(tmp_path / "source"))
         client.hub = hub
         assert client.convert().code == 0
-        environment = hub.environment(tmp_path / "cache")
-    done = program("convert", REPO, client.out, "--overwrite", environment=environment)
+    done = client.convert("--overwrite")
     assert done.code == 0, done.err
     assert "cache" in done.err
     assert Manifest.read(client.out).source.revision == commit

@@ -67,7 +67,7 @@ CHOSEN = {
 """The numbers of the forms that are used with each CANN and a wheel of it, where not the first."""
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 @pytest.mark.parametrize("cann", [name for name in CHOSEN if name <= cann.current().name])
 def test_each_cann_has_its_forms_and_the_tokens_of_the_cpu(
     cann: str, checkpoints: dict[str, Path]
@@ -89,7 +89,7 @@ def test_each_cann_has_its_forms_and_the_tokens_of_the_cpu(
     assert unusable == ({"paged_update"} if cann == "8.3" else set())
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 @pytest.mark.parametrize("lack", LACKS)
 def test_a_lack_is_met_by_another_form_and_equal_tokens(
     lack: str, checkpoints: dict[str, Path]
@@ -326,7 +326,7 @@ def without_any_update(patch: Patch, folder: Path) -> None:
     patch.setattr(capabilities, "bound_support", lambda: lacking("bound_update"))
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_without_updates_steps_run_eagerly_with_a_warning(
     checkpoints: dict[str, Path], monkeypatch: Patch, tmp_path: Path
 ) -> None:
@@ -339,7 +339,7 @@ def test_without_updates_steps_run_eagerly_with_a_warning(
     assert tokens_of(checkpoints["w8a8"], attention="paged", graph=False) == expected
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_without_updates_graphs_are_masked(
     checkpoints: dict[str, Path], monkeypatch: Patch
 ) -> None:
@@ -349,6 +349,28 @@ def test_without_updates_graphs_are_masked(
     ascend_sim.reset_trace()
     assert tokens_of(checkpoints["w8a8"], kv_cache_tokens=4096) == expected
     assert ascend_sim.trace.replays() and not ascend_sim.trace.host_updates()
+
+
+OPEN_PAGED = """
+import sys, ascend_sim
+ascend_sim.install()
+from qwen3_ascend import load
+for attention in ("fused", "paged"):
+    load(sys.argv[1], device="npu", attention=attention, kv_cache_tokens=256, graph=False)
+    print(attention, "loaded")
+"""
+
+
+def test_paged_attention_without_atb_says_what_to_install(checkpoints: dict[str, Path]) -> None:
+    """In a process of its own: a machine without libatb.so."""
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_PAGED, str(checkpoints["w8a8"])],
+        env=os.environ | {"ASCEND_SIM_FAULTS": "no_atb", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "fused loaded" in done.stdout and "paged loaded" not in done.stdout
+    assert "DeviceError: libatb.so is missing" in done.stderr
+    assert "install Ascend-cann-nnal" in done.stderr and "attention=fused" in done.stderr
 
 
 # ----------------------------------------------------------- where a refusal ends the process

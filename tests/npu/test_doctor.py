@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -28,7 +29,8 @@ from qwen3_ascend.runtime.backends.npu.attention import FusedAttention
 from qwen3_ascend.runtime.backends.npu.capabilities import OPERATIONS
 from qwen3_ascend.runtime.backends.npu.device import open_device
 from qwen3_ascend.runtime.backends.npu.graph_updates import Support
-from qwen3_ascend.runtime.conformance import Comparison, compare_backends
+from qwen3_ascend.runtime.conformance import compare_backends
+from qwen3_ascend.runtime.doctor import agreement as answers
 from qwen3_ascend.runtime.doctor import examination, generation, machine
 from qwen3_ascend.runtime.doctor.agreement import Answer, agreement
 from qwen3_ascend.runtime.doctor.generation import VARIANTS
@@ -37,29 +39,26 @@ from qwen3_ascend.runtime.engine import candidates
 from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
 
-
-def compare() -> list[Comparison]:
-    cpu = backends.get(SMALL_CONFIG, DeviceOptions("cpu"))
-    npu = backends.get(SMALL_CONFIG, DeviceOptions("npu", graph=False))
-    return list(compare_backends(cpu, npu, SMALL_CONFIG))
-
-
-@pytest.mark.every_mode
-def test_every_operation_conforms_for_every_scheme_and_shape() -> None:
-    found = compare()
-    assert [comparison for comparison in found if not comparison.ok] == []
-    names = " ".join(comparison.name for comparison in found)
-    for word in (*SCHEMES, "linear", "norm", "add_norm", "gated", "prefill", "chunk", "decode"):
-        assert word in names
+SMALLEST = dataclasses.replace(
+    SMALL_CONFIG,
+    hidden_size=256,
+    intermediate_size=512,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=1024,
+)
+"""Sizes that the kernels of every scheme take."""
 
 
-@pytest.mark.every_mode
 def test_a_wrong_operator_does_not_conform(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds are tight enough to notice an activation on the wrong half."""
     right = torch_npu.npu_swiglu
     swapped = lambda x, dim: right(torch.cat(x.chunk(2, dim)[::-1], dim), dim=dim)  # noqa: E731
     monkeypatch.setattr(torch_npu, "npu_swiglu", swapped)
-    wrong = {comparison.name for comparison in compare() if not comparison.ok}
+    cpu = backends.get(SMALLEST, DeviceOptions("cpu"))
+    npu = backends.get(SMALLEST, DeviceOptions("npu", graph=False))
+    found = compare_backends(cpu, npu, SMALLEST)
+    wrong = {comparison.name for comparison in found if not comparison.ok}
     users = ("gated (bf16", "gated (w8a8-static")  # the latter quantizes what it gives
     assert wrong and all(name.startswith(users) for name in wrong)
 
@@ -76,7 +75,15 @@ def examine(checkpoint: Path | None) -> doctor.Report:
     return doctor.run(checkpoint, lambda check: None)
 
 
-@pytest.mark.every_mode
+@pytest.fixture
+def smallest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For those who look at the rest of an examination: the whole one takes the operators in the
+    sizes of a published model, and says more."""
+    monkeypatch.setattr(examination, "SMALL_CONFIG", SMALLEST)
+    monkeypatch.setattr(answers, "NEW_TOKENS", 6)  # the fewest that cross a block, and some more
+
+
+@pytest.mark.opposite_modes
 def test_the_whole_examination(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     result = CliRunner().invoke(main, ["doctor", str(checkpoints["w8a8"]), "--json", str(path)])
@@ -87,8 +94,11 @@ def test_the_whole_examination(checkpoints: dict[str, Path], tmp_path: Path) -> 
     noted = {one["area"] for one in report["checks"] if one["status"] == "noted"}
     lacking = not ascend_sim.cann.current().cache_mode  # an older CANN is pretended
     assert noted == ({"capabilities", "forms"} if lacking else set())
-    names = " ".join(check["name"] for check in report["checks"])
+    names = [check["name"] for check in report["checks"]]
     assert "w8a8: linear (w8a8, [1536, 256], 17 tokens)" in names  # the model's own sizes
+    published = " ".join(name for name in names if name.startswith("small: "))
+    for word in (*SCHEMES, "linear", "norm", "add_norm", "gated", "prefill", "chunk", "decode"):
+        assert word in published
     left_out = [
         one["name"] for one in report["checks"] if (one["area"], one["status"]) == SKIPPED_VARIANT
     ]
@@ -101,6 +111,7 @@ def test_the_whole_examination(checkpoints: dict[str, Path], tmp_path: Path) -> 
     assert "| CANN |" in paste and "GB/s" in paste
 
 
+@pytest.mark.usefixtures("smallest")
 def test_without_a_checkpoint_small_random_models_are_examined(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -132,6 +143,7 @@ def test_a_lack_is_named_and_nothing_fails(lack: str) -> None:
     assert refused == [f"{operation.name} with {each.name}" for each in operation.forms[:form]]
 
 
+@pytest.mark.usefixtures("smallest")
 def test_without_atb_and_updates_their_modes_are_left_out(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +171,7 @@ def crashing(*arguments: object, **named: object) -> Any:
     raise KeyError("not even an error of torch")
 
 
+@pytest.mark.usefixtures("smallest")
 def test_a_crash_of_any_check_is_a_finding_and_the_others_go_on(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +207,7 @@ def test_a_crash_before_anything_else_is_reported(monkeypatch: pytest.MonkeyPatc
     assert check.detail.startswith("KeyError")
 
 
+@pytest.mark.usefixtures("smallest")
 def test_wrong_tokens_have_no_speed(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +215,8 @@ def test_wrong_tokens_have_no_speed(
     right = FusedAttention.update
     stale = lambda self, lengths: right(self, (1,) * len(lengths))  # noqa: E731
     monkeypatch.setattr(FusedAttention, "update", stale)
+    fused_only = tuple(each for each in VARIANTS if each.attention == "fused")
+    monkeypatch.setattr(generation, "VARIANTS", fused_only)
     report = examine(checkpoints["w8a8"])
     failed = [check.name for check in report.checks if check.status == "failed"]
     assert len(failed) == 4 and all("graph" in name for name in failed)
@@ -272,7 +288,7 @@ def test_whether_wheel_and_cann_are_a_pair(wheel: str, cann: str, status: str, s
     assert check.status == status and said in check.detail
 
 
-@pytest.mark.every_mode
+@pytest.mark.opposite_modes
 def test_another_tile_order_is_found() -> None:
     diagnose.card()
     with ascend_sim.faults.transposed_nz_tiles():

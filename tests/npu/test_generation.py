@@ -11,7 +11,7 @@ import torch
 from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.runtime import LLM
 
-pytestmark = pytest.mark.every_mode
+pytestmark = pytest.mark.opposite_modes
 
 WORDS = ("river", "bicycle", "house", "oxygen", "create", "water", "mountain", "teacher", "music")
 PROMPTS = [f"What does {word} mean?" for word in WORDS]

@@ -299,28 +299,6 @@ def test_the_default_cache_mode_would_be_refused_for_a_plain_cache() -> None:
         torch_npu.npu_scatter_pa_kv_cache(key, key, layer.keys, layer.values, slots)
 
 
-OPEN_PAGED = """
-import sys, ascend_sim
-ascend_sim.install()
-from qwen3_ascend import load
-for attention in ("fused", "paged"):
-    load(sys.argv[1], device="npu", attention=attention, kv_cache_tokens=256, graph=False)
-    print(attention, "loaded")
-"""
-
-
-def test_paged_attention_without_atb_says_what_to_install(checkpoints: dict[str, Path]) -> None:
-    """In a process of its own: a machine without libatb.so."""
-    done = subprocess.run(
-        [sys.executable, "-c", OPEN_PAGED, str(checkpoints["w8a8"])],
-        env=os.environ | {"ASCEND_SIM_FAULTS": "no_atb", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert "fused loaded" in done.stdout and "paged loaded" not in done.stdout
-    assert "DeviceError: libatb.so is missing" in done.stderr
-    assert "install Ascend-cann-nnal" in done.stderr and "attention=fused" in done.stderr
-
-
 def test_a_replayed_step_costs_one_copy_and_one_update_a_layer(
     checkpoints: dict[str, Path],
 ) -> None:

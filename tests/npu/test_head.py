@@ -24,7 +24,7 @@ from qwen3_ascend.runtime.backends.reference import Int8Linear as ReferenceLinea
 from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
 
-pytestmark = pytest.mark.every_mode
+pytestmark = pytest.mark.opposite_modes
 
 VOCABULARY = 151936
 """Of every published Qwen3."""

@@ -27,7 +27,7 @@ from qwen3_ascend.runtime.model.loader import load_model
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer, Mlp, Qwen3
 from qwen3_ascend.runtime.options import DeviceOptions
 
-pytestmark = pytest.mark.every_mode
+pytestmark = pytest.mark.opposite_modes
 
 MODEL = (Qwen3, DecoderLayer, Mlp, DenseLinear, Int8Linear, WeightOnlyLinear)
 

@@ -22,7 +22,7 @@ from qwen3_ascend.runtime.engine import candidates
 from qwen3_ascend.runtime.engine.request import Request
 from qwen3_ascend.runtime.engine.sampler import Choice, Sampler
 
-pytestmark = pytest.mark.every_mode
+pytestmark = pytest.mark.opposite_modes
 
 VOCABULARY = 151936  # of Qwen3
 QWEN3 = SamplingParams(temperature=0.6, top_k=20, top_p=0.95, seed=1)

@@ -12,7 +12,7 @@ from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.runtime import LLM
 from qwen3_ascend.runtime.serving.engine_loop import EngineLoop, Job
 
-pytestmark = pytest.mark.every_mode
+pytestmark = pytest.mark.opposite_modes
 
 PROMPTS = [f"What does {word} mean?" for word in ("river", "bicycle", "house", "oxygen")]
 SHORT = SamplingParams(max_new_tokens=20)

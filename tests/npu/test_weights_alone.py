@@ -22,7 +22,7 @@ from qwen3_ascend.runtime.backends.reference import FloatLinear
 from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.synthetic import SMALL_CONFIG
 
-pytestmark = pytest.mark.every_mode
+pytestmark = pytest.mark.opposite_modes
 
 Shape = tuple[int, int]
 CASES: list[tuple[Scheme, Shape]] = [

@@ -4,15 +4,17 @@
     cd tests; python -m support.crash_driver SOURCE WORKDIR --recipe FILE --calibration-tokens 1024
     cd tests; python -m support.crash_driver CHECKPOINT WORKDIR --format ascendv1 [--over EXPORT]
 
-One process imports torch and transformers and forks the others, so that a trial takes milliseconds
-and kills meet the conversion instead of imports. A step is a call
-that changes the disk (write, rename, unlink, sync): a kill after each of them leaves every state
-that a crash can leave; a kill at a random instant leaves whatever it meets. Prints one JSON line.
+One process does the work once and forks the others, so that a trial takes milliseconds
+and kills meet the conversion instead of imports. A step is a call (write, rename, unlink, sync)
+after which the output is not what it was: a kill after each of them leaves every state that a crash
+can leave; a kill at a random instant leaves whatever it meets. Prints one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -35,12 +37,11 @@ from qwen3_ascend.convert import (
     export_checkpoint,
 )
 from qwen3_ascend.convert.export.record import RECORD_NAME
-from qwen3_ascend.runtime.tokenizer import load_tokenizer
 from support.folders import contents
 
 JOURNAL = ".partial/journal.jsonl"
 
-STEPS = ("pwrite", "write", "replace", "unlink", "fsync", "fdatasync", "rmdir", "mkdir")
+CALLS = ("pwrite", "write", "replace", "unlink", "fsync", "fdatasync", "rmdir", "mkdir")
 
 
 class Driver:
@@ -52,22 +53,23 @@ class Driver:
         self._write, self._seal, self._over = write, seal, over
         self._out, self._good = workdir / "out", workdir / "reference"
         self._trials = self._kills = self._completed = 0
-        started = time.perf_counter()
         self._begin(self._good)
-        assert self._fork(self._good, lambda: None) == 0
-        self._seconds = time.perf_counter() - started
+        self._write(self._good)  # in this process: children inherit what a first run imports
         self._expected = contents(self._good)
+        self._begin(self._out)
+        started = time.perf_counter()
+        assert self._fork(self._out, lambda: None) == 0
+        self._seconds = time.perf_counter() - started
 
     def steps(self, count: int, rng: random.Random) -> int:
         """Kills after `count` of all steps (0: after each); returns how many there are."""
-        total = self._count_steps()
-        chosen = range(1, total + 1)
-        late = [*chosen[-25:]]  # publishing
-        early = [*chosen[:-25]]
+        found = self._find_steps()
+        late = found[-25:]  # publishing
+        early = found[:-25]
         picked = [*rng.sample(early, min(len(early), max(0, count - len(late)))), *late]
-        for step in sorted(picked) if count else chosen:
-            self._trial(partial(die_at_step, step))
-        return total
+        for call in sorted(picked) if count else found:
+            self._trial(partial(die_after, call))
+        return len(found)
 
     def instants(self, count: int, rng: random.Random) -> None:
         """Kills at random instants; what is continued is killed again, up to three times."""
@@ -109,42 +111,54 @@ class Driver:
         is_whole = (self._out / self._seal).exists() and not (self._out / JOURNAL).exists()
         return is_whole and self._over is None
 
-    def _count_steps(self) -> int:
+    def _find_steps(self) -> list[int]:
         read, write = os.pipe()
         self._begin(self._out)
-        assert self._fork(self._out, count_steps, lambda total: os.write(write, b"%d" % total)) == 0
-        return int(os.read(read, 100))
+        status = self._fork(
+            self._out, partial(note_steps, self._out),
+            lambda steps: os.write(write, json.dumps(steps).encode()),
+        )  # fmt: skip
+        assert status == 0
+        return list(json.loads(os.read(read, 1 << 16)))
 
     def _fork(
         self,
         output: Path,
         prepare: Callable[[], Any],
-        report: Callable[[int], Any] = lambda total: None,
+        report: Callable[[Any], object] = lambda prepared: None,
     ) -> int:
         """Works in a process of its own; its exit code, or minus the signal that ended it."""
         child = os.fork()
         if child:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         try:
-            counter = prepare()
+            prepared = prepare()
             self._write(output)
-            report(counter[0] if counter else 0)
+            report(prepared)
             os._exit(0)
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
 
 
-def on_every_step(action: Callable[[int], None]) -> list[int]:
-    """Calls `action` with the number of each step, after it; the list holds the last number."""
-    counter, lock = [0], threading.Lock()
+def state(output: Path) -> dict[Path, bytes | None]:
+    """What a crash at this instant would leave: folders, files and their bytes."""
+    found: dict[Path, bytes | None] = {}
+    for path in [output, *output.rglob("*")] if output.exists() else []:
+        with contextlib.suppress(FileNotFoundError):  # another thread has just taken it away
+            found[path] = path.read_bytes() if path.is_file() else None
+    return found
+
+
+def on_every_call(action: Callable[[int], None]) -> None:
+    """Calls `action` with the number of each call that may change the disk, after it."""
+    numbers, lock = itertools.count(1), threading.Lock()
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             result = function(*arguments, **options)
             with lock:
-                counter[0] += 1
-                action(counter[0])
+                action(next(numbers))
             return result
 
         return call
@@ -152,22 +166,30 @@ def on_every_step(action: Callable[[int], None]) -> list[int]:
     in_pathlib = getattr(
         pathlib, "_NormalAccessor", None
     )  # Python 3.10 keeps functions of os there
-    for name in STEPS:
+    for name in CALLS:
         function = counted(getattr(os, name))
         setattr(os, name, function)
         if hasattr(in_pathlib, name):
             setattr(in_pathlib, name, staticmethod(function))
-    return counter
 
 
-def count_steps() -> list[int]:
-    """Only counts."""
-    return on_every_step(lambda number: None)
+def note_steps(output: Path) -> list[int]:
+    """The numbers of the calls that were steps; they come as the work goes on."""
+    steps, last = list[int](), state(output)
+
+    def look(number: int) -> None:
+        nonlocal last
+        before, last = last, state(output)
+        if last != before:
+            steps.append(number)
+
+    on_every_call(look)
+    return steps
 
 
-def die_at_step(step: int) -> None:
-    """Kills this process after a step."""
-    on_every_step(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == step else None)
+def die_after(call: int) -> None:
+    """Kills this process after a call."""
+    on_every_call(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == call else None)
 
 
 def die_in(seconds: float) -> None:
@@ -195,7 +217,6 @@ def main() -> None:
     parser.add_argument("--over", type=Path, help="an export that is replaced in each trial")
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    load_tokenizer(options.source)  # for its imports, which every child inherits
 
     def write(output: Path) -> object:
         if options.format:
