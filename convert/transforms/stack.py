@@ -14,7 +14,7 @@ from qwen3_ascend.checkpoint.schemes.pieces import Piece, Stack
 from qwen3_ascend.convert.transforms.changes import FindChanges, Prepared
 from qwen3_ascend.native import Kernels, Rows
 
-CHUNK_WEIGHTS = 1 << 20
+CHUNK_WEIGHTS = 1 << 18
 """Weights that are packed together: those whose outputs are mixed are float32 in between."""
 
 
