@@ -58,15 +58,14 @@ def test_tokens_of_integer_schemes(checkpoints: dict[str, Path], recipe: str, gr
 def test_hundreds_of_captured_steps_across_block_borders(
     checkpoints: dict[str, Path], attention: str
 ) -> None:
-    """Prompts of 120 and 250 tokens, blocks of 128: both cross a border while decoding. Of weights
-    as they are: rotated, the model has a near-tie on the way, which a last bit decides."""
+    """Prompts of 120 and 250 tokens, blocks of 128: both cross a border while decoding."""
     text = (Path(__file__).parent.parent / "data/tiny-qwen3/heldout.txt").read_text()
-    cpu = open_cpu(checkpoints["w8a8-plain"])
+    cpu = open_cpu(checkpoints["w8a8"])
     ids = cpu.tokenizer.encode(text[:4000])
     prompts = [ids[:120], ids[300:550]]
     params = SamplingParams(max_new_tokens=200, ignore_eos=True)
     expected = [answer.token_ids for answer in cpu.generate(prompts, params)]
-    llm = open_npu(checkpoints["w8a8-plain"], attention=attention)
+    llm = open_npu(checkpoints["w8a8"], attention=attention)
     actual = [answer.token_ids for answer in llm.generate(prompts, params)]
     same = [first_difference(*pair) for pair in zip(actual, expected, strict=True)]
     assert same == [200, 200]
