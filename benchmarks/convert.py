@@ -45,7 +45,7 @@ from typing import Any
 import random_model
 from blake3 import blake3
 
-PLAIN, TRANSFORMED = "w8a8", "w8a8-rotated"
+PLAIN, TRANSFORMED = "w8a8-plain", "w8a8"
 """The recipes that are held against each other: the same scheme without and with transforms."""
 
 PEER = """

@@ -11,7 +11,7 @@ import torch
 import torch_npu
 from support import tiny_models
 
-from qwen3_ascend import Recipe, SamplingParams, convert_checkpoint, load
+from qwen3_ascend import SamplingParams, convert_checkpoint, load
 from qwen3_ascend.checkpoint.linear import Linear, quantize
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import W8A8
@@ -31,11 +31,6 @@ VOCABULARY = 151936
 
 WORDS = ("river", "bicycle", "house", "oxygen", "create")
 PROMPTS = [f"What does {word} mean?" for word in WORDS]
-
-EVERYWHERE = Recipe.parse(
-    "{schema: 1, name: everywhere, rules: [{match: '*', scheme: w8a8}]}", "test"
-)
-"""w8a8-head of the weights as they are: rotated, some of the answers have near-ties."""
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +116,7 @@ def test_a_wrong_part_is_seen_by_the_check_of_weights() -> None:
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_the_trained_model(graph: bool, tmp_path: Path) -> None:
-    convert_checkpoint(tiny_models.DATA, tmp_path / "out", EVERYWHERE)
+    convert_checkpoint(tiny_models.DATA, tmp_path / "out", "w8a8-head")
     assert not CheckpointReader(tmp_path / "out").config.tie_word_embeddings
     params = SamplingParams(max_new_tokens=30)
     expected = tokens_of(tmp_path / "out", "cpu", PROMPTS, params)
