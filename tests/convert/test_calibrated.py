@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -73,7 +73,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, InputStatistics]:
     make = Conversion.make_stage
 
     def make_stage(
-        self: Conversion, items: Sequence[Item], statistics: Mapping[str, InputStatistics]
+        self: Conversion, items: Sequence[Item], statistics: dict[str, InputStatistics]
     ) -> None:
         found.update(statistics)
         make(self, items, statistics)
