@@ -52,8 +52,8 @@ def passing_bytes(plan: Plan) -> int:
         return 0
     shapes = _layer_shapes(plan).values()
     sizes = [outputs * inputs for outputs, inputs in shapes]
-    # A linear is there once more, decoded, while it is made.
-    layer = sum(sizes) + 2 * max(sizes)
+    # While a linear is decoded there are copies of it, not all of which are given back at once.
+    layer = sum(sizes) + 4 * max(sizes)
     widths = sum(map(sum, shapes)) + 2 * plan.config.hidden_size
     return FLOAT_BYTES * (layer + max(STEP_TOKENS, plan.calibration.length) * widths)
 

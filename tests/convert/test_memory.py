@@ -105,7 +105,7 @@ def test_calibration_keeps_to_what_is_planned(tmp_path: Path) -> None:
     planned = plan_budget(plan_conversion(source, str(recipe), options)[1], options).working_bytes
     private, _ = watched("convert", source, tmp_path / "out", str(recipe))
     assert planned / 4 < private < planned, (private, planned)
-    done = run("convert", source, tmp_path / "little", "--recipe", recipe, "--max-memory", "200MiB")
+    done = run("convert", source, tmp_path / "little", "--recipe", recipe, "--max-memory", "100MiB")
     done.one_line_error("max_memory", "this model needs", "MiB")
 
 
