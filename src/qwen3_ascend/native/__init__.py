@@ -10,17 +10,21 @@ from __future__ import annotations
 from qwen3_ascend.native.fallback import TorchKernels
 from qwen3_ascend.native.kernels import Kernels, NativeKernels, NotFinite
 from qwen3_ascend.native.library import NativeUnavailable, open_library
+from qwen3_ascend.native.products import Epilogue, Products, products
 
 __all__ = [
+    "Epilogue",
     "Kernels",
     "NativeKernels",
     "NativeUnavailable",
     "NotFinite",
+    "Products",
     "TorchKernels",
     "best",
     "describe",
     "load",
     "open_library",
+    "products",
 ]
 
 
