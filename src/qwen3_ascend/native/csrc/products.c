@@ -1,6 +1,7 @@
 /* The exported product: checks, packs the activations, and shares the strips among threads. */
 #include "pool.h"
 #include "products.h"
+#include "rows.h"
 
 #include <stddef.h>
 #include <string.h>

@@ -53,16 +53,6 @@ struct product_path_table {
                    int64_t last);
 };
 
-/* Rows of the next block, of which the last may be padding: the largest there is, or the smallest
- * that holds what is left. */
-static inline int64_t block_of(int64_t left, int64_t most)
-{
-    if (left >= most) return most;
-    int64_t rows = 1;
-    while (rows < left) rows *= 2;
-    return rows < most ? rows : most;
-}
-
 static inline int64_t padded_inputs(int64_t inputs)
 {
     return (inputs + ROW_GROUP - 1) / ROW_GROUP * ROW_GROUP;

@@ -10,6 +10,7 @@
  * Sums of integers are exact in any order, so every path finds the same.
  */
 #include "products.h"
+#include "rows.h"
 
 #include <string.h>
 
@@ -112,13 +113,6 @@ static void make_tile(const int8_t *strip, int64_t quads, uint8_t *tile)
                    (const uint8_t *)made + panel * PANEL_BYTES, PANEL_BYTES);
     }
 }
-
-#define EACH_1(DO) DO(0)
-#define EACH_2(DO) EACH_1(DO) DO(1)
-#define EACH_4(DO) EACH_2(DO) DO(2) DO(3)
-#define EACH_6(DO) EACH_4(DO) DO(4) DO(5)
-#define EACH_8(DO) EACH_6(DO) DO(6) DO(7)
-#define EACH_12(DO) EACH_8(DO) DO(8) DO(9) DO(10) DO(11)
 
 #define SUMS_OF(row) ((vector *)(sums + row * STRIP_ROWS))
 
