@@ -13,7 +13,9 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("src/qwen3_ascend/native/csrc")
 # -O3 vectorizes the loops; contraction would let one processor round where another does not.
-COMPILE = ["-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-fast-math"]
+COMPILE = [
+    "-std=c11", "-O3", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-fno-fast-math"
+]  # fmt: skip
 
 
 class BuildKernels(build_ext):
@@ -40,6 +42,7 @@ setup(
             sources=sorted(map(str, SOURCES.glob("*.c"))),
             depends=sorted(map(str, SOURCES.glob("*.h"))),
             extra_compile_args=COMPILE,
+            extra_link_args=["-pthread"],
             optional=True,
         )
     ],

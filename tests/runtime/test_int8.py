@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from qwen3_ascend import convert_checkpoint, load
+from qwen3_ascend import convert_checkpoint, load, native
 from qwen3_ascend.checkpoint.layout import ND
 from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.schemes import W4A8, W8A8, InputRange, W8A8Static
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias, static_input
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
+from qwen3_ascend.native.products import SATURATES
 from qwen3_ascend.runtime import LLM
 from qwen3_ascend.runtime.backends.base import QuantizedActivation, StaticActivation
 from qwen3_ascend.runtime.backends.cpu import int8_matmul
@@ -33,8 +35,13 @@ from qwen3_ascend.runtime.backends.cpu.linears import (
     GroupInt4Linear,
     Int8Linear,
     StaticInt8Linear,
+    UnpackedInt8Linear,
+    UnpackedStaticInt8Linear,
+    load_int8,
+    load_static_int8,
 )
 from qwen3_ascend.runtime.backends.reference import GroupInt4Linear as ReferenceGroupInt4Linear
+from qwen3_ascend.runtime.backends.reference import Loader
 from qwen3_ascend.runtime.backends.reference import (
     StaticInt8Linear as ReferenceStaticInt8Linear,
 )
@@ -120,9 +127,10 @@ def test_the_first_exact_one_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_int8_matmul.__wrapped__()
 
 
+@pytest.mark.parametrize("load_linear", [load_int8, UnpackedInt8Linear])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("size", [(33, 65), (64, 128), (100, 1024)], ids=str)
-def test_a_linear_is_its_reference(size: tuple[int, int], bias: bool) -> None:
+def test_a_linear_is_its_reference(size: tuple[int, int], bias: bool, load_linear: Loader) -> None:
     """Both sides multiply the same integer sum by the same two scales in float32.
 
     The sum is rounded to float32 once, each of the two products once, and the bias is added once:
@@ -132,7 +140,7 @@ def test_a_linear_is_its_reference(size: tuple[int, int], bias: bool) -> None:
     weight = torch.randn(size, generator=generator).bfloat16()
     offset = torch.randn(size[0], generator=generator).bfloat16() if bias else None
     linear = quantize(W8A8(), weight, offset, ASCEND_A2_A3.layouts["w8a8"])
-    ours = Int8Linear(linear, torch.float32)
+    ours = load_linear(linear, torch.float32)
     for rows in range(1, 10):
         x = torch.randn(rows, size[1], generator=generator) * 3
         codes, scale = quantize_tokens(x)
@@ -144,7 +152,7 @@ def test_a_linear_is_its_reference(size: tuple[int, int], bias: bool) -> None:
         bound = 3.01 * EPSILON * exact.abs() + 1.01 * EPSILON * shifted.abs()
         assert bool(((y.double() - shifted).abs() <= bound).all())
         assert bool(((linear.reference(x).double() - shifted).abs() <= bound).all())
-        half = Int8Linear(linear, torch.bfloat16)(fed)
+        half = load_linear(linear, torch.bfloat16)(fed)
         assert torch.equal(half, linear.reference(x).bfloat16())
 
 
@@ -163,7 +171,7 @@ def test_a_static_linear_is_its_reference(bias: bool, layout: str) -> None:
     sums = (fed.codes.long() @ linear.codes()["weight"].long().t()) + folded_bias(linear).long()
     assert int(sums.abs().max()) > 1 << 24
     expected = sums.float() * linear.tensors["deq_scale"]
-    for kind in (StaticInt8Linear, ReferenceStaticInt8Linear):
+    for kind in (load_static_int8, UnpackedStaticInt8Linear, ReferenceStaticInt8Linear):
         ours = kind(linear, torch.float32)
         for rows in (1, 2, 6):
             assert torch.equal(ours(StaticActivation(fed.codes[:rows])), expected[:rows])
@@ -186,10 +194,44 @@ def test_a_linear_of_groups_is_its_reference(bias: bool) -> None:
             assert torch.equal(ours(fed), linear.reference(x[:rows]))
 
 
-def test_a_token_of_zeros() -> None:
-    linear = quantize(W8A8(), torch.randn(8, 16).bfloat16(), None, ND)
+@pytest.mark.parametrize("layout", ["w8a8", "nd"])
+def test_a_token_of_zeros(layout: str) -> None:
+    stored = ND if layout == "nd" else ASCEND_A2_A3.layouts[layout]
+    linear = quantize(W8A8(), torch.randn(8, 16).bfloat16(), None, stored)
     fed = QuantizedActivation(*quantize_tokens(torch.zeros(2, 16)))
-    assert torch.equal(Int8Linear(linear, torch.float32)(fed), torch.zeros(2, 8))
+    assert torch.equal(load_int8(linear, torch.float32)(fed), torch.zeros(2, 8))
+
+
+@pytest.mark.skipif(native.products() is None, reason="not compiled")
+def test_strips_are_read_as_they_lie() -> None:
+    weight = torch.randn(64, 96).bfloat16()
+    for scheme, load_linear, kind in (
+        (W8A8(), load_int8, Int8Linear),
+        (W8A8Static(), load_static_int8, StaticInt8Linear),
+    ):
+        linear = quantize(scheme, weight, None, ASCEND_A2_A3.layouts["w8a8"])
+        linear = linear.for_inputs(InputRange(-1.0, 1.0))
+        loaded = load_linear(linear, torch.float32)
+        assert isinstance(loaded, kind)
+        assert loaded.weight.data_ptr() == linear.weight.data_ptr()
+
+
+def test_without_kernels_they_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN3_ASCEND_NATIVE", "0")
+    linear = quantize(W8A8(), torch.randn(64, 96).bfloat16(), None, ASCEND_A2_A3.layouts["w8a8"])
+    assert isinstance(load_int8(linear, torch.float32), UnpackedInt8Linear)
+
+
+def test_weights_that_kernels_saturate_on_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """-128 comes from sources that were quantized by others."""
+    found = native.products()
+    if found is None:
+        pytest.skip("not compiled")
+    monkeypatch.setattr(native, "products", lambda: replace(found, instructions=SATURATES))
+    linear = quantize(W8A8(), torch.randn(64, 96).bfloat16(), None, ASCEND_A2_A3.layouts["w8a8"])
+    assert isinstance(load_int8(linear, torch.float32), Int8Linear)
+    linear.weight[0, 0, 0, 0] = -128
+    assert isinstance(load_int8(linear, torch.float32), UnpackedInt8Linear)
 
 
 WINDOW, WINDOWS = 768, 8

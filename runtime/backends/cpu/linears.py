@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from qwen3_ascend import native
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import (
     BF16,
@@ -18,7 +20,12 @@ from qwen3_ascend.checkpoint.schemes import (
     Scheme,
     W8A8Static,
 )
+from qwen3_ascend.checkpoint.schemes.base import Input
 from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, halves_of
+from qwen3_ascend.checkpoint.schemes.w8a8 import NZ
+from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias, static_input
+from qwen3_ascend.native import Epilogue, Products
+from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_codes, as_static
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import Product, pick_int8_matmul
 from qwen3_ascend.runtime.backends.reference import FloatLinear, Loader
 from qwen3_ascend.runtime.backends.reference import GroupInt4Linear as ReferenceGroupInt4Linear
@@ -26,8 +33,42 @@ from qwen3_ascend.runtime.backends.reference import Int8Linear as ReferenceInt8L
 from qwen3_ascend.runtime.backends.reference import StaticInt8Linear as ReferenceStaticInt8Linear
 
 
-class Int8Linear(ReferenceInt8Linear):
-    """w8a8 by the fastest exact product of this processor; the codes are kept in its form only."""
+class Int8Linear:
+    """w8a8 by kernels that read the stored strips: nothing is unpacked."""
+
+    input = Input.INT8_PER_TOKEN
+
+    def __init__(self, linear: Linear, dtype: torch.dtype, products: Products) -> None:
+        self.weight, self.shape, self._products = linear.weight, matrix_of(linear), products
+        bias = None if linear.bias is None else linear.bias.float()
+        self._epilogue = Epilogue(linear.tensors["scale"], dtype, bias=bias)
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, [T, N]."""
+        fed = as_codes(x)
+        epilogue = replace(self._epilogue, row_scales=fed.scale)
+        return self._products.multiply(self.weight, self.shape, fed.codes, epilogue)
+
+
+class StaticInt8Linear:
+    """w8a8-static by the same kernels, which add quant_bias and the bias to the integer sum."""
+
+    input = Input.INT8_STATIC
+
+    def __init__(self, linear: Linear, dtype: torch.dtype, products: Products) -> None:
+        self.static_input = static_input(linear.tensors)
+        self.weight, self.shape, self._products = linear.weight, matrix_of(linear), products
+        added = folded_bias(linear)
+        self._epilogue = Epilogue(linear.tensors["deq_scale"], dtype, added=added)
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, [T, N]."""
+        return self._products.multiply(self.weight, self.shape, as_static(x), self._epilogue)
+
+
+class UnpackedInt8Linear(ReferenceInt8Linear):
+    """w8a8 by the fastest exact product that torch has, whose form is another copy of the codes:
+    where the kernels were not compiled, and for what they cannot read as it lies."""
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         super().__init__(linear, dtype)
@@ -39,9 +80,9 @@ class Int8Linear(ReferenceInt8Linear):
         return self._product(codes)
 
 
-class StaticInt8Linear(ReferenceStaticInt8Linear):
-    """w8a8-static by the same product, which takes the offset off by itself. A product that gives
-    float32 has rounded already when a bias could be added to the integer: then it is another."""
+class UnpackedStaticInt8Linear(ReferenceStaticInt8Linear):
+    """w8a8-static likewise. A product that gives float32 has rounded already when a bias could be
+    added to the integer: then it is another."""
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         super().__init__(linear, dtype)
@@ -55,6 +96,34 @@ class StaticInt8Linear(ReferenceStaticInt8Linear):
     def sums(self, codes: Tensor) -> Tensor:
         sums = self._product(codes)
         return sums if self._added is None else sums + self._added
+
+
+def matrix_of(linear: Linear) -> tuple[int, int]:
+    """(outputs, inputs) of a linear, which has no batch axes on a CPU."""
+    outputs, inputs = linear.shape
+    return outputs, inputs
+
+
+def products_for(linear: Linear) -> Products | None:
+    """The kernels that read a stored int8 weight as it lies, if there are such."""
+    if linear.layout != NZ or not linear.weight.is_contiguous():
+        return None
+    found = native.products()
+    return found if found and found.takes(linear.weight) else None
+
+
+def load_int8(linear: Linear, dtype: torch.dtype) -> DeviceLinear:
+    """A linear of w8a8."""
+    products = products_for(linear)
+    return Int8Linear(linear, dtype, products) if products else UnpackedInt8Linear(linear, dtype)
+
+
+def load_static_int8(linear: Linear, dtype: torch.dtype) -> DeviceLinear:
+    """A linear of w8a8-static."""
+    products = products_for(linear)
+    if products is None:
+        return UnpackedStaticInt8Linear(linear, dtype)
+    return StaticInt8Linear(linear, dtype, products)
 
 
 class GroupInt4Linear(ReferenceGroupInt4Linear):
@@ -74,8 +143,8 @@ class GroupInt4Linear(ReferenceGroupInt4Linear):
 
 LINEARS: dict[type[Scheme], Loader] = {
     BF16: FloatLinear.load,
-    W8A8: Int8Linear,
-    W8A8Static: StaticInt8Linear,
+    W8A8: load_int8,
+    W8A8Static: load_static_int8,
     W4A8: GroupInt4Linear,
     W8A16: FloatLinear.load,
     W4A16: FloatLinear.load,

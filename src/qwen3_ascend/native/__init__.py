@@ -10,13 +10,16 @@ from __future__ import annotations
 from qwen3_ascend.native.fallback import TorchKernels
 from qwen3_ascend.native.kernels import Kernels, NativeKernels, NotFinite
 from qwen3_ascend.native.library import NativeUnavailable, open_library
+from qwen3_ascend.native.products import Epilogue, Products, products
 from qwen3_ascend.native.rows import Rows, RowStep
 
 __all__ = [
+    "Epilogue",
     "Kernels",
     "NativeKernels",
     "NativeUnavailable",
     "NotFinite",
+    "Products",
     "RowStep",
     "Rows",
     "TorchKernels",
@@ -24,6 +27,7 @@ __all__ = [
     "describe",
     "load",
     "open_library",
+    "products",
 ]
 
 

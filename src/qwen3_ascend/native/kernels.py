@@ -40,7 +40,7 @@ LEAST_SEARCHED = 2.0**-100
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPE_CODES = {torch.int8: 0, torch.uint8: 0, **{dtype: i + 1 for i, dtype in enumerate(FLOATS)}}
 _CHECK_FINITE, _TO_BF16 = 1, 2
-_STATUS = {2: "an argument the kernel refuses", 3: "a processor path that does not run here"}
+STATUS = {2: "an argument the kernel refuses", 3: "a processor path that does not run here"}
 
 
 class NotFinite(ValueError):
@@ -387,7 +387,7 @@ class NativeKernels:
         if status == 1:
             raise NotFinite(place[0], place[1])
         if status:
-            raise RuntimeError(f"{name}: {_STATUS.get(status, f'status {status}')}")
+            raise RuntimeError(f"{name}: {STATUS.get(status, f'status {status}')}")
 
 
 def _matrix(source: Tensor) -> tuple[int, int, int, int, int]:

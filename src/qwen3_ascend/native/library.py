@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-ABI = 7
+ABI = 8
 LIBRARY = Path(__file__).with_name("_kernels.so")
 PATHS = {"baseline": 0, "avx2": 1, "avx512": 2}
 
@@ -33,6 +33,21 @@ _SIGNATURES: dict[str, list[type]] = {
     "round_rows": [_INT, *_MATRIX, *_STEPS, *[_POINTER] * 4],
     "search_scales": [_INT, *_FLOATS, _POINTER, _LONG, _INT, _INT, _POINTER, _LONG, _POINTER],
     "compensate_block": [_INT, *_FLOATS, *[_POINTER] * 2, _LONG, _INT, _INT, *[_POINTER] * 2],
+    "has_instructions": [_INT],
+    # instructions, threads; weight, outputs, inputs; codes, rows, row stride; scratch; added,
+    # row scales, output scales, bias; result and its dtype
+    "int8_product": [
+        _INT,
+        _INT,
+        _POINTER,
+        _LONG,
+        _LONG,
+        _POINTER,
+        _LONG,
+        _LONG,
+        *[_POINTER] * 6,
+        _INT,
+    ],
 }
 
 
@@ -62,9 +77,13 @@ class Library:
 
     def call(self, name: str, *arguments: object) -> int:
         """Call `qwen3_ascend_<name>` on the chosen path; returns its status."""
+        return self.plain_call(name, PATHS[self.path_name], *arguments)
+
+    def plain_call(self, name: str, *arguments: object) -> int:
+        """Call `qwen3_ascend_<name>`; returns its status."""
         function = self.handle[f"qwen3_ascend_{name}"]
         function.argtypes = _SIGNATURES[name]
-        return int(function(PATHS[self.path_name], *arguments))
+        return int(function(*arguments))
 
 
 def open_library(path: str | None = None) -> Library:
