@@ -119,6 +119,24 @@ def addmm(
     return run
 
 
+@aclnn("aclnnInplaceAddmm", "total:T a:T b:T beta:S alpha:S cube:i")
+def inplace_addmm(
+    total: DeviceTensor, a: DeviceTensor, b: DeviceTensor, beta: float, alpha: float, cube: int
+) -> Callable[[], None]:
+    """A sum of products that stays where it is, of the product's shape: nothing is broadcast.
+    Source: ops-nn, matmul/mat_mul_v3/docs/aclnnAddmm&aclnnInplaceAddmm.md."""
+    check_matmul("addmm_", a.layout, b.layout)
+    require_nd("addmm_", total=total.layout)
+    require_shape("addmm_", "the sum", total.layout, (a.layout.size[0], b.layout.size[1]))
+    require_dtype("addmm_", "the sum", total.layout, (a.layout.dtype,))
+
+    def run() -> None:
+        product = torch.matmul(a.read().float(), b.read().float())
+        total.write(beta * total.read().float() + alpha * product)
+
+    return run
+
+
 # ------------------------------------------------------------------------- npu_quant_matmul
 QUANT = "npu_quant_matmul"
 
