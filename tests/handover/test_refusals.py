@@ -41,10 +41,10 @@ def aim_at_another_chip(folder: Path) -> None:
 
 
 def edit_the_manifest(folder: Path) -> None:
-    file = folder / "qwen3_ascend.json"
-    file.write_text(
-        file.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
-    )
+    file, said = folder / "qwen3_ascend.json", '"tie_word_embeddings": false'
+    before = file.read_text()
+    assert said in before
+    file.write_text(before.replace(said, '"tie_word_embeddings": true'))
 
 
 def change_nothing(folder: Path) -> None:
