@@ -27,7 +27,7 @@ OF_PATH = {"baseline": ("plain",), "avx2": ("avx2",), "avx512": ("avx512_vnni", 
 """What is tried, in order: on any processor, and where $QWEN3_ASCEND_CPU names a path."""
 
 SATURATES = "avx2"
-"""Adds two products in 16 bits, so that weights of -128 take the plain kernels."""
+"""Adds two products in 16 bits, which hold them unless a weight is -128: see `Products.takes`."""
 
 MOST_BLOCK_ROWS = 12
 """Of the kernels' largest block of rows, up to which packed activations may be padded."""

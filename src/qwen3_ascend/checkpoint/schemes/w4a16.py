@@ -24,7 +24,7 @@ bits, and scales and offsets [K / group, N].
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -116,15 +116,6 @@ class W4A16(IntegerScheme):
         steps = torch.round(weight.float() / grid.spread(scales, inputs))
         integers = steps.sub_(grid.spread(offsets, inputs)).clamp_(grid.least, grid.most)
         return self.offset_codes(integers.to(torch.int8), scales, offsets)
-
-    @override
-    def pack(self, codes: Codes, layout: Layout) -> dict[str, Tensor]:
-        return {**codes, "weight": layout.pack(codes["weight"])}
-
-    @override
-    def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], layout: Layout) -> Codes:
-        shared = {suffix: tensors[suffix] for suffix in self._of_groups}
-        return {"weight": layout.unpack(tensors["weight"], shape), **shared}
 
     @override
     def decode(self, codes: Codes) -> Tensor:

@@ -2,7 +2,7 @@
  *
  * vpmaddubsw multiplies unsigned by signed bytes and adds two products in 16 bits, with saturation.
  * |x| is at most 128 and sign(x) * w at most 127 where no weight is -128: two products are at most
- * 32512, so nothing saturates. Weights of -128 take the plain path.
+ * 32512, so nothing saturates. The caller keeps weights of -128 away.
  */
 #if defined(__x86_64__)
 #include "kernels.h"
