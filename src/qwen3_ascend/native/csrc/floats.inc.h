@@ -1,0 +1,239 @@
+/* The products of one instruction set. Each floats_*.c includes this text once, after it has said
+ * what its vectors are:
+ *
+ *     VECTOR_BYTES            of a vector of float32; NARROW_BYTES, at most a run of weights
+ *     ADD_PRODUCT(sum, a, b)  adds a * b, rounding once or twice; ADD_NARROW for narrow ones
+ *     BLOCK_ROWS, DEFINE_BLOCKS, NAME_BLOCKS   the blocks of rows that have a kernel
+ *
+ * A weight of bfloat16 is the upper half of the float32 that it stands for. So a vector of weights,
+ * two to 32 bits, is two vectors of float32: shifted up, the even inputs; masked, the odd ones.
+ */
+#include "floats.h"
+#include "rows.h"
+
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vector __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef float narrow __attribute__((vector_size(NARROW_BYTES), may_alias));
+typedef uint32_t words __attribute__((vector_size(NARROW_BYTES), may_alias));
+typedef uint32_t words_anywhere __attribute__((vector_size(NARROW_BYTES), may_alias, aligned(2)));
+typedef uint32_t words4 __attribute__((vector_size(16), may_alias));
+typedef uint32_t words4_anywhere __attribute__((vector_size(16), may_alias, aligned(2)));
+
+enum {
+    LANES = VECTOR_BYTES / 4,
+    NARROW_LANES = NARROW_BYTES / 4,
+    RUN_VECTORS = RUN_BYTES / NARROW_BYTES,
+    UNIT_OUTPUTS = 2 * LANES, /* that are in registers at once, for several rows */
+};
+
+INLINE uint16_t to_bf16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+INLINE void store(const struct float_product *product, int64_t row, int64_t output, float sum)
+{
+    float y = product->bias ? sum + product->bias[output] : sum;
+    int64_t place = row * product->outputs + output;
+    if (product->out_dtype == DTYPE_FP32)
+        ((float *)product->out)[place] = y;
+    else
+        ((uint16_t *)product->out)[place] = to_bf16(y);
+}
+
+INLINE int64_t runs_of(const struct float_product *product)
+{
+    return (product->inputs + RUN_INPUTS - 1) / RUN_INPUTS;
+}
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---- few rows: weights are widened in registers ---- */
+
+/* Outputs whose sums are kept in the nearest cache; runs that are read side by side, of as many
+ * streams as a processor follows where outputs are neighbours; how far ahead memory is asked for. */
+enum { FEW_OUTPUTS = 128, FEW_STREAMS = 8, FEW_NEIGHBOURS = 64, PREFETCH_BYTES = 1024 };
+
+INLINE words upper(words pairs) { return pairs & 0xffff0000u; }
+
+INLINE float sum_of_lanes(narrow sums)
+{
+    float total = 0.0f;
+    for (int lane = 0; lane < NARROW_LANES; lane++) total += sums[lane];
+    return total;
+}
+
+#define SUM_OF(row) (*(narrow *)sums[output][row])
+#define TAKE_FEW(row) narrow a##row = SUM_OF(row), b##row = {0};
+#define MULTIPLY_FEW(row)                                                                          \
+    ADD_NARROW(a##row, (narrow)(pairs << 16), *(const narrow *)(each + row * RUN_INPUTS));         \
+    ADD_NARROW(b##row, (narrow)upper(pairs),                                                       \
+               *(const narrow *)(each + row * RUN_INPUTS + RUN_INPUTS / 2));
+#define GIVE_FEW(row) SUM_OF(row) = a##row + b##row;
+
+#define DEFINE_FEW(COUNT)                                                                          \
+    static void few_##COUNT(const struct float_product *product, const float *x, int64_t first,    \
+                            int64_t count)                                                         \
+    {                                                                                              \
+        float sums[FEW_OUTPUTS][COUNT][NARROW_LANES] __attribute__((aligned(64)));                 \
+        int64_t runs = runs_of(product), streams = streams_of(product);                            \
+        memset(sums, 0, sizeof sums);                                                              \
+        for (int64_t start = 0; start < runs; start += streams)                                    \
+            for (int64_t output = 0; output < count; output++) {                                   \
+                const uint16_t *weights = product->weights +                                       \
+                                          (first + output) * product->output_stride +              \
+                                          start * product->run_stride;                             \
+                const float *each = x + start * COUNT * RUN_INPUTS;                                \
+                EACH_##COUNT(TAKE_FEW) for (int64_t run = start; run < least(start + streams, runs); \
+                                            run++)                                                 \
+                {                                                                                  \
+                    __builtin_prefetch((const char *)weights + PREFETCH_BYTES);                    \
+                    for (int part = 0; part < RUN_VECTORS; part++) {                               \
+                        words pairs = ((const words_anywhere *)weights)[part];                     \
+                        EACH_##COUNT(MULTIPLY_FEW) each += NARROW_LANES;                           \
+                    }                                                                              \
+                    each += COUNT * RUN_INPUTS - RUN_INPUTS / 2;                                   \
+                    weights += product->run_stride;                                                \
+                }                                                                                  \
+                EACH_##COUNT(GIVE_FEW)                                                             \
+            }                                                                                      \
+        for (int64_t output = 0; output < count; output++)                                         \
+            for (int row = 0; row < COUNT; row++)                                                  \
+                store(product, row, first + output,                                                \
+                      sum_of_lanes(*(const narrow *)sums[output][row]));                           \
+    }
+
+/* Where runs of an output are neighbours, more of them are one stream. */
+INLINE int64_t streams_of(const struct float_product *product)
+{
+    return product->run_stride == RUN_INPUTS ? FEW_NEIGHBOURS : FEW_STREAMS;
+}
+
+DEFINE_FEW(1)
+DEFINE_FEW(2)
+DEFINE_FEW(3)
+DEFINE_FEW(4)
+
+static void multiply_few(const struct float_product *product, const float *x, int64_t first,
+                         int64_t last)
+{
+    for (int64_t output = first; output < last; output += FEW_OUTPUTS) {
+        int64_t count = least(FEW_OUTPUTS, last - output);
+        if (product->rows == 1) few_1(product, x, output, count);
+        if (product->rows == 2) few_2(product, x, output, count);
+        if (product->rows == 3) few_3(product, x, output, count);
+        if (product->rows == 4) few_4(product, x, output, count);
+    }
+}
+
+/* ---- more rows: weights are widened once, and lie in a tile [inputs][UNIT_OUTPUTS] ---- */
+
+/* The tile, the sums of TILE_ROWS and a block of activations fit into the nearest cache. */
+enum { TILE_RUNS = 4096 / UNIT_OUTPUTS / RUN_INPUTS, TILE_ROWS = 96 };
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (words4){__VA_ARGS__})
+#endif
+
+/* Four inputs' pairs of four outputs, each output a row, to rows of pairs, each widened twice. */
+INLINE void widen_square(const uint16_t *const *outputs, int64_t offset, float *tile)
+{
+    words4 a = *(const words4_anywhere *)(outputs[0] + offset);
+    words4 b = *(const words4_anywhere *)(outputs[1] + offset);
+    words4 c = *(const words4_anywhere *)(outputs[2] + offset);
+    words4 d = *(const words4_anywhere *)(outputs[3] + offset);
+    words4 ab_low = SHUFFLE(a, b, 0, 4, 1, 5), ab_high = SHUFFLE(a, b, 2, 6, 3, 7);
+    words4 cd_low = SHUFFLE(c, d, 0, 4, 1, 5), cd_high = SHUFFLE(c, d, 2, 6, 3, 7);
+    words4 pairs[4] = {SHUFFLE(ab_low, cd_low, 0, 1, 4, 5), SHUFFLE(ab_low, cd_low, 2, 3, 6, 7),
+                       SHUFFLE(ab_high, cd_high, 0, 1, 4, 5), SHUFFLE(ab_high, cd_high, 2, 3, 6, 7)};
+    for (int i = 0; i < 4; i++) {
+        *(words4 *)(tile + 2 * i * UNIT_OUTPUTS) = pairs[i] << 16;
+        *(words4 *)(tile + (2 * i + 1) * UNIT_OUTPUTS) = pairs[i] & 0xffff0000u;
+    }
+}
+
+/* Outputs that there are not are read as the last one, and dropped in the end. */
+static void make_tile(const struct float_product *product, int64_t output, int64_t run,
+                      int64_t runs, float *tile)
+{
+    for (int column = 0; column < UNIT_OUTPUTS; column += 4) {
+        const uint16_t *outputs[4];
+        for (int i = 0; i < 4; i++)
+            outputs[i] = product->weights + run * product->run_stride +
+                         least(output + column + i, product->outputs - 1) * product->output_stride;
+        for (int64_t i = 0; i < runs; i++)
+            for (int half = 0; half < RUN_INPUTS; half += RUN_INPUTS / 2)
+                widen_square(outputs, i * product->run_stride + half,
+                             tile + (i * RUN_INPUTS + half) * UNIT_OUTPUTS + column);
+    }
+}
+
+#define SUMS_OF(row) ((vector *)(sums + row * UNIT_OUTPUTS))
+/* Two variables for each row: an array would be stored and read in every round. */
+#define TAKE(row) vector a##row = SUMS_OF(row)[0], b##row = SUMS_OF(row)[1];
+#define MULTIPLY(row)                                                                              \
+    each = (vector){0} + x[row];                                                                   \
+    ADD_PRODUCT(a##row, first, each);                                                              \
+    ADD_PRODUCT(b##row, second, each);
+#define GIVE(row) SUMS_OF(row)[0] = a##row, SUMS_OF(row)[1] = b##row;
+
+#define DEFINE_BLOCK(COUNT)                                                                        \
+    static void multiply_##COUNT(const float *tile, int64_t inputs, const float *x, float *sums)   \
+    {                                                                                              \
+        EACH_##COUNT(TAKE) for (int64_t i = 0; i < inputs; i++, tile += UNIT_OUTPUTS, x += COUNT)  \
+        {                                                                                          \
+            vector first = ((const vector *)tile)[0], second = ((const vector *)tile)[1], each;    \
+            EACH_##COUNT(MULTIPLY)                                                                 \
+        }                                                                                          \
+        EACH_##COUNT(GIVE)                                                                         \
+    }
+
+typedef void (*multiply_block)(const float *tile, int64_t inputs, const float *x, float *sums);
+
+#define NAME_BLOCK(COUNT) [COUNT] = multiply_##COUNT
+
+DEFINE_BLOCKS
+static const multiply_block multiply[MOST_FLOAT_BLOCK + 1] = {NAME_BLOCKS};
+
+static void multiply_unit(const struct float_product *product, const float *x, int64_t row,
+                          int64_t rows, int64_t output, float *sums)
+{
+    float tile[TILE_RUNS * RUN_INPUTS * UNIT_OUTPUTS] __attribute__((aligned(64)));
+    int64_t runs = runs_of(product);
+    for (int64_t run = 0; run < runs; run += TILE_RUNS) {
+        int64_t count = least(TILE_RUNS, runs - run);
+        make_tile(product, output, run, count, tile);
+        for (int64_t done = 0; done < rows;) {
+            int64_t block = block_of(product->rows - row - done, BLOCK_ROWS);
+            const float *from = x + ((row + done) * runs + run * block) * RUN_INPUTS;
+            multiply[block](tile, count * RUN_INPUTS, from, sums + done * UNIT_OUTPUTS);
+            done += block;
+        }
+    }
+}
+
+static void multiply_many(const struct float_product *product, const float *x, int64_t first,
+                          int64_t last)
+{
+    float sums[(TILE_ROWS + BLOCK_ROWS) * UNIT_OUTPUTS] __attribute__((aligned(64)));
+    for (int64_t output = first; output < last; output += UNIT_OUTPUTS)
+        for (int64_t row = 0; row < product->rows; row += TILE_ROWS) {
+            int64_t rows = least(TILE_ROWS, product->rows - row);
+            memset(sums, 0, sizeof sums);
+            multiply_unit(product, x, row, rows, output, sums);
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = 0; j < least(UNIT_OUTPUTS, last - output); j++)
+                    store(product, row + i, output + j, sums[i * UNIT_OUTPUTS + j]);
+        }
+}
+
+const struct float_path_table FLOAT_TABLE = {BLOCK_ROWS, UNIT_OUTPUTS, multiply_few,
+                                             multiply_many};

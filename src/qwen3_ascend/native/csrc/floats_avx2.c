@@ -1,0 +1,26 @@
+/* For x86-64 processors with AVX2 and FMA (Haswell, Zen and newer). */
+#if defined(__x86_64__)
+#include "kernels.h"
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define VECTOR_BYTES 32
+#define NARROW_BYTES 32
+#define ADD_PRODUCT(sum, a, b) sum = _mm256_fmadd_ps(a, b, sum)
+#define ADD_NARROW ADD_PRODUCT
+#define BLOCK_ROWS 6
+#define DEFINE_BLOCKS DEFINE_BLOCK(1) DEFINE_BLOCK(2) DEFINE_BLOCK(4) DEFINE_BLOCK(6)
+#define NAME_BLOCKS NAME_BLOCK(1), NAME_BLOCK(2), NAME_BLOCK(4), NAME_BLOCK(6)
+#define FLOAT_TABLE floats_avx2
+#include "floats.inc.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#else
+typedef int floats_avx2_is_for_x86_64;
+#endif
