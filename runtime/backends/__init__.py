@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qwen3_ascend import native
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.errors import OptionError
 from qwen3_ascend.runtime.backends.base import Backend
@@ -43,8 +44,13 @@ def reference_backend(
 
 def _cpu(config: Qwen3Config, options: DeviceOptions) -> Backend[LayerKV]:
     from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
+    from qwen3_ascend.runtime.backends.cpu.by_torch import TorchCpuBackend
 
-    return CpuBackend(config, DTYPES[options.dtype], CACHE_DTYPES[options.kv_cache_dtype])
+    dtype, cache_dtype = DTYPES[options.dtype], CACHE_DTYPES[options.kv_cache_dtype]
+    kernels = native.layer_kernels()
+    if kernels is None:
+        return TorchCpuBackend(config, dtype, cache_dtype)
+    return CpuBackend(config, dtype, cache_dtype, kernels)
 
 
 def _npu(config: Qwen3Config, options: DeviceOptions) -> Backend[LayerKV]:

@@ -17,7 +17,8 @@ from qwen3_ascend.convert.float_model import Changed, FloatModel
 from qwen3_ascend.convert.source import open_source
 from qwen3_ascend.errors import SourceError
 from qwen3_ascend.files.json_file import read_json_object
-from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
+from qwen3_ascend.runtime import backends
+from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.streaming import LayerStream, one_layer
 
 TEXTS = [[3, 5, 8], list(range(40, 300)), [7]]
@@ -26,7 +27,7 @@ TEXTS = [[3, 5, 8], list(range(40, 300)), [7]]
 def logits(folder: Path, change: Changed | None = None) -> Tensor:
     """Of all texts, by the layers of a source, float32 [T, vocab]."""
     with open_source(str(folder)) as source:
-        backend = CpuBackend(one_layer(source.config), torch.float32)
+        backend = backends.get(one_layer(source.config), DeviceOptions("cpu", "float32"))
         model = FloatModel(source, backend, change)
         source.expect(model.reads)
         stream = LayerStream(backend, model.config.rms_norm_eps, TEXTS, 200)
@@ -115,4 +116,4 @@ def test_what_is_missing_is_named_before_anything_is_read(tmp_path: Path) -> Non
         open_source(str(folder)) as source,
         pytest.raises(SourceError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"),
     ):
-        FloatModel(source, CpuBackend(one_layer(source.config), torch.float32))
+        FloatModel(source, backends.get(one_layer(source.config), DeviceOptions("cpu", "float32")))

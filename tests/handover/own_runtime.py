@@ -20,7 +20,7 @@ from qwen3_ascend.runtime.backends.base import (
     DeviceLinear,
     as_float,
 )
-from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
+from qwen3_ascend.runtime.backends.cpu.by_torch import TorchCpuBackend
 from qwen3_ascend.runtime.engine.assembly import make_engine
 from qwen3_ascend.runtime.engine.request import SamplingParams
 from qwen3_ascend.runtime.llm import LLM
@@ -81,14 +81,14 @@ class _Divided(Linear):
     ranks: int
 
 
-class _Backend(CpuBackend):
+class _Backend(TorchCpuBackend):
     @override
     def linear(self, linear: Linear) -> DeviceLinear:
         if not isinstance(linear, _Divided):
             return super().linear(linear)
         outputs, ranks = linear.shape[0], linear.ranks
         shares = [shard(linear, "inputs", (outputs,), rank, ranks) for rank in range(ranks)]
-        return _SumOfRanks(self, [CpuBackend.linear(self, share) for share in shares])
+        return _SumOfRanks(self, [TorchCpuBackend.linear(self, share) for share in shares])
 
 
 class _NudgedBackend(_Backend):
@@ -103,7 +103,7 @@ class _SumOfRanks:
 
     input = Input.FLOAT
 
-    def __init__(self, backend: CpuBackend, ranks: Sequence[DeviceLinear]) -> None:
+    def __init__(self, backend: TorchCpuBackend, ranks: Sequence[DeviceLinear]) -> None:
         self._backend, self._ranks, self.weight = backend, ranks, ranks[0].weight
 
     def __call__(self, x: Activation) -> Tensor:

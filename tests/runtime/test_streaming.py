@@ -11,7 +11,8 @@ from support.tiny_models import DATA
 from qwen3_ascend import load
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.convert.conversion import convert_checkpoint
-from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
+from qwen3_ascend.runtime import backends
+from qwen3_ascend.runtime.options import DeviceOptions
 from qwen3_ascend.runtime.streaming import LayerStream, StoredModel, one_layer
 
 TEXTS = [[3, 5, 8], list(range(40, 340)), [7], list(range(9, 138))]
@@ -25,7 +26,7 @@ def test_logits_of_each_text_are_those_of_the_whole_model(
     convert_checkpoint(DATA, tmp_path / "out", recipe)
     reader = CheckpointReader(tmp_path / "out")
     config = reader.config
-    backend = CpuBackend(one_layer(config), torch.float32)
+    backend = backends.get(one_layer(config), DeviceOptions("cpu", "float32"))
     model = StoredModel(reader, backend)
     stream = LayerStream(backend, config.rms_norm_eps, TEXTS, step_tokens)
     norm, head = model.final_norm(), model.head()

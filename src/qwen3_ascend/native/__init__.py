@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from qwen3_ascend.native.fallback import TorchKernels
 from qwen3_ascend.native.kernels import Kernels, NativeKernels, NotFinite
+from qwen3_ascend.native.layer import Fed, Feed, LayerKernels, layer_kernels
 from qwen3_ascend.native.library import NativeUnavailable, open_library
 from qwen3_ascend.native.products import Epilogue, Products, products
 from qwen3_ascend.native.rows import Rows, RowStep
 
 __all__ = [
     "Epilogue",
+    "Fed",
+    "Feed",
     "Kernels",
+    "LayerKernels",
     "NativeKernels",
     "NativeUnavailable",
     "NotFinite",
@@ -25,6 +29,7 @@ __all__ = [
     "TorchKernels",
     "best",
     "describe",
+    "layer_kernels",
     "load",
     "open_library",
     "products",

@@ -7,11 +7,12 @@ go of the interpreter lock during a call, so a thread pool runs the kernels in p
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-ABI = 8
+ABI = 9
 LIBRARY = Path(__file__).with_name("_kernels.so")
 PATHS = {"baseline": 0, "avx2": 1, "avx512": 2}
 
@@ -48,7 +49,17 @@ _SIGNATURES: dict[str, list[type]] = {
         *[_POINTER] * 6,
         _INT,
     ],
+    # path, threads; the job, its scratch
+    "has_float_path": [_INT],
+    "row_scratch": [_INT, _LONG],
+    "attention_scratch": [_INT, _INT, _LONG, _LONG],
+    "add_norm": [_INT, _INT, _POINTER, _POINTER],
+    "norm_rotate": [_INT, _INT, _POINTER, _POINTER],
+    "gated": [_INT, _INT, _POINTER, _POINTER],
+    "attention": [_INT, _INT, *[_POINTER] * 4],
 }
+_COUNTS = frozenset({"row_scratch", "attention_scratch"})
+"""Functions that give an int64, not a status."""
 
 
 class Step(ctypes.Structure):
@@ -80,10 +91,19 @@ class Library:
         return self.plain_call(name, PATHS[self.path_name], *arguments)
 
     def plain_call(self, name: str, *arguments: object) -> int:
-        """Call `qwen3_ascend_<name>`; returns its status."""
+        """Call `qwen3_ascend_<name>`; returns its status, or the count that it gives."""
+        return int(self._functions[name](*arguments))
+
+    @functools.cached_property
+    def _functions(self) -> dict[str, ctypes._NamedFuncPointer]:
+        return {name: self._function(name) for name in _SIGNATURES}
+
+    def _function(self, name: str) -> ctypes._NamedFuncPointer:
         function = self.handle[f"qwen3_ascend_{name}"]
         function.argtypes = _SIGNATURES[name]
-        return int(function(*arguments))
+        if name in _COUNTS:
+            function.restype = _LONG
+        return function
 
 
 def open_library(path: str | None = None) -> Library:

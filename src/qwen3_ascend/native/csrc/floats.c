@@ -6,18 +6,26 @@
 #include <stddef.h>
 #include <string.h>
 
-static const struct float_path_table *find_path(int path)
+int has_float_path(int path)
 {
-    if (path == PATH_BASELINE) return &floats_baseline;
 #if defined(__x86_64__)
     int fused = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (path == PATH_AVX2 && fused) return &floats_avx2;
-    if (path == PATH_AVX512 && fused && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return &floats_avx512;
+    if (path == PATH_AVX2) return fused;
+    if (path == PATH_AVX512)
+        return fused && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
-    return NULL;
+    return path == PATH_BASELINE;
+}
+
+static const struct float_path_table *find_path(int path)
+{
+    if (!has_float_path(path)) return NULL;
+#if defined(__x86_64__)
+    if (path == PATH_AVX2) return &floats_avx2;
+    if (path == PATH_AVX512) return &floats_avx512;
+#endif
+    return &floats_baseline;
 }
 
 struct job {

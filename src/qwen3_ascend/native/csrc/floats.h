@@ -36,6 +36,9 @@ struct float_path_table {
     void (*many)(const struct float_product *product, const float *x, int64_t first, int64_t last);
 };
 
+/* Whether this processor has the instructions of a path's floats: those of AVX2 include FMA. */
+int has_float_path(int path);
+
 extern const struct float_path_table floats_baseline, floats_avx2, floats_avx512;
 
 #endif

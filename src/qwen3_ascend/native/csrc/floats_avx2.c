@@ -17,7 +17,9 @@
 #define DEFINE_BLOCKS DEFINE_BLOCK(1) DEFINE_BLOCK(2) DEFINE_BLOCK(4) DEFINE_BLOCK(6)
 #define NAME_BLOCKS NAME_BLOCK(1), NAME_BLOCK(2), NAME_BLOCK(4), NAME_BLOCK(6)
 #define FLOAT_TABLE floats_avx2
+#define LAYER_TABLE layer_avx2
 #include "floats.inc.h"
+#include "layer.inc.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

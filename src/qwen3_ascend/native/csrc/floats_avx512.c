@@ -19,7 +19,9 @@
     DEFINE_BLOCK(1) DEFINE_BLOCK(2) DEFINE_BLOCK(4) DEFINE_BLOCK(8) DEFINE_BLOCK(12)
 #define NAME_BLOCKS NAME_BLOCK(1), NAME_BLOCK(2), NAME_BLOCK(4), NAME_BLOCK(8), NAME_BLOCK(12)
 #define FLOAT_TABLE floats_avx512
+#define LAYER_TABLE layer_avx512
 #include "floats.inc.h"
+#include "layer.inc.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

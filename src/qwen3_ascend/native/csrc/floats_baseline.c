@@ -18,4 +18,6 @@
 #endif
 #define ADD_NARROW ADD_PRODUCT
 #define FLOAT_TABLE floats_baseline
+#define LAYER_TABLE layer_baseline
 #include "floats.inc.h"
+#include "layer.inc.h"

@@ -46,6 +46,11 @@ static struct {
 } pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER,
           {NULL, NULL, 0}, 0, 0, 0, 0, 0, 0};
 
+/* The caller of a job is 0, its workers are numbered as they join. */
+static _Thread_local int index_in_job;
+
+int share_index(void) { return index_in_job; }
+
 static void take_parts(struct job job)
 {
     for (;;) {
@@ -78,7 +83,8 @@ static void *run_worker(void *unused)
     for (;;) {
         seen = wait_for_job(seen);
         atomic_fetch_add(&pool.busy, 1); /* before `wanted`: the caller reads them in that order */
-        if (atomic_fetch_sub(&pool.wanted, 1) > 0) take_parts(pool.job);
+        index_in_job = atomic_fetch_sub(&pool.wanted, 1);
+        if (index_in_job > 0) take_parts(pool.job);
         atomic_fetch_sub(&pool.busy, 1);
     }
     return NULL;

@@ -11,4 +11,7 @@ typedef void (*work_function)(const void *context, int64_t part);
  * caller is one; returns when all are done, and what they wrote is seen by the caller. */
 void share_work(work_function work, const void *context, int64_t parts, int threads);
 
+/* Which of a job's threads does the part that calls: 0 .. threads - 1, each once at a time. */
+int share_index(void);
+
 #endif

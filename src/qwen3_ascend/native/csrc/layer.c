@@ -1,0 +1,171 @@
+/* The exported operations of a layer: checks, and shares rows or heads among threads.
+ *
+ * `scratch` is the caller's: floats on a border of 64 bytes, as many as qwen3_ascend_row_scratch or
+ * qwen3_ascend_attention_scratch says for each thread.
+ */
+#include "floats.h"
+#include "layer.h"
+#include "pool.h"
+
+#include <stddef.h>
+
+static const struct layer_table *find_layer(int path)
+{
+    if (!has_float_path(path)) return NULL;
+#if defined(__x86_64__)
+    if (path == PATH_AVX2) return &layer_avx2;
+    if (path == PATH_AVX512) return &layer_avx512;
+#endif
+    return &layer_baseline;
+}
+
+/* Rows of a part: fewer are not worth a thread's joining. */
+enum { ROWS_TOGETHER = 4 };
+
+/* One of the operations on rows; the others' fields are not looked at. */
+struct rows_job {
+    const struct layer_table *table;
+    const struct add_norm *add_norm;
+    const struct norm_rotate *norm_rotate;
+    const struct gated *gated;
+    const struct feed *feed;
+    const void *values; /* of `feed` */
+    int64_t rows, columns;
+    float *scratch;
+};
+
+static void do_row(const struct rows_job *job, int64_t row, float *scratch)
+{
+    if (job->add_norm) job->table->add_norm(job->add_norm, row, scratch);
+    if (job->norm_rotate) job->table->norm_rotate(job->norm_rotate, row, scratch);
+    if (job->gated) job->table->gated(job->gated, row, scratch);
+    if (job->feed) job->table->feed(job->feed, job->values, job->columns, row, scratch);
+}
+
+static void do_rows(const void *context, int64_t part)
+{
+    const struct rows_job *job = context;
+    float *scratch = job->scratch + share_index() * row_scratch(job->columns);
+    int64_t first = part * ROWS_TOGETHER, last = first + ROWS_TOGETHER;
+    for (int64_t row = first; row < last && row < job->rows; row++) do_row(job, row, scratch);
+}
+
+static int share_rows(struct rows_job job, int threads)
+{
+    share_work(do_rows, &job, (job.rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER, threads);
+    return STATUS_OK;
+}
+
+/* Whether the path's operations of a layer run here; where they do not, the baseline's do. */
+QWEN3_ASCEND_API int qwen3_ascend_has_float_path(int path) { return has_float_path(path); }
+
+/* Floats of scratch for an operation on rows of `columns` by so many threads. */
+QWEN3_ASCEND_API int64_t qwen3_ascend_row_scratch(int threads, int64_t columns)
+{
+    return threads * row_scratch(columns);
+}
+
+/* See struct add_norm. */
+QWEN3_ASCEND_API int qwen3_ascend_add_norm(int path, int threads, const struct add_norm *job,
+                                           float *scratch)
+{
+    const struct layer_table *table = find_layer(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    struct rows_job rows = {.table = table, .add_norm = job, .rows = job->rows,
+                            .columns = job->columns, .scratch = scratch};
+    return share_rows(rows, threads);
+}
+
+/* See struct norm_rotate; the rows of its scratch have `head_dim` columns. */
+QWEN3_ASCEND_API int qwen3_ascend_norm_rotate(int path, int threads, const struct norm_rotate *job,
+                                              float *scratch)
+{
+    const struct layer_table *table = find_layer(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    struct rows_job rows = {.table = table, .norm_rotate = job, .rows = job->rows,
+                            .columns = job->cache.head_dim, .scratch = scratch};
+    return share_rows(rows, threads);
+}
+
+/* See struct gated. */
+QWEN3_ASCEND_API int qwen3_ascend_gated(int path, int threads, const struct gated *job,
+                                        float *scratch)
+{
+    const struct layer_table *table = find_layer(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    struct rows_job rows = {.table = table, .gated = job, .rows = job->rows,
+                            .columns = job->columns, .scratch = scratch};
+    return share_rows(rows, threads);
+}
+
+/* ---- attention ---- */
+
+struct attention_job {
+    const struct layer_table *table;
+    const struct attention *attention;
+    int64_t tokens; /* of a part, at most */
+    int64_t scratch_floats;
+    float *scratch;
+};
+
+static int64_t parts_of(const struct attention_job *job, int64_t request)
+{
+    int64_t rows = job->attention->starts[request + 1] - job->attention->starts[request];
+    return (rows + job->tokens - 1) / job->tokens * job->attention->cache.kv_heads;
+}
+
+/* The last tokens of a request come first: they see the most. */
+static void attend_part(const void *context, int64_t part)
+{
+    const struct attention_job *job = context;
+    const struct attention *attention = job->attention;
+    int64_t request = 0;
+    for (; part >= parts_of(job, request); request++) part -= parts_of(job, request);
+    int64_t rows = attention->starts[request + 1] - attention->starts[request];
+    int64_t kv_heads = attention->cache.kv_heads;
+    int64_t turn = (parts_of(job, request) - 1 - part) / kv_heads, first = turn * job->tokens;
+    int64_t count = rows - first < job->tokens ? rows - first : job->tokens;
+    job->table->attend(attention, request, part % kv_heads, first, count,
+                       job->scratch + share_index() * job->scratch_floats);
+}
+
+static int64_t tokens_together(const struct layer_table *table, const struct attention *job)
+{
+    int64_t group = job->heads / job->cache.kv_heads, most = 1;
+    for (int64_t request = 0; request < job->requests; request++) {
+        int64_t rows = job->starts[request + 1] - job->starts[request];
+        most = rows > most ? rows : most;
+    }
+    int64_t tokens = table->attention_queries / group;
+    return tokens < 1 ? 1 : tokens < most ? tokens : most;
+}
+
+/* Floats of scratch for attention by so many threads, whatever the step. */
+QWEN3_ASCEND_API int64_t qwen3_ascend_attention_scratch(int path, int threads, int64_t group,
+                                                        int64_t head_dim)
+{
+    const struct layer_table *table = find_layer(path);
+    if (table == NULL) return 0;
+    int64_t queries = table->attention_queries > group ? table->attention_queries : group;
+    return threads * table->attention_scratch(queries, head_dim);
+}
+
+/* See struct attention; then feeds [rows, heads * head_dim] if that is more than the rounding. */
+QWEN3_ASCEND_API int qwen3_ascend_attention(int path, int threads, const struct attention *job,
+                                            const struct feed *feed, float *scratch,
+                                            float *row_scratch)
+{
+    const struct layer_table *table = find_layer(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    struct attention_job parts = {table, job, tokens_together(table, job), 0, scratch};
+    int64_t group = job->heads / job->cache.kv_heads, total = 0;
+    parts.scratch_floats = table->attention_scratch(parts.tokens * group, job->cache.head_dim);
+    for (int64_t request = 0; request < job->requests; request++)
+        total += parts_of(&parts, request);
+    share_work(attend_part, &parts, total, threads);
+    if (feed->form == FEED_FLOAT) return STATUS_OK;
+    struct rows_job rows = {.table = table, .feed = feed, .values = job->out,
+                            .rows = job->starts[job->requests],
+                            .columns = job->heads * job->cache.head_dim, .scratch = row_scratch};
+    return share_rows(rows, threads);
+}

@@ -1,0 +1,563 @@
+/* A layer's operations in one instruction set: included by floats_*.c behind floats.inc.h, whose
+ * vectors and blocks of products it uses. layer.h says what each operation is.
+ *
+ * Rows are widened to float32 in the caller's scratch and padded with zeros to whole vectors, so
+ * that loops have no ends of their own.
+ */
+#include "layer.h"
+
+/* Kept out of line: inlined into its caller, GCC 12 no longer vectorizes such a loop. */
+#define LOOP static __attribute__((noinline))
+
+typedef int32_t integers __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef float floats4 __attribute__((vector_size(16), may_alias));
+
+INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+INLINE float from_bf16(uint16_t half)
+{
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE const uint8_t *at(const void *values, int dtype, int64_t place)
+{
+    return (const uint8_t *)values + place * (dtype == DTYPE_FP32 ? 4 : dtype == DTYPE_BF16 ? 2 : 1);
+}
+
+/* `count` values as float32, zeros after them up to `padded`. */
+LOOP void widen(const void *values, int dtype, int64_t count, int64_t padded, float *out)
+{
+    if (dtype == DTYPE_BF16)
+        for (int64_t i = 0; i < count; i++) out[i] = from_bf16(((const uint16_t *)values)[i]);
+    else if (dtype == DTYPE_BYTE)
+        for (int64_t i = 0; i < count; i++) out[i] = ((const int8_t *)values)[i];
+    else
+        memcpy(out, values, (size_t)count * sizeof *out);
+    for (int64_t i = count; i < padded; i++) out[i] = 0.0f;
+}
+
+/* What activations of `dtype` are able to hold. */
+LOOP void round_values(float *values, int dtype, int64_t count)
+{
+    if (dtype == DTYPE_BF16)
+        for (int64_t i = 0; i < count; i++) values[i] = from_bf16(to_bf16(values[i]));
+}
+
+LOOP void narrow_values(const float *values, int dtype, int64_t count, void *out)
+{
+    if (dtype == DTYPE_BF16)
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[i] = to_bf16(values[i]);
+    else
+        memcpy(out, values, (size_t)count * sizeof *values);
+}
+
+INLINE float sum_of_vector(vector lanes)
+{
+    float total = 0.0f;
+    for (int i = 0; i < LANES; i += 4)
+        total += (lanes[i] + lanes[i + 1]) + (lanes[i + 2] + lanes[i + 3]);
+    return total;
+}
+
+LOOP float sum_of_squares(const float *values, int64_t padded)
+{
+    vector first = {0}, second = {0};
+    for (int64_t i = 0; i < padded; i += UNIT_OUTPUTS) {
+        vector a = *(const vector *)(values + i), b = *(const vector *)(values + i + LANES);
+        ADD_PRODUCT(first, a, a);
+        ADD_PRODUCT(second, b, b);
+    }
+    return sum_of_vector(first + second);
+}
+
+/* Magnitude bits order like the values; those of a NaN are the largest of all. */
+LOOP float largest_magnitude(const float *values, int64_t count)
+{
+    const int32_t *bits = (const int32_t *)values;
+    int32_t largest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t magnitude = bits[i] & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float value;
+    memcpy(&value, &largest, sizeof value);
+    return value;
+}
+
+/* ---- codes ---- */
+
+/* Adding it leaves no bit behind the point, rounded half to even. */
+static const float ROUNDER = 0x1.8p23f;
+
+INLINE int8_t to_code(float value)
+{
+    value = value < -128.0f ? -128.0f : value > 127.0f ? 127.0f : value;
+    float rounded = value + ROUNDER;
+    int32_t bits;
+    memcpy(&bits, &rounded, sizeof bits);
+    return (int8_t)bits;
+}
+
+LOOP void divide_to_codes(const float *values, int64_t count, float divisor, int8_t *codes)
+{
+    for (int64_t i = 0; i < count; i++) codes[i] = to_code(values[i] / divisor);
+}
+
+LOOP void static_codes(const float *values, int64_t count, float reciprocal, float offset,
+                       int8_t *codes)
+{
+    for (int64_t i = 0; i < count; i++) codes[i] = to_code(values[i] * reciprocal + offset);
+}
+
+/* A row of zeros has the scale 0 and the codes 0. */
+INLINE float quantize_row(const float *values, int64_t count, int8_t *codes)
+{
+    float scale = largest_magnitude(values, count) / 127.0f;
+    divide_to_codes(values, count, scale == 0.0f ? 1.0f : scale, codes);
+    return scale;
+}
+
+static void feed_row(const struct feed *feed, float *values, int64_t columns, int64_t row)
+{
+    int8_t *codes = (int8_t *)feed->out + row * columns;
+    if (feed->form == FEED_PER_TOKEN) {
+        feed->scales[row] = quantize_row(values, columns, codes);
+    } else if (feed->form == FEED_STATIC) {
+        round_values(values, feed->dtype, columns);
+        static_codes(values, columns, feed->reciprocal, feed->offset, codes);
+    } else {
+        narrow_values(values, feed->dtype, columns,
+                      (void *)at(feed->out, feed->dtype, row * columns));
+    }
+}
+
+static void feed_stored(const struct feed *feed, const void *values, int64_t columns, int64_t row,
+                        float *scratch)
+{
+    widen(at(values, feed->dtype, row * columns), feed->dtype, columns, columns, scratch);
+    feed_row(feed, scratch, columns, row);
+}
+
+/* ---- norms ---- */
+
+LOOP void add_values(float *values, const float *added, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) values[i] += added[i];
+}
+
+LOOP void scale_values(float *values, float scale, const float *weight, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) values[i] = values[i] * scale * weight[i];
+}
+
+INLINE float norm_of(const float *values, int64_t count, int64_t padded, float epsilon)
+{
+    return 1.0f / __builtin_sqrtf(sum_of_squares(values, padded) / (float)count + epsilon);
+}
+
+static void add_norm(const struct add_norm *job, int64_t row, float *scratch)
+{
+    int64_t columns = job->columns, padded = round_up(columns, UNIT_OUTPUTS);
+    int64_t place = row * columns;
+    float *values = scratch, *other = scratch + padded;
+    widen(at(job->hidden, job->dtype, place), job->dtype, columns, padded, values);
+    if (job->delta) {
+        widen(at(job->delta, job->dtype, place), job->dtype, columns, padded, other);
+        add_values(values, other, columns);
+        round_values(values, job->dtype, columns);
+        narrow_values(values, job->dtype, columns, (void *)at(job->total, job->dtype, place));
+    }
+    widen(job->weight, job->dtype, columns, padded, other);
+    scale_values(values, norm_of(values, columns, padded, job->epsilon), other, columns);
+    feed_row(&job->feed, values, columns, row);
+}
+
+LOOP void rotate_values(float *values, const float *cosines, const float *sines, int64_t half)
+{
+    for (int64_t i = 0; i < half; i++) {
+        float first = values[i], second = values[half + i];
+        values[i] = first * cosines[i] + -second * sines[i];
+        values[half + i] = second * cosines[half + i] + first * sines[half + i];
+    }
+}
+
+static void norm_rotate_head(const struct norm_rotate *job, int64_t row, const float *weight,
+                             float *values)
+{
+    int64_t size = job->cache.head_dim, padded = round_up(size, UNIT_OUTPUTS);
+    scale_values(values, norm_of(values, size, padded, job->epsilon), weight, size);
+    round_values(values, job->dtype, size);
+    rotate_values(values, job->cosines + row * size, job->sines + row * size, size / 2);
+    round_values(values, job->dtype, size);
+}
+
+static void write_head(const struct layer_cache *cache, void *blocks, float *scales, int64_t place,
+                       const float *values)
+{
+    int64_t size = cache->head_dim;
+    if (cache->dtype == DTYPE_BYTE)
+        scales[place] = quantize_row(values, size, (int8_t *)blocks + place * size);
+    else
+        narrow_values(values, cache->dtype, size, (void *)at(blocks, cache->dtype, place * size));
+}
+
+static void norm_rotate(const struct norm_rotate *job, int64_t row, float *scratch)
+{
+    const struct layer_cache *cache = &job->cache;
+    int64_t size = cache->head_dim, padded = round_up(size, UNIT_OUTPUTS);
+    int64_t all = job->heads + 2 * cache->kv_heads, slot = job->slots[row] * cache->kv_heads;
+    float *values = scratch, *weight = scratch + padded;
+    const uint8_t *from = at(job->qkv, job->dtype, row * all * size);
+    widen(job->query_weight, job->dtype, size, padded, weight);
+    for (int64_t head = 0; head < all; head++) {
+        int64_t key = head - job->heads, value = key - cache->kv_heads;
+        widen(at(from, job->dtype, head * size), job->dtype, size, padded, values);
+        if (key == 0) widen(job->key_weight, job->dtype, size, padded, weight);
+        if (value >= 0) {
+            write_head(cache, cache->values, cache->value_scales, slot + value, values);
+            continue;
+        }
+        norm_rotate_head(job, row, weight, values);
+        if (key >= 0)
+            write_head(cache, cache->keys, cache->key_scales, slot + key, values);
+        else
+            narrow_values(values, job->dtype, size,
+                          (void *)at(job->query, job->dtype, (row * job->heads + head) * size));
+    }
+}
+
+/* ---- exponentials ---- */
+
+INLINE vector splat(float value) { return (vector){0} + value; }
+
+/* Of each lane `a` where `chosen` has all bits set, `b` where it has none. */
+INLINE vector choose(integers chosen, vector a, vector b)
+{
+    return (vector)((chosen & (integers)a) | (~chosen & (integers)b));
+}
+
+/* e^x within two units in the last place, for x in [-87, 88]; beyond, that of the border: 2^n times
+ * a polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients of Cephes' expf). A NaN stays one. */
+INLINE vector exponential(vector x)
+{
+    x = choose(x < -87.0f, splat(-87.0f), x);
+    x = choose(x > 88.0f, splat(88.0f), x);
+    vector shifted = x * 1.44269504f + ROUNDER, n = shifted - ROUNDER, y = splat(1.9875691500e-4f);
+    ADD_PRODUCT(x, n, splat(-0.693359375f));
+    ADD_PRODUCT(x, n, splat(2.12194440e-4f));
+    static const float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                                         1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f};
+    for (int i = 0; i < 7; i++) {
+        vector next = splat(coefficients[i]);
+        ADD_PRODUCT(next, y, x);
+        y = next;
+    }
+    return (vector)((integers)y + ((integers)shifted << 23));
+}
+
+LOOP void gate_values(float *gate, const float *up, int64_t padded)
+{
+    for (int64_t i = 0; i < padded; i += LANES) {
+        vector x = *(const vector *)(gate + i);
+        *(vector *)(gate + i) = x / (1.0f + exponential(-x)) * *(const vector *)(up + i);
+    }
+}
+
+static void gated(const struct gated *job, int64_t row, float *scratch)
+{
+    int64_t columns = job->columns, padded = round_up(columns, UNIT_OUTPUTS);
+    float *gate = scratch, *up = scratch + padded;
+    const uint8_t *from = at(job->gate_up, job->dtype, row * 2 * columns);
+    widen(from, job->dtype, columns, padded, gate);
+    widen(at(from, job->dtype, columns), job->dtype, columns, padded, up);
+    gate_values(gate, up, padded);
+    feed_row(&job->feed, gate, columns, row);
+}
+
+/* ---- attention: keys in blocks, each softmax corrected by the next block's maximum ---- */
+
+/* Queries whose sums are kept at a time; keys of a block; queries up to which keys are multiplied
+ * row by row, where a transposed tile of them does not pay. */
+enum { QUERIES = 96, KEYS = 64, FEW_QUERIES = 8 };
+
+/* What the queries of a part have in the scratch, each for `room` of them, as many as blocks of
+ * products may write. */
+struct queries {
+    int64_t count, room, width; /* width: of a head, padded */
+    float *rows;      /* [room][width], times 1 / sqrt(head_dim); of many, in blocks */
+    float *keys;      /* [KEYS][width] */
+    float *tile;      /* [KEYS / UNIT_OUTPUTS][width][UNIT_OUTPUTS], keys turned */
+    float *values;    /* [width / UNIT_OUTPUTS][KEYS][UNIT_OUTPUTS] */
+    float *scores;    /* [KEYS / UNIT_OUTPUTS][room][UNIT_OUTPUTS] */
+    float *weights;   /* [KEYS][rows of the block], in blocks of rows */
+    float *outputs;   /* [width / UNIT_OUTPUTS][room][UNIT_OUTPUTS] */
+    float *maxima, *totals; /* [room] */
+};
+
+static int64_t attention_scratch(int64_t queries, int64_t head_dim)
+{
+    int64_t room = queries + BLOCK_ROWS, width = round_up(head_dim, UNIT_OUTPUTS);
+    return 2 * room * width + 3 * KEYS * width + 2 * room * KEYS + 2 * round_up(room, 16) + 16;
+}
+
+static struct queries place_queries(int64_t count, int64_t head_dim, float *scratch)
+{
+    struct queries queries = {.count = count, .room = count + BLOCK_ROWS,
+                              .width = round_up(head_dim, UNIT_OUTPUTS)};
+    int64_t rows = queries.room * queries.width, keys = KEYS * queries.width;
+    queries.keys = scratch;
+    queries.tile = queries.keys + keys;
+    queries.values = queries.tile + keys;
+    queries.rows = queries.values + keys;
+    queries.outputs = queries.rows + rows;
+    queries.scores = queries.outputs + rows;
+    queries.weights = queries.scores + queries.room * KEYS;
+    queries.maxima = queries.weights + queries.room * KEYS;
+    queries.totals = queries.maxima + round_up(queries.room, 16);
+    return queries;
+}
+
+/* Which block of products a query belongs to: where that begins, and how many rows it has. */
+INLINE int64_t block_at(int64_t count, int64_t begin) { return block_of(count - begin, BLOCK_ROWS); }
+
+static void take_query(const struct queries *queries, int64_t begin, int64_t block, int64_t index,
+                       const float *values, int64_t size, float factor)
+{
+    if (queries->count <= FEW_QUERIES) {
+        float *row = queries->rows + index * queries->width;
+        for (int64_t i = 0; i < queries->width; i++) row[i] = i < size ? values[i] * factor : 0.0f;
+        return;
+    }
+    float *rows = queries->rows + begin * queries->width + (index - begin);
+    for (int64_t i = 0; i < queries->width; i++)
+        rows[i * block] = values && i < size ? values[i] * factor : 0.0f;
+}
+
+static void take_queries(const struct attention *job, const struct queries *queries, int64_t row,
+                         int64_t kv_head, float *values)
+{
+    int64_t size = job->cache.head_dim, group = job->heads / job->cache.kv_heads;
+    float factor = 1.0f / __builtin_sqrtf((float)size);
+    for (int64_t begin = 0, block; begin < queries->count; begin += block) {
+        block = block_at(queries->count, begin);
+        for (int64_t index = begin; index < begin + block; index++) {
+            int present = index < queries->count;
+            int64_t head = kv_head * group + index % group;
+            if (present)
+                widen(at(job->query, job->dtype, ((row + index / group) * job->heads + head) * size),
+                      job->dtype, size, size, values);
+            if (present || queries->count > FEW_QUERIES)
+                take_query(queries, begin, block, index, present ? values : NULL, size, factor);
+        }
+    }
+    for (int64_t i = 0; i < queries->room; i++)
+        queries->maxima[i] = -__builtin_inff(), queries->totals[i] = 0.0f;
+    memset(queries->outputs, 0, (size_t)(queries->room * queries->width) * sizeof(float));
+}
+
+/* The place of a token in the cache, in heads. */
+INLINE int64_t head_place(const struct attention *job, int64_t request, int64_t token,
+                          int64_t kv_head)
+{
+    int64_t block = job->block_table[request * job->table_width + token / job->block_size];
+    return (block * job->block_size + token % job->block_size) * job->cache.kv_heads + kv_head;
+}
+
+INLINE void read_head(const struct layer_cache *cache, const void *blocks, const float *scales,
+                      int64_t place, int64_t padded, float *out)
+{
+    int64_t size = cache->head_dim;
+    widen(at(blocks, cache->dtype, place * size), cache->dtype, size, padded, out);
+    if (scales)
+        for (int64_t i = 0; i < size; i++) out[i] *= scales[place];
+}
+
+/* `count` keys and values from token `start` on. Keys behind them are zeros; their scores are
+ * hidden. */
+static void read_keys(const struct attention *job, const struct queries *queries, int64_t request,
+                      int64_t kv_head, int64_t start, int64_t count)
+{
+    int64_t width = queries->width;
+    const struct layer_cache *cache = &job->cache;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t place = head_place(job, request, start + i, kv_head);
+        float *row = queries->keys + i * width;
+        read_head(cache, cache->values, cache->value_scales, place, width, row);
+        for (int64_t column = 0; column < width; column += UNIT_OUTPUTS)
+            memcpy(queries->values + (column * KEYS + i * UNIT_OUTPUTS), row + column,
+                   UNIT_OUTPUTS * sizeof *row);
+        read_head(cache, cache->keys, cache->key_scales, place, width, row);
+    }
+    memset(queries->keys + count * width, 0, (size_t)((KEYS - count) * width) * sizeof(float));
+}
+
+/* Four values of four rows, turned. */
+INLINE void turn_square(const float *rows, int64_t width, float *tile)
+{
+    words4 a = *(const words4 *)rows, b = *(const words4 *)(rows + width);
+    words4 c = *(const words4 *)(rows + 2 * width), d = *(const words4 *)(rows + 3 * width);
+    words4 ab_low = SHUFFLE(a, b, 0, 4, 1, 5), ab_high = SHUFFLE(a, b, 2, 6, 3, 7);
+    words4 cd_low = SHUFFLE(c, d, 0, 4, 1, 5), cd_high = SHUFFLE(c, d, 2, 6, 3, 7);
+    *(words4 *)tile = SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
+    *(words4 *)(tile + UNIT_OUTPUTS) = SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
+    *(words4 *)(tile + 2 * UNIT_OUTPUTS) = SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
+    *(words4 *)(tile + 3 * UNIT_OUTPUTS) = SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+LOOP void turn_keys(const float *keys, int64_t width, float *tile)
+{
+    for (int64_t key = 0; key < KEYS; key += 4)
+        for (int64_t i = 0; i < width; i += 4)
+            turn_square(keys + key * width + i, width,
+                        tile + key / UNIT_OUTPUTS * UNIT_OUTPUTS * width + i * UNIT_OUTPUTS +
+                            key % UNIT_OUTPUTS);
+}
+
+static void score_many(const struct queries *queries)
+{
+    turn_keys(queries->keys, queries->width, queries->tile);
+    memset(queries->scores, 0, (size_t)(queries->room * KEYS) * sizeof(float));
+    for (int64_t unit = 0; unit < KEYS / UNIT_OUTPUTS; unit++)
+        for (int64_t begin = 0, block; begin < queries->count; begin += block) {
+            block = block_at(queries->count, begin);
+            multiply[block](queries->tile + unit * UNIT_OUTPUTS * queries->width, queries->width,
+                            queries->rows + begin * queries->width,
+                            queries->scores + (unit * queries->room + begin) * UNIT_OUTPUTS);
+        }
+}
+
+INLINE float dot(const float *a, const float *b, int64_t width)
+{
+    vector first = {0}, second = {0};
+    for (int64_t i = 0; i < width; i += UNIT_OUTPUTS) {
+        ADD_PRODUCT(first, *(const vector *)(a + i), *(const vector *)(b + i));
+        ADD_PRODUCT(second, *(const vector *)(a + i + LANES), *(const vector *)(b + i + LANES));
+    }
+    return sum_of_vector(first + second);
+}
+
+static void score_few(const struct queries *queries)
+{
+    for (int64_t key = 0; key < KEYS; key++)
+        for (int64_t index = 0; index < queries->count; index++)
+            queries->scores[(key / UNIT_OUTPUTS * queries->room + index) * UNIT_OUTPUTS +
+                            key % UNIT_OUTPUTS] =
+                dot(queries->rows + index * queries->width, queries->keys + key * queries->width,
+                    queries->width);
+}
+
+INLINE float largest_of(vector lanes)
+{
+    float largest = lanes[0];
+    for (int i = 1; i < LANES; i++) largest = lanes[i] > largest ? lanes[i] : largest;
+    return largest;
+}
+
+/* Scores of a query become weights relative to the largest score so far; what its outputs are to be
+ * multiplied with is returned. Only the first `visible` count, at least one of all blocks'. */
+static float weigh(const struct queries *queries, int64_t index, int64_t visible)
+{
+    float *scores = queries->scores + index * UNIT_OUTPUTS;
+    int64_t stride = queries->room * UNIT_OUTPUTS;
+    vector largest = splat(queries->maxima[index]), total = {0};
+    for (int64_t key = visible < 0 ? 0 : visible; key < KEYS; key++)
+        scores[key / UNIT_OUTPUTS * stride + key % UNIT_OUTPUTS] = -__builtin_inff();
+    for (int64_t unit = 0; unit < KEYS / UNIT_OUTPUTS; unit++)
+        for (int64_t lane = 0; lane < UNIT_OUTPUTS; lane += LANES) {
+            vector each = *(const vector *)(scores + unit * stride + lane);
+            largest = choose(each > largest, each, largest);
+        }
+    float before = queries->maxima[index], maximum = largest_of(largest);
+    for (int64_t unit = 0; unit < KEYS / UNIT_OUTPUTS; unit++)
+        for (int64_t lane = 0; lane < UNIT_OUTPUTS; lane += LANES) {
+            vector *place = (vector *)(scores + unit * stride + lane);
+            vector each = *place - maximum;
+            *place = choose(each < -87.0f, (vector){0}, exponential(each));
+            total += *place;
+        }
+    float correction = before < maximum - 87.0f ? 0.0f : exponential(splat(before - maximum))[0];
+    queries->maxima[index] = maximum;
+    queries->totals[index] = queries->totals[index] * correction + sum_of_vector(total);
+    return correction;
+}
+
+static void correct_outputs(const struct queries *queries, int64_t index, float correction)
+{
+    for (int64_t column = 0; column < queries->width; column += UNIT_OUTPUTS) {
+        float *sums = queries->outputs + column * queries->room + index * UNIT_OUTPUTS;
+        for (int64_t lane = 0; lane < UNIT_OUTPUTS; lane += LANES)
+            *(vector *)(sums + lane) *= correction;
+    }
+}
+
+/* The weights of a block of queries, a row for each key, as products read them. */
+static void turn_weights(const struct queries *queries, int64_t begin, int64_t block, int64_t count)
+{
+    float *weights = queries->weights + begin * KEYS;
+    for (int64_t row = 0; row < block; row++) {
+        const float *scores = queries->scores + (begin + row) * UNIT_OUTPUTS;
+        for (int64_t key = 0; key < count; key++)
+            weights[key * block + row] =
+                scores[key / UNIT_OUTPUTS * queries->room * UNIT_OUTPUTS + key % UNIT_OUTPUTS];
+    }
+}
+
+/* One block of `count` keys, of which query i sees `visible` + i / group. */
+static void attend_keys(const struct queries *queries, int64_t count, int64_t visible,
+                        int64_t group)
+{
+    if (queries->count <= FEW_QUERIES)
+        score_few(queries);
+    else
+        score_many(queries);
+    for (int64_t index = 0; index < queries->count; index++) {
+        float correction = weigh(queries, index, least(count, visible + index / group));
+        if (correction != 1.0f) correct_outputs(queries, index, correction);
+    }
+    for (int64_t begin = 0, block; begin < queries->count; begin += block) {
+        block = block_at(queries->count, begin);
+        turn_weights(queries, begin, block, count);
+        for (int64_t column = 0; column < queries->width; column += UNIT_OUTPUTS)
+            multiply[block](queries->values + column * KEYS, count,
+                            queries->weights + begin * KEYS,
+                            queries->outputs + column * queries->room + begin * UNIT_OUTPUTS);
+    }
+}
+
+static void give_outputs(const struct attention *job, const struct queries *queries, int64_t row,
+                         int64_t kv_head, float *values)
+{
+    int64_t size = job->cache.head_dim, group = job->heads / job->cache.kv_heads;
+    for (int64_t index = 0; index < queries->count; index++) {
+        for (int64_t i = 0; i < size; i++)
+            values[i] = queries->outputs[i / UNIT_OUTPUTS * UNIT_OUTPUTS * queries->room +
+                                         index * UNIT_OUTPUTS + i % UNIT_OUTPUTS] /
+                        queries->totals[index];
+        int64_t head = kv_head * group + index % group;
+        narrow_values(
+            values, job->dtype, size,
+            (void *)at(job->out, job->dtype, ((row + index / group) * job->heads + head) * size));
+    }
+}
+
+static void attend(const struct attention *job, int64_t request, int64_t kv_head, int64_t first,
+                   int64_t count, float *scratch)
+{
+    int64_t group = job->heads / job->cache.kv_heads, row = job->starts[request] + first;
+    int64_t rows = job->starts[request + 1] - job->starts[request];
+    int64_t before = job->lengths[request] - rows + first; /* tokens that every query sees */
+    struct queries queries = place_queries(count * group, job->cache.head_dim, scratch);
+    take_queries(job, &queries, row, kv_head, queries.keys);
+    for (int64_t start = 0; start < before + count; start += KEYS) {
+        int64_t keys = least(KEYS, before + count - start);
+        read_keys(job, &queries, request, kv_head, start, keys);
+        attend_keys(&queries, keys, before + 1 - start, group);
+    }
+    give_outputs(job, &queries, row, kv_head, queries.keys);
+}
+
+const struct layer_table LAYER_TABLE = {add_norm, norm_rotate, gated, feed_stored,
+                                        attend,   attention_scratch, QUERIES};
