@@ -213,6 +213,10 @@ class Backend(Protocol[Cache]):
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
         """silu(gate) * up of [T, 2 * inner], for the consumer."""
 
+    def logits(self, head: DeviceLinear, x: Activation) -> Tensor:
+        """float32 [R, vocab] of the output projection, which rounds them to the compute type."""
+        return head(x).float()
+
     def finish_loading(self) -> None:
         """All weights have been asked for; gives back what only loading needs."""
         return

@@ -54,7 +54,7 @@ class Qwen3(Generic[Cache]):
         if step.inputs.logit_rows is not None:
             hidden, delta = hidden[step.inputs.logit_rows], delta[step.inputs.logit_rows]
         x, _ = backend.add_norm(hidden, delta, self.final_norm, epsilon, self.lm_head)
-        return self.lm_head(x).float()
+        return backend.logits(self.lm_head, x)
 
 
 def decoder_layer(

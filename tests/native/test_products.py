@@ -66,7 +66,7 @@ def test_sums_are_exact(products: Products, size: tuple[int, int]) -> None:
     for rows in ROWS if size[1] < 300 else (1, 2, 12, 13):
         codes = draw(-128, rows, size[1], seed=rows)
         expected = codes.long() @ weight.long().t()
-        assert torch.equal(products.sums(strips, size, codes).long(), expected)
+        assert torch.equal(products.of(strips, size)(codes).long(), expected)
 
 
 def test_the_largest_sums(products: Products) -> None:
@@ -81,7 +81,7 @@ def test_the_largest_sums(products: Products) -> None:
         for rows in (1, 3):
             codes = signs[:rows, None].expand(rows, size[1]).contiguous()
             expected = codes.long() @ weight.long().t()
-            assert torch.equal(products.sums(strips_of(weight), size, codes).long(), expected)
+            assert torch.equal(products.of(strips_of(weight), size)(codes).long(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,21 +98,17 @@ def test_every_epilogue(products: Products, dtype: torch.dtype) -> None:
         epilogue = Epilogue(
             output_scales,
             dtype,
-            row_scales if with_row else None,
             added if with_added else None,
             bias if with_bias else None,
         )
         y = (exact + added if with_added else exact).float()
         y = (y * row_scales[:, None] if with_row else y) * output_scales
         y = (y + bias if with_bias else y).to(dtype)
-        assert torch.equal(products.multiply(strips_of(weight), size, codes, epilogue), y)
-        one = replace_rows(epilogue, 1)
-        assert torch.equal(products.multiply(strips_of(weight), size, codes[:1], one), y[:1])
-
-
-def replace_rows(epilogue: Epilogue, rows: int) -> Epilogue:
-    scales = None if epilogue.row_scales is None else epilogue.row_scales[:rows]
-    return Epilogue(epilogue.output_scales, epilogue.dtype, scales, epilogue.added, epilogue.bias)
+        product = products.of(strips_of(weight), size, epilogue)
+        for rows in (len(codes), 1):
+            assert torch.equal(
+                product(codes[:rows], row_scales[:rows] if with_row else None), y[:rows]
+            )
 
 
 def test_rows_that_are_strided_and_strips_that_are_not_aligned(products: Products) -> None:
@@ -123,13 +119,13 @@ def test_rows_that_are_strided_and_strips_that_are_not_aligned(products: Product
     shifted.copy_(strips)
     expected = codes.long() @ weight.long().t()
     for rows in (1, 6):
-        found = products.sums(shifted, size, codes[:rows])
+        found = products.of(shifted, size)(codes[:rows])
         assert torch.equal(found.long(), expected[:rows])
 
 
 def test_no_rows(products: Products) -> None:
     weight = weight_of(products, 8, 16)
-    found = products.sums(strips_of(weight), (8, 16), torch.empty(0, 16, dtype=torch.int8))
+    found = products.of(strips_of(weight), (8, 16))(torch.empty(0, 16, dtype=torch.int8))
     assert found.shape == (0, 8)
 
 
@@ -142,7 +138,7 @@ def test_the_number_of_threads_changes_nothing(products: Products) -> None:
         for threads in (1, 2, 3, 9):
             torch.set_num_threads(threads)
             for _ in range(3):
-                assert torch.equal(products.sums(strips_of(weight), size, codes).long(), expected)
+                assert torch.equal(products.of(strips_of(weight), size)(codes).long(), expected)
     finally:
         torch.set_num_threads(before)
 
@@ -158,7 +154,7 @@ def test_callers_on_several_threads_get_their_own_products() -> None:
         weight, codes = draw(-127, *size, seed=seed), draw(-128, 5, size[1], seed=seed)
         strips, expected = strips_of(weight), codes.long() @ weight.long().t()
         for _ in range(200):
-            if not torch.equal(best.sums(strips, size, codes).long(), expected):
+            if not torch.equal(best.of(strips, size)(codes).long(), expected):
                 failures.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -173,7 +169,7 @@ def _product_in_child(results: multiprocessing.Queue[bool]) -> None:
     best = native.products()
     assert best is not None
     weight, codes = draw(-127, 320, 256), draw(-128, 5, 256)
-    found = best.sums(strips_of(weight), (320, 256), codes)
+    found = best.of(strips_of(weight), (320, 256))(codes)
     results.put(torch.equal(found.long(), codes.long() @ weight.long().t()))
 
 
@@ -181,7 +177,7 @@ def test_a_forked_child_makes_its_own_threads() -> None:
     best = native.products()
     if best is None:
         pytest.skip("not compiled")
-    best.sums(strips_of(draw(-127, 320, 256)), (320, 256), draw(-128, 5, 256))
+    best.of(strips_of(draw(-127, 320, 256)), (320, 256))(draw(-128, 5, 256))
     context = multiprocessing.get_context("fork")
     results: multiprocessing.Queue[bool] = context.Queue()
     child = context.Process(target=_product_in_child, args=(results,))
@@ -197,13 +193,13 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         pytest.skip("not compiled")
     strips, codes = strips_of(draw(-127, 40, 48)), draw(-128, 2, 48)
     with pytest.raises(ValueError, match="codes have 48 inputs, the weight 47"):
-        best.sums(strips, (40, 47), codes)
+        best.of(strips, (40, 47))(codes)
     with pytest.raises(ValueError, match="strips must be int8"):
-        best.sums(strips, (80, 48), codes)
+        best.of(strips, (80, 48))
     with pytest.raises(ValueError, match="strips must be contiguous"):
-        best.sums(strips_of(draw(-127, 40, 96))[:, ::2], (40, 48), codes)
+        best.of(strips_of(draw(-127, 40, 96))[:, ::2], (40, 48))
     with pytest.raises(ValueError, match="output_scales must be"):
-        best.multiply(strips, (40, 48), codes, Epilogue(torch.ones(39), torch.float32))
+        best.of(strips, (40, 48), Epilogue(torch.ones(39), torch.float32))
 
 
 def test_the_environment_names_the_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,13 @@ class CpuBackend(TorchCpuBackend):
         return activation(fed, consumer)
 
     @override
+    def logits(self, head: DeviceLinear, x: Activation) -> Tensor:
+        """By a kernel: torch would wake its own threads for this, which then look for more work in
+        the way of ours."""
+        logits = head(x)
+        return logits if self.dtype is torch.float32 else self._kernels.widen(logits)
+
+    @override
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
         return activation(self._kernels.gated(gate_up, feed_of(consumer)), consumer)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,15 +38,15 @@ class Int8Linear:
     input = Input.INT8_PER_TOKEN
 
     def __init__(self, linear: Linear, dtype: torch.dtype, products: Products) -> None:
-        self.weight, self.shape, self._products = linear.weight, matrix_of(linear), products
         bias = None if linear.bias is None else linear.bias.float()
-        self._epilogue = Epilogue(linear.tensors["scale"], dtype, bias=bias)
+        epilogue = Epilogue(linear.tensors["scale"], dtype, bias=bias)
+        self.weight = linear.weight
+        self._product = products.of(linear.weight, matrix_of(linear), epilogue)
 
     def __call__(self, x: Activation) -> Tensor:
         """The product, [T, N]."""
         fed = as_codes(x)
-        epilogue = replace(self._epilogue, row_scales=fed.scale)
-        return self._products.multiply(self.weight, self.shape, fed.codes, epilogue)
+        return self._product(fed.codes, fed.scale)
 
 
 class StaticInt8Linear:
@@ -57,13 +56,13 @@ class StaticInt8Linear:
 
     def __init__(self, linear: Linear, dtype: torch.dtype, products: Products) -> None:
         self.static_input = static_input(linear.tensors)
-        self.weight, self.shape, self._products = linear.weight, matrix_of(linear), products
-        added = folded_bias(linear)
-        self._epilogue = Epilogue(linear.tensors["deq_scale"], dtype, added=added)
+        epilogue = Epilogue(linear.tensors["deq_scale"], dtype, added=folded_bias(linear))
+        self.weight = linear.weight
+        self._product = products.of(linear.weight, matrix_of(linear), epilogue)
 
     def __call__(self, x: Activation) -> Tensor:
         """The product, [T, N]."""
-        return self._products.multiply(self.weight, self.shape, as_static(x), self._epilogue)
+        return self._product(as_static(x))
 
 
 class UnpackedInt8Linear(ReferenceInt8Linear):

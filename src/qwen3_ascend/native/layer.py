@@ -288,6 +288,17 @@ class LayerKernels:
         self._run("gated", job, columns)
         return fed
 
+    def widen(self, values: Tensor) -> Tensor:
+        """bfloat16 [T, N] as float32."""
+        (pointer,) = _pointers(values)
+        out = torch.empty(values.shape)
+        threads, count = torch.get_num_threads(), values.numel()
+        status = self.library.plain_call(
+            "widen", self._path, threads, pointer, count, out.data_ptr()
+        )
+        self._check("widen", status)
+        return out
+
     def _run(self, name: str, job: ctypes.Structure, columns: int) -> None:
         threads = torch.get_num_threads()
         scratch = self._row_scratch(threads, columns)

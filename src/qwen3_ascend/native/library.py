@@ -57,6 +57,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "norm_rotate": [_INT, _INT, _POINTER, _POINTER],
     "gated": [_INT, _INT, _POINTER, _POINTER],
     "attention": [_INT, _INT, *[_POINTER] * 4],
+    "widen": [_INT, _INT, _POINTER, _LONG, _POINTER],
 }
 _COUNTS = frozenset({"row_scratch", "attention_scratch"})
 """Functions that give an int64, not a status."""

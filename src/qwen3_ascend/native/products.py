@@ -1,7 +1,7 @@
 """Exact products of int8 activations with int8 weights that stay in FRACTAL_NZ, as stored.
 
-    products = native.products()
-    y = products.multiply(weight, codes, Epilogue(...))
+    product = native.products().of(weight, shape, Epilogue(...))
+    y = product(codes, row_scales)
 
 The kernels read the strips of a checkpoint where they lie, in a mapped file; csrc/products.h says
 how. Every instruction set finds the same integers, and the same floats after them.
@@ -32,8 +32,7 @@ SATURATES = "avx2"
 MOST_BLOCK_ROWS = 12
 """Of the kernels' largest block of rows, up to which packed activations may be padded."""
 
-_INT32 = 0
-_OUT = {torch.bfloat16: 1, torch.float32: 3}
+_OUT = {torch.int32: 0, torch.bfloat16: 1, torch.float32: 3}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,17 +41,17 @@ class Epilogue:
 
         y = float32(sum + added) * row_scales * output_scales + bias
 
+    The scales of rows belong to the codes and come with them.
+
     Attributes:
         output_scales: float32 [N].
         dtype: of y, bfloat16 or float32.
-        row_scales: float32 [T], or None for no such step, as with the others.
-        added: int32 [N].
+        added: int32 [N], or None for no such step, as with the other.
         bias: float32 [N].
     """
 
     output_scales: Tensor
     dtype: torch.dtype
-    row_scales: Tensor | None = None
     added: Tensor | None = None
     bias: Tensor | None = None
 
@@ -73,57 +72,76 @@ class Products:
         """Whether the product with such weights, int8, is exact; reads them only if need be."""
         return self.instructions != SATURATES or int(strips.amin()) > -128
 
-    def sums(self, strips: Tensor, shape: tuple[int, int], codes: Tensor) -> Tensor:
-        """The integer product, int32 [T, N].
+    def of(
+        self, strips: Tensor, shape: tuple[int, int], epilogue: Epilogue | None = None
+    ) -> Product:
+        """The product with one weight.
 
         Args:
-            strips: int8 FRACTAL_NZ of [K, N], contiguous.
+            strips: int8 FRACTAL_NZ of [K, N], contiguous; read where they lie.
             shape: (N, K), without padding.
-            codes: int8 [T, K].
+            epilogue: what becomes of the sums; None gives them as they are, int32.
+
+        Raises:
+            ValueError: if the strips or the epilogue are not of this shape.
         """
-        out = torch.empty(codes.shape[0], shape[0], dtype=torch.int32)
-        return self._run(strips, shape, codes, out, _INT32, (None, None, None, None))
-
-    def multiply(
-        self, strips: Tensor, shape: tuple[int, int], codes: Tensor, epilogue: Epilogue
-    ) -> Tensor:
-        """The product after its epilogue, [T, N] of the epilogue's dtype; see `sums`."""
-        count, outputs = codes.shape[0], shape[0]
-        _check("output_scales", epilogue.output_scales, torch.float32, outputs)
-        _check("row_scales", epilogue.row_scales, torch.float32, count)
-        _check("added", epilogue.added, torch.int32, outputs)
-        _check("bias", epilogue.bias, torch.float32, outputs)
-        out = torch.empty(count, outputs, dtype=epilogue.dtype)
-        steps = (epilogue.added, epilogue.row_scales, epilogue.output_scales, epilogue.bias)
-        return self._run(strips, shape, codes, out, _OUT[epilogue.dtype], steps)
-
-    def _run(
-        self,
-        strips: Tensor,
-        shape: tuple[int, int],
-        codes: Tensor,
-        out: Tensor,
-        out_dtype: int,
-        steps: tuple[Tensor | None, ...],
-    ) -> Tensor:
         outputs, inputs = shape
-        check_matrix(codes, (torch.int8,))
-        if codes.shape[1] != inputs:
-            raise ValueError(f"codes have {codes.shape[1]} inputs, the weight {inputs}")
         stored = (-(-outputs // STRIP_BYTES), -(-inputs // ROW_BLOCK), ROW_BLOCK, STRIP_BYTES)
         if tuple(strips.shape) != stored or strips.dtype is not torch.int8:
             raise ValueError(f"strips must be int8 {stored}, not {strips.dtype} {strips.shape}")
         if not strips.is_contiguous():
             raise ValueError("strips must be contiguous")
-        rows = codes.shape[0]
-        scratch = torch.empty(
-            (rows + MOST_BLOCK_ROWS) * (stored[1] * ROW_BLOCK + 4), dtype=torch.uint8
+        if epilogue is not None:
+            _check("output_scales", epilogue.output_scales, torch.float32, outputs)
+            _check("added", epilogue.added, torch.int32, outputs)
+            _check("bias", epilogue.bias, torch.float32, outputs)
+        return Product(self, strips, shape, epilogue)
+
+
+class Product:
+    """The product with one weight: what does not change is checked and looked up once."""
+
+    def __init__(
+        self, products: Products, strips: Tensor, shape: tuple[int, int], epilogue: Epilogue | None
+    ) -> None:
+        """See `Products.of`, which checks."""
+        self._instructions = INSTRUCTIONS[products.instructions]
+        self._library = products.library
+        self._strips, self._epilogue = strips, epilogue  # kept, for their memory is pointed to
+        self._outputs, self._inputs = shape
+        self._scratch = -(-shape[1] // ROW_BLOCK) * ROW_BLOCK + 4
+        self._dtype = torch.int32 if epilogue is None else epilogue.dtype
+        self._out = _OUT[self._dtype]
+        steps: tuple[Tensor | None, ...] = (None, None, None)
+        if epilogue is not None:
+            steps = (epilogue.added, epilogue.output_scales, epilogue.bias)
+        self._weights = strips.data_ptr()
+        self._added, self._scales, self._bias = (
+            None if each is None else each.data_ptr() for each in steps
         )
-        given = (strips.data_ptr(), outputs, inputs, codes.data_ptr(), rows, codes.stride(0))
-        pointers = [None if step is None else step.data_ptr() for step in steps]
-        status = self.library.plain_call(
-            "int8_product", INSTRUCTIONS[self.instructions], torch.get_num_threads(), *given,
-            scratch.data_ptr(), *pointers, out.data_ptr(), out_dtype,
+
+    def __call__(self, codes: Tensor, row_scales: Tensor | None = None) -> Tensor:
+        """The product after its epilogue, [T, N].
+
+        Args:
+            codes: int8 [T, K], whose columns are contiguous.
+            row_scales: float32 [T], if the epilogue is to multiply by them.
+
+        Raises:
+            ValueError: if they do not have the shape of the weight.
+        """
+        check_matrix(codes, (torch.int8,))
+        rows, inputs = codes.shape
+        if inputs != self._inputs:
+            raise ValueError(f"codes have {inputs} inputs, the weight {self._inputs}")
+        _check("row_scales", row_scales, torch.float32, rows)
+        out = torch.empty(rows, self._outputs, dtype=self._dtype)
+        scratch = torch.empty((rows + MOST_BLOCK_ROWS) * self._scratch, dtype=torch.uint8)
+        status = self._library.plain_call(
+            "int8_product", self._instructions, torch.get_num_threads(),
+            self._weights, self._outputs, inputs, codes.data_ptr(), rows, codes.stride(0),
+            scratch.data_ptr(), self._added, None if row_scales is None else row_scales.data_ptr(),
+            self._scales, self._bias, out.data_ptr(), self._out,
         )  # fmt: skip
         if status:
             raise RuntimeError(f"int8_product: {STATUS.get(status, f'status {status}')}")

@@ -98,6 +98,37 @@ QWEN3_ASCEND_API int qwen3_ascend_gated(int path, int threads, const struct gate
     return share_rows(rows, threads);
 }
 
+/* ---- widening ---- */
+
+/* Values of a part: a few microseconds. */
+enum { WIDENED_TOGETHER = 1 << 14 };
+
+struct widen_job {
+    const struct layer_table *table;
+    const uint16_t *values;
+    int64_t count;
+    float *out;
+};
+
+static void widen_part(const void *context, int64_t part)
+{
+    const struct widen_job *job = context;
+    int64_t first = part * WIDENED_TOGETHER, left = job->count - first;
+    int64_t count = left < WIDENED_TOGETHER ? left : WIDENED_TOGETHER;
+    job->table->widen(job->values + first, DTYPE_BF16, count, count, job->out + first);
+}
+
+/* `count` values of bfloat16 as float32. */
+QWEN3_ASCEND_API int qwen3_ascend_widen(int path, int threads, const uint16_t *values,
+                                        int64_t count, float *out)
+{
+    const struct layer_table *table = find_layer(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    struct widen_job job = {table, values, count, out};
+    share_work(widen_part, &job, (count + WIDENED_TOGETHER - 1) / WIDENED_TOGETHER, threads);
+    return STATUS_OK;
+}
+
 /* ---- attention ---- */
 
 struct attention_job {

@@ -86,6 +86,8 @@ struct layer_table {
     void (*gated)(const struct gated *job, int64_t row, float *scratch);
     void (*feed)(const struct feed *feed, const void *values, int64_t columns, int64_t row,
                  float *scratch);
+    /* As float32; zeros behind `count` up to `padded`. */
+    void (*widen)(const void *values, int dtype, int64_t count, int64_t padded, float *out);
     /* Of `count` tokens of a request from its `first` on, those heads that share one of the cache. */
     void (*attend)(const struct attention *job, int64_t request, int64_t kv_head, int64_t first,
                    int64_t count, float *scratch);

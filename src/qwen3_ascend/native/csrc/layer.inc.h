@@ -559,5 +559,5 @@ static void attend(const struct attention *job, int64_t request, int64_t kv_head
     give_outputs(job, &queries, row, kv_head, queries.keys);
 }
 
-const struct layer_table LAYER_TABLE = {add_norm, norm_rotate, gated, feed_stored,
-                                        attend,   attention_scratch, QUERIES};
+const struct layer_table LAYER_TABLE = {add_norm, norm_rotate, gated,  feed_stored,
+                                        widen,    attend,      attention_scratch, QUERIES};
