@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.group_scheme import NZ, GroupInt4
 
+from qwen3_ascend import native
 from qwen3_ascend.checkpoint.architecture import model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import quantize
@@ -16,8 +17,10 @@ from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import W8A8
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.native.library import PATHS
 from qwen3_ascend.runtime import backends, conformance
 from qwen3_ascend.runtime.backends.base import StepBounds
+from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
 from qwen3_ascend.runtime.backends.reference import ReferenceBackend
 from qwen3_ascend.runtime.conformance import compare_backends
 from qwen3_ascend.runtime.engine.batch import Batch, Chunk, step_inputs
@@ -33,15 +36,28 @@ ODD = dataclasses.replace(
 BLOCK = 16
 
 
+WIDE = dataclasses.replace(SMALL_CONFIG, num_heads=10, num_kv_heads=2, head_dim=128)
+"""Heads of Qwen3's size, of which five share one of the cache."""
+
+
+def paths() -> list[str]:
+    """How a layer may be computed here: torch, and each processor path that this machine has."""
+    return ["torch", *(path for path in PATHS if native.load(path))]
+
+
+@pytest.mark.parametrize("path", paths())
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("config", [ODD, SMALL_CONFIG], ids=["odd", "small"])
+@pytest.mark.parametrize("config", [ODD, SMALL_CONFIG, WIDE], ids=["odd", "small", "wide"])
 def test_the_cpu_is_the_reference(
-    config: Qwen3Config, dtype: str, monkeypatch: pytest.MonkeyPatch
+    config: Qwen3Config, dtype: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One linear is large to be divided, which the CPU does not do: a small one stands for it."""
     monkeypatch.setattr(conformance, "DIVIDED", (96, 128))
+    name, value = ("NATIVE", "0") if path == "torch" else ("CPU", path)
+    monkeypatch.setenv(f"QWEN3_ASCEND_{name}", value)
     definition = backends.reference_backend(config, dtype)
     cpu = backends.get(config, DeviceOptions("cpu", dtype))
+    assert isinstance(cpu, CpuBackend) == (path != "torch")
     compared = [*compare_backends(definition, cpu, config)]
     assert len(compared) > 30
     assert [one for one in compared if not one.ok] == []

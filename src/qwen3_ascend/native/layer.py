@@ -181,6 +181,7 @@ class LayerKernels:
         self.library, self.path = library, path
         self._path = PATHS[path]
         self._rows, self._attention = Scratch(), Scratch()
+        self._floats: dict[tuple[object, ...], int] = {}
 
     def add_norm(
         self, hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, feed: Feed
@@ -258,8 +259,8 @@ class LayerKernels:
         _, block_size, kv_heads, _ = cache.keys.shape
         out = torch.empty_like(query)
         job = _Attention(
-            DTYPES[query.dtype], len(lengths), heads, block_size, query.data_ptr(), _cache(cache),
-            block_table.data_ptr(), block_table.shape[1], *_pointers(lengths, starts, out),
+            DTYPES[query.dtype], len(lengths), heads, block_size, *_pointers(query), _cache(cache),
+            *_pointers(block_table), block_table.shape[1], *_pointers(lengths, starts, out),
         )  # fmt: skip
         rounded = Fed(out.view(rows, heads * head_dim), None)
         fed = rounded if feed.form == FLOAT else _fed(feed, rows, heads * head_dim, query.dtype)
@@ -282,7 +283,7 @@ class LayerKernels:
         rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
         fed = _fed(feed, rows, columns, gate_up.dtype)
         job = _Gated(
-            DTYPES[gate_up.dtype], rows, columns, gate_up.data_ptr(),
+            DTYPES[gate_up.dtype], rows, columns, *_pointers(gate_up),
             _feed(feed, fed, gate_up.dtype),
         )  # fmt: skip
         self._run("gated", job, columns)
@@ -307,7 +308,13 @@ class LayerKernels:
         )
 
     def _row_scratch(self, threads: int, columns: int) -> int:
-        return self._rows.pointer(self.library.plain_call("row_scratch", threads, columns))
+        return self._rows.pointer(self._count("row_scratch", threads, columns))
+
+    def _count(self, *call: object) -> int:
+        """What a function of the library says, which is asked once for the same arguments."""
+        if call not in self._floats:
+            self._floats[call] = self.library.plain_call(*call)
+        return self._floats[call]
 
     def _check(self, name: str, status: int) -> None:
         if status:

@@ -13,6 +13,11 @@
 #define NARROW_BYTES 32
 #define ADD_PRODUCT(sum, a, b) sum = _mm256_fmadd_ps(a, b, sum)
 #define ADD_NARROW ADD_PRODUCT
+static inline __attribute__((always_inline)) __m128 fold(__m256 lanes)
+{
+    return _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+}
+#define FOLD(lanes) ((floats4)fold((__m256)(lanes)))
 #define BLOCK_ROWS 6
 #define DEFINE_BLOCKS DEFINE_BLOCK(1) DEFINE_BLOCK(2) DEFINE_BLOCK(4) DEFINE_BLOCK(6)
 #define NAME_BLOCKS NAME_BLOCK(1), NAME_BLOCK(2), NAME_BLOCK(4), NAME_BLOCK(6)

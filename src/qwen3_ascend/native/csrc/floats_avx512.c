@@ -14,6 +14,12 @@
 #define NARROW_BYTES 32
 #define ADD_PRODUCT(sum, a, b) sum = _mm512_fmadd_ps(a, b, sum)
 #define ADD_NARROW(sum, a, b) sum = _mm256_fmadd_ps(a, b, sum)
+static inline __attribute__((always_inline)) __m128 fold(__m512 lanes)
+{
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+#define FOLD(lanes) ((floats4)fold((__m512)(lanes)))
 #define BLOCK_ROWS 12
 #define DEFINE_BLOCKS                                                                              \
     DEFINE_BLOCK(1) DEFINE_BLOCK(2) DEFINE_BLOCK(4) DEFINE_BLOCK(8) DEFINE_BLOCK(12)

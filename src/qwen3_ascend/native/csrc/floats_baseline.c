@@ -16,6 +16,7 @@
 #define DEFINE_BLOCKS DEFINE_BLOCK(1) DEFINE_BLOCK(2) DEFINE_BLOCK(4) DEFINE_BLOCK(6)
 #define NAME_BLOCKS NAME_BLOCK(1), NAME_BLOCK(2), NAME_BLOCK(4), NAME_BLOCK(6)
 #endif
+#define FOLD(lanes) ((floats4)(lanes))
 #define ADD_NARROW ADD_PRODUCT
 #define FLOAT_TABLE floats_baseline
 #define LAYER_TABLE layer_baseline

@@ -6,11 +6,14 @@
  */
 #include "layer.h"
 
+/* FOLD(v) of floats_*.c: the sums of the lanes of a vector that are four apart, [4]. */
+
 /* Kept out of line: inlined into its caller, GCC 12 no longer vectorizes such a loop. */
 #define LOOP static __attribute__((noinline))
 
 typedef int32_t integers __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef float floats4 __attribute__((vector_size(16), may_alias));
+typedef uint32_t pairs __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(2)));
 
 INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -56,10 +59,8 @@ LOOP void narrow_values(const float *values, int dtype, int64_t count, void *out
 
 INLINE float sum_of_vector(vector lanes)
 {
-    float total = 0.0f;
-    for (int i = 0; i < LANES; i += 4)
-        total += (lanes[i] + lanes[i + 1]) + (lanes[i + 2] + lanes[i + 3]);
-    return total;
+    floats4 four = FOLD(lanes);
+    return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 LOOP float sum_of_squares(const float *values, int64_t padded)
@@ -279,15 +280,17 @@ static void gated(const struct gated *job, int64_t row, float *scratch)
 
 /* ---- attention: keys in blocks, each softmax corrected by the next block's maximum ---- */
 
-/* Queries whose sums are kept at a time; keys of a block; queries up to which keys are multiplied
- * row by row, where a transposed tile of them does not pay. */
-enum { QUERIES = 96, KEYS = 64, FEW_QUERIES = 8 };
+/* Queries whose sums are kept at a time; keys of a block; queries up to which keys of bfloat16 are
+ * multiplied as they are read, where widening them first does not pay, and vectors of pairs of
+ * theirs whose sums are kept in registers. */
+enum { QUERIES = 96, KEYS = 64, FEW_QUERIES = 8, PAIRS_TOGETHER = 2 };
 
 /* What the queries of a part have in the scratch, each for `room` of them, as many as blocks of
  * products may write. */
 struct queries {
     int64_t count, room, width; /* width: of a head, padded */
-    float *rows;      /* [room][width], times 1 / sqrt(head_dim); of many, in blocks */
+    int few;
+    float *rows;      /* [room][width], times 1 / sqrt(head_dim); of many, in blocks of products */
     float *keys;      /* [KEYS][width] */
     float *tile;      /* [KEYS / UNIT_OUTPUTS][width][UNIT_OUTPUTS], keys turned */
     float *values;    /* [width / UNIT_OUTPUTS][KEYS][UNIT_OUTPUTS] */
@@ -303,10 +306,13 @@ static int64_t attention_scratch(int64_t queries, int64_t head_dim)
     return 2 * room * width + 3 * KEYS * width + 2 * room * KEYS + 2 * round_up(room, 16) + 16;
 }
 
-static struct queries place_queries(int64_t count, int64_t head_dim, float *scratch)
+static struct queries place_queries(const struct attention *job, int64_t count, float *scratch)
 {
+    int64_t head_dim = job->cache.head_dim;
     struct queries queries = {.count = count, .room = count + BLOCK_ROWS,
                               .width = round_up(head_dim, UNIT_OUTPUTS)};
+    queries.few = count <= FEW_QUERIES && job->cache.dtype == DTYPE_BF16 &&
+                  head_dim % (PAIRS_TOGETHER * UNIT_OUTPUTS) == 0;
     int64_t rows = queries.room * queries.width, keys = KEYS * queries.width;
     queries.keys = scratch;
     queries.tile = queries.keys + keys;
@@ -326,14 +332,19 @@ INLINE int64_t block_at(int64_t count, int64_t begin) { return block_of(count - 
 static void take_query(const struct queries *queries, int64_t begin, int64_t block, int64_t index,
                        const float *values, int64_t size, float factor)
 {
-    if (queries->count <= FEW_QUERIES) {
-        float *row = queries->rows + index * queries->width;
-        for (int64_t i = 0; i < queries->width; i++) row[i] = i < size ? values[i] * factor : 0.0f;
-        return;
-    }
     float *rows = queries->rows + begin * queries->width + (index - begin);
     for (int64_t i = 0; i < queries->width; i++)
         rows[i * block] = values && i < size ? values[i] * factor : 0.0f;
+}
+
+/* Of every 2 * LANES values first the even ones, then the odd ones. */
+static void take_query_in_pairs(const struct queries *queries, int64_t index, const float *values,
+                                float factor)
+{
+    float *row = queries->rows + index * queries->width;
+    for (int64_t start = 0; start < queries->width; start += UNIT_OUTPUTS)
+        for (int64_t i = 0; i < UNIT_OUTPUTS; i++)
+            row[start + i % 2 * LANES + i / 2] = values ? values[start + i] * factor : 0.0f;
 }
 
 static void take_queries(const struct attention *job, const struct queries *queries, int64_t row,
@@ -344,13 +355,13 @@ static void take_queries(const struct attention *job, const struct queries *quer
     for (int64_t begin = 0, block; begin < queries->count; begin += block) {
         block = block_at(queries->count, begin);
         for (int64_t index = begin; index < begin + block; index++) {
-            int present = index < queries->count;
-            int64_t head = kv_head * group + index % group;
-            if (present)
-                widen(at(job->query, job->dtype, ((row + index / group) * job->heads + head) * size),
-                      job->dtype, size, size, values);
-            if (present || queries->count > FEW_QUERIES)
-                take_query(queries, begin, block, index, present ? values : NULL, size, factor);
+            int64_t place = (row + index / group) * job->heads + kv_head * group + index % group;
+            const float *present = index < queries->count ? values : NULL;
+            if (present) widen(at(job->query, job->dtype, place * size), job->dtype, size, size, values);
+            if (queries->few)
+                take_query_in_pairs(queries, index, present, factor);
+            else
+                take_query(queries, begin, block, index, present, size, factor);
         }
     }
     for (int64_t i = 0; i < queries->room; i++)
@@ -429,26 +440,6 @@ static void score_many(const struct queries *queries)
         }
 }
 
-INLINE float dot(const float *a, const float *b, int64_t width)
-{
-    vector first = {0}, second = {0};
-    for (int64_t i = 0; i < width; i += UNIT_OUTPUTS) {
-        ADD_PRODUCT(first, *(const vector *)(a + i), *(const vector *)(b + i));
-        ADD_PRODUCT(second, *(const vector *)(a + i + LANES), *(const vector *)(b + i + LANES));
-    }
-    return sum_of_vector(first + second);
-}
-
-static void score_few(const struct queries *queries)
-{
-    for (int64_t key = 0; key < KEYS; key++)
-        for (int64_t index = 0; index < queries->count; index++)
-            queries->scores[(key / UNIT_OUTPUTS * queries->room + index) * UNIT_OUTPUTS +
-                            key % UNIT_OUTPUTS] =
-                dot(queries->rows + index * queries->width, queries->keys + key * queries->width,
-                    queries->width);
-}
-
 INLINE float largest_of(vector lanes)
 {
     float largest = lanes[0];
@@ -505,14 +496,131 @@ static void turn_weights(const struct queries *queries, int64_t begin, int64_t b
     }
 }
 
+/* ---- few queries: keys and values are widened in registers, two queries at a time ---- */
+
+/* Where the values of a block of keys lie; behind the last they are repeated, and hidden. */
+struct places {
+    const uint16_t *keys[KEYS], *values[KEYS];
+};
+
+static struct places find_keys(const struct attention *job, int64_t request, int64_t kv_head,
+                               int64_t start, int64_t count)
+{
+    struct places places;
+    int64_t size = job->cache.head_dim;
+    for (int64_t i = 0; i < KEYS; i++) {
+        if (i >= count && i % 4 == 0) break; /* keys are multiplied in fours */
+        int64_t place = head_place(job, request, start + (i < count ? i : count - 1), kv_head);
+        places.keys[i] = (const uint16_t *)job->cache.keys + place * size;
+        places.values[i] = (const uint16_t *)job->cache.values + place * size;
+    }
+    return places;
+}
+
+INLINE vector even_values(pairs values) { return (vector)(values << 16); }
+INLINE vector odd_values(pairs values) { return (vector)(values & 0xffff0000u); }
+
+#define EACH_KEY(DO) DO(0) DO(1) DO(2) DO(3)
+#define BEGIN_KEY(KEY) vector first##KEY = {0}, second##KEY = {0};
+#define SCORE_KEY(KEY)                                                                             \
+    {                                                                                              \
+        pairs both = *(const pairs *)(keys[KEY] + i);                                              \
+        vector even = even_values(both), odd = odd_values(both);                                   \
+        ADD_PRODUCT(first##KEY, even, ((const vector *)(a + i))[0]);                               \
+        ADD_PRODUCT(first##KEY, odd, ((const vector *)(a + i))[1]);                                \
+        ADD_PRODUCT(second##KEY, even, ((const vector *)(b + i))[0]);                              \
+        ADD_PRODUCT(second##KEY, odd, ((const vector *)(b + i))[1]);                               \
+    }
+
+/* The sums of four vectors' lanes. */
+INLINE floats4 four_sums(vector a, vector b, vector c, vector d)
+{
+    words4 w = (words4)FOLD(a), x = (words4)FOLD(b), y = (words4)FOLD(c), z = (words4)FOLD(d);
+    floats4 wx = (floats4)SHUFFLE(w, x, 0, 4, 1, 5) + (floats4)SHUFFLE(w, x, 2, 6, 3, 7);
+    floats4 yz = (floats4)SHUFFLE(y, z, 0, 4, 1, 5) + (floats4)SHUFFLE(y, z, 2, 6, 3, 7);
+    words4 left = (words4)wx, right = (words4)yz;
+    return (floats4)SHUFFLE(left, right, 0, 1, 4, 5) + (floats4)SHUFFLE(left, right, 2, 3, 6, 7);
+}
+
+/* Scores of two queries for four keys. */
+INLINE void score_four(const uint16_t *const *keys, const float *a, const float *b, int64_t width,
+                       float *scores_a, float *scores_b)
+{
+    EACH_KEY(BEGIN_KEY)
+    for (int64_t i = 0; i < width; i += UNIT_OUTPUTS) { EACH_KEY(SCORE_KEY) }
+    *(floats4 *)scores_a = four_sums(first0, first1, first2, first3);
+    *(floats4 *)scores_b = four_sums(second0, second1, second2, second3);
+}
+
+static void score_few(const struct queries *queries, const struct places *places, int64_t count)
+{
+    int64_t width = queries->width;
+    for (int64_t index = 0; index < queries->count; index += 2) {
+        const float *query = queries->rows + index * width;
+        float *scores = queries->scores + index * UNIT_OUTPUTS;
+        for (int64_t key = 0; key < count; key += 4) {
+            float *place = scores + key / UNIT_OUTPUTS * UNIT_OUTPUTS * queries->room + key % UNIT_OUTPUTS;
+            score_four(places->keys + key, query, query + width, width, place, place + UNIT_OUTPUTS);
+        }
+    }
+}
+
+#define EACH_PAIR(DO) DO(0) DO(1)
+#define TAKE_PAIR(PAIR)                                                                            \
+    vector a_even##PAIR = ((vector *)a)[2 * PAIR], a_odd##PAIR = ((vector *)a)[2 * PAIR + 1],      \
+           b_even##PAIR = ((vector *)b)[2 * PAIR], b_odd##PAIR = ((vector *)b)[2 * PAIR + 1];
+#define ADD_PAIR(PAIR)                                                                             \
+    {                                                                                              \
+        pairs both = *(const pairs *)(values[key] + column + PAIR * UNIT_OUTPUTS);                 \
+        vector even = even_values(both), odd = odd_values(both);                                   \
+        ADD_PRODUCT(a_even##PAIR, even, first);                                                    \
+        ADD_PRODUCT(a_odd##PAIR, odd, first);                                                      \
+        ADD_PRODUCT(b_even##PAIR, even, second);                                                   \
+        ADD_PRODUCT(b_odd##PAIR, odd, second);                                                     \
+    }
+#define GIVE_PAIR(PAIR)                                                                            \
+    ((vector *)a)[2 * PAIR] = a_even##PAIR, ((vector *)a)[2 * PAIR + 1] = a_odd##PAIR,             \
+    ((vector *)b)[2 * PAIR] = b_even##PAIR, ((vector *)b)[2 * PAIR + 1] = b_odd##PAIR;
+
+/* Adds `column` .. of `count` weighted values to the outputs of two queries. */
+static void add_few(const uint16_t *const *values, int64_t column, int64_t count,
+                    const float *weights, int64_t stride, float *a, float *b)
+{
+    EACH_PAIR(TAKE_PAIR)
+    for (int64_t key = 0; key < count; key++) {
+        const float *weight = weights + key / UNIT_OUTPUTS * stride + key % UNIT_OUTPUTS;
+        vector first = splat(weight[0]), second = splat(weight[UNIT_OUTPUTS]);
+        EACH_PAIR(ADD_PAIR)
+    }
+    EACH_PAIR(GIVE_PAIR)
+}
+
+static void attend_few(const struct queries *queries, const struct places *places, int64_t count,
+                       int64_t visible, int64_t group)
+{
+    int64_t width = queries->width;
+    score_few(queries, places, count);
+    for (int64_t index = 0; index < queries->count; index++) {
+        float correction = weigh(queries, index, least(count, visible + index / group));
+        float *row = queries->outputs + index * width;
+        if (correction != 1.0f)
+            for (int64_t i = 0; i < width; i += LANES) *(vector *)(row + i) *= correction;
+    }
+    for (int64_t index = 0; index < queries->count; index += 2)
+        for (int64_t column = 0; column < width; column += PAIRS_TOGETHER * UNIT_OUTPUTS) {
+            float *row = queries->outputs + index * width + column;
+            add_few(places->values, column, count, queries->scores + index * UNIT_OUTPUTS,
+                    queries->room * UNIT_OUTPUTS, row, row + width);
+        }
+}
+
+/* ---- many queries ---- */
+
 /* One block of `count` keys, of which query i sees `visible` + i / group. */
-static void attend_keys(const struct queries *queries, int64_t count, int64_t visible,
+static void attend_many(const struct queries *queries, int64_t count, int64_t visible,
                         int64_t group)
 {
-    if (queries->count <= FEW_QUERIES)
-        score_few(queries);
-    else
-        score_many(queries);
+    score_many(queries);
     for (int64_t index = 0; index < queries->count; index++) {
         float correction = weigh(queries, index, least(count, visible + index / group));
         if (correction != 1.0f) correct_outputs(queries, index, correction);
@@ -527,15 +635,22 @@ static void attend_keys(const struct queries *queries, int64_t count, int64_t vi
     }
 }
 
+/* The place of value i of a query's output. */
+INLINE int64_t output_place(const struct queries *queries, int64_t index, int64_t i)
+{
+    int64_t start = i / UNIT_OUTPUTS * UNIT_OUTPUTS, inside = i % UNIT_OUTPUTS;
+    if (queries->few)
+        return index * queries->width + start + inside % 2 * LANES + inside / 2;
+    return start * queries->room + index * UNIT_OUTPUTS + inside;
+}
+
 static void give_outputs(const struct attention *job, const struct queries *queries, int64_t row,
                          int64_t kv_head, float *values)
 {
     int64_t size = job->cache.head_dim, group = job->heads / job->cache.kv_heads;
     for (int64_t index = 0; index < queries->count; index++) {
         for (int64_t i = 0; i < size; i++)
-            values[i] = queries->outputs[i / UNIT_OUTPUTS * UNIT_OUTPUTS * queries->room +
-                                         index * UNIT_OUTPUTS + i % UNIT_OUTPUTS] /
-                        queries->totals[index];
+            values[i] = queries->outputs[output_place(queries, index, i)] / queries->totals[index];
         int64_t head = kv_head * group + index % group;
         narrow_values(
             values, job->dtype, size,
@@ -549,12 +664,17 @@ static void attend(const struct attention *job, int64_t request, int64_t kv_head
     int64_t group = job->heads / job->cache.kv_heads, row = job->starts[request] + first;
     int64_t rows = job->starts[request + 1] - job->starts[request];
     int64_t before = job->lengths[request] - rows + first; /* tokens that every query sees */
-    struct queries queries = place_queries(count * group, job->cache.head_dim, scratch);
+    struct queries queries = place_queries(job, count * group, scratch);
     take_queries(job, &queries, row, kv_head, queries.keys);
     for (int64_t start = 0; start < before + count; start += KEYS) {
         int64_t keys = least(KEYS, before + count - start);
-        read_keys(job, &queries, request, kv_head, start, keys);
-        attend_keys(&queries, keys, before + 1 - start, group);
+        if (queries.few) {
+            struct places places = find_keys(job, request, kv_head, start, keys);
+            attend_few(&queries, &places, keys, before + 1 - start, group);
+        } else {
+            read_keys(job, &queries, request, kv_head, start, keys);
+            attend_many(&queries, keys, before + 1 - start, group);
+        }
     }
     give_outputs(job, &queries, row, kv_head, queries.keys);
 }
