@@ -145,7 +145,8 @@ static int64_t parts_of(const struct attention_job *job, int64_t request)
     return (rows + job->tokens - 1) / job->tokens * job->attention->cache.kv_heads;
 }
 
-/* The last tokens of a request come first: they see the most. */
+/* Parts that share keys follow each other, to find them in the cache; of these, the last tokens come
+ * first: they see the most. */
 static void attend_part(const void *context, int64_t part)
 {
     const struct attention_job *job = context;
@@ -153,10 +154,10 @@ static void attend_part(const void *context, int64_t part)
     int64_t request = 0;
     for (; part >= parts_of(job, request); request++) part -= parts_of(job, request);
     int64_t rows = attention->starts[request + 1] - attention->starts[request];
-    int64_t kv_heads = attention->cache.kv_heads;
-    int64_t turn = (parts_of(job, request) - 1 - part) / kv_heads, first = turn * job->tokens;
+    int64_t turns = parts_of(job, request) / attention->cache.kv_heads;
+    int64_t first = (turns - 1 - part % turns) * job->tokens;
     int64_t count = rows - first < job->tokens ? rows - first : job->tokens;
-    job->table->attend(attention, request, part % kv_heads, first, count,
+    job->table->attend(attention, request, part / turns, first, count,
                        job->scratch + share_index() * job->scratch_floats);
 }
 

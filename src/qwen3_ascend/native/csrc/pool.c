@@ -11,6 +11,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 
@@ -130,11 +131,16 @@ static void announce(struct job job, int workers)
     }
 }
 
-/* No worker joins any more, and those that did have left. */
+/* No worker joins any more, and those that did have left. One that takes long may be waiting for a
+ * processor, perhaps this one. */
 static void close_job(void)
 {
     atomic_store(&pool.wanted, 0);
-    while (atomic_load(&pool.busy) > 0) PAUSE();
+    for (int spin = 0; atomic_load(&pool.busy) > 0; spin++)
+        if (spin < SPINS)
+            PAUSE();
+        else
+            sched_yield();
 }
 
 void share_work(work_function work, const void *context, int64_t parts, int threads)
