@@ -158,6 +158,7 @@ class ReferenceBackend(Backend[LayerKV]):
     """See Backend; `dtype` is bfloat16 or float32, and `cache_dtype` may be int8 instead."""
 
     name = "reference"
+    in_place = True
 
     def __init__(
         self, config: Qwen3Config, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
