@@ -60,7 +60,7 @@ class BackgroundCheck:
         self.poll()
 
     def _start(self, threads: int, niceness: int = 0) -> None:
-        """A thread knows the work and not this object, which may be gone before the work is done."""
+        """A thread knows the work and not this object, which may be gone before that is done."""
         for _ in range(threads):
             thread = threading.Thread(target=self._work.run, args=(niceness,), name="hashing")
             thread.start()
