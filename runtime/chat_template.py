@@ -36,8 +36,12 @@ def render_plain(
     switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     try:
         plain = [_plain(message) for message in messages]
-        return _environment().from_string(template).render(
-            messages=plain, tools=None, documents=None, add_generation_prompt=True, **switch
+        return (
+            _environment()
+            .from_string(template)
+            .render(
+                messages=plain, tools=None, documents=None, add_generation_prompt=True, **switch
+            )
         )
     except Exception:  # a template can fail in any way
         return None
