@@ -104,13 +104,13 @@ def _read(folder: Path) -> dict[str, Any] | None:
     return stated
 
 
-def _is_plain(key: str, value: object) -> bool:
+def _is_plain(key: str, value: Any) -> bool:
     if key == "do_sample":
         return isinstance(value, bool)
     if key in IGNORED_KEYS:
-        return value == IGNORED_KEYS[key]
+        return bool(value == IGNORED_KEYS[key])
     kind, least, most = PLAIN_RANGES[key]
-    return type(value) is kind and least <= value <= most
+    return type(value) is kind and bool(least <= value <= most)
 
 
 def _ask_transformers(stated: dict[str, Any], path: Path) -> None:

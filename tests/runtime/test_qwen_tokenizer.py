@@ -80,6 +80,14 @@ def stated(**changes: Any) -> Callable[[Path], object]:
     return change
 
 
+def template_in_config(template: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        (folder / "chat_template.jinja").unlink()
+        config(chat_template=template)(folder)
+
+    return change
+
+
 def surrounding(backend: Backend) -> None:
     number = backend.token_to_id("<|im_start|>")
     assert number is not None
@@ -106,10 +114,8 @@ QWENS: dict[str, Callable[[Path], object]] = {
     "truncation": tokenizer(lambda backend: backend.enable_truncation(7)),
     "padding": tokenizer(lambda backend: backend.enable_padding(length=99, pad_id=0)),
     "vocabulary beside it": file("vocab.json", "{}"),
-    "no template": lambda folder: (folder / "chat_template.jinja").unlink(),
-    "template in the config": lambda folder: (
-        (folder / "chat_template.jinja").unlink(), config(chat_template="{{ messages }}")(folder)
-    ),
+    "no template": template_in_config(None),
+    "template in the config": template_in_config("{{ messages }}"),
 }  # fmt: skip
 
 OTHERS: dict[str, Callable[[Path], object]] = {
@@ -128,10 +134,7 @@ OTHERS: dict[str, Callable[[Path], object]] = {
     "added in a file": file("added_tokens.json", '{"<tool>": 4096}'),
     "special in a file": file("special_tokens_map.json", '{"eos_token": "<|im_start|>"}'),
     "more templates": file("additional_chat_templates/tool_use.jinja", "x"),
-    "several templates": lambda folder: (
-        (folder / "chat_template.jinja").unlink(),
-        config(chat_template=[{"name": "default", "template": "x"}])(folder),
-    ),
+    "several templates": template_in_config([{"name": "default", "template": "x"}]),
     "another normalizer": tokenizer(assign("normalizer", normalizers.NFKC())),
     "no normalizer": tokenizer(assign("normalizer", normalizers.Sequence([]))),
     "another division": tokenizer(assign("pre_tokenizer", pre_tokenizers.ByteLevel())),
@@ -202,7 +205,7 @@ def test_plain_conversations_are_rendered_as_transformers_does(
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     ours = load_tokenizer(folder)
-    switch = {} if thinking is None else {"enable_thinking": thinking}
+    switch: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
     expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, **switch
     )
