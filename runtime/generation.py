@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen3_ascend.errors import ConfigError, RequestError
 from qwen3_ascend.files.json_file import read_json_object
 from qwen3_ascend.runtime.engine.request import SamplingParams
 from qwen3_ascend.runtime.tokenizer import Tokenizer, quiet_transformers
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
 
 FILE_NAME = "generation_config.json"
 
@@ -42,6 +40,18 @@ IGNORED_KEYS = {
 """Keys that change what transformers generates and are not supported here, with what is off."""
 
 
+PLAIN_RANGES = {
+    "temperature": (float, 1e-5, 1e5),
+    "top_p": (float, 1e-5, 1.0),
+    "min_p": (float, 0.0, 1.0),
+    "repetition_penalty": (float, 1e-5, 1e5),
+    "top_k": (int, 1, 1 << 30),
+    "max_new_tokens": (int, 1, 1 << 30),
+}
+"""Types and values that transformers takes without a word. It is asked about others only, because
+importing it takes longer than all else that is left to do before the first token."""
+
+
 def default_params(folder: Path) -> SamplingParams:
     """What a checkpoint's generation_config.json asks for, read as transformers reads it.
 
@@ -57,7 +67,7 @@ def default_params(folder: Path) -> SamplingParams:
     _warn_of_ignored(config, folder)
     params = SamplingParams()
     for key in (*ALWAYS_KEYS, *SAMPLING_KEYS) if _samples(config, folder) else ALWAYS_KEYS:
-        value = getattr(config, key, None)
+        value = config.get(key)
         value = SAMPLING_DEFAULTS.get(key) if value is None else value
         params = params if value is None else _changed(params, key, value, folder)
     return params
@@ -79,39 +89,51 @@ def eos_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(() if number is None else (number,))
 
 
-def _read(folder: Path) -> GenerationConfig | None:
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What the file states of what is known here; ConfigError if transformers cannot use it."""
     path = folder / FILE_NAME
     if not path.is_file():
         return None
     data = read_json_object(path)
     known = ("do_sample", *ALWAYS_KEYS, *SAMPLING_KEYS, *IGNORED_KEYS)
     stated = {key: data[key] for key in known if key in data}
-    for key, value in stated.items():
-        _transformers_config({key: value}, path)
-    return _transformers_config(stated, path)
+    if not all(_is_plain(key, value) for key, value in stated.items()):
+        for key, value in stated.items():
+            _ask_transformers({key: value}, path)
+        _ask_transformers(stated, path)
+    return stated
 
 
-def _transformers_config(stated: dict[str, Any], path: Path) -> GenerationConfig:
+def _is_plain(key: str, value: Any) -> bool:
+    if key == "do_sample":
+        return isinstance(value, bool)
+    if key in IGNORED_KEYS:
+        return bool(value == IGNORED_KEYS[key])
+    kind, least, most = PLAIN_RANGES[key]
+    return type(value) is kind and bool(least <= value <= most)
+
+
+def _ask_transformers(stated: dict[str, Any], path: Path) -> None:
     from transformers import GenerationConfig
 
     try:
         with quiet_transformers():
-            return GenerationConfig.from_dict(stated)
+            GenerationConfig.from_dict(stated)
     except Exception as error:  # whatever a value of the wrong type leads to
         keys, reason = ", ".join(stated), " ".join(str(error).split())
         raise ConfigError(f"{path}: {keys} cannot be used: {reason}") from error
 
 
-def _warn_of_ignored(config: GenerationConfig, folder: Path) -> None:
+def _warn_of_ignored(config: Mapping[str, Any], folder: Path) -> None:
     for key, off in IGNORED_KEYS.items():
-        value = getattr(config, key, None)
+        value = config.get(key)
         if value is not None and value != off:
             line = f"{folder / FILE_NAME}: {key} is {value!r}, which is not supported and ignored"
             warnings.warn(line, stacklevel=4)  # who called load
 
 
-def _samples(config: GenerationConfig, folder: Path) -> bool:
-    value: object = config.do_sample
+def _samples(config: Mapping[str, Any], folder: Path) -> bool:
+    value: object = config.get("do_sample")
     if not isinstance(value, bool | None):
         raise ConfigError(f"{folder / FILE_NAME}: do_sample is {value!r}, not true or false")
     return bool(value)

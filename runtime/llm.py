@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen3_ascend.checkpoint.background import BackgroundCheck
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.errors import RequestError
 from qwen3_ascend.runtime.answer import Answer, Completion, Score, Work
-from qwen3_ascend.runtime.engine.engine import Engine
+from qwen3_ascend.runtime.engine.engine import Engine, Event
 from qwen3_ascend.runtime.engine.request import SamplingParams
 from qwen3_ascend.runtime.tokenizer import Message, NoTokenizer, Tokenizer
 
@@ -30,8 +31,10 @@ class LLM:
         tokenizer: Tokenizer,
         eos_ids: frozenset[int],
         default_params: SamplingParams,
+        check: BackgroundCheck | None = None,
     ) -> None:
-        self._engine = engine
+        """See `load`; `check` is of weights that are used already, None if nothing is checked."""
+        self._engine, self._check = engine, check
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
         self.default_params = default_params
@@ -233,16 +236,41 @@ class LLM:
 
         Returns:
             What has moved. What has ended has a finish_reason, and holds no block any more.
+
+        Raises:
+            CheckpointError: if a weight is found to be damaged; before anything ends that was
+                computed from it.
         """
         moved: list[Work] = []
-        for event in self._engine.step():
+        for event in self._events():
             one = self._open.get(event.request.number)
             if one is not None:
                 one.take(event)
                 moved.append(one)
                 if one.finish_reason:
                     self.abort([one])
+                    self.require_sound_weights()
         return moved
+
+    def require_sound_weights(self) -> None:
+        """Waits until every weight that `load` was to verify is hashed.
+
+        Raises:
+            CheckpointError: naming the tensor whose bytes are not the manifest's.
+        """
+        if self._check is not None:
+            self._check.finish()
+            self._check = None
+
+    def _events(self) -> list[Event]:
+        """Those of a step; what damaged weights make it fail with is that they are damaged."""
+        if self._check is not None:
+            self._check.poll()
+        try:
+            return self._engine.step()
+        except Exception:
+            self.require_sound_weights()
+            raise
 
     def abort(self, work: Sequence[Work]) -> None:
         """Ends answers and scores, finished or not, and frees what they hold."""
@@ -279,7 +307,13 @@ class AnswerStream:
         self._llm.abort([self._answer])
 
     def completion(self) -> Completion:
-        """What was generated so far, or the whole answer once the stream is exhausted."""
+        """What was generated so far, or the whole answer once the stream is exhausted.
+
+        Raises:
+            CheckpointError: for a whole answer if a weight is damaged.
+        """
+        if self._answer.finish_reason:
+            self._llm.require_sound_weights()
         return self._answer.completion()
 
     def _run(self) -> Generator[str, None, None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from typing_extensions import Unpack
 
+from qwen3_ascend.checkpoint.background import BackgroundCheck
 from qwen3_ascend.checkpoint.checked import CheckedWeights
 from qwen3_ascend.checkpoint.companions import CONFIG_NAME
 from qwen3_ascend.checkpoint.reader import CheckpointReader
@@ -39,9 +40,11 @@ def load(
         path: a folder that `qwen3-ascend convert` wrote.
         device: "npu", "cpu", or "auto": an NPU if there is one, else the CPU.
         dtype: type of activations: "auto" (bfloat16), "bfloat16" or "float32" (CPU only).
-        verify: hash every small file first, and every tensor just before it is copied, on all
-            cores; False takes small files that were edited or added as they are, and believes the
-            tensors.
+        verify: hash every small file first, and every tensor. On an NPU a tensor is hashed just
+            before it is copied, on all cores. On a CPU, which uses tensors where they lie, they are
+            hashed beside the work: `load` and the first tokens do not wait for it, but no answer
+            ends before all are hashed. False takes small files that were edited or added as they
+            are, and believes the tensors.
         progress: called with (what, done, total) while layers load and graphs are captured.
         options: the fields of EngineOptions and DeviceOptions (runtime/options.py), which say what
             each is for: block_size, kv_cache_tokens, max_batch, step_tokens, prefix_cache;
@@ -53,7 +56,8 @@ def load(
     Raises:
         OptionError: for an option that does not exist or whose value is not taken; before anything
             is read.
-        CheckpointError: naming the file or tensor that is missing, damaged or changed.
+        CheckpointError: naming the file or tensor that is missing, damaged or changed. On a CPU a
+            changed tensor may be named later, by whatever the LLM is asked to do.
         ConfigError: naming the key of generation_config.json that is wrong.
         DeviceError: if an NPU is asked for and something is missing; says what.
     """
@@ -62,21 +66,26 @@ def load(
     device_options = DeviceOptions(device, dtype, **for_device)
     folder = user_path(path)
     with os_errors(CheckpointError):
-        reader, tokenizer = CheckpointReader(folder, check_files=verify), load_tokenizer(folder)
-        params, stops = default_params(folder), eos_ids(folder, tokenizer)
+        reader = CheckpointReader(folder, check_files=verify)
     if not verify:
         _warn_of_config(reader)
     backend = backends.get(reader.manifest.model, device_options)
-    with os_errors(CheckpointError), _weights(reader, verify) as weights:
-        engine = make_engine(weights, backend, engine_options, progress)
-    return LLM(engine, tokenizer, stops, params)
+    check = BackgroundCheck(reader) if verify and backend.in_place else None
+    with os_errors(CheckpointError):
+        tokenizer = load_tokenizer(folder)
+        params, stops = default_params(folder), eos_ids(folder, tokenizer)
+        with _weights(reader, verify and check is None) as weights:
+            engine = make_engine(weights, backend, engine_options, progress)
+    if check is not None:
+        check.poll()
+    return LLM(engine, tokenizer, stops, params, check)
 
 
 def _weights(
-    reader: CheckpointReader, verify: bool
+    reader: CheckpointReader, first: bool
 ) -> AbstractContextManager[CheckedWeights] | AbstractContextManager[CheckpointReader]:
-    """What the weights are taken from: checked ones, or the files as they are."""
-    return CheckedWeights(reader) if verify else nullcontext(reader)
+    """What the weights are taken from: those that are checked first, or the files as they are."""
+    return CheckedWeights(reader) if first else nullcontext(reader)
 
 
 def _warn_of_config(reader: CheckpointReader) -> None:

@@ -107,11 +107,8 @@ class TransformersTokenizer(Tokenizer):
 
     @override
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the prompt is not valid UTF-8 text: {error.reason}") from error
-        with _naming_the_file(self._folder):
+        refuse_broken_text(text)
+        with naming_the_file(self._folder):
             encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return list(encoded["input_ids"])
 
@@ -225,13 +222,22 @@ class NoTokenizer(Tokenizer):
         )
 
 
+def refuse_broken_text(text: str) -> None:
+    """RequestError for lone surrogates, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not valid UTF-8 text: {error.reason}") from error
+
+
 def has_vocabulary(names: Collection[str]) -> bool:
     """Whether a tokenizer can be made of files of these names."""
     return any(all(name in names for name in needed) for needed in VOCABULARY_FILES)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, through transformers; a `NoTokenizer` if it has none.
+    """The tokenizer of a checkpoint folder, as transformers reads it; a `NoTokenizer` if it has
+    none.
 
     Nothing is downloaded, and no code of the folder is run.
 
@@ -241,10 +247,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     names = [name for names in VOCABULARY_FILES for name in names if (folder / name).is_file()]
     if not has_vocabulary(names):
         return NoTokenizer(folder)
+    from qwen3_ascend.runtime.qwen_tokenizer import qwen_tokenizer
+
+    by_transformers = partial(_by_transformers, folder)
+    return qwen_tokenizer(folder, by_transformers) or by_transformers()
+
+
+def _by_transformers(folder: Path) -> Tokenizer:
+    """The tokenizer that transformers makes of a folder's files."""
     from transformers import AutoTokenizer
 
     config = _config(folder)
-    with _naming_the_file(folder), quiet_transformers():
+    with naming_the_file(folder), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), config=config, local_files_only=True, trust_remote_code=False
         )
@@ -265,7 +279,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _naming_the_file(folder: Path) -> Iterator[None]:
+def naming_the_file(folder: Path) -> Iterator[None]:
     """Turns what transformers and tokenizers raise into a CheckpointError that names the file."""
     try:
         yield

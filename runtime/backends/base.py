@@ -140,12 +140,15 @@ class Backend(Protocol[Cache]):
         dtype: of activations and the cache.
         runs_ahead: whether a step may be given to it before the tokens of the last one are read,
             because it computes on its own.
+        in_place: whether it may compute with weights where they lie in the mapped files, so that
+            there is no copy before which they could be checked.
     """
 
     name: str
     device: torch.device
     dtype: torch.dtype
     runs_ahead: bool = False
+    in_place: bool = False
 
     def upload(self, tensor: Tensor) -> Tensor:
         """A plain weight (norm, embedding) on the device, in the compute type."""

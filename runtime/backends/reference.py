@@ -48,7 +48,7 @@ from qwen3_ascend.runtime.backends.base import (
     static_input_of,
 )
 from qwen3_ascend.runtime.backends.cache import SCALE, LayerKV, bytes_per_token, cache_shape
-from qwen3_ascend.runtime.backends.rotary import rotary_tables
+from qwen3_ascend.runtime.backends.rotary import inverse_frequencies, rotary_rows
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 
 CACHE_SHARE = 4
@@ -158,6 +158,7 @@ class ReferenceBackend(Backend[LayerKV]):
     """See Backend; `dtype` is bfloat16 or float32, and `cache_dtype` may be int8 instead."""
 
     name = "reference"
+    in_place = True
 
     def __init__(
         self, config: Qwen3Config, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
@@ -203,19 +204,21 @@ class ReferenceBackend(Backend[LayerKV]):
     @override
     def open_step(self, step: StepInputs) -> DeviceStep:
         """Cosines and sines are rounded to the compute type, as a device's tables are, and
-        computed with in float32."""
-        cos, sin = self._tables
+        computed with in float32. There is no table: a step needs few positions, and the context
+        has many."""
+        factor = self.config.rope.attention_factor
+        cos, sin = (
+            rows.to(self.dtype).float().unsqueeze(1)
+            for rows in rotary_rows(step.positions, self._frequencies, factor)
+        )
         if step.carried is not None:
             step = dataclasses.replace(step, tokens=step.tokens.clone())
             step.fill_in(step.tokens)
-        return DeviceStep(
-            step, cos[step.positions].unsqueeze(1).float(), sin[step.positions].unsqueeze(1).float()
-        )
+        return DeviceStep(step, cos, sin)
 
     @functools.cached_property
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        cos, sin = rotary_tables(self.config)
-        return cos.to(self.dtype), sin.to(self.dtype)
+    def _frequencies(self) -> Tensor:
+        return inverse_frequencies(self.config.rope, self.config.head_dim)
 
     @override
     def runner(self, forward: DeviceForward, bounds: StepBounds, progress: Progress) -> Forward:

@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies, and the tables of cosines and sines."""
+"""Rotary position embedding: frequencies, and the cosines and sines of positions."""
 
 from __future__ import annotations
 
@@ -40,9 +40,21 @@ def _correction_range(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
 
 
 def rotary_tables(config: Qwen3Config) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, float32 [context, head_dim], halves repeated."""
+    """Cosines and sines of every position, float32 [context, head_dim]; see `rotary_rows`."""
     frequencies = inverse_frequencies(config.rope, config.head_dim)
-    angles = torch.outer(torch.arange(config.context_length).float(), frequencies)
+    return rotary_rows(
+        torch.arange(config.context_length), frequencies, config.rope.attention_factor
+    )
+
+
+def rotary_rows(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of some positions, float32 [T, head_dim], halves repeated.
+
+    Args:
+        positions: integers [T].
+        frequencies: of `inverse_frequencies`, [head_dim / 2].
+        factor: by which yarn scales attention; 1 without it.
+    """
+    angles = torch.outer(positions.float(), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
-    factor = config.rope.attention_factor
     return angles.cos() * factor, angles.sin() * factor

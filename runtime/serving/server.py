@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
-from qwen3_ascend.errors import OptionError, os_errors
+from qwen3_ascend.errors import OptionError, UserError, os_errors
 from qwen3_ascend.files.paths import user_path
 from qwen3_ascend.runtime.llm import LLM
 from qwen3_ascend.runtime.options import ServeOptions
@@ -92,7 +93,7 @@ class Server:
 
         Raises:
             OptionError: if somebody else listens there by now.
-            SystemExit: in the end, if the engine has failed; its traceback is on standard error.
+            SystemExit: in the end, if the engine has failed; why is on standard error.
         """
         with os_errors(OptionError):
             self._bound.listen(BACKLOG)
@@ -122,6 +123,9 @@ class Server:
         """Whether the engine has failed. Clients are told so for as long as the server is there."""
         try:
             self._engine.run()
+        except UserError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            return True
         except Exception as error:
             traceback.print_exception(error)
             return True

@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen3_ascend import native
 from qwen3_ascend.checkpoint.layout import nz_pack
 from qwen3_ascend.native import Epilogue, Products
-from qwen3_ascend.native.products import INSTRUCTIONS, SATURATES
+from qwen3_ascend.native.products import INSTRUCTIONS
 
 SIZES = [
     (1, 1),
@@ -51,17 +51,13 @@ def draw(least: int, *shape: int, seed: int = 0) -> Tensor:
     return torch.randint(least, 128, shape, generator=generator).to(torch.int8)
 
 
-def weight_of(products: Products, outputs: int, inputs: int) -> Tensor:
-    return draw(-127 if products.instructions == SATURATES else -128, outputs, inputs)
-
-
 def strips_of(weight: Tensor) -> Tensor:
     return nz_pack(weight.t())
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sums_are_exact(products: Products, size: tuple[int, int]) -> None:
-    weight = weight_of(products, *size)
+    weight = draw(-128, *size)
     strips = strips_of(weight)
     for rows in ROWS if size[1] < 300 else (1, 2, 12, 13):
         codes = draw(-128, rows, size[1], seed=rows)
@@ -74,14 +70,24 @@ def test_the_largest_sums(products: Products) -> None:
     size, signs = (33, 1003), torch.tensor([127, -128, -127], dtype=torch.int8)
     for extreme in (127, -127, -128):
         weight = torch.full(size, extreme, dtype=torch.int8)
-        if not products.takes(strips_of(weight)):
-            assert products.instructions == SATURATES
-            assert extreme == -128
-            continue
         for rows in (1, 3):
             codes = signs[:rows, None].expand(rows, size[1]).contiguous()
             expected = codes.long() @ weight.long().t()
             assert torch.equal(products.of(strips_of(weight), size)(codes).long(), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 200])
+@pytest.mark.parametrize("place", [(0, 0), (31, 299), (40, 150), (69, 3)], ids=str)
+def test_one_weight_of_the_least_value(
+    products: Products, place: tuple[int, int], rows: int
+) -> None:
+    """Which saturates in some instructions, wherever it stands: before and behind a tile's end."""
+    size = (70, 300)
+    weight, codes = draw(-127, *size), draw(-128, rows, size[1], seed=rows)
+    weight[place] = -128
+    codes[:, place[1]] = -128
+    expected = codes.long() @ weight.long().t()
+    assert torch.equal(products.of(strips_of(weight), size)(codes).long(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,7 +95,7 @@ def test_every_epilogue(products: Products, dtype: torch.dtype) -> None:
     """Bit by bit: torch's float32 steps in the stated order."""
     generator = torch.Generator().manual_seed(0)
     size, rows = (77, 50), 14
-    weight, codes = weight_of(products, *size), draw(-128, rows, size[1], seed=1)
+    weight, codes = draw(-128, *size), draw(-128, rows, size[1], seed=1)
     exact = codes.long() @ weight.long().t()
     row_scales, output_scales = torch.rand(rows), torch.rand(size[0]) - 0.5
     added = torch.randint(-(1 << 20), 1 << 20, (size[0],), generator=generator).int()
@@ -113,7 +119,7 @@ def test_every_epilogue(products: Products, dtype: torch.dtype) -> None:
 
 def test_rows_that_are_strided_and_strips_that_are_not_aligned(products: Products) -> None:
     size = (40, 48)
-    weight, codes = weight_of(products, *size), draw(-128, 6, 100)[:, 5:53]
+    weight, codes = draw(-128, *size), draw(-128, 6, 100)[:, 5:53]
     strips = strips_of(weight)
     shifted = torch.empty(strips.numel() + 1, dtype=torch.int8)[1:].view(strips.shape)
     shifted.copy_(strips)
@@ -124,14 +130,14 @@ def test_rows_that_are_strided_and_strips_that_are_not_aligned(products: Product
 
 
 def test_no_rows(products: Products) -> None:
-    weight = weight_of(products, 8, 16)
+    weight = draw(-128, 8, 16)
     found = products.of(strips_of(weight), (8, 16))(torch.empty(0, 16, dtype=torch.int8))
     assert found.shape == (0, 8)
 
 
 def test_the_number_of_threads_changes_nothing(products: Products) -> None:
     size = (700, 129)
-    weight, codes = weight_of(products, *size), draw(-128, 150, size[1])
+    weight, codes = draw(-128, *size), draw(-128, 150, size[1])
     expected = codes.long() @ weight.long().t()
     before = torch.get_num_threads()
     try:

@@ -1,15 +1,19 @@
-"""Loading trusts nothing: a changed byte is named before the first token."""
+"""Loading trusts nothing: a changed byte is named before an answer ends."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from support.command_line import run
 from support.folders import flip_a_byte
 
 from qwen3_ascend import SamplingParams, load
+from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.runtime.engine.engine import Engine
 
 NAME = "model.layers.2.mlp.down_proj.weight"
 
@@ -17,9 +21,94 @@ NAME = "model.layers.2.mlp.down_proj.weight"
 def test_a_flipped_byte_is_named(w8a8_copy: Path) -> None:
     flip_a_byte(w8a8_copy, NAME)
     with pytest.raises(CheckpointError, match=f"tensor {NAME} in ascend-00001.*differ"):
-        load(w8a8_copy)
+        load(w8a8_copy).generate("x", SamplingParams(max_new_tokens=1))
     done = run("generate", w8a8_copy, "--prompt", "x")
-    assert done.code == 1 and done.err.startswith("Error:") and NAME in done.err
+    last = done.err.splitlines()[-1]
+    assert done.code == 1 and last.startswith("Error:") and NAME in last
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing is hashed before it is set."""
+    opened, hash_now = threading.Event(), CheckpointReader.blake3
+
+    def wait(reader: CheckpointReader, name: str, file: str) -> str:
+        assert opened.wait(60)
+        return hash_now(reader, name, file)
+
+    monkeypatch.setattr(CheckpointReader, "blake3", wait)
+    return opened
+
+
+QUESTION = "What does river mean?"
+GREEDY = SamplingParams(max_new_tokens=8)
+
+
+def test_on_a_cpu_tokens_do_not_wait_but_the_end_does(
+    w8a8_copy: Path, gate: threading.Event
+) -> None:
+    believed = load(w8a8_copy, verify=False).generate(QUESTION, GREEDY)
+    llm = load(w8a8_copy)
+    stream = llm.stream(QUESTION, GREEDY)
+    assert next(stream) and not gate.is_set()
+    answers: list[object] = []
+    rest = threading.Thread(target=lambda: answers.extend([[*stream], stream.completion()]))
+    rest.start()
+    rest.join(0.5)
+    assert rest.is_alive() and not answers
+    gate.set()
+    rest.join(60)
+    assert answers[1] == believed[0]
+    assert llm.generate(QUESTION, GREEDY) == believed
+
+
+def test_no_answer_ends_that_a_changed_byte_was_used_for(
+    w8a8_copy: Path, gate: threading.Event
+) -> None:
+    flip_a_byte(w8a8_copy, NAME)
+    llm = load(w8a8_copy)
+    stream = llm.stream(QUESTION, GREEDY)
+    next(stream)
+    threading.Timer(0.1, gate.set).start()
+    with pytest.raises(CheckpointError, match=NAME):
+        list(stream)
+    if stream._answer.finish_reason:
+        with pytest.raises(CheckpointError, match=NAME):
+            stream.completion()
+    for ask in (
+        lambda: llm.generate(QUESTION, GREEDY),
+        lambda: llm.logits([1, 2, 3]),
+        lambda: list(llm.stream(QUESTION, GREEDY)),
+    ):
+        with pytest.raises(CheckpointError, match=NAME):
+            ask()
+
+
+def test_logits_wait_too(w8a8_copy: Path, gate: threading.Event) -> None:
+    flip_a_byte(w8a8_copy, NAME)
+    llm = load(w8a8_copy)
+    threading.Timer(0.1, gate.set).start()
+    with pytest.raises(CheckpointError, match=NAME):
+        llm.logits([1, 2, 3])
+
+
+def test_what_a_changed_byte_makes_fail_is_the_changed_byte(
+    w8a8_copy: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as logits that are no numbers, which nothing can be drawn from."""
+
+    def fail(engine: Engine) -> NoReturn:
+        raise AssertionError("no token")
+
+    sound = load(w8a8_copy, verify=False)
+    flip_a_byte(w8a8_copy, NAME)
+    llm = load(w8a8_copy)
+    monkeypatch.setattr(Engine, "step", fail)
+    threading.Timer(0.1, gate.set).start()
+    with pytest.raises(CheckpointError, match=NAME):
+        llm.generate(QUESTION)
+    with pytest.raises(AssertionError, match="no token"):
+        sound.generate(QUESTION)
 
 
 def test_checking_can_be_left_out(w8a8_copy: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from support.command_line import run
@@ -14,6 +16,7 @@ from support.http_client import JSON, connection, get, post
 from support.openai_server import server_program
 
 from qwen3_ascend import load
+from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.runtime.options import ServeOptions
 from qwen3_ascend.runtime.serving.server import Server, open_socket, url_of
 
@@ -112,23 +115,40 @@ def test_a_stream_that_nobody_reads_holds_nobody_up(tiny_w8a8: Path) -> None:
             assert code == 0
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ZeroDivisionError("x"), r"Traceback(.|\n)*\nZeroDivisionError: x\n"),
+        (CheckpointError("tensor x: its bytes differ"), "Error: tensor x: its bytes differ\n"),
+    ],
+)
 def test_an_engine_that_has_failed_is_an_exit_code(
-    tiny_w8a8: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    error: Exception,
+    said: str,
+    tiny_w8a8: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """Of what the user can mend, such as a damaged checkpoint, one line says why."""
     llm, options = load(tiny_w8a8, block_size=16, kv_cache_tokens=512), ServeOptions(port=0)
-    monkeypatch.setattr(llm, "step", lambda: 1 // 0)
+
+    def fail() -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(llm, "step", fail)
     with open_socket(options) as bound:
         server = Server(llm, "tiny", bound, options)
 
         def fail_and_stop() -> None:
-            assert post(url_of(bound), "/v1/completions", {"prompt": "a"}).status == 503
+            reply = post(url_of(bound), "/v1/completions", {"prompt": "a"})
+            assert reply.status == 503 and str(error) in str(reply.json)
             server.stop()
 
         client = threading.Thread(target=fail_and_stop)
         with pytest.raises(SystemExit) as end:
             server.run(client.start)
         client.join()
-    assert end.value.code == 1 and "ZeroDivisionError" in capfd.readouterr().err
+    assert end.value.code == 1 and re.fullmatch(said, capfd.readouterr().err)
 
 
 def test_an_address_that_cannot_be_had(tiny_w8a8: Path) -> None:

@@ -67,7 +67,7 @@ class StaticInt8Linear:
 
 class UnpackedInt8Linear(ReferenceInt8Linear):
     """w8a8 by the fastest exact product that torch has, whose form is another copy of the codes:
-    where the kernels were not compiled, and for what they cannot read as it lies."""
+    where the kernels were not compiled, and for layouts that they do not read."""
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         super().__init__(linear, dtype)
@@ -107,8 +107,7 @@ def products_for(linear: Linear) -> Products | None:
     """The kernels that read a stored int8 weight as it lies, if there are such."""
     if linear.layout != NZ or not linear.weight.is_contiguous():
         return None
-    found = native.products()
-    return found if found and found.takes(linear.weight) else None
+    return native.products()
 
 
 def load_int8(linear: Linear, dtype: torch.dtype) -> DeviceLinear:

@@ -97,10 +97,7 @@ class CheckedWeights:
             self._begin()
         stored = self._stored[name]
         if self._hashes[name].result() != stored.blake3:
-            raise CheckpointError(
-                f"{self._reader.folder}: tensor {name} in {stored.file}: its bytes differ from "
-                f"the manifest"
-            )
+            raise difference(self._reader, name)
         self._sound.add(name)
         self._ahead -= stored.nbytes
         self._look_ahead()
@@ -114,6 +111,14 @@ class CheckedWeights:
         stored = self._stored[name]
         self._ahead += stored.nbytes
         self._hashes[name] = self._pool.submit(self._reader.blake3, name, stored.file)
+
+
+def difference(reader: CheckpointReader, name: str) -> CheckpointError:
+    """What to say of a stored tensor whose hash is another."""
+    file = reader.manifest.stored()[name].file
+    return CheckpointError(
+        f"{reader.folder}: tensor {name} in {file}: its bytes differ from the manifest"
+    )
 
 
 def in_order_of_use(reader: CheckpointReader) -> list[str]:

@@ -1,12 +1,15 @@
-"""What other libraries read from the environment, once, when they are imported.
+"""What the command line does about the libraries that it imports.
 
-They offer no other way to say it, so the command line says it here, before it imports any of them.
-What the user has set stays.
+Some read settings from the environment, once, when they are imported, and offer no other way to say
+it, so it is said here, before any of them is imported. What the user has set stays.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SETTINGS = {
     # torch would import torch_npu by itself and fail with a traceback where CANN is not set up;
@@ -24,3 +27,19 @@ def settle_libraries() -> None:
     """Sets what the user has not set."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def nothing_is_garbage() -> Iterator[None]:
+    """For a block that imports and loads what stays until the process ends.
+
+    Python looks for garbage whenever many objects are made, and goes through all of them. An import
+    of torch makes half a million: a tenth of its time, and as much again whenever all are looked at
+    later, which they are not either.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen3_ascend.cli.environment import nothing_is_garbage
 from qwen3_ascend.cli.options import UserPath, given, options_of
 from qwen3_ascend.cli.terminal import step_bar, to_stderr
 from qwen3_ascend.errors import OptionError, os_errors
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
 @click.option(
     "--verify/--no-verify",
     default=True,
-    help="Hash every tensor before it is copied (default), or believe the files.",
+    help="Hash every tensor (default), or believe the files. A CPU hashes beside the work, and "
+    "ends no answer before all is hashed; an NPU before it copies.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Only the answer: no speed, no progress bar.")
 def generate(
@@ -135,10 +137,10 @@ def load_shown(
     checkpoint: Path, verify: bool, quiet: bool, engine: dict[str, Any], device: dict[str, Any]
 ) -> tuple[LLM, str]:
     """The model, and a line about it that is not shown before the request is accepted."""
-    from qwen3_ascend.runtime import load
-
+    with nothing_is_garbage():
+        from qwen3_ascend.runtime import load
     started = time.perf_counter()
-    with step_bar(quiet) as show:
+    with step_bar(quiet) as show, nothing_is_garbage():
         llm = load(checkpoint, verify=verify, progress=show, **engine, **device)
     return llm, f"loaded {checkpoint} in {time.perf_counter() - started:.1f} s"
 

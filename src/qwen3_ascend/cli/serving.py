@@ -20,7 +20,8 @@ from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions, ServeOpti
 @click.option(
     "--verify/--no-verify",
     default=True,
-    help="Hash every tensor before it is copied (default), or believe the files.",
+    help="Hash every tensor (default), or believe the files. A CPU hashes beside the work, and "
+    "ends no answer before all is hashed; an NPU before it copies.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar, and nothing but errors.")
 def serve(checkpoint: Path, verify: bool, quiet: bool, **values: Any) -> None:

@@ -121,11 +121,17 @@ def open_library(path: str | None = None) -> Library:
     raise NativeUnavailable(f"this processor has no {wanted}")
 
 
+@functools.cache
+def _mapped(file: Path) -> ctypes.CDLL:
+    """The system maps a library once; so does this, since every linear of a model asks."""
+    return ctypes.CDLL(str(file))
+
+
 def _open_file(file: Path) -> ctypes.CDLL:
     if not file.exists():
         raise NativeUnavailable("not compiled: no C compiler when the package was built")
     try:
-        handle = ctypes.CDLL(str(file))
+        handle = _mapped(file)
         abi = int(handle.qwen3_ascend_abi())
     except (OSError, AttributeError) as error:
         raise NativeUnavailable(f"{file.name} does not load: {error}") from error

@@ -26,9 +26,6 @@ BEST = ("avx512_vnni", "avx_vnni", "dotprod", "avx2", "plain")
 OF_PATH = {"baseline": ("plain",), "avx2": ("avx2",), "avx512": ("avx512_vnni", "avx2")}
 """What is tried, in order: on any processor, and where $QWEN3_ASCEND_CPU names a path."""
 
-SATURATES = "avx2"
-"""Adds two products in 16 bits, which hold them unless a weight is -128: see `Products.takes`."""
-
 MOST_BLOCK_ROWS = 12
 """Of the kernels' largest block of rows, up to which packed activations may be padded."""
 
@@ -67,10 +64,6 @@ class Products:
 
     library: Library
     instructions: str
-
-    def takes(self, strips: Tensor) -> bool:
-        """Whether the product with such weights, int8, is exact; reads them only if need be."""
-        return self.instructions != SATURATES or int(strips.amin()) > -128
 
     def of(
         self, strips: Tensor, shape: tuple[int, int], epilogue: Epilogue | None = None

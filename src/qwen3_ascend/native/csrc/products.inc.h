@@ -5,7 +5,9 @@
  *     FLIPPED                 whether DOT takes weights that are 128 too large, as unsigned bytes
  *     DOT(sums, weights, x)   adds to each int32 the product of a quad of weights and one of x
  *     interleave              four rows of a strip to quads, in the order of the outputs
- *     MICRO_ROWS              rows of the largest block
+ *     BLOCK_ROWS              rows of the largest block
+ *     NOTE_LEAST(made)        where DOT is not exact for weights of -128: looks for them in a quad,
+ *                             declared with IS_LEAST, which says whether there was one
  *
  * Sums of integers are exact in any order, so every path finds the same.
  */
@@ -82,36 +84,52 @@ static void store_sums(const struct int8_product *product, int32_t *sums, int64_
             store_row(product, sums + i * STRIP_ROWS, row + i, output, left);
 }
 
+/* ---- weights of -128, which some instructions cannot multiply ---- */
+
+#ifndef NOTE_LEAST
+#define NOTE_LEAST(made) ((void)0)
+#define DECLARE_LEAST
+#define IS_LEAST 0
+#endif
+
 /* ---- one row: quads are made in registers ---- */
 
 /* Far enough ahead for memory. */
 enum { PREFETCH_BYTES = 2048 };
 
-static void multiply_row(const int8_t *strip, int64_t quads, const int32_t *x, int32_t *sums)
+/* Whether a weight of the strip cannot be multiplied so. */
+static int multiply_row(const int8_t *strip, int64_t quads, const int32_t *x, int32_t *sums)
 {
     narrow totals[NARROWS], made[NARROWS];
+    DECLARE_LEAST
     for (int part = 0; part < NARROWS; part++) totals[part] = ((const narrow *)sums)[part];
     for (int64_t i = 0; i < quads; i++, strip += STRIP_QUAD_BYTES) {
         __builtin_prefetch(strip + PREFETCH_BYTES);
         __builtin_prefetch(strip + PREFETCH_BYTES + STRIP_QUAD_BYTES / 2);
         narrow each = (narrow){0} + x[i];
         interleave(strip, made);
+        NOTE_LEAST(made);
         for (int part = 0; part < NARROWS; part++) NARROW_DOT(totals[part], made[part], each);
     }
     for (int part = 0; part < NARROWS; part++) ((narrow *)sums)[part] = totals[part];
+    return IS_LEAST;
 }
 
 /* ---- several rows: quads are made once, and lie in a tile [PANELS][quads][PANEL_BYTES] ---- */
 
-static void make_tile(const int8_t *strip, int64_t quads, uint8_t *tile)
+/* Whether one of its weights cannot be multiplied so. */
+static int make_tile(const int8_t *strip, int64_t quads, uint8_t *tile)
 {
     narrow made[NARROWS];
+    DECLARE_LEAST
     for (int64_t i = 0; i < quads; i++, strip += STRIP_QUAD_BYTES) {
         interleave(strip, made);
+        NOTE_LEAST(made);
         for (int panel = 0; panel < PANELS; panel++)
             memcpy(tile + (panel * quads + i) * PANEL_BYTES,
                    (const uint8_t *)made + panel * PANEL_BYTES, PANEL_BYTES);
     }
+    return IS_LEAST;
 }
 
 #define SUMS_OF(row) ((vector *)(sums + row * STRIP_ROWS))
@@ -145,15 +163,16 @@ typedef void (*multiply_block)(const uint8_t *panel, int64_t quads, const int32_
 DEFINE_BLOCKS
 static const multiply_block multiply[MOST_BLOCK_ROWS + 1] = {NAME_BLOCKS};
 
-/* Rows `row` .. of one strip, from the inputs of all tiles. */
-static void multiply_rows(const struct int8_product *product, struct packed_rows packed,
+/* Rows `row` .. of one strip, from the inputs of all tiles; whether a weight of it cannot be
+ * multiplied so. */
+static int multiply_rows(const struct int8_product *product, struct packed_rows packed,
                           int64_t row, int64_t rows, const int8_t *strip, int32_t *sums)
 {
     uint8_t tile[TILE_INPUTS * STRIP_ROWS] __attribute__((aligned(64)));
     int64_t quads = padded_inputs(product->inputs) / QUAD;
     for (int64_t start = 0; start < quads; start += TILE_INPUTS / QUAD) {
         int64_t count = quads - start < TILE_INPUTS / QUAD ? quads - start : TILE_INPUTS / QUAD;
-        make_tile(strip + start * STRIP_QUAD_BYTES, count, tile);
+        if (make_tile(strip + start * STRIP_QUAD_BYTES, count, tile)) return 1;
         for (int64_t done = 0; done < rows;) {
             int64_t block = block_of(product->rows - row - done, BLOCK_ROWS);
             const int32_t *x = packed.quads + (row + done) * quads + start * block;
@@ -163,6 +182,7 @@ static void multiply_rows(const struct int8_product *product, struct packed_rows
             done += block;
         }
     }
+    return 0;
 }
 
 static void multiply_strips(const struct int8_product *product, struct packed_rows packed,
@@ -175,12 +195,15 @@ static void multiply_strips(const struct int8_product *product, struct packed_ro
             int64_t left = product->rows - row, rows = left < TILE_ROWS ? left : TILE_ROWS;
             for (int64_t i = 0; i < rows * STRIP_ROWS; i++)
                 sums[i] = packed.corrections[row + i / STRIP_ROWS];
-            if (product->rows == 1)
-                multiply_row(product->strips + strip * strip_bytes, strip_bytes / STRIP_QUAD_BYTES,
-                             packed.quads, sums);
-            else
-                multiply_rows(product, packed, row, rows, product->strips + strip * strip_bytes,
-                              sums);
+            const int8_t *weights = product->strips + strip * strip_bytes;
+            int is_inexact =
+                product->rows == 1
+                    ? multiply_row(weights, strip_bytes / STRIP_QUAD_BYTES, packed.quads, sums)
+                    : multiply_rows(product, packed, row, rows, weights, sums);
+            if (is_inexact) { /* the first rows say so: nothing of the strip is stored yet */
+                products_plain.strips(product, packed, strip, strip + 1);
+                break;
+            }
             store_sums(product, sums, row, rows, strip);
         }
 }
