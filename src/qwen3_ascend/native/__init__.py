@@ -8,6 +8,13 @@ Both have the same methods (see `Kernels`) and write the same bytes.
 from __future__ import annotations
 
 from qwen3_ascend.native.fallback import TorchKernels
+from qwen3_ascend.native.floats import (
+    FloatProducts,
+    StoredWeight,
+    float_products,
+    stored_codes,
+    stored_runs,
+)
 from qwen3_ascend.native.kernels import Kernels, NativeKernels, NotFinite
 from qwen3_ascend.native.library import NativeUnavailable, open_library
 from qwen3_ascend.native.products import Epilogue, Products, products
@@ -15,6 +22,7 @@ from qwen3_ascend.native.rows import Rows, RowStep
 
 __all__ = [
     "Epilogue",
+    "FloatProducts",
     "Kernels",
     "NativeKernels",
     "NativeUnavailable",
@@ -22,12 +30,16 @@ __all__ = [
     "Products",
     "RowStep",
     "Rows",
+    "StoredWeight",
     "TorchKernels",
     "best",
     "describe",
+    "float_products",
     "load",
     "open_library",
     "products",
+    "stored_codes",
+    "stored_runs",
 ]
 
 

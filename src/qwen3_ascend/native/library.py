@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-ABI = 8
+ABI = 9
 LIBRARY = Path(__file__).with_name("_kernels.so")
 PATHS = {"baseline": 0, "avx2": 1, "avx512": 2}
 
@@ -20,6 +20,8 @@ _MATRIX = [_INT, _POINTER, _LONG, _LONG, _LONG]  # dtype, data, rows, columns, r
 _STEPS = [_POINTER, _LONG, _POINTER]  # steps, how many, scratch
 _ROTATION = [_POINTER, _LONG, _LONG, ctypes.c_float]  # base, size, order, factor
 _FLOATS = _MATRIX[1:]  # the same of float32
+# dtype of rows, rows, how many, row stride; scratch; bias; result and its dtype
+_ROWS = [_INT, _POINTER, _LONG, _LONG, *[_POINTER] * 3, _INT]
 _SIGNATURES: dict[str, list[type]] = {
     "find_not_finite": [_INT, *_MATRIX, _POINTER],
     "quantize_w8a8_nz": [_INT, *_MATRIX, *_STEPS, *[_POINTER] * 5],
@@ -48,6 +50,11 @@ _SIGNATURES: dict[str, list[type]] = {
         *[_POINTER] * 6,
         _INT,
     ],
+    "has_float_path": [_INT],
+    # path, threads; weight, outputs, inputs, output stride, run stride; ROWS
+    "float_product": [_INT, _INT, _POINTER, *[_LONG] * 4, *_ROWS],
+    # path, threads; weight, outputs, inputs; ROWS
+    "code_product": [_INT, _INT, _POINTER, *[_LONG] * 2, *_ROWS],
 }
 
 
@@ -61,6 +68,22 @@ class Step(ctypes.Structure):
         ("size", _LONG),
         ("order", _LONG),
         ("factor", ctypes.c_float),
+    )
+
+
+class StoredCodes(ctypes.Structure):
+    """`struct stored_codes` of csrc/floats.h."""
+
+    _fields_ = (
+        ("data", _POINTER),
+        ("bits", _INT),
+        ("stored_outputs", _LONG),
+        ("strip_outputs", _LONG),
+        ("strip_stride", _LONG),
+        ("input_stride", _LONG),
+        ("scales", _POINTER),
+        ("offsets", _POINTER),
+        ("group", _LONG),
     )
 
 

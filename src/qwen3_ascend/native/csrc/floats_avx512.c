@@ -14,6 +14,7 @@
 #define NARROW_BYTES 32
 #define ADD_PRODUCT(sum, a, b) sum = _mm512_fmadd_ps(a, b, sum)
 #define ADD_NARROW(sum, a, b) sum = _mm256_fmadd_ps(a, b, sum)
+#include "codes_avx512.h"
 #define BLOCK_ROWS 12
 #define DEFINE_BLOCKS                                                                              \
     DEFINE_BLOCK(1) DEFINE_BLOCK(2) DEFINE_BLOCK(4) DEFINE_BLOCK(8) DEFINE_BLOCK(12)
