@@ -4,10 +4,10 @@
     weight = native.stored_runs(tensor, (outputs, inputs))
     y = products.multiply(weight, x, torch.bfloat16)
 
-The kernels read a checkpoint where it lies, in a mapped file; csrc/floats.h says how. Sums are in
-float32, and rounded once to the type of the result. Many rows of bfloat16 are multiplied in pairs
-where a processor can: then what codes stand for is rounded to bfloat16 as well, and numbers below
-2^-126 are zero.
+The kernels read a checkpoint where it lies, in a mapped file; csrc/floats.h says how. What codes
+under scales stand for is exact beside float32 activations, and rounded to bfloat16 beside those.
+Sums are in float32, and rounded once to the type of the result. Many rows of bfloat16 are
+multiplied in pairs where a processor can: there numbers below 2^-126 are zero.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def stored_codes(
     for each in shared:
         _check("scales and offsets", each, torch.bfloat16, groups)
     pointers = (None if each is None else each.data_ptr() for each in (scales, offsets))
-    codes = StoredCodes(weight.data_ptr(), bits, *lies, *pointers, group)
+    codes = StoredCodes(weight.data_ptr(), bits, *lies, *pointers, group, 0)
     place = (ctypes.byref(codes), outputs, inputs)
     return StoredWeight(shape, "code_product", place, (weight, *shared))
 

@@ -84,6 +84,7 @@ class StoredCodes(ctypes.Structure):
         ("scales", _POINTER),
         ("offsets", _POINTER),
         ("group", _LONG),
+        ("rounded", _INT),
     )
 
 

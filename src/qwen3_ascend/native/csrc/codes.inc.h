@@ -7,6 +7,7 @@
  */
 
 typedef int32_t integers_of_lanes __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef uint32_t words_of_lanes __attribute__((vector_size(VECTOR_BYTES), may_alias));
 
 /* Outputs of codes that are computed together for few rows. */
 enum { CODE_VECTORS = 4, CODE_OUTPUTS = CODE_VECTORS * LANES };
@@ -36,6 +37,16 @@ INLINE vector widen_codes(const uint8_t *from, int bits)
     integers_of_lanes codes = READ_INT4(from);
     return __builtin_convertvector(codes, vector);
 }
+
+#ifndef ROUND_TO_BF16
+#define ROUND_TO_BF16 round_to_bf16
+/* Half to even. */
+INLINE vector round_to_bf16(vector values)
+{
+    words_of_lanes bits = (words_of_lanes)values;
+    return (vector)((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
+}
+#endif
 
 /* What the codes of LANES outputs of a group are multiplied with, and what is added then. */
 struct group_scales {
@@ -73,11 +84,17 @@ INLINE int64_t end_of_group(const struct float_product *product, int64_t input)
     return least((input / group + 1) * group, product->inputs);
 }
 
-INLINE vector weights_of(const uint8_t *from, int bits, struct group_scales scales)
+/* How codes are read; constants, where it is inlined. */
+struct code_form {
+    int bits;
+    int rounded; /* what they stand for, to bfloat16 */
+};
+
+INLINE vector weights_of(const uint8_t *from, struct code_form form, struct group_scales scales)
 {
     vector weights = scales.shift;
-    ADD_PRODUCT(weights, widen_codes(from, bits), scales.scale);
-    return weights;
+    ADD_PRODUCT(weights, widen_codes(from, form.bits), scales.scale);
+    return form.rounded ? ROUND_TO_BF16(weights) : weights;
 }
 
 /* ---- few rows ---- */
@@ -94,8 +111,8 @@ INLINE vector weights_of(const uint8_t *from, int bits, struct group_scales scal
 
 /* A column beyond the last that is stored is read as the last, and dropped in the end. */
 #define DEFINE_FEW_CODES(COUNT)                                                                    \
-    INLINE void codes_##COUNT(const struct float_product *product, int bits, const float *x,       \
-                              int64_t output, float (*sums)[CODE_OUTPUTS])                         \
+    INLINE void codes_##COUNT(const struct float_product *product, struct code_form form,          \
+                              const float *x, int64_t output, float (*sums)[CODE_OUTPUTS])         \
     {                                                                                              \
         const struct stored_codes *codes = &product->codes;                                        \
         int64_t rows = COUNT, places[CODE_VECTORS];                                                \
@@ -111,10 +128,10 @@ INLINE vector weights_of(const uint8_t *from, int bits, struct group_scales scal
             }                                                                                      \
             int64_t end = end_of_group(product, input);                                            \
             for (int64_t offset = 0; input < end; input++, offset += codes->input_stride) {        \
-                vector a = weights_of(from[0] + offset, bits, scales[0]);                          \
-                vector b = weights_of(from[1] + offset, bits, scales[1]);                          \
-                vector c = weights_of(from[2] + offset, bits, scales[2]);                          \
-                vector d = weights_of(from[3] + offset, bits, scales[3]), each;                    \
+                vector a = weights_of(from[0] + offset, form, scales[0]);                          \
+                vector b = weights_of(from[1] + offset, form, scales[1]);                          \
+                vector c = weights_of(from[2] + offset, form, scales[2]);                          \
+                vector d = weights_of(from[3] + offset, form, scales[3]), each;                    \
                 EACH_##COUNT(MULTIPLY_CODES)                                                       \
             }                                                                                      \
         }                                                                                          \
@@ -124,33 +141,41 @@ INLINE vector weights_of(const uint8_t *from, int bits, struct group_scales scal
 DEFINE_FEW_CODES(1)
 DEFINE_FEW_CODES(2)
 
-INLINE void multiply_few_codes(const struct float_product *product, int bits, const float *x,
-                               int64_t first, int64_t last)
+INLINE void multiply_few_codes(const struct float_product *product, struct code_form form,
+                               const float *x, int64_t first, int64_t last)
 {
     float sums[FEW_CODE_ROWS][CODE_OUTPUTS] __attribute__((aligned(64)));
     for (int64_t output = first; output < last; output += CODE_OUTPUTS) {
         if (product->rows == 1)
-            codes_1(product, bits, x, output, sums);
+            codes_1(product, form, x, output, sums);
         else
-            codes_2(product, bits, x, output, sums);
+            codes_2(product, form, x, output, sums);
         for (int64_t row = 0; row < product->rows; row++)
             store_row(product, row, output, least(CODE_OUTPUTS, last - output), sums[row]);
     }
 }
 
+/* Does something with each form that there is, as a constant. */
+#define WITH_FORM(product, DO, ...)                                                                \
+    if ((product)->codes.bits == 8 && (product)->codes.rounded)                                    \
+        DO(product, ((struct code_form){8, 1}), __VA_ARGS__);                                      \
+    else if ((product)->codes.bits == 8)                                                           \
+        DO(product, ((struct code_form){8, 0}), __VA_ARGS__);                                      \
+    else if ((product)->codes.rounded)                                                             \
+        DO(product, ((struct code_form){4, 1}), __VA_ARGS__);                                      \
+    else                                                                                           \
+        DO(product, ((struct code_form){4, 0}), __VA_ARGS__);
+
 static void multiply_codes(const struct float_product *product, const float *x, int64_t first,
                            int64_t last)
 {
-    if (product->codes.bits == 8)
-        multiply_few_codes(product, 8, x, first, last);
-    else
-        multiply_few_codes(product, 4, x, first, last);
+    WITH_FORM(product, multiply_few_codes, x, first, last)
 }
 
 /* ---- more rows ---- */
 
-INLINE void widen_column(const struct float_product *product, int bits, int64_t output,
-                         int64_t input, int64_t count, float *tile)
+INLINE void widen_column(const struct float_product *product, struct code_form form,
+                         int64_t output, int64_t input, int64_t count, float *tile)
 {
     int64_t known = least(input + count, product->inputs), place = input;
     while (place < known) {
@@ -158,29 +183,23 @@ INLINE void widen_column(const struct float_product *product, int bits, int64_t 
         const uint8_t *from = code_of(&product->codes, output, place);
         int64_t end = least(end_of_group(product, place), known);
         for (; place < end; place++, from += product->codes.input_stride)
-            *(vector *)(tile + (place - input) * UNIT_OUTPUTS) = weights_of(from, bits, scales);
+            *(vector *)(tile + (place - input) * UNIT_OUTPUTS) = weights_of(from, form, scales);
     }
     for (; place < input + count; place++)
         *(vector *)(tile + (place - input) * UNIT_OUTPUTS) = (vector){0};
 }
 
-INLINE void widen_unit(const struct float_product *product, int bits, int64_t output, int64_t input,
-                       int64_t count, float *tile)
+INLINE void widen_unit(const struct float_product *product, struct code_form form, int64_t output,
+                       int64_t input, int64_t count, float *tile)
 {
     for (int column = 0; column < UNIT_OUTPUTS; column += LANES) {
         int64_t place = least(output + column, product->codes.stored_outputs - LANES);
-        widen_column(product, bits, place, input, count, tile + column);
+        widen_column(product, form, place, input, count, tile + column);
     }
 }
 
-static void widen_int8(const struct float_product *product, int64_t output, int64_t input,
+static void make_codes(const struct float_product *product, int64_t output, int64_t input,
                        int64_t count, float *tile)
 {
-    widen_unit(product, 8, output, input, count, tile);
-}
-
-static void widen_int4(const struct float_product *product, int64_t output, int64_t input,
-                       int64_t count, float *tile)
-{
-    widen_unit(product, 4, output, input, count, tile);
+    WITH_FORM(product, widen_unit, output, input, count, tile)
 }

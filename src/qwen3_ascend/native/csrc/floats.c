@@ -169,7 +169,7 @@ QWEN3_ASCEND_API int qwen3_ascend_float_product(int path, int threads, const uin
     return multiply(path, threads, job);
 }
 
-/* The same with codes; see struct stored_codes. */
+/* The same with codes; see struct stored_codes, of which `rounded` follows from `row_dtype`. */
 QWEN3_ASCEND_API int qwen3_ascend_code_product(int path, int threads,
                                                const struct stored_codes *codes, int64_t outputs,
                                                int64_t inputs, int row_dtype, const void *rows,
@@ -179,6 +179,7 @@ QWEN3_ASCEND_API int qwen3_ascend_code_product(int path, int threads,
     struct float_product product = {.codes = *codes, .rows = count, .inputs = inputs,
                                     .outputs = outputs, .bias = bias, .out = out,
                                     .out_dtype = out_dtype};
+    product.codes.rounded = row_dtype == DTYPE_BF16 && codes->scales != NULL;
     struct job job = {product, NULL, rows, row_stride, row_dtype, scratch, NULL, 0};
     return multiply(path, threads, job);
 }

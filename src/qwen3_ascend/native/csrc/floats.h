@@ -27,7 +27,8 @@ enum float_path {
  * block beyond. Codes are widened with more effort, so they are kept for fewer rows. */
 enum { FEW_ROWS = 4, FEW_CODE_ROWS = 2, MOST_FLOAT_BLOCK = 12 };
 
-/* Codes of `bits` bits. A code c of a group stands for (c + offset) * scale. */
+/* Codes of `bits` bits. A code c of a group stands for (c + offset) * scale, which is rounded to
+ * bfloat16 if `rounded`: where it is multiplied in that type, by definition. */
 struct stored_codes {
     const uint8_t *data;
     int bits;                            /* 8, or 4: the first of two in the lower half */
@@ -36,6 +37,7 @@ struct stored_codes {
     int64_t input_stride;                /* bytes to the next input */
     const uint16_t *scales, *offsets;    /* bfloat16 [groups, outputs]; NULL for 1 and for 0 */
     int64_t group;                       /* inputs that share them */
+    int rounded;
 };
 
 /* y = activations @ weights' + bias, summed in float32 in an order of the kernel's choice, rounded

@@ -270,14 +270,12 @@ static void multiply_tiles(const struct float_product *product, const struct til
 #include "codes.inc.h"
 
 static const struct tiling floats_of_runs = {1, widen_runs, multiply};
-static const struct tiling floats_of_codes[2] = {{1, widen_int4, multiply},
-                                                 {1, widen_int8, multiply}};
+static const struct tiling floats_of_codes = {1, make_codes, multiply};
 
 static void multiply_many(const struct float_product *product, const float *x, int64_t first,
                           int64_t last)
 {
-    const struct tiling *codes = &floats_of_codes[product->codes.bits == 8];
-    multiply_tiles(product, product->weights ? &floats_of_runs : codes, x, first, last);
+    multiply_tiles(product, product->weights ? &floats_of_runs : &floats_of_codes, x, first, last);
 }
 
 #ifdef ADD_PAIRS

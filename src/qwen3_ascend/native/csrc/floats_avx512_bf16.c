@@ -17,13 +17,11 @@
 #define ADD_NARROW(sum, a, b) sum = _mm256_fmadd_ps(a, b, sum)
 /* As text: see products_avx512_vnni.c. */
 #define ADD_PAIRS(sums, a, b) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b))
-#define JOIN_PAIRS(even, odd) join_pairs((__m512)(even), (__m512)(odd))
-static inline __attribute__((always_inline)) __m512 join_pairs(__m512 even, __m512 odd)
-{
-    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
+#define JOIN_PAIRS(even, odd) _mm512_castsi512_ps(_mm512_or_si512( \
+    _mm512_srli_epi32((__m512i)(even), 16), (__m512i)(odd)))
+#define ROUND_TO_BF16(values)                                                                      \
+    (vector)_mm512_slli_epi32(                                                                     \
+        _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)(values))), 16)
 #include "codes_avx512.h"
 #define BLOCK_ROWS 12
 #define DEFINE_BLOCKS                                                                              \

@@ -1,10 +1,10 @@
 /* Products of pairs of bfloat16; a part of floats.inc.h. A path says beforehand:
  *
  *     ADD_PAIRS(sums, a, b)    adds both products of each pair, in float32
- *     JOIN_PAIRS(even, odd)    float32 rounded to bfloat16, half to even, side by side
+ *     JOIN_PAIRS(even, odd)    float32 that are bfloat16 values, side by side as bfloat16
  *
  * A tile holds pairs of neighbouring inputs, [pairs][UNIT_OUTPUTS]: half of the bytes and half of
- * the products. What weights of codes stand for is rounded to bfloat16 as the activations are.
+ * the products.
  */
 
 typedef int32_t word_anywhere __attribute__((may_alias));
@@ -58,10 +58,7 @@ static void pair_codes(const struct float_product *product, int64_t output, int6
 {
     float wide[RUN_INPUTS * UNIT_OUTPUTS] __attribute__((aligned(64)));
     for (int64_t place = 0; place < count; place += RUN_INPUTS) {
-        if (product->codes.bits == 8)
-            widen_int8(product, output, input + place, RUN_INPUTS, wide);
-        else
-            widen_int4(product, output, input + place, RUN_INPUTS, wide);
+        make_codes(product, output, input + place, RUN_INPUTS, wide);
         for (int pair = 0; pair < RUN_INPUTS / 2; pair++, tile += UNIT_OUTPUTS)
             for (int column = 0; column < UNIT_OUTPUTS; column += LANES) {
                 const float *even = wide + 2 * pair * UNIT_OUTPUTS + column;
