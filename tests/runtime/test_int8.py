@@ -32,7 +32,6 @@ from qwen3_ascend.runtime.backends.cpu.int8_matmul import (
     pick_int8_matmul,
 )
 from qwen3_ascend.runtime.backends.cpu.linears import (
-    GroupInt4Linear,
     Int8Linear,
     StaticInt8Linear,
     UnpackedGroupInt4Linear,

@@ -34,9 +34,9 @@ from qwen3_ascend.native import Epilogue, FloatProducts, Products, StoredWeight
 from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_codes, as_static
 from qwen3_ascend.runtime.backends.cpu.float_linears import load_float
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import Product, pick_int8_matmul
-from qwen3_ascend.runtime.backends.reference import Loader
 from qwen3_ascend.runtime.backends.reference import GroupInt4Linear as ReferenceGroupInt4Linear
 from qwen3_ascend.runtime.backends.reference import Int8Linear as ReferenceInt8Linear
+from qwen3_ascend.runtime.backends.reference import Loader
 from qwen3_ascend.runtime.backends.reference import StaticInt8Linear as ReferenceStaticInt8Linear
 
 

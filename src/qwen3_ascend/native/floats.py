@@ -1,4 +1,4 @@
-"""Products of float activations with weights as they are stored: bfloat16, or codes of int8 or int4.
+"""Products of float activations with weights as they are stored: bfloat16, int8 or int4 codes.
 
     products = native.float_products()
     weight = native.stored_runs(tensor, (outputs, inputs))
@@ -169,9 +169,7 @@ class FloatProducts:
         return out
 
 
-def _check(
-    name: str, values: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]
-) -> None:
+def _check(name: str, values: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if values is None:
         return
     if values.dtype is not dtype or tuple(values.shape) != shape or not values.is_contiguous():
