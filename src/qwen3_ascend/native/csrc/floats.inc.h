@@ -152,7 +152,7 @@ enum { TILE_WORDS = 4096 / UNIT_OUTPUTS, TILE_ROWS = 144 };
 #endif
 
 /* Four pairs of inputs of four outputs, each output a row, to rows of pairs. */
-INLINE void turn_square(const uint16_t *const *outputs, int64_t offset, words4 *pairs)
+INLINE void turn_pairs(const uint16_t *const *outputs, int64_t offset, words4 *pairs)
 {
     words4 a = *(const words4_anywhere *)(outputs[0] + offset);
     words4 b = *(const words4_anywhere *)(outputs[1] + offset);
@@ -170,7 +170,7 @@ INLINE void turn_square(const uint16_t *const *outputs, int64_t offset, words4 *
 INLINE void widen_square(const uint16_t *const *outputs, int64_t offset, float *tile)
 {
     words4 pairs[4];
-    turn_square(outputs, offset, pairs);
+    turn_pairs(outputs, offset, pairs);
     for (int i = 0; i < 4; i++) {
         *(words4 *)(tile + 2 * i * UNIT_OUTPUTS) = pairs[i] << 16;
         *(words4 *)(tile + (2 * i + 1) * UNIT_OUTPUTS) = pairs[i] & 0xffff0000u;

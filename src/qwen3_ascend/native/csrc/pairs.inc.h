@@ -46,7 +46,7 @@ static void pair_runs(const struct float_product *product, int64_t output, int64
             runs_at(product, output + column, input + place, outputs);
             for (int half = 0; half < RUN_INPUTS; half += RUN_INPUTS / 2) {
                 words4 pairs[4];
-                turn_square(outputs, half, pairs);
+                turn_pairs(outputs, half, pairs);
                 for (int i = 0; i < 4; i++)
                     *(words4 *)(tile + ((place + half) / 2 + i) * UNIT_OUTPUTS + column) = pairs[i];
             }
