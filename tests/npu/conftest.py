@@ -43,6 +43,7 @@ def torch_on_the_cpu() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "layer_kernels", lambda: None)
+        patch.setattr(native, "float_products", lambda: None)
         yield
 
 

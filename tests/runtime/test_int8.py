@@ -30,11 +30,12 @@ from qwen3_ascend.runtime.backends.cpu.int8_matmul import (
     pick_int8_matmul,
 )
 from qwen3_ascend.runtime.backends.cpu.linears import (
-    GroupInt4Linear,
     Int8Linear,
     StaticInt8Linear,
+    UnpackedGroupInt4Linear,
     UnpackedInt8Linear,
     UnpackedStaticInt8Linear,
+    load_group_int4,
     load_int8,
     load_static_int8,
 )
@@ -185,7 +186,7 @@ def test_a_linear_of_groups_is_its_reference(bias: bool) -> None:
     linear = quantize(W4A8(), weight, offset, ASCEND_A2_A3.layouts["w4a8"])
     x = torch.randn(6, 1024, generator=generator)
     codes, scale = quantize_tokens(x)
-    for kind in (GroupInt4Linear, ReferenceGroupInt4Linear):
+    for kind in (load_group_int4, UnpackedGroupInt4Linear, ReferenceGroupInt4Linear):
         ours = kind(linear, torch.float32)
         for rows in (1, 6):
             fed = QuantizedActivation(codes[:rows], scale[:rows])

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.runtime.backends.base import DeviceLinear
+from qwen3_ascend.runtime.backends.cpu.float_linears import dense
 from qwen3_ascend.runtime.backends.cpu.linears import LINEARS
 from qwen3_ascend.runtime.backends.reference import ReferenceBackend, make_linear
 
@@ -21,6 +22,10 @@ class TorchCpuBackend(ReferenceBackend):
     @override
     def linear(self, linear: Linear) -> DeviceLinear:
         return make_linear(LINEARS, linear, self)
+
+    @override
+    def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
+        return dense(weight, bias)
 
     @override
     def gather(self, blocks: Tensor, table: list[int], length: int) -> Tensor:

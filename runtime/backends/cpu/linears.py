@@ -1,4 +1,4 @@
-"""Linears on the CPU: one for float weights, one for exact integer products."""
+"""Linears on the CPU: those of exact integer products, and the table of all."""
 
 from __future__ import annotations
 
@@ -20,15 +20,22 @@ from qwen3_ascend.checkpoint.schemes import (
     W8A8Static,
 )
 from qwen3_ascend.checkpoint.schemes.base import Input
-from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, halves_of
+from qwen3_ascend.checkpoint.schemes.w4a8 import (
+    GROUP,
+    ROWS,
+    halves_of,
+    rescale_groups,
+    shift_of,
+)
 from qwen3_ascend.checkpoint.schemes.w8a8 import NZ
 from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias, static_input
-from qwen3_ascend.native import Epilogue, Products
+from qwen3_ascend.native import Epilogue, FloatProducts, Products, StoredWeight
 from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_codes, as_static
+from qwen3_ascend.runtime.backends.cpu.float_linears import load_float
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import Product, pick_int8_matmul
-from qwen3_ascend.runtime.backends.reference import FloatLinear, Loader
 from qwen3_ascend.runtime.backends.reference import GroupInt4Linear as ReferenceGroupInt4Linear
 from qwen3_ascend.runtime.backends.reference import Int8Linear as ReferenceInt8Linear
+from qwen3_ascend.runtime.backends.reference import Loader
 from qwen3_ascend.runtime.backends.reference import StaticInt8Linear as ReferenceStaticInt8Linear
 
 
@@ -124,8 +131,41 @@ def load_static_int8(linear: Linear, dtype: torch.dtype) -> DeviceLinear:
     return StaticInt8Linear(linear, dtype, products)
 
 
-class GroupInt4Linear(ReferenceGroupInt4Linear):
-    """w4a8 by the fastest exact product of this processor, one for each group."""
+class GroupInt4Linear:
+    """w4a8 by kernels that read the stored words, one group after the other.
+
+    They sum up in float32, which holds every integer of a group: 256 products of numbers of four
+    bits are at most 2^14.
+    """
+
+    input = Input.INT8_PER_TOKEN
+
+    def __init__(
+        self,
+        linear: Linear,
+        groups: tuple[StoredWeight, ...],
+        dtype: torch.dtype,
+        products: FloatProducts,
+    ) -> None:
+        self.weight, self._groups, self._products = linear.weight, groups, products
+        self._scale, self._shift = linear.tensors["scale"], shift_of(linear.tensors)
+        self._bias, self._dtype = linear.bias, dtype
+
+    def __call__(self, x: Activation) -> Tensor:
+        """The product, [T, N]."""
+        fed = as_codes(x)
+        halves = halves_of(fed.codes).bfloat16().split(GROUP, 1)
+        products = (
+            self._products.multiply(group, half, torch.float32)
+            for group, half in zip(self._groups, halves, strict=True)
+        )
+        y = rescale_groups(products, self._scale, self._shift, fed.scale)
+        return (y if self._bias is None else y + self._bias.float()).to(self._dtype)
+
+
+class UnpackedGroupInt4Linear(ReferenceGroupInt4Linear):
+    """w4a8 by the fastest exact product that torch has, one for each group, whose form is another
+    copy of the codes; see UnpackedInt8Linear."""
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
         super().__init__(linear, dtype)
@@ -139,11 +179,30 @@ class GroupInt4Linear(ReferenceGroupInt4Linear):
         return (product(x.contiguous()) for x, product in groups)
 
 
+def load_group_int4(linear: Linear, dtype: torch.dtype) -> DeviceLinear:
+    """A linear of w4a8."""
+    products = native.float_products()
+    groups = _stored_groups(linear) if products else None
+    if products is None or groups is None:
+        return UnpackedGroupInt4Linear(linear, dtype)
+    return GroupInt4Linear(linear, groups, dtype, products)
+
+
+def _stored_groups(linear: Linear) -> tuple[StoredWeight, ...] | None:
+    """Where the codes of each group lie; None if no kernel reads them there."""
+    if linear.layout != ROWS:
+        return None
+    rows = linear.weight.split(GROUP)
+    groups = [native.stored_codes(part, (linear.shape[0], len(part))) for part in rows]
+    found = tuple(group for group in groups if group)
+    return found if len(found) == len(groups) else None
+
+
 LINEARS: dict[type[Scheme], Loader] = {
-    BF16: FloatLinear.load,
+    BF16: load_float,
     W8A8: load_int8,
     W8A8Static: load_static_int8,
-    W4A8: GroupInt4Linear,
-    W8A16: FloatLinear.load,
-    W4A16: FloatLinear.load,
+    W4A8: load_group_int4,
+    W8A16: load_float,
+    W4A16: load_float,
 }

@@ -8,6 +8,13 @@ Both have the same methods (see `Kernels`) and write the same bytes.
 from __future__ import annotations
 
 from qwen3_ascend.native.fallback import TorchKernels
+from qwen3_ascend.native.floats import (
+    FloatProducts,
+    StoredWeight,
+    float_products,
+    stored_codes,
+    stored_runs,
+)
 from qwen3_ascend.native.kernels import Kernels, NativeKernels, NotFinite
 from qwen3_ascend.native.layer import Fed, Feed, LayerKernels, layer_kernels
 from qwen3_ascend.native.library import NativeUnavailable, open_library
@@ -18,6 +25,7 @@ __all__ = [
     "Epilogue",
     "Fed",
     "Feed",
+    "FloatProducts",
     "Kernels",
     "LayerKernels",
     "NativeKernels",
@@ -26,13 +34,17 @@ __all__ = [
     "Products",
     "RowStep",
     "Rows",
+    "StoredWeight",
     "TorchKernels",
     "best",
     "describe",
+    "float_products",
     "layer_kernels",
     "load",
     "open_library",
     "products",
+    "stored_codes",
+    "stored_runs",
 ]
 
 

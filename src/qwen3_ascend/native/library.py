@@ -21,6 +21,8 @@ _MATRIX = [_INT, _POINTER, _LONG, _LONG, _LONG]  # dtype, data, rows, columns, r
 _STEPS = [_POINTER, _LONG, _POINTER]  # steps, how many, scratch
 _ROTATION = [_POINTER, _LONG, _LONG, ctypes.c_float]  # base, size, order, factor
 _FLOATS = _MATRIX[1:]  # the same of float32
+# dtype of rows, rows, how many, row stride; scratch; bias; result and its dtype
+_ROWS = [_INT, _POINTER, _LONG, _LONG, *[_POINTER] * 3, _INT]
 _SIGNATURES: dict[str, list[type]] = {
     "find_not_finite": [_INT, *_MATRIX, _POINTER],
     "quantize_w8a8_nz": [_INT, *_MATRIX, *_STEPS, *[_POINTER] * 5],
@@ -58,6 +60,10 @@ _SIGNATURES: dict[str, list[type]] = {
     "gated": [_INT, _INT, _POINTER, _POINTER],
     "attention": [_INT, _INT, *[_POINTER] * 4],
     "widen": [_INT, _INT, _POINTER, _LONG, _POINTER],
+    # path, threads; weight, outputs, inputs, output stride, run stride; ROWS
+    "float_product": [_INT, _INT, _POINTER, *[_LONG] * 4, *_ROWS],
+    # path, threads; weight, outputs, inputs; ROWS
+    "code_product": [_INT, _INT, _POINTER, *[_LONG] * 2, *_ROWS],
 }
 _COUNTS = frozenset({"row_scratch", "attention_scratch"})
 """Functions that give an int64, not a status."""
@@ -73,6 +79,23 @@ class Step(ctypes.Structure):
         ("size", _LONG),
         ("order", _LONG),
         ("factor", ctypes.c_float),
+    )
+
+
+class StoredCodes(ctypes.Structure):
+    """`struct stored_codes` of csrc/floats.h."""
+
+    _fields_ = (
+        ("data", _POINTER),
+        ("bits", _INT),
+        ("stored_outputs", _LONG),
+        ("strip_outputs", _LONG),
+        ("strip_stride", _LONG),
+        ("input_stride", _LONG),
+        ("scales", _POINTER),
+        ("offsets", _POINTER),
+        ("group", _LONG),
+        ("rounded", _INT),
     )
 
 

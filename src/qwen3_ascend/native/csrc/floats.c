@@ -10,20 +10,22 @@ int has_float_path(int path)
 {
 #if defined(__x86_64__)
     int fused = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (path == PATH_AVX2) return fused;
-    if (path == PATH_AVX512)
-        return fused && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    int wide = fused && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (path == FLOAT_AVX2) return fused;
+    if (path == FLOAT_AVX512) return wide;
+    if (path == FLOAT_AVX512_BF16) return wide && __builtin_cpu_supports("avx512bf16");
 #endif
-    return path == PATH_BASELINE;
+    return path == FLOAT_BASELINE;
 }
 
 static const struct float_path_table *find_path(int path)
 {
     if (!has_float_path(path)) return NULL;
 #if defined(__x86_64__)
-    if (path == PATH_AVX2) return &floats_avx2;
-    if (path == PATH_AVX512) return &floats_avx512;
+    if (path == FLOAT_AVX2) return &floats_avx2;
+    if (path == FLOAT_AVX512) return &floats_avx512;
+    if (path == FLOAT_AVX512_BF16) return &floats_avx512_bf16;
 #endif
     return &floats_baseline;
 }
@@ -35,6 +37,7 @@ struct job {
     int64_t row_stride;  /* in elements */
     int row_dtype;
     float *packed;
+    multiply_outputs multiply;
     int64_t parts;
 };
 
@@ -48,36 +51,44 @@ static float element(const struct job *job, int64_t row, int64_t column)
     return value;
 }
 
-static int64_t runs_of(const struct job *job)
+static int64_t padded_inputs(const struct job *job)
 {
-    return (job->product.inputs + RUN_INPUTS - 1) / RUN_INPUTS;
-}
-
-static float element_or_zero(const struct job *job, int64_t row, int64_t column)
-{
-    if (row >= job->product.rows || column >= job->product.inputs) return 0.0f;
-    return element(job, row, column);
+    return (job->product.inputs + RUN_INPUTS - 1) / RUN_INPUTS * RUN_INPUTS;
 }
 
 /* [runs][rows][8 even inputs, 8 odd inputs] */
 static void pack_few(const struct job *job)
 {
+    const struct float_product *product = &job->product;
     float *to = job->packed;
-    for (int64_t run = 0; run < runs_of(job); run++)
-        for (int64_t row = 0; row < job->product.rows; row++)
+    for (int64_t start = 0; start < product->inputs; start += RUN_INPUTS)
+        for (int64_t row = 0; row < product->rows; row++)
             for (int odd = 0; odd < 2; odd++)
-                for (int pair = 0; pair < RUN_INPUTS / 2; pair++)
-                    *to++ = element_or_zero(job, row, run * RUN_INPUTS + 2 * pair + odd);
+                for (int pair = 0; pair < RUN_INPUTS / 2; pair++) {
+                    int64_t column = start + 2 * pair + odd;
+                    *to++ = column < product->inputs ? element(job, row, column) : 0.0f;
+                }
 }
 
-/* A block, [padded inputs][rows of the block]. */
-static void pack_block(const struct job *job, int64_t row, int64_t block)
+/* A row of a block, [padded inputs][rows of the block]; zeros behind the last row. */
+static void pack_floats(const struct job *job, int64_t row, int64_t block, float *to)
 {
-    int64_t padded = runs_of(job) * RUN_INPUTS;
-    float *to = job->packed + row * padded;
-    for (int64_t i = 0; i < block; i++)
-        for (int64_t column = 0; column < padded; column++)
-            to[column * block + i] = element_or_zero(job, row + i, column);
+    int64_t known = row < job->product.rows ? job->product.inputs : 0;
+    for (int64_t column = 0; column < known; column++) to[column * block] = element(job, row, column);
+    for (int64_t column = known; column < padded_inputs(job); column++) to[column * block] = 0.0f;
+}
+
+/* The same of pairs, [padded inputs / 2][rows of the block]. */
+static void pack_pairs(const struct job *job, int64_t row, int64_t block, float *to)
+{
+    int64_t known = row < job->product.rows ? job->product.inputs : 0;
+    const uint16_t *from = (const uint16_t *)job->rows + row * job->row_stride;
+    for (int64_t column = 0; column < padded_inputs(job); column += 2, to += block) {
+        uint16_t pair[2] = {0, 0};
+        if (column < known) pair[0] = from[column];
+        if (column + 1 < known) pair[1] = from[column + 1];
+        memcpy(to, pair, sizeof *to);
+    }
 }
 
 /* Rows that are packed by one part: a multiple of every block but the last. */
@@ -86,10 +97,14 @@ enum { PACKED_TOGETHER = MOST_FLOAT_BLOCK };
 static void pack_part(const void *context, int64_t part)
 {
     const struct job *job = context;
+    int pairs = job->multiply == job->path->pairs;
+    int64_t words = padded_inputs(job) / (pairs ? 2 : 1);
     int64_t row = part * PACKED_TOGETHER, last = row + PACKED_TOGETHER;
     while (row < last && row < job->product.rows) {
         int64_t block = block_of(job->product.rows - row, job->path->block_rows);
-        pack_block(job, row, block);
+        for (int64_t i = 0; i < block; i++)
+            (pairs ? pack_pairs : pack_floats)(job, row + i, block,
+                                               job->packed + row * words + i);
         row += block;
     }
 }
@@ -102,14 +117,40 @@ static void multiply_part(const void *context, int64_t part)
     int64_t first = units * part / job->parts * job->path->unit;
     int64_t last = units * (part + 1) / job->parts * job->path->unit;
     if (last > product->outputs) last = product->outputs;
-    if (product->rows <= FEW_ROWS)
-        job->path->few(product, job->packed, first, last);
-    else
-        job->path->many(product, job->packed, first, last);
+    job->multiply(product, job->packed, first, last);
+}
+
+static multiply_outputs choose(const struct job *job)
+{
+    const struct float_path_table *path = job->path;
+    if (job->product.weights && job->product.rows <= FEW_ROWS) return path->few;
+    if (!job->product.weights && job->product.rows <= FEW_CODE_ROWS) return path->few_codes;
+    return path->pairs && job->row_dtype == DTYPE_BF16 ? path->pairs : path->many;
 }
 
 /* More than one, so that a thread that is held up holds up little. */
 enum { PARTS_OF_A_THREAD = 8 };
+
+static int multiply(int path, int threads, struct job job)
+{
+    job.path = find_path(path);
+    if (job.path == NULL) return STATUS_NO_PATH;
+    if (job.product.rows < 0 || job.product.inputs < 1 || job.product.outputs < 1)
+        return STATUS_BAD_ARGUMENT;
+    job.multiply = choose(&job);
+    if (job.multiply == job.path->few)
+        pack_few(&job);
+    else
+        share_work(pack_part, &job, (job.product.rows + PACKED_TOGETHER - 1) / PACKED_TOGETHER,
+                   threads);
+    int64_t units = (job.product.outputs + job.path->unit - 1) / job.path->unit;
+    job.parts = threads * PARTS_OF_A_THREAD < units ? threads * PARTS_OF_A_THREAD : units;
+    share_work(multiply_part, &job, job.parts, threads);
+    return STATUS_OK;
+}
+
+/* 1 when this processor has the instructions of a float path, 0 when not. */
+QWEN3_ASCEND_API int qwen3_ascend_has_float_path(int path) { return has_float_path(path); }
 
 /* [count, inputs] rows of `row_dtype` times bfloat16 weights; see struct float_product. `scratch`
  * takes 4 * (count + MOST_FLOAT_BLOCK) * (inputs padded to 16) bytes, on a border of 64. */
@@ -120,17 +161,25 @@ QWEN3_ASCEND_API int qwen3_ascend_float_product(int path, int threads, const uin
                                                 int64_t row_stride, float *scratch,
                                                 const float *bias, void *out, int out_dtype)
 {
-    const struct float_path_table *table = find_path(path);
-    if (table == NULL) return STATUS_NO_PATH;
-    if (count < 0 || inputs < 1 || outputs < 1) return STATUS_BAD_ARGUMENT;
-    struct job job = {{weights, output_stride, run_stride, count, inputs, outputs, bias, out,
-                       out_dtype}, table, rows, row_stride, row_dtype, scratch, 0};
-    if (count <= FEW_ROWS)
-        pack_few(&job);
-    else
-        share_work(pack_part, &job, (count + PACKED_TOGETHER - 1) / PACKED_TOGETHER, threads);
-    int64_t units = (outputs + table->unit - 1) / table->unit;
-    job.parts = threads * PARTS_OF_A_THREAD < units ? threads * PARTS_OF_A_THREAD : units;
-    share_work(multiply_part, &job, job.parts, threads);
-    return STATUS_OK;
+    struct float_product product = {.weights = weights, .output_stride = output_stride,
+                                    .run_stride = run_stride, .rows = count, .inputs = inputs,
+                                    .outputs = outputs, .bias = bias, .out = out,
+                                    .out_dtype = out_dtype};
+    struct job job = {product, NULL, rows, row_stride, row_dtype, scratch, NULL, 0};
+    return multiply(path, threads, job);
+}
+
+/* The same with codes; see struct stored_codes, of which `rounded` follows from `row_dtype`. */
+QWEN3_ASCEND_API int qwen3_ascend_code_product(int path, int threads,
+                                               const struct stored_codes *codes, int64_t outputs,
+                                               int64_t inputs, int row_dtype, const void *rows,
+                                               int64_t count, int64_t row_stride, float *scratch,
+                                               const float *bias, void *out, int out_dtype)
+{
+    struct float_product product = {.codes = *codes, .rows = count, .inputs = inputs,
+                                    .outputs = outputs, .bias = bias, .out = out,
+                                    .out_dtype = out_dtype};
+    product.codes.rounded = row_dtype == DTYPE_BF16 && codes->scales != NULL;
+    struct job job = {product, NULL, rows, row_stride, row_dtype, scratch, NULL, 0};
+    return multiply(path, threads, job);
 }

@@ -11,6 +11,7 @@
 #include "floats.h"
 #include "rows.h"
 
+#include <stddef.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -45,6 +46,13 @@ INLINE void store(const struct float_product *product, int64_t row, int64_t outp
         ((float *)product->out)[place] = y;
     else
         ((uint16_t *)product->out)[place] = to_bf16(y);
+}
+
+/* Neighbouring outputs of a row. */
+INLINE void store_row(const struct float_product *product, int64_t row, int64_t output,
+                      int64_t count, const float *sums)
+{
+    for (int64_t i = 0; i < count; i++) store(product, row, output + i, sums[i]);
 }
 
 INLINE int64_t runs_of(const struct float_product *product)
@@ -132,10 +140,10 @@ static void multiply_few(const struct float_product *product, const float *x, in
     }
 }
 
-/* ---- more rows: weights are widened once, and lie in a tile [inputs][UNIT_OUTPUTS] ---- */
+/* ---- more rows: weights are widened once, and lie in a tile [words][UNIT_OUTPUTS] ---- */
 
 /* The tile, the sums of TILE_ROWS and a block of activations fit into the nearest cache. */
-enum { TILE_RUNS = 4096 / UNIT_OUTPUTS / RUN_INPUTS, TILE_ROWS = 96 };
+enum { TILE_WORDS = 4096 / UNIT_OUTPUTS, TILE_ROWS = 144 };
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -143,8 +151,8 @@ enum { TILE_RUNS = 4096 / UNIT_OUTPUTS / RUN_INPUTS, TILE_ROWS = 96 };
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (words4){__VA_ARGS__})
 #endif
 
-/* Four inputs' pairs of four outputs, each output a row, to rows of pairs, each widened twice. */
-INLINE void widen_square(const uint16_t *const *outputs, int64_t offset, float *tile)
+/* Four pairs of inputs of four outputs, each output a row, to rows of pairs. */
+INLINE void turn_pairs(const uint16_t *const *outputs, int64_t offset, words4 *pairs)
 {
     words4 a = *(const words4_anywhere *)(outputs[0] + offset);
     words4 b = *(const words4_anywhere *)(outputs[1] + offset);
@@ -152,35 +160,50 @@ INLINE void widen_square(const uint16_t *const *outputs, int64_t offset, float *
     words4 d = *(const words4_anywhere *)(outputs[3] + offset);
     words4 ab_low = SHUFFLE(a, b, 0, 4, 1, 5), ab_high = SHUFFLE(a, b, 2, 6, 3, 7);
     words4 cd_low = SHUFFLE(c, d, 0, 4, 1, 5), cd_high = SHUFFLE(c, d, 2, 6, 3, 7);
-    words4 pairs[4] = {SHUFFLE(ab_low, cd_low, 0, 1, 4, 5), SHUFFLE(ab_low, cd_low, 2, 3, 6, 7),
-                       SHUFFLE(ab_high, cd_high, 0, 1, 4, 5), SHUFFLE(ab_high, cd_high, 2, 3, 6, 7)};
+    pairs[0] = SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
+    pairs[1] = SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
+    pairs[2] = SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
+    pairs[3] = SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+/* The same, each pair widened to two inputs. */
+INLINE void widen_square(const uint16_t *const *outputs, int64_t offset, float *tile)
+{
+    words4 pairs[4];
+    turn_pairs(outputs, offset, pairs);
     for (int i = 0; i < 4; i++) {
         *(words4 *)(tile + 2 * i * UNIT_OUTPUTS) = pairs[i] << 16;
         *(words4 *)(tile + (2 * i + 1) * UNIT_OUTPUTS) = pairs[i] & 0xffff0000u;
     }
 }
 
-/* Outputs that there are not are read as the last one, and dropped in the end. */
-static void make_tile(const struct float_product *product, int64_t output, int64_t run,
-                      int64_t runs, float *tile)
+/* The runs of four outputs. Outputs that there are not are read as the last one, and dropped in the
+ * end. */
+INLINE void runs_at(const struct float_product *product, int64_t output, int64_t input,
+                    const uint16_t **outputs)
 {
-    for (int column = 0; column < UNIT_OUTPUTS; column += 4) {
-        const uint16_t *outputs[4];
-        for (int i = 0; i < 4; i++)
-            outputs[i] = product->weights + run * product->run_stride +
-                         least(output + column + i, product->outputs - 1) * product->output_stride;
-        for (int64_t i = 0; i < runs; i++)
+    const uint16_t *runs = product->weights + input / RUN_INPUTS * product->run_stride;
+    for (int i = 0; i < 4; i++)
+        outputs[i] = runs + least(output + i, product->outputs - 1) * product->output_stride;
+}
+
+static void widen_runs(const struct float_product *product, int64_t output, int64_t input,
+                       int64_t count, float *tile)
+{
+    for (int64_t place = 0; place < count; place += RUN_INPUTS)
+        for (int column = 0; column < UNIT_OUTPUTS; column += 4) {
+            const uint16_t *outputs[4];
+            runs_at(product, output + column, input + place, outputs);
             for (int half = 0; half < RUN_INPUTS; half += RUN_INPUTS / 2)
-                widen_square(outputs, i * product->run_stride + half,
-                             tile + (i * RUN_INPUTS + half) * UNIT_OUTPUTS + column);
-    }
+                widen_square(outputs, half, tile + (place + half) * UNIT_OUTPUTS + column);
+        }
 }
 
 #define SUMS_OF(row) ((vector *)(sums + row * UNIT_OUTPUTS))
 /* Two variables for each row: an array would be stored and read in every round. */
 #define TAKE(row) vector a##row = SUMS_OF(row)[0], b##row = SUMS_OF(row)[1];
 #define MULTIPLY(row)                                                                              \
-    each = (vector){0} + x[row];                                                                   \
+    each = x[row] - (vector){0};                                                                   \
     ADD_PRODUCT(a##row, first, each);                                                              \
     ADD_PRODUCT(b##row, second, each);
 #define GIVE(row) SUMS_OF(row)[0] = a##row, SUMS_OF(row)[1] = b##row;
@@ -203,37 +226,63 @@ typedef void (*multiply_block)(const float *tile, int64_t inputs, const float *x
 DEFINE_BLOCKS
 static const multiply_block multiply[MOST_FLOAT_BLOCK + 1] = {NAME_BLOCKS};
 
-static void multiply_unit(const struct float_product *product, const float *x, int64_t row,
-                          int64_t rows, int64_t output, float *sums)
+/* How weights lie in a tile, and what multiplies it with a block of rows. */
+struct tiling {
+    int word_inputs; /* 1 of float32, or 2 of bfloat16 */
+    void (*make)(const struct float_product *product, int64_t output, int64_t input, int64_t count,
+                 float *tile);
+    const multiply_block *multiply;
+};
+
+static void multiply_unit(const struct float_product *product, const struct tiling *tiling,
+                          const float *x, int64_t row, int64_t rows, int64_t output, float *sums)
 {
-    float tile[TILE_RUNS * RUN_INPUTS * UNIT_OUTPUTS] __attribute__((aligned(64)));
-    int64_t runs = runs_of(product);
-    for (int64_t run = 0; run < runs; run += TILE_RUNS) {
-        int64_t count = least(TILE_RUNS, runs - run);
-        make_tile(product, output, run, count, tile);
+    float tile[TILE_WORDS * UNIT_OUTPUTS] __attribute__((aligned(64)));
+    int64_t words = runs_of(product) * RUN_INPUTS / tiling->word_inputs;
+    for (int64_t word = 0; word < words; word += TILE_WORDS) {
+        int64_t count = least(TILE_WORDS, words - word);
+        tiling->make(product, output, word * tiling->word_inputs, count * tiling->word_inputs,
+                     tile);
         for (int64_t done = 0; done < rows;) {
             int64_t block = block_of(product->rows - row - done, BLOCK_ROWS);
-            const float *from = x + ((row + done) * runs + run * block) * RUN_INPUTS;
-            multiply[block](tile, count * RUN_INPUTS, from, sums + done * UNIT_OUTPUTS);
+            const float *from = x + (row + done) * words + word * block;
+            tiling->multiply[block](tile, count, from, sums + done * UNIT_OUTPUTS);
             done += block;
         }
     }
 }
 
-static void multiply_many(const struct float_product *product, const float *x, int64_t first,
-                          int64_t last)
+static void multiply_tiles(const struct float_product *product, const struct tiling *tiling,
+                           const float *x, int64_t first, int64_t last)
 {
     float sums[(TILE_ROWS + BLOCK_ROWS) * UNIT_OUTPUTS] __attribute__((aligned(64)));
     for (int64_t output = first; output < last; output += UNIT_OUTPUTS)
         for (int64_t row = 0; row < product->rows; row += TILE_ROWS) {
             int64_t rows = least(TILE_ROWS, product->rows - row);
-            memset(sums, 0, sizeof sums);
-            multiply_unit(product, x, row, rows, output, sums);
+            memset(sums, 0, (size_t)((rows + BLOCK_ROWS) * UNIT_OUTPUTS) * sizeof *sums);
+            multiply_unit(product, tiling, x, row, rows, output, sums);
             for (int64_t i = 0; i < rows; i++)
-                for (int64_t j = 0; j < least(UNIT_OUTPUTS, last - output); j++)
-                    store(product, row + i, output + j, sums[i * UNIT_OUTPUTS + j]);
+                store_row(product, row + i, output, least(UNIT_OUTPUTS, last - output),
+                          sums + i * UNIT_OUTPUTS);
         }
 }
 
-const struct float_path_table FLOAT_TABLE = {BLOCK_ROWS, UNIT_OUTPUTS, multiply_few,
-                                             multiply_many};
+#include "codes.inc.h"
+
+static const struct tiling floats_of_runs = {1, widen_runs, multiply};
+static const struct tiling floats_of_codes = {1, make_codes, multiply};
+
+static void multiply_many(const struct float_product *product, const float *x, int64_t first,
+                          int64_t last)
+{
+    multiply_tiles(product, product->weights ? &floats_of_runs : &floats_of_codes, x, first, last);
+}
+
+#ifdef ADD_PAIRS
+#include "pairs.inc.h"
+#else
+#define multiply_pairs NULL
+#endif
+
+const struct float_path_table FLOAT_TABLE = {BLOCK_ROWS,     UNIT_OUTPUTS,  multiply_few,
+                                             multiply_codes, multiply_many, multiply_pairs};

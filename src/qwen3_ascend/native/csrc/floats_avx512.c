@@ -20,6 +20,7 @@ static inline __attribute__((always_inline)) __m128 fold(__m512 lanes)
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 #define FOLD(lanes) ((floats4)fold((__m512)(lanes)))
+#include "codes_avx512.h"
 #define BLOCK_ROWS 12
 #define DEFINE_BLOCKS                                                                              \
     DEFINE_BLOCK(1) DEFINE_BLOCK(2) DEFINE_BLOCK(4) DEFINE_BLOCK(8) DEFINE_BLOCK(12)

@@ -13,8 +13,8 @@ static const struct layer_table *find_layer(int path)
 {
     if (!has_float_path(path)) return NULL;
 #if defined(__x86_64__)
-    if (path == PATH_AVX2) return &layer_avx2;
-    if (path == PATH_AVX512) return &layer_avx512;
+    if (path == FLOAT_AVX2) return &layer_avx2;
+    if (path == FLOAT_AVX512) return &layer_avx512;
 #endif
     return &layer_baseline;
 }
@@ -55,9 +55,6 @@ static int share_rows(struct rows_job job, int threads)
     share_work(do_rows, &job, (job.rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER, threads);
     return STATUS_OK;
 }
-
-/* Whether the path's operations of a layer run here; where they do not, the baseline's do. */
-QWEN3_ASCEND_API int qwen3_ascend_has_float_path(int path) { return has_float_path(path); }
 
 /* Floats of scratch for an operation on rows of `columns` by so many threads. */
 QWEN3_ASCEND_API int64_t qwen3_ascend_row_scratch(int threads, int64_t columns)

@@ -1,0 +1,198 @@
+"""Products of float activations with weights as they are stored: bfloat16, int8 or int4 codes.
+
+    products = native.float_products()
+    weight = native.stored_runs(tensor, (outputs, inputs))
+    y = products.multiply(weight, x, torch.bfloat16)
+
+The kernels read a checkpoint where it lies, in a mapped file; csrc/floats.h says how. What codes
+under scales stand for is exact beside float32 activations, and rounded to bfloat16 beside those.
+Sums are in float32, and rounded once to the type of the result. Many rows of bfloat16 are
+multiplied in pairs where a processor can: there numbers below 2^-126 are zero.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
+from qwen3_ascend.native.kernels import STATUS, check_matrix
+from qwen3_ascend.native.library import Library, NativeUnavailable, StoredCodes, open_library
+
+FLOAT_PATHS = {"baseline": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
+"""The sets of instructions that there are kernels for, with their numbers in csrc/floats.h."""
+
+BEST = tuple(reversed(FLOAT_PATHS))
+OF_PATH = {"baseline": ("baseline",), "avx2": ("avx2",), "avx512": ("avx512_bf16", "avx512")}
+"""What is tried, in order: on any processor, and where $QWEN3_ASCEND_CPU names a path."""
+
+RUN_INPUTS = 16
+"""Inputs that lie side by side, and to which inputs are padded."""
+
+MOST_BLOCK_ROWS = 12
+"""Of the kernels' largest block of rows, up to which packed activations may be padded."""
+
+READ_OUTPUTS = 32
+"""Codes are read so many outputs at a time."""
+
+_DTYPES = {torch.bfloat16: 1, torch.float32: 3}
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """A weight [N, K] where it lies.
+
+    Attributes:
+        shape: (N, K), without padding.
+        kernel: that reads it.
+        place: what the kernel is told of it.
+        tensors: whose memory that is, kept for as long as this.
+    """
+
+    shape: tuple[int, int]
+    kernel: str
+    place: tuple[object, ...]
+    tensors: tuple[Tensor, ...]
+
+
+def stored_runs(weight: Tensor, shape: tuple[int, int]) -> StoredWeight | None:
+    """A bfloat16 weight; None if it lies otherwise than the kernels read it.
+
+    Args:
+        weight: FRACTAL_NZ of [N, K], or [N, K] itself with K a multiple of 16. Strips, or rows, may
+            be apart.
+        shape: (N, K), without padding.
+    """
+    outputs, inputs = shape
+    strips = (-(-inputs // RUN_INPUTS), -(-outputs // ROW_BLOCK), ROW_BLOCK, RUN_INPUTS)
+    if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu":
+        return None
+    if weight.shape == strips and weight[0].is_contiguous():
+        strides = RUN_INPUTS, weight.stride(0)
+    elif weight.shape == shape and weight.stride(1) == 1 and inputs % RUN_INPUTS == 0:
+        strides = weight.stride(0), RUN_INPUTS
+    else:
+        return None
+    place = (weight.data_ptr(), outputs, inputs, *strides)
+    return StoredWeight(shape, "float_product", place, (weight,))
+
+
+def stored_codes(
+    weight: Tensor,
+    shape: tuple[int, int],
+    scales: Tensor | None = None,
+    offsets: Tensor | None = None,
+    group: int | None = None,
+) -> StoredWeight | None:
+    """A weight of codes c, each of which stands for (c + offset) * scale; None if it lies otherwise
+    than the kernels read it.
+
+    Args:
+        weight: int8 FRACTAL_NZ of [K, N]; or int4, eight outputs to an int32 and the first in the
+            lowest bits, as FRACTAL_NZ of [K, N / 8] or as that itself, with N a multiple of 32.
+            Contiguous.
+        shape: (N, K), without padding.
+        scales, offsets: bfloat16 [G, N], or None for 1 and for 0.
+        group: inputs that share them; the last group may be shorter. Default: all.
+    """
+    outputs, inputs = shape
+    bits = {torch.int8: 8, torch.int32: 4}.get(weight.dtype)
+    if bits is None or weight.device.type != "cpu" or not weight.is_contiguous():
+        return None
+    if weight.dim() == 4:
+        strip_outputs = STRIP_BYTES * 8 // bits
+        strips = -(-outputs // strip_outputs)
+        padded = -(-inputs // ROW_BLOCK) * ROW_BLOCK
+        if weight.nbytes != strips * padded * STRIP_BYTES:
+            return None
+        lies = strips * strip_outputs, strip_outputs, padded * STRIP_BYTES, STRIP_BYTES
+    elif bits == 4 and weight.shape == (inputs, outputs // 8) and outputs % READ_OUTPUTS == 0:
+        lies = outputs, outputs, 0, outputs // 2
+    else:
+        return None
+    group = group or inputs
+    groups = -(-inputs // group), outputs
+    shared = tuple(each for each in (scales, offsets) if each is not None)
+    for each in shared:
+        _check("scales and offsets", each, torch.bfloat16, groups)
+    pointers = (None if each is None else each.data_ptr() for each in (scales, offsets))
+    codes = StoredCodes(weight.data_ptr(), bits, *lies, *pointers, group, 0)
+    place = (ctypes.byref(codes), outputs, inputs)
+    return StoredWeight(shape, "code_product", place, (weight, *shared))
+
+
+@dataclass(frozen=True)
+class FloatProducts:
+    """The products by one set of instructions. Stateless: one object serves every thread.
+
+    Attributes:
+        library: with the compiled kernels.
+        path: the name of the instructions, of FLOAT_PATHS.
+    """
+
+    library: Library
+    path: str
+
+    def multiply(
+        self, weight: StoredWeight, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+    ) -> Tensor:
+        """x times the transposed weight, plus the bias: [T, N].
+
+        Args:
+            weight: [N, K].
+            x: bfloat16 or float32 [T, K]; rows may be apart.
+            dtype: of the result, bfloat16 or float32.
+            bias: float32 [N].
+
+        Raises:
+            ValueError: if the arguments do not fit each other.
+        """
+        (outputs, inputs), count = weight.shape, x.shape[0]
+        check_matrix(x, tuple(_DTYPES))
+        if x.shape[1] != inputs:
+            raise ValueError(f"the input has {x.shape[1]} features, the weight {inputs}")
+        _check("bias", bias, torch.float32, (outputs,))
+        out = torch.empty(count, outputs, dtype=dtype)
+        padded = -(-inputs // RUN_INPUTS) * RUN_INPUTS
+        scratch = torch.empty((count + MOST_BLOCK_ROWS) * padded)
+        status = self.library.plain_call(
+            weight.kernel, FLOAT_PATHS[self.path], torch.get_num_threads(), *weight.place,
+            _DTYPES[x.dtype], x.data_ptr(), count, x.stride(0), scratch.data_ptr(),
+            None if bias is None else bias.data_ptr(), out.data_ptr(), _DTYPES[dtype],
+        )  # fmt: skip
+        if status:
+            raise RuntimeError(f"{weight.kernel}: {STATUS.get(status, f'status {status}')}")
+        return out
+
+
+def _check(name: str, values: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if values is None:
+        return
+    if values.dtype is not dtype or tuple(values.shape) != shape or not values.is_contiguous():
+        raise ValueError(f"{name} must be {dtype} {shape}, not {values.dtype} {values.shape}")
+
+
+def float_products(path: str | None = None) -> FloatProducts | None:
+    """The fastest products that run here; None without compiled kernels.
+
+    Args:
+        path: the only set of instructions to take, of FLOAT_PATHS. Default: the best one, among
+            those of the path that $QWEN3_ASCEND_CPU names if it does.
+
+    Raises:
+        ValueError: if the environment names a path that does not exist.
+    """
+    try:
+        library = open_library()
+    except NativeUnavailable:
+        return None
+    forced = os.environ.get("QWEN3_ASCEND_CPU")
+    tried = (path,) if path else OF_PATH[forced] if forced else BEST
+    for name in tried:
+        if library.plain_call("has_float_path", FLOAT_PATHS[name]):
+            return FloatProducts(library, name)
+    return None
