@@ -44,6 +44,9 @@ from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
 
 LLAMA, TRANSFORMERS = "llama.cpp", "transformers"
 
+MOST_COMMON = 4096
+"""Prompts are of the first tokens, which every vocabulary has."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -168,10 +171,8 @@ def transformers_eager(source: Path) -> Callable[[Work], Times]:
 def prompts(work: Work) -> list[list[int]]:
     """Token ids, the same in every round, each prompt another."""
     drawn = torch.Generator().manual_seed(0)
-    ids: list[list[int]] = torch.randint(
-        100_000, (work.batch, work.prompt), generator=drawn
-    ).tolist()
-    return ids
+    shape = (work.batch, work.prompt)
+    return [row.tolist() for row in torch.randint(MOST_COMMON, shape, generator=drawn)]
 
 
 def read_in_a_step(sizes: Mapping[str, int], embedding: str, head: str) -> int:

@@ -52,7 +52,7 @@ class ReadBandwidth:
         kinds = (mmap.MADV_NOHUGEPAGE, mmap.MADV_HUGEPAGE)
         self._buffers = [filled_buffer(advice) for advice in kinds]
 
-    def measure(self, repeat: int = 5) -> float:
+    def measure(self, repeat: int = 10) -> float:
         """Bytes a second of the best of `repeat` runs over each buffer."""
         return max(self._once(buffer) for _ in range(repeat) for buffer in self._buffers)
 

@@ -1,18 +1,18 @@
 """From the start of a process to its first token, and what memory it then has, against llama.cpp.
 
     python benchmarks/startup.py                            Qwen3-0.6B shapes
-    python benchmarks/startup.py --model 8b --layers 24     as many layers of 8B as the disk holds
-    python benchmarks/startup.py --model 8b --drop-source   all 36: 18 GB are kept, 26 needed at most
+    python benchmarks/startup.py --model 8b --layers 18     half of the layers of 8B
+    python benchmarks/startup.py --model 8b --drop-source   all of them: 26 GB of disk, then 18
 
-The same random weights, ours as they are converted, llama.cpp's as a GGUF file; both are mapped, and
-read once before, so that they are in the page cache where memory holds them. A process loads them,
-reads a prompt of 16 tokens and prints the next one. All else is as each has it by itself: ours
-verifies what it loads, has a quarter of the memory for its cache and imports torch; llama.cpp is a
-C program (peers/first_token.c) with a context of 512.
+The same random weights, ours as they are converted, llama.cpp's as a GGUF file. Both map them, and
+the files are read once before each start, so that they are in the page cache as far as memory holds
+them. A process loads them, reads a prompt of 16 tokens and says which the next one is. All else is
+as each has it by itself: ours verifies what it loads, takes a quarter of the memory for its cache
+and imports torch; llama.cpp is a C program (peers/first_token.c) with a context of 512 tokens.
 
 Private memory is what no file backs (RssAnon in /proc/PID/status), read when the token is there.
-For ours the part that Python, torch and our own modules take is told apart. The sides take turns,
---repeat rounds of them; the best of each stage counts, and the most memory.
+For ours, what Python, torch and our own modules take is told apart. The sides take turns, --repeat
+rounds after one that does not count; the quickest start of each counts, and the most memory.
 """
 
 from __future__ import annotations
@@ -193,9 +193,8 @@ def main() -> None:
             found = start(side.command)
             if number:  # the first brings programs and libraries into memory
                 starts[side.name].append(found)
-    print(
-        f"{random_model.processor()}, {threads} threads; {chosen.model}, {sides[0].files[0].parent}"
-    )
+    layers = random_model.config(chosen.model, chosen.layers)["num_hidden_layers"]
+    print(f"{random_model.processor()}, {threads} threads; {chosen.model}, {layers} layers\n")
     stored = {side.name: sum(file.stat().st_size for file in side.files) for side in sides}
     print("\n".join(table({name: best(each) for name, each in starts.items()}, stored)))
 
