@@ -2,9 +2,9 @@
 
     python first_token.py CHECKPOINT THREADS TOKENS
 
-Loads a checkpoint, reads a prompt of so many tokens, prints the next one and waits until its input
-ends, so that its memory can be read. On the way it prints a line after each stage, with the bytes
-of private memory that the process has by then.
+Loads a checkpoint, reads a prompt of so many tokens, says which the most probable next one is and
+waits until its input ends, so that its memory can be read. On the way it prints a line after each
+stage, with the bytes of private memory that the process has by then.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from process_memory import PRIVATE, status
 
 
 def tell(stage: str) -> None:
-    """Says that a stage is done."""
+    """Says that a stage is done, and the private memory."""
     print(stage, status(os.getpid())[PRIVATE], flush=True)
 
 
@@ -34,8 +34,8 @@ def main() -> None:
     llm = load(folder, "cpu")
     tell("load")
     prompt = list(range(1000, 1000 + count))
-    llm.generate([prompt], SamplingParams(max_new_tokens=1, ignore_eos=True))
-    tell("token")
+    greedy = SamplingParams(max_new_tokens=1, temperature=0, ignore_eos=True)
+    print("token", *llm.generate([prompt], greedy)[0].token_ids, flush=True)
     sys.stdin.read()
 
 

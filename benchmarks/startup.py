@@ -12,7 +12,8 @@ and imports torch; llama.cpp is a C program (peers/first_token.c) with a context
 
 Private memory is what no file backs (RssAnon in /proc/PID/status), read when the token is there.
 For ours, what Python, torch and our own modules take is told apart. The sides take turns, --repeat
-rounds after one that does not count; the quickest start of each counts, and the most memory.
+rounds after one that does not count; the quickest start of each counts, and the most memory. Equal
+tokens tell that both sides compute the same model, unless the last bits of random weights decide.
 """
 
 from __future__ import annotations
@@ -52,12 +53,14 @@ class Start:
 
     Attributes:
         stages: seconds from the start until each stage was done, in their order.
+        token: the first one.
         imported: bytes of private memory before anything was loaded; 0 where nothing tells.
         private: the same when the token was there.
         mapped: bytes of touched pages of mapped files then.
     """
 
     stages: Mapping[str, float]
+    token: int
     imported: int
     private: int
     mapped: int
@@ -70,7 +73,7 @@ def start(command: Sequence[str]) -> Start:
         SystemExit: if it ends before.
     """
     stages: dict[str, float] = {}
-    imported = 0
+    said: dict[str, int] = {}
     began = time.perf_counter()
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -80,12 +83,12 @@ def start(command: Sequence[str]) -> Start:
             line = process.stdout.readline()
             if not line:
                 raise SystemExit(f"{' '.join(command)} ended before its first token")
-            stage, said = line.split()
+            stage, value = line.split()
             stages[stage] = time.perf_counter() - began
-            imported = int(said) if stage == IMPORTED else imported
+            said[stage] = int(value)
         memory = status(process.pid)
         process.communicate()
-    return Start(stages, imported, memory[PRIVATE], memory[MAPPED])
+    return Start(stages, said[TOKEN], said.get(IMPORTED, 0), memory[PRIVATE], memory[MAPPED])
 
 
 def best(starts: Sequence[Start]) -> Start:
@@ -107,9 +110,9 @@ def table(found: Mapping[str, Start], stored: Mapping[str, int]) -> Iterator[str
     """
     yield (
         "| engine | first token | after the imports | stages | private | beyond the imports "
-        "| of the weights | mapped |"
+        "| of the weights | mapped | the token |"
     )
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for name, each in found.items():
         added = each.private - each.imported
         cells = [
@@ -121,6 +124,7 @@ def table(found: Mapping[str, Start], stored: Mapping[str, int]) -> Iterator[str
             f"{added / 2**20:.0f} MiB",
             f"{100 * added / stored[name]:.1f} %",
             f"{each.mapped / 2**20:.0f} MiB",
+            str(each.token),
         ]
         yield f"| {' | '.join(cells)} |"
 

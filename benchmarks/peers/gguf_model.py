@@ -45,6 +45,13 @@ def ensure_gguf(path: Path, data: dict[str, Any], kind: str) -> Path:
     return path
 
 
+def gguf_names(data: dict[str, Any]) -> dict[str, str]:
+    """The names of tensors in GGUF, by those of the source."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, data["num_hidden_layers"])
+    found = {name: names.get_name(name, (".weight",)) for name in random_model.tensors(data)}
+    return {name: theirs for name, theirs in found.items() if theirs}
+
+
 def gguf_sizes(path: Path) -> dict[str, int]:
     """Bytes of each tensor of a GGUF file."""
     return {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
@@ -54,13 +61,12 @@ def _write(path: Path, data: dict[str, Any], kind: Any) -> None:
     writer = gguf.GGUFWriter(path, "qwen3")
     _describe(writer, data)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, data["num_hidden_layers"])
+    theirs = gguf_names(data)
     for name, shape in random_model.tensors(data).items():
         stored = kind if len(shape) > 1 else gguf.GGMLQuantizationType.F32
         block, nbytes = gguf.GGML_QUANT_SIZES[stored]
         nbytes *= torch.Size(shape).numel() // block
-        theirs = names.get_name(name, (".weight",))
-        writer.add_tensor_info(theirs, shape, np.dtype("float32"), nbytes, stored)
+        writer.add_tensor_info(theirs[name], shape, np.dtype("float32"), nbytes, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3ForCausalLM
 
 from qwen3_ascend.checkpoint.architecture import EMBEDDING, LM_HEAD
 from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.runtime.backends.base import DeviceStep
+from qwen3_ascend.runtime.backends.step import DeviceStep
 from qwen3_ascend.runtime.model.qwen3 import Qwen3
 
 
@@ -54,7 +54,8 @@ def test_cached_bytes_are_what_transformers_keeps_of_a_token(tiny_source: Path) 
     model = AutoModelForCausalLM.from_pretrained(tiny_source, dtype=torch.bfloat16)
     cache = DynamicCache()
     model(torch.arange(5)[None], past_key_values=cache)
-    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    layers: Any = cache.layers
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     assert generate.cached_bytes(data) == kept / 5
 
 
