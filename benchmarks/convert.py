@@ -44,6 +44,7 @@ from typing import Any
 
 import random_model
 from blake3 import blake3
+from process_memory import PRIVATE, status
 
 PLAIN, TRANSFORMED = "w8a8-plain", "w8a8"
 """The recipes that are held against each other: the same scheme without and with transforms."""
@@ -106,20 +107,13 @@ def child(source: str, output: str, options: argparse.Namespace) -> None:
     command += [f"--max-memory={options.max_memory}"] if options.max_memory else []
     command += ["--hash-source"] if options.hash_source else []
     settled = settle(Path(source), Path(output).parent)
-    base = status(os.getpid())["RssAnon"]
+    base = status(os.getpid())[PRIVATE]
     started, cpu = time.perf_counter(), time.process_time()
     main.main(command, standalone_mode=False)
     found = {"work": time.perf_counter() - started, "cpu": time.process_time() - cpu}
     print(
         json.dumps({**found, "settled": settled, "base": base, "rss": status(os.getpid())["VmHWM"]})
     )
-
-
-def status(pid: int) -> dict[str, int]:
-    """The memory lines of /proc/PID/status, in bytes."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    pairs = (line.split() for line in lines if line.endswith(" kB"))
-    return {name.rstrip(":"): int(value) * 1024 for name, value, _ in pairs}
 
 
 def measure(command: list[str], environment: dict[str, str], quiet: bool = False) -> Figures:
@@ -132,7 +126,7 @@ def measure(command: list[str], environment: dict[str, str], quiet: bool = False
     peak = 0
     while process.poll() is None:
         try:
-            peak = max(peak, status(process.pid).get("RssAnon", 0))
+            peak = max(peak, status(process.pid).get(PRIVATE, 0))
         except OSError:
             break
         time.sleep(0.01)

@@ -46,6 +46,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import random_model
 import torch
+from peers.environments import ROOT, environment
+from process_memory import PRIVATE, status
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -54,7 +56,6 @@ if TYPE_CHECKING:
     from qwen3_ascend.convert.statistics import InputStatistics
     from qwen3_ascend.convert.weights import Weights
 
-ROOT = Path(__file__).parents[1]
 STEP = 1024
 WINDOW = 512
 GROUP = 128
@@ -130,8 +131,7 @@ class Watch:
 
     @staticmethod
     def _private() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+        return status(os.getpid())[PRIVATE]
 
 
 class Side(Protocol):
@@ -345,8 +345,8 @@ def measure(side: str, python: Path, folder: Path, given: argparse.Namespace) ->
     paths = [str(ROOT / "benchmarks")]
     if side == "ours":
         paths.append(os.environ.get("PYTHONPATH", ""))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr}")
     return Figures(**json.loads(done.stdout.splitlines()[-1]))
@@ -372,13 +372,6 @@ def _energy(x: Tensor, weight: Tensor) -> float:
     )
 
 
-def environment() -> Path:
-    """The peer's Python; its environment is made if it is not there."""
-    command = ["make", "-s", "--no-print-directory", "-C", str(ROOT), "peer-llm-compressor"]
-    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return Path(said.strip().splitlines()[-1]) / "bin/python"
-
-
 def main() -> None:
     """See the module docstring."""
     parser = argparse.ArgumentParser(
@@ -399,9 +392,8 @@ def main() -> None:
         child(given.child, given.folder)
     if given.child:
         return
-    pythons = {
-        "ours": Path(sys.executable), "llm-compressor": given.peer_python or environment()
-    }  # fmt: skip
+    peer = given.peer_python or environment("llm-compressor") / "bin/python"
+    pythons = {"ours": Path(sys.executable), "llm-compressor": peer}
     with tempfile.TemporaryDirectory() as folder:
         report(compare(given, Path(folder), pythons), Path(folder))
 

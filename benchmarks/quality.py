@@ -41,6 +41,7 @@ import random_model
 import torch
 from peers import own
 from peers.checkpoints import PeerModel
+from peers.environments import ROOT, environment
 from peers.methods import METHODS, OURS, ROWS, Method
 from peers.models import MODELS, Model
 from peers.scoring import Score, score
@@ -52,7 +53,6 @@ from qwen3_ascend.evaluation.result import Interval
 from qwen3_ascend.evaluation.subject import Subject, open_backend, open_subject
 from qwen3_ascend.runtime.tokenizer import NoTokenizer
 
-ROOT = Path(__file__).parents[1]
 ON_CPU = EvaluationOptions(device="cpu")
 
 
@@ -200,13 +200,6 @@ def peer_command(method: Method, model: Path, output: Path, texts: Path) -> list
     script = ROOT / f"benchmarks/peers/run_{method.peer.replace('-', '_')}.py"
     python = environment(method.peer) / "bin/python"
     return [str(word) for word in (python, script, model, output, method.name, texts)]
-
-
-def environment(peer: str) -> Path:
-    """Where a peer's environment is; it is made if it is not there."""
-    command = ["make", "-s", "--no-print-directory", "-C", str(ROOT), f"peer-{peer}"]
-    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return Path(said.strip().splitlines()[-1])
 
 
 def pins(peer: str) -> str:

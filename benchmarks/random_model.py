@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 TABLE = (1 << 24) + 4099
+STRIDE = 1000003
+"""From where one tensor of a file begins in the table to where the next does."""
+
 SHARD_BYTES = 5 * 10**9
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -70,8 +73,7 @@ def ensure(folder: Path, data: dict[str, Any]) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     shapes = tensors(data)
-    files = _files(shapes)
-    table = torch.randn(TABLE, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    files, table = _files(shapes), _table()
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
@@ -82,6 +84,19 @@ def ensure(folder: Path, data: dict[str, Any]) -> Path:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     mark.write_text(json.dumps(data))
     return folder
+
+
+def weights(data: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the source by its name, one at a time, without its files."""
+    shapes, table = tensors(data), _table()
+    for names in _files(shapes):
+        for number, name in enumerate(names):
+            shape = torch.Size(shapes[name])
+            yield name, torch.cat(list(_blocks(shape.numel(), table, STRIDE * number))).view(shape)
+
+
+def _table() -> Tensor:
+    return torch.randn(TABLE, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
 
 
 def _files(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
@@ -104,7 +119,7 @@ def _write(path: Path, shapes: dict[str, tuple[int, ...]], table: Tensor) -> Non
     with path.open("wb") as file:
         file.write(header.raw)
         for number, shape in enumerate(shapes.values()):
-            for block in _blocks(torch.Size(shape).numel(), table, 1000003 * number):
+            for block in _blocks(torch.Size(shape).numel(), table, STRIDE * number):
                 file.write(block.view(torch.int16).numpy().data)
 
 
