@@ -1,7 +1,7 @@
 """From the start of a process to its first text: how long it takes, what of it is imports, and how
 much memory is the process's own by then.
 
-    python benchmarks/first_text.py CHECKPOINT [--repeat 5] [-- options of generate]
+    python benchmarks/first_text.py CHECKPOINT [--repeat 5] [options of generate]
 
 Each run is `qwen3-ascend generate` in a process of its own. The clock starts before the process and
 ends with the first byte of its answer. Imports are timed within it, where Python finds and loads a
@@ -86,9 +86,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("options", nargs="*", default=["--prompt", "What does river mean?"])
-    chosen = parser.parse_args()
-    runs = [run(chosen.checkpoint, chosen.options) for _ in range(chosen.repeat)]
+    parser.add_argument("--prompt", default="What does river mean?")
+    chosen, options = parser.parse_known_args()
+    options += ["--prompt", chosen.prompt]
+    runs = [run(chosen.checkpoint, options) for _ in range(chosen.repeat)]
     best = min(runs, key=lambda one: one.text)
     imports = sum(best.imports.values())
     print(f"first text after {best.text:.2f} s: imports {imports:.2f} s, else {best.beyond:.2f} s")
