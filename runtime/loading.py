@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from qwen3_ascend.runtime.engine.assembly import make_engine
 from qwen3_ascend.runtime.generation import default_params, eos_ids
 from qwen3_ascend.runtime.llm import LLM
 from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions, LoadOptions
-from qwen3_ascend.runtime.tokenizer import load_tokenizer
+from qwen3_ascend.runtime.tokenizer import Tokenizer, load_tokenizer
 
 
 def load(
@@ -32,6 +33,7 @@ def load(
     *,
     verify: bool = True,
     progress: Progress = lambda what, done, total: None,
+    read_tokenizer: Callable[[Path], Tokenizer] = load_tokenizer,
     **options: Unpack[LoadOptions],
 ) -> LLM:
     """Loads a converted checkpoint.
@@ -46,6 +48,7 @@ def load(
             ends before all are hashed. False takes small files that were edited or added as they
             are, and believes the tensors.
         progress: called with (what, done, total) while layers load and graphs are captured.
+        read_tokenizer: gives the tokenizer of the folder, for whoever has one already.
         options: the fields of EngineOptions and DeviceOptions (runtime/options.py), which say what
             each is for: block_size, kv_cache_tokens, max_batch, step_tokens, prefix_cache;
             kv_cache_dtype, attention, graph, buckets, prefetch.
@@ -72,7 +75,7 @@ def load(
     backend = backends.get(reader.manifest.model, device_options)
     check = BackgroundCheck(reader) if verify and backend.in_place else None
     with os_errors(CheckpointError):
-        tokenizer = load_tokenizer(folder)
+        tokenizer = read_tokenizer(folder)
         params, stops = default_params(folder), eos_ids(folder, tokenizer)
         with _weights(reader, verify and check is None) as weights:
             engine = make_engine(weights, backend, engine_options, progress)

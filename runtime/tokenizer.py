@@ -244,17 +244,22 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         CheckpointError: naming the file that is not readable.
     """
+    return quick_tokenizer(folder) or transformers_tokenizer(folder)
+
+
+def quick_tokenizer(folder: Path) -> Tokenizer | None:
+    """What `load_tokenizer` gives, unless that needs transformers: then None. Imports no torch
+    either, and reads while other threads go on."""
     names = [name for names in VOCABULARY_FILES for name in names if (folder / name).is_file()]
     if not has_vocabulary(names):
         return NoTokenizer(folder)
     from qwen3_ascend.runtime.qwen_tokenizer import qwen_tokenizer
 
-    by_transformers = partial(_by_transformers, folder)
-    return qwen_tokenizer(folder, by_transformers) or by_transformers()
+    return qwen_tokenizer(folder, partial(transformers_tokenizer, folder))
 
 
-def _by_transformers(folder: Path) -> Tokenizer:
-    """The tokenizer that transformers makes of a folder's files."""
+def transformers_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that transformers makes of a folder's files; see `load_tokenizer`."""
     from transformers import AutoTokenizer
 
     config = _config(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +16,7 @@ from qwen3_ascend import SamplingParams, load
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.runtime.engine.engine import Engine
+from qwen3_ascend.runtime.tokenizer import NoTokenizer, Tokenizer, quick_tokenizer
 
 NAME = "model.layers.2.mlp.down_proj.weight"
 
@@ -115,6 +118,30 @@ def test_checking_can_be_left_out(w8a8_copy: Path) -> None:
     flip_a_byte(w8a8_copy, NAME)
     llm = load(w8a8_copy, verify=False)
     assert llm.generate(["What does river mean?"], SamplingParams(max_new_tokens=3))[0].token_ids
+
+
+def test_a_tokenizer_that_was_read_already(w8a8_copy: Path) -> None:
+    """And one that needs no transformers is read without torch, so that others may import it."""
+    asked: list[Path] = []
+
+    def give(folder: Path) -> Tokenizer:
+        asked.append(folder)
+        return found
+
+    found = quick_tokenizer(w8a8_copy)
+    assert found is not None
+    assert load(w8a8_copy, read_tokenizer=give).tokenizer is found and asked == [w8a8_copy]
+    (w8a8_copy / "tokenizer.json").unlink()
+    assert isinstance(quick_tokenizer(w8a8_copy), NoTokenizer)
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from qwen3_ascend.runtime.tokenizer import quick_tokenizer\n"
+        "quick_tokenizer(Path(sys.argv[1]))\n"
+        "print({'torch', 'numpy', 'transformers', 'jinja2'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parents[1] / "data/tiny-qwen3")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def test_progress_counts_every_stage_to_its_end(w8a8_copy: Path) -> None:
