@@ -143,7 +143,7 @@ static void multiply_few(const struct float_product *product, const float *x, in
 /* ---- more rows: weights are widened once, and lie in a tile [words][UNIT_OUTPUTS] ---- */
 
 /* The tile, the sums of TILE_ROWS and a block of activations fit into the nearest cache. */
-enum { TILE_WORDS = 4096 / UNIT_OUTPUTS, TILE_ROWS = 144 };
+enum { TILE_WORDS = 4096 / UNIT_OUTPUTS, TILE_ROWS = 144, PREFETCH_RUNS = 4 };
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -183,8 +183,10 @@ INLINE void runs_at(const struct float_product *product, int64_t output, int64_t
                     const uint16_t **outputs)
 {
     const uint16_t *runs = product->weights + input / RUN_INPUTS * product->run_stride;
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 4; i++) {
         outputs[i] = runs + least(output + i, product->outputs - 1) * product->output_stride;
+        __builtin_prefetch(outputs[i] + PREFETCH_RUNS * product->run_stride);
+    }
 }
 
 static void widen_runs(const struct float_product *product, int64_t output, int64_t input,
