@@ -59,3 +59,14 @@ def test_a_layer_is_as_exact_everywhere(tmp_path: Path, build: str) -> None:
         assert (done.returncode in (0, 77), done.stdout) == (True, "")
         ran += done.returncode == 0
     assert ran
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_products_are_exact_everywhere(tmp_path: Path, build: str) -> None:
+    """Of whole numbers, by every set of instructions that there is: dotprod among them, in qemu."""
+    program = compile_program("products_check", build, tmp_path)
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    ran = set(done.stdout.splitlines())
+    assert {"int8 0", "floats 0"} < ran
+    assert "aarch64" not in build or "int8 4" in ran

@@ -28,13 +28,12 @@ class StoredFloatLinear:
         products: FloatProducts,
     ) -> None:
         """A weight [N, K], an optional bias [N] of any float type, and the compute type."""
-        self.weight, self._stored, self._products = stored.tensors[0], stored, products
-        self._bias = None if bias is None else bias.float()
-        self._dtype = dtype
+        self.weight = stored.tensors[0]
+        self._product = products.of(stored, dtype, None if bias is None else bias.float())
 
     def __call__(self, x: Activation) -> Tensor:
         """The product, [T, N]."""
-        return self._products.multiply(self._stored, as_float(x), self._dtype, self._bias)
+        return self._product(as_float(x))
 
 
 def load_float(linear: Linear, dtype: torch.dtype) -> DeviceLinear:

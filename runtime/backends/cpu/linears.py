@@ -20,13 +20,7 @@ from qwen3_ascend.checkpoint.schemes import (
     W8A8Static,
 )
 from qwen3_ascend.checkpoint.schemes.base import Input
-from qwen3_ascend.checkpoint.schemes.w4a8 import (
-    GROUP,
-    ROWS,
-    halves_of,
-    rescale_groups,
-    shift_of,
-)
+from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, ROWS, halves_of, shift_of
 from qwen3_ascend.checkpoint.schemes.w8a8 import NZ
 from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias, static_input
 from qwen3_ascend.native import Epilogue, FloatProducts, Products, StoredWeight
@@ -132,35 +126,22 @@ def load_static_int8(linear: Linear, dtype: torch.dtype) -> DeviceLinear:
 
 
 class GroupInt4Linear:
-    """w4a8 by kernels that read the stored words, one group after the other.
-
-    They sum up in float32, which holds every integer of a group: 256 products of numbers of four
-    bits are at most 2^14.
-    """
+    """w4a8 by kernels that read the stored words, and take every step of the definition."""
 
     input = Input.INT8_PER_TOKEN
 
     def __init__(
-        self,
-        linear: Linear,
-        groups: tuple[StoredWeight, ...],
-        dtype: torch.dtype,
-        products: FloatProducts,
+        self, linear: Linear, stored: StoredWeight, dtype: torch.dtype, products: FloatProducts
     ) -> None:
-        self.weight, self._groups, self._products = linear.weight, groups, products
-        self._scale, self._shift = linear.tensors["scale"], shift_of(linear.tensors)
-        self._bias, self._dtype = linear.bias, dtype
+        self.weight = linear.weight
+        shared = linear.tensors["scale"], shift_of(linear.tensors)
+        bias = None if linear.bias is None else linear.bias.float()
+        self._product = products.of_groups(stored, *shared, dtype, bias)
 
     def __call__(self, x: Activation) -> Tensor:
         """The product, [T, N]."""
         fed = as_codes(x)
-        halves = halves_of(fed.codes).bfloat16().split(GROUP, 1)
-        products = (
-            self._products.multiply(group, half, torch.float32)
-            for group, half in zip(self._groups, halves, strict=True)
-        )
-        y = rescale_groups(products, self._scale, self._shift, fed.scale)
-        return (y if self._bias is None else y + self._bias.float()).to(self._dtype)
+        return self._product(fed.codes, fed.scale)
 
 
 class UnpackedGroupInt4Linear(ReferenceGroupInt4Linear):
@@ -182,20 +163,12 @@ class UnpackedGroupInt4Linear(ReferenceGroupInt4Linear):
 def load_group_int4(linear: Linear, dtype: torch.dtype) -> DeviceLinear:
     """A linear of w4a8."""
     products = native.float_products()
-    groups = _stored_groups(linear) if products else None
-    if products is None or groups is None:
+    stored = (
+        native.stored_codes(linear.weight, matrix_of(linear)) if linear.layout == ROWS else None
+    )
+    if products is None or stored is None:
         return UnpackedGroupInt4Linear(linear, dtype)
-    return GroupInt4Linear(linear, groups, dtype, products)
-
-
-def _stored_groups(linear: Linear) -> tuple[StoredWeight, ...] | None:
-    """Where the codes of each group lie; None if no kernel reads them there."""
-    if linear.layout != ROWS:
-        return None
-    rows = linear.weight.split(GROUP)
-    groups = [native.stored_codes(part, (linear.shape[0], len(part))) for part in rows]
-    found = tuple(group for group in groups if group)
-    return found if len(found) == len(groups) else None
+    return GroupInt4Linear(linear, stored, dtype, products)
 
 
 LINEARS: dict[type[Scheme], Loader] = {

@@ -2,7 +2,8 @@
 
     products = native.float_products()
     weight = native.stored_runs(tensor, (outputs, inputs))
-    y = products.multiply(weight, x, torch.bfloat16)
+    multiply = products.of(weight, torch.bfloat16, bias)
+    y = multiply(x)
 
 The kernels read a checkpoint where it lies, in a mapped file; csrc/floats.h says how. What codes
 under scales stand for is exact beside float32 activations, and rounded to bfloat16 beside those.
@@ -21,7 +22,13 @@ from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
 from qwen3_ascend.native.kernels import STATUS, check_matrix
-from qwen3_ascend.native.library import Library, NativeUnavailable, StoredCodes, open_library
+from qwen3_ascend.native.library import (
+    Grouped,
+    Library,
+    NativeUnavailable,
+    StoredCodes,
+    open_library,
+)
 
 FLOAT_PATHS = {"baseline": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 """The sets of instructions that there are kernels for, with their numbers in csrc/floats.h."""
@@ -35,6 +42,9 @@ RUN_INPUTS = 16
 
 MOST_BLOCK_ROWS = 12
 """Of the kernels' largest block of rows, up to which packed activations may be padded."""
+
+GROUP_INPUTS = 256
+"""Inputs that share a scale beside activations of int8."""
 
 READ_OUTPUTS = 32
 """Codes are read so many outputs at a time."""
@@ -137,35 +147,137 @@ class FloatProducts:
     library: Library
     path: str
 
-    def multiply(
-        self, weight: StoredWeight, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None
-    ) -> Tensor:
-        """x times the transposed weight, plus the bias: [T, N].
+    def of(
+        self, weight: StoredWeight, dtype: torch.dtype, bias: Tensor | None = None
+    ) -> FloatProduct:
+        """The product with one weight.
 
         Args:
             weight: [N, K].
-            x: bfloat16 or float32 [T, K]; rows may be apart.
             dtype: of the result, bfloat16 or float32.
-            bias: float32 [N].
+            bias: float32 [N], added before the result is rounded.
 
         Raises:
-            ValueError: if the arguments do not fit each other.
+            ValueError: if the bias does not have this shape.
         """
-        (outputs, inputs), count = weight.shape, x.shape[0]
-        check_matrix(x, tuple(_DTYPES))
-        if x.shape[1] != inputs:
-            raise ValueError(f"the input has {x.shape[1]} features, the weight {inputs}")
+        _check("bias", bias, torch.float32, weight.shape[:1])
+        return FloatProduct(self, weight, dtype, bias)
+
+    def of_groups(
+        self,
+        weight: StoredWeight,
+        scales: Tensor,
+        shift: Tensor,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+    ) -> GroupProduct:
+        """The product of int8 codes with one weight of int4 codes, as w4a8 defines it.
+
+        Each step of the definition is taken in its order, so every set of instructions finds the
+        same result to the last bit.
+
+        Args:
+            weight: [N, K], int4 without scales.
+            scales: float32 [ceil(K / 256), N].
+            shift: float32 [N].
+            dtype: of the result, bfloat16 or float32.
+            bias: float32 [N], added before the result is rounded.
+
+        Raises:
+            ValueError: if they do not have these shapes.
+        """
+        outputs, inputs = weight.shape
+        _check("scales", scales, torch.float32, (-(-inputs // GROUP_INPUTS), outputs))
+        _check("shift", shift, torch.float32, (outputs,))
         _check("bias", bias, torch.float32, (outputs,))
-        out = torch.empty(count, outputs, dtype=dtype)
-        padded = -(-inputs // RUN_INPUTS) * RUN_INPUTS
-        scratch = torch.empty((count + MOST_BLOCK_ROWS) * padded)
-        status = self.library.plain_call(
-            weight.kernel, FLOAT_PATHS[self.path], torch.get_num_threads(), *weight.place,
-            _DTYPES[x.dtype], x.data_ptr(), count, x.stride(0), scratch.data_ptr(),
-            None if bias is None else bias.data_ptr(), out.data_ptr(), _DTYPES[dtype],
+        return GroupProduct(self, weight, (scales, shift), dtype, bias)
+
+
+class FloatProduct:
+    """The product with one weight: what does not change is checked and looked up once."""
+
+    def __init__(
+        self,
+        products: FloatProducts,
+        weight: StoredWeight,
+        dtype: torch.dtype,
+        bias: Tensor | None,
+    ) -> None:
+        """See `FloatProducts.of`, which checks."""
+        self._path, self._library = FLOAT_PATHS[products.path], products.library
+        self._weight, self._dtype, self._bias = weight, dtype, bias
+        self._outputs, self._inputs = weight.shape
+        self._padded = -(-self._inputs // RUN_INPUTS) * RUN_INPUTS
+        self._added, self._out = None if bias is None else bias.data_ptr(), _DTYPES[dtype]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x times the transposed weight, plus the bias: [T, N].
+
+        Args:
+            x: bfloat16 or float32 [T, K]; rows may be apart.
+
+        Raises:
+            ValueError: if x does not fit the weight.
+        """
+        check_matrix(x, tuple(_DTYPES))
+        count, inputs = x.shape
+        if inputs != self._inputs:
+            raise ValueError(f"the input has {inputs} features, the weight {self._inputs}")
+        out = torch.empty(count, self._outputs, dtype=self._dtype)
+        scratch = torch.empty((count + MOST_BLOCK_ROWS) * self._padded)
+        status = self._library.plain_call(
+            self._weight.kernel, self._path, torch.get_num_threads(), *self._weight.place,
+            _DTYPES[x.dtype], x.data_ptr(), count, x.stride(0), scratch.data_ptr(), self._added,
+            out.data_ptr(), self._out,
         )  # fmt: skip
         if status:
-            raise RuntimeError(f"{weight.kernel}: {STATUS.get(status, f'status {status}')}")
+            raise RuntimeError(f"{self._weight.kernel}: {STATUS.get(status, f'status {status}')}")
+        return out
+
+
+class GroupProduct:
+    """The product of codes with one weight of groups; see FloatProduct."""
+
+    def __init__(
+        self,
+        products: FloatProducts,
+        weight: StoredWeight,
+        shared: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+        bias: Tensor | None,
+    ) -> None:
+        """See `FloatProducts.of_groups`, which checks; `shared` are scales and shift."""
+        self._path, self._library = FLOAT_PATHS[products.path], products.library
+        self._weight, self._shared, self._dtype, self._bias = weight, shared, dtype, bias
+        self._pointers = [each.data_ptr() for each in shared]
+
+    def __call__(self, codes: Tensor, row_scales: Tensor) -> Tensor:
+        """The product, [T, N].
+
+        Args:
+            codes: int8 [T, K]; rows may be apart.
+            row_scales: float32 [T].
+
+        Raises:
+            ValueError: if they do not fit the weight.
+        """
+        check_matrix(codes, (torch.int8,))
+        (count, features), (outputs, inputs) = codes.shape, self._weight.shape
+        if features != inputs:
+            raise ValueError(f"the input has {features} features, the weight {inputs}")
+        _check("row_scales", row_scales, torch.float32, (count,))
+        out = torch.empty(count, outputs, dtype=self._dtype)
+        padded = -(-inputs // RUN_INPUTS) * RUN_INPUTS
+        scratch = torch.empty((2 * count + MOST_BLOCK_ROWS) * padded)
+        grouped = Grouped(*self._pointers, row_scales.data_ptr())
+        status = self._library.plain_call(
+            "group_product", self._path, torch.get_num_threads(), *self._weight.place,
+            ctypes.byref(grouped), codes.data_ptr(), count, codes.stride(0), scratch.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(), out.data_ptr(),
+            _DTYPES[self._dtype],
+        )  # fmt: skip
+        if status:
+            raise RuntimeError(f"group_product: {STATUS.get(status, f'status {status}')}")
         return out
 
 

@@ -64,6 +64,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "float_product": [_INT, _INT, _POINTER, *[_LONG] * 4, *_ROWS],
     # path, threads; weight, outputs, inputs; ROWS
     "code_product": [_INT, _INT, _POINTER, *[_LONG] * 2, *_ROWS],
+    # the same; scales, shift and row scales; ROWS without their dtype
+    "group_product": [_INT, _INT, _POINTER, *[_LONG] * 2, _POINTER, *_ROWS[1:]],
 }
 _COUNTS = frozenset({"row_scratch", "attention_scratch"})
 """Functions that give an int64, not a status."""
@@ -97,6 +99,12 @@ class StoredCodes(ctypes.Structure):
         ("group", _LONG),
         ("rounded", _INT),
     )
+
+
+class Grouped(ctypes.Structure):
+    """`struct grouped` of csrc/floats.h."""
+
+    _fields_ = (("scales", _POINTER), ("shift", _POINTER), ("row_scales", _POINTER))
 
 
 class NativeUnavailable(Exception):

@@ -141,7 +141,7 @@ INLINE vector weights_of(const uint8_t *from, struct code_form form, struct grou
 DEFINE_FEW_CODES(1)
 DEFINE_FEW_CODES(2)
 
-INLINE void multiply_few_codes(const struct float_product *product, struct code_form form,
+INLINE void multiply_form(const struct float_product *product, struct code_form form,
                                const float *x, int64_t first, int64_t last)
 {
     float sums[FEW_CODE_ROWS][CODE_OUTPUTS] __attribute__((aligned(64)));
@@ -169,7 +169,7 @@ INLINE void multiply_few_codes(const struct float_product *product, struct code_
 static void multiply_codes(const struct float_product *product, const float *x, int64_t first,
                            int64_t last)
 {
-    WITH_FORM(product, multiply_few_codes, x, first, last)
+    WITH_FORM(product, multiply_form, x, first, last)
 }
 
 /* ---- more rows ---- */

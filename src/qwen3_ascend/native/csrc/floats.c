@@ -33,7 +33,7 @@ static const struct float_path_table *find_path(int path)
 struct job {
     struct float_product product;
     const struct float_path_table *path;
-    const uint8_t *rows; /* of activations */
+    const void *rows; /* of activations */
     int64_t row_stride;  /* in elements */
     int row_dtype;
     float *packed;
@@ -41,14 +41,30 @@ struct job {
     int64_t parts;
 };
 
+/* The high half of a code is one row, the low one the next; see struct grouped. */
+static float half_of(const struct job *job, int64_t row, int64_t column)
+{
+    int code = ((const int8_t *)job->rows)[row / 2 * job->row_stride + column];
+    return (float)(row % 2 ? (code & 15) - 8 : (code + 128) / 16 - 8);
+}
+
 static float element(const struct job *job, int64_t row, int64_t column)
 {
+    if (job->row_dtype == DTYPE_BYTE) return half_of(job, row, column);
     int64_t place = row * job->row_stride + column;
     if (job->row_dtype == DTYPE_FP32) return ((const float *)job->rows)[place];
     uint32_t bits = (uint32_t)((const uint16_t *)job->rows)[place] << 16;
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+static uint16_t bf16_half_of(const struct job *job, int64_t row, int64_t column)
+{
+    float value = half_of(job, row, column);
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)(bits >> 16); /* whole numbers of four bits have no more */
 }
 
 static int64_t padded_inputs(const struct job *job)
@@ -83,10 +99,12 @@ static void pack_pairs(const struct job *job, int64_t row, int64_t block, float 
 {
     int64_t known = row < job->product.rows ? job->product.inputs : 0;
     const uint16_t *from = (const uint16_t *)job->rows + row * job->row_stride;
+    int codes = job->row_dtype == DTYPE_BYTE;
     for (int64_t column = 0; column < padded_inputs(job); column += 2, to += block) {
         uint16_t pair[2] = {0, 0};
-        if (column < known) pair[0] = from[column];
-        if (column + 1 < known) pair[1] = from[column + 1];
+        if (column < known) pair[0] = codes ? bf16_half_of(job, row, column) : from[column];
+        if (column + 1 < known)
+            pair[1] = codes ? bf16_half_of(job, row, column + 1) : from[column + 1];
         memcpy(to, pair, sizeof *to);
     }
 }
@@ -125,7 +143,7 @@ static multiply_outputs choose(const struct job *job)
     const struct float_path_table *path = job->path;
     if (job->product.weights && job->product.rows <= FEW_ROWS) return path->few;
     if (!job->product.weights && job->product.rows <= FEW_CODE_ROWS) return path->few_codes;
-    return path->pairs && job->row_dtype == DTYPE_BF16 ? path->pairs : path->many;
+    return path->pairs && job->row_dtype != DTYPE_FP32 ? path->pairs : path->many;
 }
 
 /* More than one, so that a thread that is held up holds up little. */
@@ -181,5 +199,22 @@ QWEN3_ASCEND_API int qwen3_ascend_code_product(int path, int threads,
                                     .out_dtype = out_dtype};
     product.codes.rounded = row_dtype == DTYPE_BF16 && codes->scales != NULL;
     struct job job = {product, NULL, rows, row_stride, row_dtype, scratch, NULL, 0};
+    return multiply(path, threads, job);
+}
+
+/* int8 rows times groups of codes of int4; see struct grouped. `scratch` is that of twice as many
+ * rows. */
+QWEN3_ASCEND_API int qwen3_ascend_group_product(int path, int threads,
+                                                const struct stored_codes *codes, int64_t outputs,
+                                                int64_t inputs, const struct grouped *grouped,
+                                                const int8_t *rows, int64_t count,
+                                                int64_t row_stride, float *scratch,
+                                                const float *bias, void *out, int out_dtype)
+{
+    struct float_product product = {.codes = *codes, .grouped = grouped, .rows = 2 * count,
+                                    .inputs = inputs, .outputs = outputs, .bias = bias,
+                                    .out = out, .out_dtype = out_dtype};
+    struct job job = {product, NULL, rows, row_stride, DTYPE_BYTE, scratch, NULL, 0};
+    if (codes->bits != 4 || codes->scales != NULL) return STATUS_BAD_ARGUMENT;
     return multiply(path, threads, job);
 }

@@ -40,12 +40,29 @@ struct stored_codes {
     int rounded;
 };
 
+/* Inputs that share a scale in `grouped`: sums of so many products of numbers of four bits are
+ * exact in float32. */
+enum { GROUP_INPUTS = 256 };
+
+/* w4a8, as checkpoint/schemes/w4a8.py defines it, of int8 codes 16 h + l + 8 with codes of int4:
+ *
+ *     sum(c) = sum over g of f16(sum of c * code in g, exact, * scales[g])    c = h or l; in f16
+ *     y      = (16 * sum(h) + sum(l) + shift) * row_scale + bias
+ *
+ * with f16 for rounding to float16; all else is rounded to float32 step by step. */
+struct grouped {
+    const float *scales;     /* [groups, outputs] */
+    const float *shift;      /* [outputs] */
+    const float *row_scales; /* [rows of the result] */
+};
+
 /* y = activations @ weights' + bias, summed in float32 in an order of the kernel's choice, rounded
  * once to the dtype of `out`. */
 struct float_product {
     const uint16_t *weights; /* NULL if they are codes */
     int64_t output_stride, run_stride; /* in elements, to the next output and the next run */
     struct stored_codes codes;
+    const struct grouped *grouped; /* NULL if not; if so, `rows` counts halves of codes */
     int64_t rows, inputs, outputs;
     const float *bias;
     void *out; /* [rows, outputs] */

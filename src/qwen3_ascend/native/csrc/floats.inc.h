@@ -60,6 +60,11 @@ INLINE int64_t runs_of(const struct float_product *product)
     return (product->inputs + RUN_INPUTS - 1) / RUN_INPUTS;
 }
 
+INLINE int64_t padded_inputs(const struct float_product *product)
+{
+    return runs_of(product) * RUN_INPUTS;
+}
+
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- few rows: weights are widened in registers ---- */
@@ -143,7 +148,7 @@ static void multiply_few(const struct float_product *product, const float *x, in
 /* ---- more rows: weights are widened once, and lie in a tile [words][UNIT_OUTPUTS] ---- */
 
 /* The tile, the sums of TILE_ROWS and a block of activations fit into the nearest cache. */
-enum { TILE_WORDS = 4096 / UNIT_OUTPUTS, TILE_ROWS = 144 };
+enum { TILE_WORDS = 4096 / UNIT_OUTPUTS, TILE_ROWS = 144, PREFETCH_RUNS = 4 };
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -183,8 +188,10 @@ INLINE void runs_at(const struct float_product *product, int64_t output, int64_t
                     const uint16_t **outputs)
 {
     const uint16_t *runs = product->weights + input / RUN_INPUTS * product->run_stride;
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 4; i++) {
         outputs[i] = runs + least(output + i, product->outputs - 1) * product->output_stride;
+        __builtin_prefetch(outputs[i] + PREFETCH_RUNS * product->run_stride);
+    }
 }
 
 static void widen_runs(const struct float_product *product, int64_t output, int64_t input,
@@ -234,13 +241,16 @@ struct tiling {
     const multiply_block *multiply;
 };
 
+/* Adds the products with the inputs `start` .. `end` - 1, whole runs, to the sums of some rows. */
 static void multiply_unit(const struct float_product *product, const struct tiling *tiling,
-                          const float *x, int64_t row, int64_t rows, int64_t output, float *sums)
+                          const float *x, int64_t row, int64_t rows, int64_t output, int64_t start,
+                          int64_t end, float *sums)
 {
     float tile[TILE_WORDS * UNIT_OUTPUTS] __attribute__((aligned(64)));
-    int64_t words = runs_of(product) * RUN_INPUTS / tiling->word_inputs;
-    for (int64_t word = 0; word < words; word += TILE_WORDS) {
-        int64_t count = least(TILE_WORDS, words - word);
+    int64_t words = padded_inputs(product) / tiling->word_inputs;
+    end /= tiling->word_inputs;
+    for (int64_t word = start / tiling->word_inputs; word < end; word += TILE_WORDS) {
+        int64_t count = least(TILE_WORDS, end - word);
         tiling->make(product, output, word * tiling->word_inputs, count * tiling->word_inputs,
                      tile);
         for (int64_t done = 0; done < rows;) {
@@ -260,7 +270,7 @@ static void multiply_tiles(const struct float_product *product, const struct til
         for (int64_t row = 0; row < product->rows; row += TILE_ROWS) {
             int64_t rows = least(TILE_ROWS, product->rows - row);
             memset(sums, 0, (size_t)((rows + BLOCK_ROWS) * UNIT_OUTPUTS) * sizeof *sums);
-            multiply_unit(product, tiling, x, row, rows, output, sums);
+            multiply_unit(product, tiling, x, row, rows, output, 0, padded_inputs(product), sums);
             for (int64_t i = 0; i < rows; i++)
                 store_row(product, row + i, output, least(UNIT_OUTPUTS, last - output),
                           sums + i * UNIT_OUTPUTS);
@@ -268,6 +278,7 @@ static void multiply_tiles(const struct float_product *product, const struct til
 }
 
 #include "codes.inc.h"
+#include "groups.inc.h"
 
 static const struct tiling floats_of_runs = {1, widen_runs, multiply};
 static const struct tiling floats_of_codes = {1, make_codes, multiply};
@@ -275,7 +286,20 @@ static const struct tiling floats_of_codes = {1, make_codes, multiply};
 static void multiply_many(const struct float_product *product, const float *x, int64_t first,
                           int64_t last)
 {
-    multiply_tiles(product, product->weights ? &floats_of_runs : &floats_of_codes, x, first, last);
+    if (product->grouped)
+        multiply_group_tiles(product, &floats_of_codes, x, first, last);
+    else
+        multiply_tiles(product, product->weights ? &floats_of_runs : &floats_of_codes, x, first,
+                       last);
+}
+
+static void multiply_few_codes(const struct float_product *product, const float *x, int64_t first,
+                               int64_t last)
+{
+    if (product->grouped)
+        multiply_few_groups(product, x, first, last);
+    else
+        multiply_codes(product, x, first, last);
 }
 
 #ifdef ADD_PAIRS
@@ -285,4 +309,4 @@ static void multiply_many(const struct float_product *product, const float *x, i
 #endif
 
 const struct float_path_table FLOAT_TABLE = {BLOCK_ROWS,     UNIT_OUTPUTS,  multiply_few,
-                                             multiply_codes, multiply_many, multiply_pairs};
+                                             multiply_few_codes, multiply_many, multiply_pairs};

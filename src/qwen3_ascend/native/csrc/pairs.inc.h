@@ -74,5 +74,9 @@ static const struct tiling pairs_of_codes = {2, pair_codes, multiply_pair_blocks
 static void multiply_pairs(const struct float_product *product, const float *x, int64_t first,
                            int64_t last)
 {
-    multiply_tiles(product, product->weights ? &pairs_of_runs : &pairs_of_codes, x, first, last);
+    if (product->grouped)
+        multiply_group_tiles(product, &pairs_of_codes, x, first, last);
+    else
+        multiply_tiles(product, product->weights ? &pairs_of_runs : &pairs_of_codes, x, first,
+                       last);
 }
