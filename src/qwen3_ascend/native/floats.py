@@ -22,6 +22,7 @@ from torch import Tensor
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
 from qwen3_ascend.native.kernels import STATUS, check_matrix
 from qwen3_ascend.native.library import Library, NativeUnavailable, StoredCodes, open_library
+from qwen3_ascend.native.threads import kernel_threads
 
 FLOAT_PATHS = {"baseline": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 """The sets of instructions that there are kernels for, with their numbers in csrc/floats.h."""
@@ -160,7 +161,7 @@ class FloatProducts:
         padded = -(-inputs // RUN_INPUTS) * RUN_INPUTS
         scratch = torch.empty((count + MOST_BLOCK_ROWS) * padded)
         status = self.library.plain_call(
-            weight.kernel, FLOAT_PATHS[self.path], torch.get_num_threads(), *weight.place,
+            weight.kernel, FLOAT_PATHS[self.path], kernel_threads(), *weight.place,
             _DTYPES[x.dtype], x.data_ptr(), count, x.stride(0), scratch.data_ptr(),
             None if bias is None else bias.data_ptr(), out.data_ptr(), _DTYPES[dtype],
         )  # fmt: skip
