@@ -40,7 +40,7 @@ IGNORED_KEYS = {
 """Keys that change what transformers generates and are not supported here, with what is off."""
 
 
-PLAIN_RANGES = {
+PLAIN_RANGES: dict[str, tuple[type, float, float]] = {
     "temperature": (float, 1e-5, 1e5),
     "top_p": (float, 1e-5, 1.0),
     "min_p": (float, 0.0, 1.0),
