@@ -40,7 +40,7 @@ IGNORED_KEYS = {
 """Keys that change what transformers generates and are not supported here, with what is off."""
 
 
-PLAIN_RANGES = {
+PLAIN_RANGES: dict[str, tuple[type, float, float]] = {
     "temperature": (float, 1e-5, 1e5),
     "top_p": (float, 1e-5, 1.0),
     "min_p": (float, 0.0, 1.0),
@@ -110,7 +110,8 @@ def _is_plain(key: str, value: Any) -> bool:
     if key in IGNORED_KEYS:
         return bool(value == IGNORED_KEYS[key])
     kind, least, most = PLAIN_RANGES[key]
-    return type(value) is kind and bool(least <= value <= most)
+    number: float = value
+    return type(value) is kind and least <= number <= most
 
 
 def _ask_transformers(stated: dict[str, Any], path: Path) -> None:

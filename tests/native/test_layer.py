@@ -85,7 +85,8 @@ def exact_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     scores = query.double().transpose(0, 1) @ wide[0].transpose(1, 2) / query.shape[2] ** 0.5
     hidden = torch.ones(new, length).triu(length - new + 1).bool()
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return (weights @ wide[1]).transpose(0, 1).flatten(1)
+    attended: Tensor = weights @ wide[1]
+    return attended.transpose(0, 1).flatten(1)
 
 
 def assert_near(found: Tensor, exact: Tensor, dtype: torch.dtype, size: Tensor | float) -> None:

@@ -13,7 +13,13 @@ from transformers import GenerationConfig, Qwen3ForCausalLM
 
 from qwen3_ascend import SamplingParams, convert_checkpoint, load
 from qwen3_ascend.errors import ConfigError
-from qwen3_ascend.runtime.generation import SAMPLING_DEFAULTS, default_params, eos_ids
+from qwen3_ascend.runtime import generation
+from qwen3_ascend.runtime.generation import (
+    PLAIN_RANGES,
+    SAMPLING_DEFAULTS,
+    default_params,
+    eos_ids,
+)
 from qwen3_ascend.runtime.tokenizer import NoTokenizer, load_tokenizer
 
 
@@ -59,6 +65,31 @@ def test_params(settings: dict[str, Any], expected: SamplingParams, tmp_path: Pa
 def test_defaults_are_those_of_transformers() -> None:
     theirs = GenerationConfig()._get_default_generation_params()
     assert {key: theirs[key] for key in SAMPLING_DEFAULTS} == SAMPLING_DEFAULTS
+
+
+@pytest.mark.parametrize("key", PLAIN_RANGES)
+def test_transformers_takes_what_it_is_not_asked_about(key: str) -> None:
+    kind, least, most = PLAIN_RANGES[key]
+    for value in (kind(least), kind(most)):
+        assert getattr(GenerationConfig.from_dict({key: value, "do_sample": True}), key) == value
+
+
+PUBLISHED = {
+    "bos_token_id": 151643, "do_sample": True, "eos_token_id": [151645, 151643],
+    "pad_token_id": 151643, "temperature": 0.6, "top_k": 20, "top_p": 0.95,
+    "transformers_version": "4.51.0",
+}  # fmt: skip
+"""Of Qwen3-8B."""
+
+
+def test_it_is_asked_about_others_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(generation, "_ask_transformers", lambda stated, path: asked.append(stated))
+    assert default_params(written(tmp_path, **PUBLISHED)).top_k == 20
+    assert asked == []
+    with pytest.warns(UserWarning, match="min_length"):
+        default_params(written(tmp_path, **PUBLISHED, min_length=3))
+    assert {"min_length": 3} in asked
 
 
 @pytest.mark.parametrize(

@@ -123,13 +123,13 @@ def test_checking_can_be_left_out(w8a8_copy: Path) -> None:
 def test_a_tokenizer_that_was_read_already(w8a8_copy: Path) -> None:
     """And one that needs no transformers is read without torch, so that others may import it."""
     asked: list[Path] = []
+    found = quick_tokenizer(w8a8_copy)
 
     def give(folder: Path) -> Tokenizer:
         asked.append(folder)
+        assert found is not None
         return found
 
-    found = quick_tokenizer(w8a8_copy)
-    assert found is not None
     assert load(w8a8_copy, read_tokenizer=give).tokenizer is found and asked == [w8a8_copy]
     (w8a8_copy / "tokenizer.json").unlink()
     assert isinstance(quick_tokenizer(w8a8_copy), NoTokenizer)

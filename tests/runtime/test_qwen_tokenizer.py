@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
@@ -57,6 +57,18 @@ def tokenizer(edit: Callable[[Backend], object]) -> Callable[[Path], object]:
         backend = Backend.from_file(str(folder / "tokenizer.json"))
         edit(backend)
         backend.save(str(folder / "tokenizer.json"))
+
+    return change
+
+
+def model(**changes: Any) -> Callable[[Path], object]:
+    """Changes what tokenizer.json says of its model."""
+
+    def change(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        data = json.loads(path.read_text())
+        data["model"] |= changes
+        path.write_text(json.dumps(data))
 
     return change
 
@@ -138,6 +150,14 @@ OTHERS: dict[str, Callable[[Path], object]] = {
     "another normalizer": tokenizer(assign("normalizer", normalizers.NFKC())),
     "no normalizer": tokenizer(assign("normalizer", normalizers.Sequence([]))),
     "another division": tokenizer(assign("pre_tokenizer", pre_tokenizers.ByteLevel())),
+    "another decoder": tokenizer(assign("decoder", decoders.Fuse())),
+    "no merges of whole words": model(ignore_merges=True),
+    "dropout": model(dropout=0.5),
+    "unknown token": model(unk_token="<|endoftext|>"),
+    "unknown tokens in one": model(fuse_unk=True),
+    "bytes": model(byte_fallback=True),
+    "prefix": model(continuing_subword_prefix="##"),
+    "suffix": model(end_of_word_suffix="</w>"),
     "surrounding tokens": tokenizer(surrounding),
     "token that strips": tokenizer(
         lambda backend: backend.add_tokens([AddedToken("<tool>", lstrip=True, rstrip=True)])

@@ -11,12 +11,16 @@ from typing import TypeVar
 
 import torch
 
+from qwen3_ascend.native.threads import processor_quota
+
 T = TypeVar("T")
 
 
 def available_threads() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors that this process may use, within the quota of a container."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(count, processor_quota() or count)
 
 
 @contextmanager

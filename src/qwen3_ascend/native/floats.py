@@ -29,6 +29,7 @@ from qwen3_ascend.native.library import (
     StoredCodes,
     open_library,
 )
+from qwen3_ascend.native.threads import kernel_threads
 
 FLOAT_PATHS = {"baseline": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 """The sets of instructions that there are kernels for, with their numbers in csrc/floats.h."""
@@ -226,7 +227,7 @@ class FloatProduct:
         out = torch.empty(count, self._outputs, dtype=self._dtype)
         scratch = torch.empty((count + MOST_BLOCK_ROWS) * self._padded)
         status = self._library.plain_call(
-            self._weight.kernel, self._path, torch.get_num_threads(), *self._weight.place,
+            self._weight.kernel, self._path, kernel_threads(), *self._weight.place,
             _DTYPES[x.dtype], x.data_ptr(), count, x.stride(0), scratch.data_ptr(), self._added,
             out.data_ptr(), self._out,
         )  # fmt: skip
@@ -271,7 +272,7 @@ class GroupProduct:
         scratch = torch.empty((2 * count + MOST_BLOCK_ROWS) * padded)
         grouped = Grouped(*self._pointers, row_scales.data_ptr())
         status = self._library.plain_call(
-            "group_product", self._path, torch.get_num_threads(), *self._weight.place,
+            "group_product", self._path, kernel_threads(), *self._weight.place,
             ctypes.byref(grouped), codes.data_ptr(), count, codes.stride(0), scratch.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(), out.data_ptr(),
             _DTYPES[self._dtype],

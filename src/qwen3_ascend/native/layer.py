@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qwen3_ascend.native.kernels import STATUS
 from qwen3_ascend.native.library import PATHS, Library, NativeUnavailable, open_library
+from qwen3_ascend.native.threads import kernel_threads
 
 DTYPES = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 3}
 """Numbers of csrc/kernels.h."""
@@ -181,7 +182,7 @@ class LayerKernels:
         self.library, self.path = library, path
         self._path = PATHS[path]
         self._rows, self._attention = Scratch(), Scratch()
-        self._floats: dict[tuple[object, ...], int] = {}
+        self._floats: dict[tuple[str, tuple[int, ...]], int] = {}
 
     def add_norm(
         self, hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, feed: Feed
@@ -264,7 +265,7 @@ class LayerKernels:
         )  # fmt: skip
         rounded = Fed(out.view(rows, heads * head_dim), None)
         fed = rounded if feed.form == FLOAT else _fed(feed, rows, heads * head_dim, query.dtype)
-        threads = torch.get_num_threads()
+        threads = kernel_threads()
         floats = self.library.plain_call(
             "attention_scratch", self._path, threads, heads // kv_heads, head_dim
         )
@@ -293,7 +294,7 @@ class LayerKernels:
         """bfloat16 [T, N] as float32."""
         (pointer,) = _pointers(values)
         out = torch.empty(values.shape)
-        threads, count = torch.get_num_threads(), values.numel()
+        threads, count = kernel_threads(), values.numel()
         status = self.library.plain_call(
             "widen", self._path, threads, pointer, count, out.data_ptr()
         )
@@ -301,7 +302,7 @@ class LayerKernels:
         return out
 
     def _run(self, name: str, job: ctypes.Structure, columns: int) -> None:
-        threads = torch.get_num_threads()
+        threads = kernel_threads()
         scratch = self._row_scratch(threads, columns)
         self._check(
             name, self.library.plain_call(name, self._path, threads, ctypes.byref(job), scratch)
@@ -310,11 +311,12 @@ class LayerKernels:
     def _row_scratch(self, threads: int, columns: int) -> int:
         return self._rows.pointer(self._count("row_scratch", threads, columns))
 
-    def _count(self, *call: object) -> int:
+    def _count(self, name: str, *arguments: int) -> int:
         """What a function of the library says, which is asked once for the same arguments."""
-        if call not in self._floats:
-            self._floats[call] = self.library.plain_call(*call)
-        return self._floats[call]
+        asked = name, arguments
+        if asked not in self._floats:
+            self._floats[asked] = self.library.plain_call(name, *arguments)
+        return self._floats[asked]
 
     def _check(self, name: str, status: int) -> None:
         if status:

@@ -18,6 +18,7 @@ from torch import Tensor
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
 from qwen3_ascend.native.kernels import STATUS, check_matrix
 from qwen3_ascend.native.library import Library, NativeUnavailable, open_library
+from qwen3_ascend.native.threads import kernel_threads
 
 INSTRUCTIONS = {"plain": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3, "dotprod": 4}
 """The sets of instructions that there are kernels for, with their numbers in csrc/products.h."""
@@ -131,7 +132,7 @@ class Product:
         out = torch.empty(rows, self._outputs, dtype=self._dtype)
         scratch = torch.empty((rows + MOST_BLOCK_ROWS) * self._scratch, dtype=torch.uint8)
         status = self._library.plain_call(
-            "int8_product", self._instructions, torch.get_num_threads(),
+            "int8_product", self._instructions, kernel_threads(),
             self._weights, self._outputs, inputs, codes.data_ptr(), rows, codes.stride(0),
             scratch.data_ptr(), self._added, None if row_scales is None else row_scales.data_ptr(),
             self._scales, self._bias, out.data_ptr(), self._out,
