@@ -1,4 +1,4 @@
-/* The exported product of floats: checks, packs the activations, shares the outputs. */
+/* The exported products of floats: check, pack the activations, share the outputs. */
 #include "floats.h"
 #include "pool.h"
 #include "rows.h"
@@ -33,9 +33,9 @@ static const struct float_path_table *find_path(int path)
 struct job {
     struct float_product product;
     const struct float_path_table *path;
-    const void *rows; /* of activations */
-    int64_t row_stride;  /* in elements */
-    int row_dtype;
+    const void *rows;   /* of activations */
+    int64_t row_stride; /* in elements */
+    int row_dtype;      /* DTYPE_BYTE: int8 codes, of which each row is two */
     float *packed;
     multiply_outputs multiply;
     int64_t parts;
@@ -90,7 +90,8 @@ static void pack_few(const struct job *job)
 static void pack_floats(const struct job *job, int64_t row, int64_t block, float *to)
 {
     int64_t known = row < job->product.rows ? job->product.inputs : 0;
-    for (int64_t column = 0; column < known; column++) to[column * block] = element(job, row, column);
+    for (int64_t column = 0; column < known; column++)
+        to[column * block] = element(job, row, column);
     for (int64_t column = known; column < padded_inputs(job); column++) to[column * block] = 0.0f;
 }
 

@@ -1,5 +1,5 @@
-/* Products of float activations with weights as they are stored: bfloat16 in FRACTAL_NZ of [N, K] or
- * row by row, or codes of int8 or int4 with outputs side by side.
+/* Products of float activations with weights as they are stored: bfloat16 in FRACTAL_NZ of [N, K],
+ * or row by row; or codes of int8 or int4, whose outputs lie side by side.
  *
  * FRACTAL_NZ of [N, K] puts 16 inputs side by side for each of the N outputs (a strip, K padded to
  * 16). So bfloat16 comes in runs of 16 inputs of one output, 32 bytes, in both forms; what differs

@@ -6,8 +6,8 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,prefer-vector-width=512")
 #endif
@@ -17,8 +17,8 @@
 #define ADD_NARROW(sum, a, b) sum = _mm256_fmadd_ps(a, b, sum)
 /* As text: see products_avx512_vnni.c. */
 #define ADD_PAIRS(sums, a, b) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b))
-#define JOIN_PAIRS(even, odd) _mm512_castsi512_ps(_mm512_or_si512( \
-    _mm512_srli_epi32((__m512i)(even), 16), (__m512i)(odd)))
+#define JOIN_PAIRS(even, odd)                                                                      \
+    (vector)_mm512_or_si512(_mm512_srli_epi32((__m512i)(even), 16), (__m512i)(odd))
 #define ROUND_TO_BF16(values)                                                                      \
     (vector)_mm512_slli_epi32(                                                                     \
         _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)(values))), 16)

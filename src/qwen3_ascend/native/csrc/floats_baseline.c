@@ -17,7 +17,9 @@
 #define NAME_BLOCKS NAME_BLOCK(1), NAME_BLOCK(2), NAME_BLOCK(4), NAME_BLOCK(6)
 #endif
 #define ADD_NARROW ADD_PRODUCT
-#define READ_INT8(from) {(int8_t)(from)[0], (int8_t)(from)[1], (int8_t)(from)[2], (int8_t)(from)[3]}
-#define READ_INT4(from) {low_half((from)[0]), high_half((from)[0]), low_half((from)[1]), high_half((from)[1])}
+#define READ_INT8(from)                                                                            \
+    {(int8_t)(from)[0], (int8_t)(from)[1], (int8_t)(from)[2], (int8_t)(from)[3]}
+#define READ_INT4(from)                                                                            \
+    {low_half((from)[0]), high_half((from)[0]), low_half((from)[1]), high_half((from)[1])}
 #define FLOAT_TABLE floats_baseline
 #include "floats.inc.h"

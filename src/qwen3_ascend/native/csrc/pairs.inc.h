@@ -1,7 +1,7 @@
 /* Products of pairs of bfloat16; a part of floats.inc.h. A path says beforehand:
  *
  *     ADD_PAIRS(sums, a, b)    adds both products of each pair, in float32
- *     JOIN_PAIRS(even, odd)    float32 that are bfloat16 values, side by side as bfloat16
+ *     JOIN_PAIRS(even, odd)    float32 that bfloat16 has exactly, side by side as that
  *
  * A tile holds pairs of neighbouring inputs, [pairs][UNIT_OUTPUTS]: half of the bytes and half of
  * the products.
