@@ -116,7 +116,7 @@ enum { PACKED_TOGETHER = MOST_FLOAT_BLOCK };
 static void pack_part(const void *context, int64_t part)
 {
     const struct job *job = context;
-    int pairs = job->multiply == job->path->pairs;
+    int pairs = job->multiply == job->path->pairs || job->multiply == job->path->code_pairs;
     int64_t words = padded_inputs(job) / (pairs ? 2 : 1);
     int64_t row = part * PACKED_TOGETHER, last = row + PACKED_TOGETHER;
     while (row < last && row < job->product.rows) {
@@ -142,9 +142,11 @@ static void multiply_part(const void *context, int64_t part)
 static multiply_outputs choose(const struct job *job)
 {
     const struct float_path_table *path = job->path;
+    int pairs = path->pairs != NULL && job->row_dtype != DTYPE_FP32;
     if (job->product.weights && job->product.rows <= FEW_ROWS) return path->few;
-    if (!job->product.weights && job->product.rows <= FEW_CODE_ROWS) return path->few_codes;
-    return path->pairs && job->row_dtype != DTYPE_FP32 ? path->pairs : path->many;
+    if (job->product.weights || job->product.rows > FEW_CODE_ROWS)
+        return pairs ? path->pairs : path->many;
+    return pairs && !job->product.grouped ? path->code_pairs : path->few_codes;
 }
 
 /* More than one, so that a thread that is held up holds up little. */
