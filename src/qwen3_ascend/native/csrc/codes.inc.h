@@ -109,13 +109,15 @@ INLINE vector weights_of(const uint8_t *from, struct code_form form, struct grou
 #define GIVE_CODES(row)                                                                            \
     memcpy(sums[row], (vector[]){a##row, b##row, c##row, d##row}, sizeof sums[row]);
 
-/* A column beyond the last that is stored is read as the last, and dropped in the end. */
-#define DEFINE_FEW_CODES(COUNT)                                                                    \
-    INLINE void codes_##COUNT(const struct float_product *product, struct code_form form,          \
-                              const float *x, int64_t output, float (*sums)[CODE_OUTPUTS])         \
+/* READ reads codes of STEP inputs, with the way to the next one, or 0 where there is none; MULTIPLY
+ * takes them with a row. A column beyond the last that is stored is read as the last, and dropped
+ * in the end. */
+#define DEFINE_FEW_CODES(NAME, COUNT, STEP, READ, MULTIPLY)                                        \
+    INLINE void NAME##_##COUNT(const struct float_product *product, struct code_form form,         \
+                               const float *x, int64_t output, float (*sums)[CODE_OUTPUTS])        \
     {                                                                                              \
         const struct stored_codes *codes = &product->codes;                                        \
-        int64_t rows = COUNT, places[CODE_VECTORS];                                                \
+        int64_t rows = COUNT, stride = codes->input_stride, places[CODE_VECTORS];                  \
         for (int i = 0; i < CODE_VECTORS; i++)                                                     \
             places[i] = least(output + i * LANES, codes->stored_outputs - LANES);                  \
         EACH_##COUNT(TAKE_CODES) for (int64_t input = 0; input < product->inputs;)                 \
@@ -127,29 +129,41 @@ INLINE vector weights_of(const uint8_t *from, struct code_form form, struct grou
                 scales[i] = scales_of(product, places[i], input);                                  \
             }                                                                                      \
             int64_t end = end_of_group(product, input);                                            \
-            for (int64_t offset = 0; input < end; input++, offset += codes->input_stride) {        \
-                vector a = weights_of(from[0] + offset, form, scales[0]);                          \
-                vector b = weights_of(from[1] + offset, form, scales[1]);                          \
-                vector c = weights_of(from[2] + offset, form, scales[2]);                          \
-                vector d = weights_of(from[3] + offset, form, scales[3]), each;                    \
-                EACH_##COUNT(MULTIPLY_CODES)                                                       \
+            for (int64_t offset = 0; input < end; input += STEP, offset += STEP * stride) {        \
+                int64_t next = input + STEP <= end ? stride : 0;                                   \
+                vector a = READ(from[0] + offset, next, form, scales[0]);                          \
+                vector b = READ(from[1] + offset, next, form, scales[1]);                          \
+                vector c = READ(from[2] + offset, next, form, scales[2]);                          \
+                vector d = READ(from[3] + offset, next, form, scales[3]), each;                    \
+                EACH_##COUNT(MULTIPLY)                                                             \
             }                                                                                      \
         }                                                                                          \
         EACH_##COUNT(GIVE_CODES)                                                                   \
     }
 
-DEFINE_FEW_CODES(1)
-DEFINE_FEW_CODES(2)
+INLINE vector one_code(const uint8_t *from, int64_t next, struct code_form form,
+                       struct group_scales scales)
+{
+    (void)next;
+    return weights_of(from, form, scales);
+}
 
-INLINE void multiply_form(const struct float_product *product, struct code_form form,
-                               const float *x, int64_t first, int64_t last)
+DEFINE_FEW_CODES(codes, 1, 1, one_code, MULTIPLY_CODES)
+DEFINE_FEW_CODES(codes, 2, 1, one_code, MULTIPLY_CODES)
+
+typedef void (*few_codes)(const struct float_product *product, struct code_form form,
+                          const float *x, int64_t output, float (*sums)[CODE_OUTPUTS]);
+
+/* `one` and `two` multiply one row and two, and are inlined. */
+INLINE void multiply_form(const struct float_product *product, struct code_form form, few_codes one,
+                          few_codes two, const float *x, int64_t first, int64_t last)
 {
     float sums[FEW_CODE_ROWS][CODE_OUTPUTS] __attribute__((aligned(64)));
     for (int64_t output = first; output < last; output += CODE_OUTPUTS) {
         if (product->rows == 1)
-            codes_1(product, form, x, output, sums);
+            one(product, form, x, output, sums);
         else
-            codes_2(product, form, x, output, sums);
+            two(product, form, x, output, sums);
         for (int64_t row = 0; row < product->rows; row++)
             store_row(product, row, output, least(CODE_OUTPUTS, last - output), sums[row]);
     }
@@ -169,7 +183,7 @@ INLINE void multiply_form(const struct float_product *product, struct code_form 
 static void multiply_codes(const struct float_product *product, const float *x, int64_t first,
                            int64_t last)
 {
-    WITH_FORM(product, multiply_form, x, first, last)
+    WITH_FORM(product, multiply_form, codes_1, codes_2, x, first, last)
 }
 
 /* ---- more rows ---- */

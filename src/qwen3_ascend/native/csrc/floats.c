@@ -1,4 +1,4 @@
-/* The exported product of floats: checks, packs the activations, shares the outputs. */
+/* The exported products of floats: check, pack the activations, share the outputs. */
 #include "floats.h"
 #include "pool.h"
 #include "rows.h"
@@ -33,9 +33,9 @@ static const struct float_path_table *find_path(int path)
 struct job {
     struct float_product product;
     const struct float_path_table *path;
-    const void *rows; /* of activations */
-    int64_t row_stride;  /* in elements */
-    int row_dtype;
+    const void *rows;   /* of activations */
+    int64_t row_stride; /* in elements */
+    int row_dtype;      /* DTYPE_BYTE: int8 codes, of which each row is two */
     float *packed;
     multiply_outputs multiply;
     int64_t parts;
@@ -90,7 +90,8 @@ static void pack_few(const struct job *job)
 static void pack_floats(const struct job *job, int64_t row, int64_t block, float *to)
 {
     int64_t known = row < job->product.rows ? job->product.inputs : 0;
-    for (int64_t column = 0; column < known; column++) to[column * block] = element(job, row, column);
+    for (int64_t column = 0; column < known; column++)
+        to[column * block] = element(job, row, column);
     for (int64_t column = known; column < padded_inputs(job); column++) to[column * block] = 0.0f;
 }
 
@@ -115,7 +116,7 @@ enum { PACKED_TOGETHER = MOST_FLOAT_BLOCK };
 static void pack_part(const void *context, int64_t part)
 {
     const struct job *job = context;
-    int pairs = job->multiply == job->path->pairs;
+    int pairs = job->multiply == job->path->pairs || job->multiply == job->path->code_pairs;
     int64_t words = padded_inputs(job) / (pairs ? 2 : 1);
     int64_t row = part * PACKED_TOGETHER, last = row + PACKED_TOGETHER;
     while (row < last && row < job->product.rows) {
@@ -141,9 +142,11 @@ static void multiply_part(const void *context, int64_t part)
 static multiply_outputs choose(const struct job *job)
 {
     const struct float_path_table *path = job->path;
+    int pairs = path->pairs != NULL && job->row_dtype != DTYPE_FP32;
     if (job->product.weights && job->product.rows <= FEW_ROWS) return path->few;
-    if (!job->product.weights && job->product.rows <= FEW_CODE_ROWS) return path->few_codes;
-    return path->pairs && job->row_dtype != DTYPE_FP32 ? path->pairs : path->many;
+    if (job->product.weights || job->product.rows > FEW_CODE_ROWS)
+        return pairs ? path->pairs : path->many;
+    return pairs && !job->product.grouped ? path->code_pairs : path->few_codes;
 }
 
 /* More than one, so that a thread that is held up holds up little. */

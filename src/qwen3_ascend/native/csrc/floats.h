@@ -1,5 +1,5 @@
-/* Products of float activations with weights as they are stored: bfloat16 in FRACTAL_NZ of [N, K] or
- * row by row, or codes of int8 or int4 with outputs side by side.
+/* Products of float activations with weights as they are stored: bfloat16 in FRACTAL_NZ of [N, K],
+ * or row by row; or codes of int8 or int4, whose outputs lie side by side.
  *
  * FRACTAL_NZ of [N, K] puts 16 inputs side by side for each of the N outputs (a strip, K padded to
  * 16). So bfloat16 comes in runs of 16 inputs of one output, 32 bytes, in both forms; what differs
@@ -71,17 +71,17 @@ struct float_product {
 
 /* The activations as the kernels read them, inputs padded to 16 with zeros. Few rows of runs:
  * float32 [runs][rows][8 even inputs, 8 odd inputs]. All else: blocks of rows, each [words][rows of
- * the block]; a word is an input in float32, or of `pairs` two neighbours in bfloat16. */
+ * the block]; a word is an input in float32, or two neighbours in bfloat16 for pairs. */
 typedef void (*multiply_outputs)(const struct float_product *product, const float *x, int64_t first,
                                  int64_t last);
 
 struct float_path_table {
     int block_rows;
-    int unit;               /* outputs that are computed together */
-    multiply_outputs few;   /* rows, of bfloat16 */
-    multiply_outputs few_codes;
-    multiply_outputs many;
-    multiply_outputs pairs; /* many rows of bfloat16 activations; NULL where `many` is as fast */
+    int unit; /* outputs that are computed together */
+    multiply_outputs few, few_codes, many;
+    /* Of bfloat16 activations, instead of `many` and `few_codes`; NULL where there are no such
+     * instructions. */
+    multiply_outputs pairs, code_pairs;
 };
 
 /* Whether this processor has the instructions of a path's floats: those of AVX2 include FMA. */

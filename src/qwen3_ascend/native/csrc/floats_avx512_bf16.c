@@ -6,8 +6,8 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,prefer-vector-width=512")
 #endif
@@ -17,8 +17,15 @@
 #define ADD_NARROW(sum, a, b) sum = _mm256_fmadd_ps(a, b, sum)
 /* As text: see products_avx512_vnni.c. */
 #define ADD_PAIRS(sums, a, b) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b))
-#define JOIN_PAIRS(even, odd) _mm512_castsi512_ps(_mm512_or_si512( \
-    _mm512_srli_epi32((__m512i)(even), 16), (__m512i)(odd)))
+#define ROUND_PAIRS(even, odd) round_pairs((__m512)(even), (__m512)(odd))
+static inline __attribute__((always_inline)) __m512 round_pairs(__m512 even, __m512 odd)
+{
+    const __m512i places = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
+                                            24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+                                            16, 0);
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(places, both));
+}
 #define ROUND_TO_BF16(values)                                                                      \
     (vector)_mm512_slli_epi32(                                                                     \
         _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)(values))), 16)

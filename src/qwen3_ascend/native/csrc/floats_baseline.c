@@ -18,8 +18,10 @@
 #endif
 #define FOLD(lanes) ((floats4)(lanes))
 #define ADD_NARROW ADD_PRODUCT
-#define READ_INT8(from) {(int8_t)(from)[0], (int8_t)(from)[1], (int8_t)(from)[2], (int8_t)(from)[3]}
-#define READ_INT4(from) {low_half((from)[0]), high_half((from)[0]), low_half((from)[1]), high_half((from)[1])}
+#define READ_INT8(from)                                                                            \
+    {(int8_t)(from)[0], (int8_t)(from)[1], (int8_t)(from)[2], (int8_t)(from)[3]}
+#define READ_INT4(from)                                                                            \
+    {low_half((from)[0]), high_half((from)[0]), low_half((from)[1]), high_half((from)[1])}
 #define FLOAT_TABLE floats_baseline
 #define LAYER_TABLE layer_baseline
 #include "floats.inc.h"

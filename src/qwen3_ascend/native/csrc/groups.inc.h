@@ -10,7 +10,7 @@ INLINE vector round_to_half(vector values)
     words_of_lanes power = (words_of_lanes)size & 0x7f800000u; /* not above size */
     words_of_lanes subnormal = (words_of_lanes)(power < 0x38800000u); /* 2^-14 */
     power = (power & ~subnormal) | (0x38800000u & subnormal);
-    vector border = (vector)power * 12288.0f; /* beside which float32 has just the bits of float16 */
+    vector border = (vector)power * 12288.0f; /* beside it float32 has just float16's bits */
     vector rounded = (size + border) - border;
     words_of_lanes large = (words_of_lanes)(size >= 65520.0f);
     return (vector)(((words_of_lanes)rounded & ~large) | (0x7f800000u & large) | sign);
@@ -26,7 +26,7 @@ INLINE void add_group(const struct float_product *product, int64_t group, int64_
            (size_t)count * sizeof *scales);
     for (int64_t row = 0; row < rows; row++)
         for (int64_t lane = 0; lane < unit; lane += LANES) {
-            const vector sum = *(const vector *)(sums + row * unit + lane);
+            vector sum = *(const vector *)(sums + row * unit + lane);
             vector *total = (vector *)(totals + row * unit + lane);
             *total = round_to_half(*total + round_to_half(sum * *(const vector *)(scales + lane)));
         }

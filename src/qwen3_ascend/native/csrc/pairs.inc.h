@@ -1,7 +1,7 @@
 /* Products of pairs of bfloat16; a part of floats.inc.h. A path says beforehand:
  *
  *     ADD_PAIRS(sums, a, b)    adds both products of each pair, in float32
- *     JOIN_PAIRS(even, odd)    float32 that are bfloat16 values, side by side as bfloat16
+ *     ROUND_PAIRS(even, odd)   float32 rounded to bfloat16, half to even, side by side
  *
  * A tile holds pairs of neighbouring inputs, [pairs][UNIT_OUTPUTS]: half of the bytes and half of
  * the products.
@@ -63,9 +63,35 @@ static void pair_codes(const struct float_product *product, int64_t output, int6
             for (int column = 0; column < UNIT_OUTPUTS; column += LANES) {
                 const float *even = wide + 2 * pair * UNIT_OUTPUTS + column;
                 *(vector *)(tile + column) =
-                    JOIN_PAIRS(*(const vector *)even, *(const vector *)(even + UNIT_OUTPUTS));
+                    ROUND_PAIRS(*(const vector *)even, *(const vector *)(even + UNIT_OUTPUTS));
             }
     }
+}
+
+/* A pair of codes; of the last one of an odd number, with zero if `next` is 0. */
+INLINE vector pair_of_codes(const uint8_t *from, int64_t next, struct code_form form,
+                            struct group_scales scales)
+{
+    struct code_form exact = {form.bits, 0};
+    vector even = weights_of(from, exact, scales), odd = {0};
+    if (next != 0) odd = weights_of(from + next, exact, scales);
+    return ROUND_PAIRS(even, odd);
+}
+
+#define MULTIPLY_CODE_PAIRS(row)                                                                   \
+    each = (vector)((integers_of_lanes){0} + ((const word_anywhere *)x)[input / 2 * rows + row]);  \
+    ADD_PAIRS(a##row, a, each);                                                                    \
+    ADD_PAIRS(b##row, b, each);                                                                    \
+    ADD_PAIRS(c##row, c, each);                                                                    \
+    ADD_PAIRS(d##row, d, each);
+
+DEFINE_FEW_CODES(code_pairs, 1, 2, pair_of_codes, MULTIPLY_CODE_PAIRS)
+DEFINE_FEW_CODES(code_pairs, 2, 2, pair_of_codes, MULTIPLY_CODE_PAIRS)
+
+static void multiply_code_pairs(const struct float_product *product, const float *x, int64_t first,
+                                int64_t last)
+{
+    WITH_FORM(product, multiply_form, code_pairs_1, code_pairs_2, x, first, last)
 }
 
 static const struct tiling pairs_of_runs = {2, pair_runs, multiply_pair_blocks};
