@@ -16,8 +16,10 @@ def environment(peer: str) -> Path:
             environment; or "llama-cpp", whose folder holds its programs.
 
     Raises:
-        subprocess.CalledProcessError: if it cannot be made; make has said why.
+        SystemExit: if it cannot be made; make has said why on standard error.
     """
     command = ["make", "-s", "--no-print-directory", "-C", str(ROOT), f"peer-{peer}"]
-    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return Path(said.strip().splitlines()[-1])
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{peer} could not be made: see what make said above")
+    return Path(done.stdout.strip().splitlines()[-1])

@@ -82,16 +82,16 @@ def test_ours_computes_every_prompt_and_then_steps_of_all_answers(
 def test_transformers_computes_prompts_and_then_steps(
     tiny_source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes: list[tuple[int, ...]] = []
+    calls: list[tuple[int, ...]] = []
     forward = Qwen3ForCausalLM.forward
 
     def watched(model: Any, tokens: Tensor, **named: Any) -> Any:
-        shapes.append(tuple(tokens.shape))
+        calls.append((*tokens.shape, named["past_key_values"].get_seq_length()))
         return forward(model, tokens, **named)
 
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", watched)
     generate.transformers_eager(tiny_source)(Work(3, 20, 2))
-    assert shapes == [(3, 20), (3, 1), (3, 1)]
+    assert calls == [(3, 20, 0), (3, 1, 20), (3, 1, 21)]
 
 
 def test_engines_take_turns() -> None:
