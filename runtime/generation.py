@@ -110,7 +110,8 @@ def _is_plain(key: str, value: Any) -> bool:
     if key in IGNORED_KEYS:
         return bool(value == IGNORED_KEYS[key])
     kind, least, most = PLAIN_RANGES[key]
-    return type(value) is kind and bool(least <= value <= most)
+    is_of_kind = type(value) is kind
+    return is_of_kind and bool(least <= value <= most)
 
 
 def _ask_transformers(stated: dict[str, Any], path: Path) -> None:
