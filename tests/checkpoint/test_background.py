@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -177,6 +178,7 @@ def test_a_process_does_not_wait_for_a_check(folder: Path) -> None:
     assert len(done.stdout.splitlines()) <= 1
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 on, rightly
 def test_a_child_process_can_wait_too(folder: Path) -> None:
     """A fork has none of its parent's threads, and one of its tensors may be half hashed."""
     gate = threading.Event()
@@ -185,6 +187,7 @@ def test_a_child_process_can_wait_too(folder: Path) -> None:
     check = BackgroundCheck(reader, 2)
     child = os.fork()
     if child == 0:
+        signal.alarm(30)  # it would not end with the test
         check.finish()
         os._exit(7)
     gate.set()

@@ -54,7 +54,7 @@ class BackgroundCheck:
             self._running = [thread for thread in self._running if thread.is_alive()]
             if not self._running:  # in a child process, which has none of its parent's threads
                 self._work.waiting.extend(self._work.open)
-            self._start(self._threads - len(self._running))
+            self._start(min(self._threads - len(self._running), len(self._work.waiting)))
             for thread in self._running:
                 thread.join()
         self.poll()
