@@ -152,6 +152,15 @@ static multiply_outputs choose(const struct job *job)
 /* More than one, so that a thread that is held up holds up little. */
 enum { PARTS_OF_A_THREAD = 8 };
 
+/* Outputs of a part: where runs of neighbours are read together, a few pages of each. */
+enum { OUTPUTS_OF_STREAMS = 256 };
+
+static int64_t least_outputs(const struct job *job)
+{
+    int streams = job->multiply == job->path->few && job->product.run_stride != RUN_INPUTS;
+    return streams ? OUTPUTS_OF_STREAMS : job->path->unit;
+}
+
 static int multiply(int path, int threads, struct job job)
 {
     job.path = find_path(path);
@@ -164,8 +173,9 @@ static int multiply(int path, int threads, struct job job)
     else
         share_work(pack_part, &job, (job.product.rows + PACKED_TOGETHER - 1) / PACKED_TOGETHER,
                    threads);
-    int64_t units = (job.product.outputs + job.path->unit - 1) / job.path->unit;
-    job.parts = threads * PARTS_OF_A_THREAD < units ? threads * PARTS_OF_A_THREAD : units;
+    int64_t most = job.product.outputs / least_outputs(&job);
+    job.parts = threads * PARTS_OF_A_THREAD < most ? threads * PARTS_OF_A_THREAD : most;
+    if (job.parts < 1) job.parts = 1;
     share_work(multiply_part, &job, job.parts, threads);
     return STATUS_OK;
 }

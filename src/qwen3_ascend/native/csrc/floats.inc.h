@@ -69,9 +69,10 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- few rows: weights are widened in registers ---- */
 
-/* Outputs whose sums are kept in the nearest cache; runs that are read side by side, of as many
- * streams as a processor follows where outputs are neighbours; how far ahead memory is asked for. */
-enum { FEW_OUTPUTS = 128, FEW_STREAMS = 8, FEW_NEIGHBOURS = 64, PREFETCH_BYTES = 1024 };
+/* Outputs times rows whose sums are kept in the nearest cache; runs that are read side by side, of as
+ * many streams as a processor follows where outputs are neighbours; how far ahead memory is asked
+ * for. */
+enum { FEW_SUMS = 512, FEW_STREAMS = 8, PREFETCH_BYTES = 1024 };
 
 INLINE words upper(words pairs) { return pairs & 0xffff0000u; }
 
@@ -94,7 +95,7 @@ INLINE float sum_of_lanes(narrow sums)
     static void few_##COUNT(const struct float_product *product, const float *x, int64_t first,    \
                             int64_t count)                                                         \
     {                                                                                              \
-        float sums[FEW_OUTPUTS][COUNT][NARROW_LANES] __attribute__((aligned(64)));                 \
+        float sums[FEW_SUMS / COUNT][COUNT][NARROW_LANES] __attribute__((aligned(64)));            \
         int64_t runs = runs_of(product), streams = streams_of(product);                            \
         memset(sums, 0, sizeof sums);                                                              \
         for (int64_t start = 0; start < runs; start += streams)                                    \
@@ -122,10 +123,10 @@ INLINE float sum_of_lanes(narrow sums)
                       sum_of_lanes(*(const narrow *)sums[output][row]));                           \
     }
 
-/* Where runs of an output are neighbours, more of them are one stream. */
+/* Where runs of an output are neighbours, all of them are one stream. */
 INLINE int64_t streams_of(const struct float_product *product)
 {
-    return product->run_stride == RUN_INPUTS ? FEW_NEIGHBOURS : FEW_STREAMS;
+    return product->run_stride == RUN_INPUTS ? runs_of(product) : FEW_STREAMS;
 }
 
 DEFINE_FEW(1)
@@ -136,8 +137,8 @@ DEFINE_FEW(4)
 static void multiply_few(const struct float_product *product, const float *x, int64_t first,
                          int64_t last)
 {
-    for (int64_t output = first; output < last; output += FEW_OUTPUTS) {
-        int64_t count = least(FEW_OUTPUTS, last - output);
+    for (int64_t output = first, count; output < last; output += count) {
+        count = least(FEW_SUMS / product->rows, last - output);
         if (product->rows == 1) few_1(product, x, output, count);
         if (product->rows == 2) few_2(product, x, output, count);
         if (product->rows == 3) few_3(product, x, output, count);

@@ -104,8 +104,8 @@ static int multiply_row(const int8_t *strip, int64_t quads, const int32_t *x, in
     DECLARE_LEAST
     for (int part = 0; part < NARROWS; part++) totals[part] = ((const narrow *)sums)[part];
     for (int64_t i = 0; i < quads; i++, strip += STRIP_QUAD_BYTES) {
-        __builtin_prefetch(strip + PREFETCH_BYTES);
-        __builtin_prefetch(strip + PREFETCH_BYTES + STRIP_QUAD_BYTES / 2);
+        __builtin_prefetch(strip + PREFETCH_BYTES, 0, 0);
+        __builtin_prefetch(strip + PREFETCH_BYTES + STRIP_QUAD_BYTES / 2, 0, 0);
         narrow each = (narrow){0} + x[i];
         interleave(strip, made);
         NOTE_LEAST(made);
