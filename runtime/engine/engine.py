@@ -234,7 +234,8 @@ class Engine:
         for chunk in batch.chunks:
             rows = range(row, row + chunk.logit_rows)
             if chunk.request.wants_logits and not chunk.request.retired:
-                events.append(LogitsEvent(chunk.request, logits[rows.start : rows.stop].cpu()))
+                wanted = logits[rows.start : rows.stop].to("cpu", copy=True)
+                events.append(LogitsEvent(chunk.request, wanted))
                 if not chunk.request.pending:
                     chunk.request.finish_reason = "length"
             elif chunk.chooses and not chunk.request.retired:

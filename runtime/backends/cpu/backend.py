@@ -1,40 +1,41 @@
-"""The CPU backend: a layer in a few calls of compiled kernels."""
+"""The CPU backend: a layer in a few calls of compiled kernels, which are recorded once."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import Input
 from qwen3_ascend.native import Fed, Feed, LayerKernels
 from qwen3_ascend.native.layer import PER_TOKEN, STATIC
+from qwen3_ascend.native.tape import empty, note
 from qwen3_ascend.runtime.backends.base import (
     Activation,
+    DeviceForward,
     DeviceLinear,
+    Forward,
+    Progress,
     QuantizedActivation,
     StaticActivation,
+    StepBounds,
     static_input_of,
 )
 from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.cpu.by_torch import TorchCpuBackend
+from qwen3_ascend.runtime.backends.cpu.float_linears import StoredFloatLinear
+from qwen3_ascend.runtime.backends.cpu.linears import (
+    GroupInt4Linear,
+    Int8Linear,
+    StaticInt8Linear,
+)
+from qwen3_ascend.runtime.backends.cpu.steps import CpuStep, RecordedSteps
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 
-
-@dataclass(frozen=True)
-class CpuStep(DeviceStep):
-    """A step with its numbers as the kernels read them.
-
-    Attributes:
-        lengths: int32 [B], `context_lens` of the inputs.
-        starts: int32 [B + 1], `query_starts` of the inputs.
-    """
-
-    lengths: Tensor = torch.empty(0)
-    starts: Tensor = torch.empty(0)
+RECORDED = (Int8Linear, StaticInt8Linear, GroupInt4Linear, StoredFloatLinear)
+"""Linears that compute by kernels alone, whose calls can be made again."""
 
 
 class CpuBackend(TorchCpuBackend):
@@ -48,10 +49,36 @@ class CpuBackend(TorchCpuBackend):
         kernels: LayerKernels,
     ) -> None:
         super().__init__(config, dtype, cache_dtype)
-        self._kernels = kernels
+        self._kernels, self._records = kernels, True
 
     @override
-    def open_step(self, step: StepInputs) -> DeviceStep:
+    def linear(self, linear: Linear) -> DeviceLinear:
+        return self._noted(super().linear(linear))
+
+    @override
+    def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
+        return self._noted(super().dense(weight, bias))
+
+    def _noted(self, linear: DeviceLinear) -> DeviceLinear:
+        """A linear of torch's cannot be recorded, and no step with it."""
+        self._records = self._records and isinstance(linear, RECORDED)
+        return linear
+
+    @override
+    def runner(self, forward: DeviceForward, bounds: StepBounds, progress: Progress) -> Forward:
+        if not self._records:
+            return super().runner(forward, bounds, progress)
+        return RecordedSteps(forward, self.open_step)
+
+    @override
+    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        rows = empty(len(tokens), table.shape[1], dtype=table.dtype)
+        look_up(table, tokens, rows)
+        note(look_up, table, tokens, rows)
+        return rows
+
+    @override
+    def open_step(self, step: StepInputs) -> CpuStep:
         opened = super().open_step(step)
         lengths, starts = (
             torch.tensor(numbers, dtype=torch.int32)
@@ -104,6 +131,11 @@ class CpuBackend(TorchCpuBackend):
     @override
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
         return activation(self._kernels.gated(gate_up, feed_of(consumer)), consumer)
+
+
+def look_up(table: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """Writes the rows [T, hidden] of a table that tokens [T] name."""
+    torch.index_select(table, 0, tokens, out=rows)
 
 
 def feed_of(consumer: DeviceLinear) -> Feed:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
-from qwen3_ascend.native.kernels import STATUS, check_matrix
+from qwen3_ascend.native import tape
+from qwen3_ascend.native.kernels import check_matrix
 from qwen3_ascend.native.library import (
     Grouped,
     Library,
@@ -29,6 +30,7 @@ from qwen3_ascend.native.library import (
     StoredCodes,
     open_library,
 )
+from qwen3_ascend.native.tape import empty
 from qwen3_ascend.native.threads import kernel_threads
 
 FLOAT_PATHS = {"baseline": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
@@ -224,15 +226,13 @@ class FloatProduct:
         count, inputs = x.shape
         if inputs != self._inputs:
             raise ValueError(f"the input has {inputs} features, the weight {self._inputs}")
-        out = torch.empty(count, self._outputs, dtype=self._dtype)
-        scratch = torch.empty((count + MOST_BLOCK_ROWS) * self._padded)
-        status = self._library.plain_call(
+        out = empty(count, self._outputs, dtype=self._dtype)
+        scratch = tape.scratch(4 * (count + MOST_BLOCK_ROWS) * self._padded)
+        self._library.run(
             self._weight.kernel, self._path, kernel_threads(), *self._weight.place,
             _DTYPES[x.dtype], x.data_ptr(), count, x.stride(0), scratch.data_ptr(), self._added,
             out.data_ptr(), self._out,
         )  # fmt: skip
-        if status:
-            raise RuntimeError(f"{self._weight.kernel}: {STATUS.get(status, f'status {status}')}")
         return out
 
 
@@ -267,18 +267,16 @@ class GroupProduct:
         if features != inputs:
             raise ValueError(f"the input has {features} features, the weight {inputs}")
         _check("row_scales", row_scales, torch.float32, (count,))
-        out = torch.empty(count, outputs, dtype=self._dtype)
+        out = empty(count, outputs, dtype=self._dtype)
         padded = -(-inputs // RUN_INPUTS) * RUN_INPUTS
-        scratch = torch.empty((2 * count + MOST_BLOCK_ROWS) * padded)
+        scratch = tape.scratch(4 * (2 * count + MOST_BLOCK_ROWS) * padded)
         grouped = Grouped(*self._pointers, row_scales.data_ptr())
-        status = self._library.plain_call(
+        self._library.run(
             "group_product", self._path, kernel_threads(), *self._weight.place,
             ctypes.byref(grouped), codes.data_ptr(), count, codes.stride(0), scratch.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(), out.data_ptr(),
             _DTYPES[self._dtype],
         )  # fmt: skip
-        if status:
-            raise RuntimeError(f"group_product: {STATUS.get(status, f'status {status}')}")
         return out
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
-from qwen3_ascend.native.library import Library, Step
+from qwen3_ascend.native.library import STATUS, Library, Step
 from qwen3_ascend.native.rows import Steps, check_factors, check_rotation, check_steps
 
 LANES = 8
@@ -40,7 +40,6 @@ LEAST_SEARCHED = 2.0**-100
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPE_CODES = {torch.int8: 0, torch.uint8: 0, **{dtype: i + 1 for i, dtype in enumerate(FLOATS)}}
 _CHECK_FINITE, _TO_BF16 = 1, 2
-STATUS = {2: "an argument the kernel refuses", 3: "a processor path that does not run here"}
 
 
 class NotFinite(ValueError):

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qwen3_ascend.native.kernels import STATUS
 from qwen3_ascend.native.library import PATHS, Library, NativeUnavailable, open_library
+from qwen3_ascend.native.tape import empty, keep
 from qwen3_ascend.native.threads import kernel_threads
 
 DTYPES = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 3}
@@ -172,6 +172,7 @@ class Scratch:
         border = CACHE_LINE // self._floats.element_size()
         if self._floats.numel() < count + border:
             self._floats = torch.empty(count + border)
+        keep(self._floats)
         return -(-self._floats.data_ptr() // CACHE_LINE) * CACHE_LINE
 
 
@@ -196,7 +197,7 @@ class LayerKernels:
             feed: what the linear behind it wants.
         """
         rows, columns = hidden.shape
-        total = hidden if delta is None else torch.empty_like(hidden)
+        total = hidden if delta is None else empty(*hidden.shape, dtype=hidden.dtype)
         fed = _fed(feed, rows, columns, hidden.dtype)
         job = _AddNorm(
             DTYPES[hidden.dtype], rows, columns, *_pointers(hidden, delta, weight), epsilon,
@@ -229,7 +230,7 @@ class LayerKernels:
         """
         kv_heads, head_dim = cache.keys.shape[-2:]
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
-        query = torch.empty(qkv.shape[0], heads, head_dim, dtype=qkv.dtype)
+        query = empty(qkv.shape[0], heads, head_dim, dtype=qkv.dtype)
         job = _NormRotate(
             DTYPES[qkv.dtype], qkv.shape[0], heads, *_pointers(qkv, *norms), epsilon,
             *_pointers(*rotary, slots, query), _cache(cache),
@@ -258,7 +259,7 @@ class LayerKernels:
         """
         rows, heads, head_dim = query.shape
         _, block_size, kv_heads, _ = cache.keys.shape
-        out = torch.empty_like(query)
+        out = empty(*query.shape, dtype=query.dtype)
         job = _Attention(
             DTYPES[query.dtype], len(lengths), heads, block_size, *_pointers(query), _cache(cache),
             *_pointers(block_table), block_table.shape[1], *_pointers(lengths, starts, out),
@@ -266,16 +267,12 @@ class LayerKernels:
         rounded = Fed(out.view(rows, heads * head_dim), None)
         fed = rounded if feed.form == FLOAT else _fed(feed, rows, heads * head_dim, query.dtype)
         threads = kernel_threads()
-        floats = self.library.plain_call(
-            "attention_scratch", self._path, threads, heads // kv_heads, head_dim
-        )
-        self._check(
-            "attention",
-            self.library.plain_call(
-                "attention", self._path, threads, ctypes.byref(job),
-                ctypes.byref(_feed(feed, fed, query.dtype)), self._attention.pointer(floats),
-                self._row_scratch(threads, heads * head_dim),
-            ),
+        shape = threads, heads // kv_heads, head_dim
+        self.library.run(
+            "attention", self._path, threads, ctypes.byref(job),
+            ctypes.byref(_feed(feed, fed, query.dtype)),
+            self._attention.pointer(self._count("attention_scratch", self._path, *shape)),
+            self._row_scratch(threads, heads * head_dim),
         )  # fmt: skip
         return fed
 
@@ -293,20 +290,15 @@ class LayerKernels:
     def widen(self, values: Tensor) -> Tensor:
         """bfloat16 [T, N] as float32."""
         (pointer,) = _pointers(values)
-        out = torch.empty(values.shape)
-        threads, count = kernel_threads(), values.numel()
-        status = self.library.plain_call(
-            "widen", self._path, threads, pointer, count, out.data_ptr()
-        )
-        self._check("widen", status)
+        out = empty(*values.shape)
+        count = values.numel()
+        self.library.run("widen", self._path, kernel_threads(), pointer, count, out.data_ptr())
         return out
 
     def _run(self, name: str, job: ctypes.Structure, columns: int) -> None:
         threads = kernel_threads()
         scratch = self._row_scratch(threads, columns)
-        self._check(
-            name, self.library.plain_call(name, self._path, threads, ctypes.byref(job), scratch)
-        )
+        self.library.run(name, self._path, threads, ctypes.byref(job), scratch)
 
     def _row_scratch(self, threads: int, columns: int) -> int:
         return self._rows.pointer(self._count("row_scratch", threads, columns))
@@ -318,10 +310,6 @@ class LayerKernels:
             self._floats[asked] = self.library.plain_call(name, *arguments)
         return self._floats[asked]
 
-    def _check(self, name: str, status: int) -> None:
-        if status:
-            raise RuntimeError(f"{name}: {STATUS.get(status, f'status {status}')}")
-
 
 def _pointers(*tensors: Tensor | None) -> Sequence[int | None]:
     for tensor in tensors:
@@ -331,9 +319,9 @@ def _pointers(*tensors: Tensor | None) -> Sequence[int | None]:
 
 def _fed(feed: Feed, rows: int, columns: int, dtype: torch.dtype) -> Fed:
     if feed.form == FLOAT:
-        return Fed(torch.empty(rows, columns, dtype=dtype), None)
-    codes = torch.empty(rows, columns, dtype=torch.int8)
-    return Fed(codes, torch.empty(rows) if feed.form == PER_TOKEN else None)
+        return Fed(empty(rows, columns, dtype=dtype), None)
+    codes = empty(rows, columns, dtype=torch.int8)
+    return Fed(codes, empty(rows) if feed.form == PER_TOKEN else None)
 
 
 def _feed(feed: Feed, fed: Fed, dtype: torch.dtype) -> _Feed:

@@ -12,9 +12,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen3_ascend.native.tape import note
+
 ABI = 10
 LIBRARY = Path(__file__).with_name("_kernels.so")
 PATHS = {"baseline": 0, "avx2": 1, "avx512": 2}
+
+STATUS = {2: "an argument the kernel refuses", 3: "a processor path that does not run here"}
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _MATRIX = [_INT, _POINTER, _LONG, _LONG, _LONG]  # dtype, data, rows, columns, row stride
@@ -125,6 +129,18 @@ class Library:
     def plain_call(self, name: str, *arguments: object) -> int:
         """Call `qwen3_ascend_<name>`; returns its status, or the count that it gives."""
         return int(self._functions[name](*arguments))
+
+    def run(self, name: str, *arguments: object) -> None:
+        """Call `qwen3_ascend_<name>`, and note it on the tape if there is one.
+
+        Raises:
+            RuntimeError: if the kernel refuses its arguments.
+        """
+        function = self._functions[name]
+        status = function(*arguments)
+        if status:
+            raise RuntimeError(f"{name}: {STATUS.get(status, f'status {status}')}")
+        note(function, *arguments)
 
     @functools.cached_property
     def _functions(self) -> dict[str, ctypes._NamedFuncPointer]:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
-from qwen3_ascend.native.kernels import STATUS, check_matrix
+from qwen3_ascend.native import tape
+from qwen3_ascend.native.kernels import check_matrix
 from qwen3_ascend.native.library import Library, NativeUnavailable, open_library
+from qwen3_ascend.native.tape import empty
 from qwen3_ascend.native.threads import kernel_threads
 
 INSTRUCTIONS = {"plain": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3, "dotprod": 4}
@@ -129,16 +131,14 @@ class Product:
         if inputs != self._inputs:
             raise ValueError(f"codes have {inputs} inputs, the weight {self._inputs}")
         _check("row_scales", row_scales, torch.float32, rows)
-        out = torch.empty(rows, self._outputs, dtype=self._dtype)
-        scratch = torch.empty((rows + MOST_BLOCK_ROWS) * self._scratch, dtype=torch.uint8)
-        status = self._library.plain_call(
+        out = empty(rows, self._outputs, dtype=self._dtype)
+        scratch = tape.scratch((rows + MOST_BLOCK_ROWS) * self._scratch)
+        self._library.run(
             "int8_product", self._instructions, kernel_threads(),
             self._weights, self._outputs, inputs, codes.data_ptr(), rows, codes.stride(0),
             scratch.data_ptr(), self._added, None if row_scales is None else row_scales.data_ptr(),
             self._scales, self._bias, out.data_ptr(), self._out,
         )  # fmt: skip
-        if status:
-            raise RuntimeError(f"int8_product: {STATUS.get(status, f'status {status}')}")
         return out
 
 

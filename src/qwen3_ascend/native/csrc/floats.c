@@ -167,6 +167,7 @@ static int multiply(int path, int threads, struct job job)
     if (job.path == NULL) return STATUS_NO_PATH;
     if (job.product.rows < 0 || job.product.inputs < 1 || job.product.outputs < 1)
         return STATUS_BAD_ARGUMENT;
+    if (job.product.rows == 0) return STATUS_OK;
     job.multiply = choose(&job);
     if (job.multiply == job.path->few)
         pack_few(&job);
