@@ -203,18 +203,22 @@ class ReferenceBackend(Backend[LayerKV]):
 
     @override
     def open_step(self, step: StepInputs) -> DeviceStep:
-        """Cosines and sines are rounded to the compute type, as a device's tables are, and
-        computed with in float32. There is no table: a step needs few positions, and the context
-        has many."""
-        factor = self.config.rope.attention_factor
-        cos, sin = (
-            rows.to(self.dtype).float().unsqueeze(1)
-            for rows in rotary_rows(step.positions, self._frequencies, factor)
-        )
+        cos, sin = self.rotary(step)
         if step.carried is not None:
             step = dataclasses.replace(step, tokens=step.tokens.clone())
             step.fill_in(step.tokens)
-        return DeviceStep(step, cos, sin)
+        return DeviceStep(step, cos.unsqueeze(1), sin.unsqueeze(1))
+
+    def rotary(self, step: StepInputs) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a step's positions, float32 [T, head_dim]. There is no table: a
+        step needs few positions, and the context has many."""
+        return self.rotary_rows(step.positions)
+
+    def rotary_rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of some positions, rounded to the compute type as a device's tables are."""
+        factor = self.config.rope.attention_factor
+        cos, sin = rotary_rows(positions, self._frequencies, factor)
+        return cos.to(self.dtype).float(), sin.to(self.dtype).float()
 
     @functools.cached_property
     def _frequencies(self) -> Tensor:

@@ -39,7 +39,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def prompts(*lengths: int) -> list[list[int]]:
-    return [[7 + (31 * i + n) % 900 for i in range(n)] for n in lengths]
+    return [[7 + (31 * i + n) % 900 for i in range(n)] for n in map(int, lengths)]
 
 
 def answers(llm: LLM, *lengths: int, new: int = 40) -> list[list[int]]:

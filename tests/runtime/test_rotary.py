@@ -39,6 +39,16 @@ def test_a_steps_rows_are_those_of_the_tables(
         assert torch.equal(rows[:, 0], table.to(cpu.dtype).float()[positions])
 
 
+def test_a_table_grows_with_the_contexts() -> None:
+    """And gives the same rows before and after."""
+    cpu = backends.get(SMALL_CONFIG, DeviceOptions("cpu"))
+    tables = rotary_tables(dataclasses.replace(SMALL_CONFIG, max_position=1 << 13))
+    for positions in ([3], [1022, 1023], [1024], [5000, 3], [3]):
+        step: DeviceStep = cpu.open_step(step_at(positions))
+        for rows, table in zip((step.cos, step.sin), tables, strict=True):
+            assert torch.equal(rows[:, 0], table.bfloat16().float()[positions])
+
+
 def test_a_long_context_costs_nothing_before_it_is_used() -> None:
     """A table of it would take half a petabyte."""
     config = dataclasses.replace(SMALL_CONFIG, max_position=1 << 40)

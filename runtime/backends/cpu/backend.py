@@ -31,6 +31,7 @@ from qwen3_ascend.runtime.backends.cpu.linears import (
     Int8Linear,
     StaticInt8Linear,
 )
+from qwen3_ascend.runtime.backends.cpu.rotary import GrowingTable
 from qwen3_ascend.runtime.backends.cpu.steps import CpuStep, RecordedSteps
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 
@@ -50,6 +51,7 @@ class CpuBackend(TorchCpuBackend):
     ) -> None:
         super().__init__(config, dtype, cache_dtype)
         self._kernels, self._records = kernels, True
+        self._rotary = GrowingTable(self.rotary_rows)
 
     @override
     def linear(self, linear: Linear) -> DeviceLinear:
@@ -76,6 +78,10 @@ class CpuBackend(TorchCpuBackend):
         look_up(table, tokens, rows)
         note(look_up, table, tokens, rows)
         return rows
+
+    @override
+    def rotary(self, step: StepInputs) -> tuple[Tensor, Tensor]:
+        return self._rotary.rows(step.positions, max(step.context_lens))
 
     @override
     def open_step(self, step: StepInputs) -> CpuStep:
