@@ -110,6 +110,26 @@ static void pack_pairs(const struct job *job, int64_t row, int64_t block, float 
     }
 }
 
+/* Vectors of pairs, [vectors][rows][two runs]: of strips each run twice, of plain rows two of them. */
+static void pack_few_pairs(const struct job *job)
+{
+    const struct float_product *product = &job->product;
+    int64_t run = RUN_INPUTS * sizeof(uint16_t), inputs = product->inputs;
+    int twice = product->run_stride != RUN_INPUTS;
+    char *to = (char *)job->packed;
+    memset(to, 0, (size_t)(padded_inputs(job) * product->rows * (twice ? 4 : 2)));
+    for (int64_t start = 0; start < inputs; start += RUN_INPUTS)
+        for (int64_t row = 0; row < product->rows; row++) {
+            const uint16_t *from = (const uint16_t *)job->rows + row * job->row_stride + start;
+            int64_t left = (inputs - start) * (int64_t)sizeof *from, bytes = left < run ? left : run;
+            int64_t vector = twice ? start / RUN_INPUTS : start / RUN_INPUTS / 2;
+            char *place = to + (vector * product->rows + row) * 2 * run;
+            if (!twice && start / RUN_INPUTS % 2) place += run;
+            memcpy(place, from, (size_t)bytes);
+            if (twice) memcpy(place + run, from, (size_t)bytes);
+        }
+}
+
 /* Rows that are packed by one part: a multiple of every block but the last. */
 enum { PACKED_TOGETHER = MOST_FLOAT_BLOCK };
 
@@ -139,11 +159,22 @@ static void multiply_part(const void *context, int64_t part)
     job->multiply(product, job->packed, first, last);
 }
 
+/* Whether few_pairs reads nothing behind a row: two runs at a time, or those of strips. */
+static int has_whole_vectors(const struct job *job)
+{
+    const struct float_product *product = &job->product;
+    return product->run_stride != RUN_INPUTS ? product->output_stride == RUN_INPUTS
+                                             : product->inputs % (2 * RUN_INPUTS) == 0;
+}
+
 static multiply_outputs choose(const struct job *job)
 {
     const struct float_path_table *path = job->path;
     int pairs = path->pairs != NULL && job->row_dtype != DTYPE_FP32;
-    if (job->product.weights && job->product.rows <= FEW_ROWS) return path->few;
+    if (job->product.weights && job->product.rows <= FEW_ROWS)
+        return path->few_pairs && job->row_dtype == DTYPE_BF16 && has_whole_vectors(job)
+                   ? path->few_pairs
+                   : path->few;
     if (job->product.weights || job->product.rows > FEW_CODE_ROWS)
         return pairs ? path->pairs : path->many;
     return pairs && !job->product.grouped ? path->code_pairs : path->few_codes;
@@ -157,7 +188,8 @@ enum { OUTPUTS_OF_STREAMS = 256 };
 
 static int64_t least_outputs(const struct job *job)
 {
-    int streams = job->multiply == job->path->few && job->product.run_stride != RUN_INPUTS;
+    int few = job->multiply == job->path->few || job->multiply == job->path->few_pairs;
+    int streams = few && job->product.run_stride != RUN_INPUTS;
     return streams ? OUTPUTS_OF_STREAMS : job->path->unit;
 }
 
@@ -171,6 +203,8 @@ static int multiply(int path, int threads, struct job job)
     job.multiply = choose(&job);
     if (job.multiply == job.path->few)
         pack_few(&job);
+    else if (job.multiply == job.path->few_pairs)
+        pack_few_pairs(&job);
     else
         share_work(pack_part, &job, (job.product.rows + PACKED_TOGETHER - 1) / PACKED_TOGETHER,
                    threads);

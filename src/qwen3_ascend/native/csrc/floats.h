@@ -79,9 +79,9 @@ struct float_path_table {
     int block_rows;
     int unit; /* outputs that are computed together */
     multiply_outputs few, few_codes, many;
-    /* Of bfloat16 activations, instead of `many` and `few_codes`; NULL where there are no such
+    /* Of bfloat16 activations, instead of `many`, `few_codes` and `few`; NULL where there are no such
      * instructions. */
-    multiply_outputs pairs, code_pairs;
+    multiply_outputs pairs, code_pairs, few_pairs;
 };
 
 /* Whether this processor has the instructions of a path's floats: those of AVX2 include FMA. */

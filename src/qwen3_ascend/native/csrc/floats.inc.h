@@ -308,8 +308,9 @@ static void multiply_few_codes(const struct float_product *product, const float 
 #else
 #define multiply_pairs NULL
 #define multiply_code_pairs NULL
+#define multiply_few_pairs NULL
 #endif
 
 const struct float_path_table FLOAT_TABLE = {BLOCK_ROWS,     UNIT_OUTPUTS,  multiply_few,
                                              multiply_few_codes, multiply_many, multiply_pairs,
-                                             multiply_code_pairs};
+                                             multiply_code_pairs, multiply_few_pairs};

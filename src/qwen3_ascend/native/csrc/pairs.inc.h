@@ -94,6 +94,87 @@ static void multiply_code_pairs(const struct float_product *product, const float
     WITH_FORM(product, multiply_form, code_pairs_1, code_pairs_2, x, first, last)
 }
 
+/* ---- few rows: weights are multiplied as they are read, a vector of them at a time ---- */
+
+/* A vector is the run of an output and that of its neighbour, or where runs of an output are
+ * neighbours, two of its own. */
+typedef float vector_of_halves __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(2)));
+
+#define PAIR_SUM_OF(row) (*(vector *)sums[place][row])
+#define TAKE_PAIR_SUM(row) vector a##row = PAIR_SUM_OF(row), b##row = {0};
+#define MULTIPLY_FIRST(row) ADD_PAIRS(a##row, weights_of_two, ((const vector *)each)[row]);
+#define MULTIPLY_SECOND(row) ADD_PAIRS(b##row, weights_of_two, ((const vector *)each)[row]);
+#define GIVE_PAIR_SUM(row) PAIR_SUM_OF(row) = a##row + b##row;
+#define READ_TWO(MULTIPLY)                                                                         \
+    {                                                                                              \
+        __builtin_prefetch((const char *)weights + PREFETCH_BYTES, 0, 0);                          \
+        vector weights_of_two = *(const vector_of_halves *)weights;                                \
+        MULTIPLY                                                                                   \
+        weights += step;                                                                           \
+        each += LANES * rows;                                                                      \
+    }
+
+/* The sums of `count` places of a vector each, `place_stride` apart; `steps` vectors, `step` apart,
+ * come to a sum, of which so many are read side by side as `streams` says. */
+#define DEFINE_FEW_PAIRS(COUNT)                                                                    \
+    static void sum_few_pairs_##COUNT(const uint16_t *first, int64_t place_stride, int64_t step,   \
+                                      int64_t steps, int64_t streams, const float *x,              \
+                                      int64_t count, float (*sums)[COUNT][LANES])                  \
+    {                                                                                              \
+        enum { rows = COUNT };                                                                     \
+        for (int64_t start = 0; start < steps; start += streams)                                   \
+            for (int64_t place = 0; place < count; place++) {                                      \
+                const uint16_t *weights = first + place * place_stride + start * step;             \
+                const float *each = x + start * LANES * rows;                                      \
+                int64_t i = start, last = least(start + streams, steps);                           \
+                EACH_##COUNT(TAKE_PAIR_SUM) for (; i + 2 <= last; i += 2)                          \
+                {                                                                                  \
+                    READ_TWO(EACH_##COUNT(MULTIPLY_FIRST))                                         \
+                    READ_TWO(EACH_##COUNT(MULTIPLY_SECOND))                                        \
+                }                                                                                  \
+                if (i < last) READ_TWO(EACH_##COUNT(MULTIPLY_FIRST))                               \
+                EACH_##COUNT(GIVE_PAIR_SUM)                                                        \
+            }                                                                                      \
+    }                                                                                              \
+    /* Outputs `output` ..; of strips, an even number of them, but for the last of all. */         \
+    static void few_pairs_##COUNT(const struct float_product *product, const float *x,             \
+                                  int64_t output, int64_t count)                                   \
+    {                                                                                              \
+        float sums[FEW_SUMS / COUNT][COUNT][LANES] __attribute__((aligned(64)));                   \
+        int rows_apart = product->run_stride == RUN_INPUTS, outputs = rows_apart ? 1 : 2;          \
+        int64_t steps = rows_apart ? runs_of(product) / 2 : runs_of(product);                      \
+        int64_t step = rows_apart ? 2 * RUN_INPUTS : product->run_stride;                          \
+        int64_t places = (count + outputs - 1) / outputs;                                          \
+        memset(sums, 0, sizeof sums);                                                              \
+        sum_few_pairs_##COUNT(product->weights + output * product->output_stride,                  \
+                              outputs * product->output_stride, step, steps,                       \
+                              rows_apart ? steps : FEW_STREAMS, x, places, sums);                  \
+        for (int64_t i = 0; i < count; i++)                                                        \
+            for (int row = 0; row < COUNT; row++) {                                                \
+                const float *lanes = sums[i / outputs][row] + i % outputs * LANES / outputs;       \
+                float total = 0.0f;                                                                \
+                for (int lane = 0; lane < LANES / outputs; lane++) total += lanes[lane];           \
+                store(product, row, output + i, total);                                            \
+            }                                                                                      \
+    }
+
+DEFINE_FEW_PAIRS(1)
+DEFINE_FEW_PAIRS(2)
+DEFINE_FEW_PAIRS(3)
+DEFINE_FEW_PAIRS(4)
+
+static void multiply_few_pairs(const struct float_product *product, const float *x, int64_t first,
+                               int64_t last)
+{
+    for (int64_t output = first, count; output < last; output += count) {
+        count = least(FEW_SUMS / product->rows / 2 * 2, last - output);
+        if (product->rows == 1) few_pairs_1(product, x, output, count);
+        if (product->rows == 2) few_pairs_2(product, x, output, count);
+        if (product->rows == 3) few_pairs_3(product, x, output, count);
+        if (product->rows == 4) few_pairs_4(product, x, output, count);
+    }
+}
+
 static const struct tiling pairs_of_runs = {2, pair_runs, multiply_pair_blocks};
 static const struct tiling pairs_of_codes = {2, pair_codes, multiply_pair_blocks};
 
