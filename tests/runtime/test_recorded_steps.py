@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {recipe: root / recipe for recipe in RECIPES}
 
 
-def prompts(*lengths: int) -> list[list[int]]:
-    return [[7 + (31 * i + n) % 900 for i in range(n)] for n in map(int, lengths)]
+def prompts(*lengths: int) -> list[Sequence[int]]:
+    return [[7 + (31 * i + length) % 900 for i in range(length)] for length in lengths]
 
 
 def answers(llm: LLM, *lengths: int, new: int = 40) -> list[list[int]]:

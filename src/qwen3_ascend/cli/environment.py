@@ -15,8 +15,8 @@ SETTINGS = {
     # torch would import torch_npu by itself and fail with a traceback where CANN is not set up;
     # the NPU backend imports it when it is asked for, and says what is missing.
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-    # torch's threads would look for more work for milliseconds behind each of its operations, in the
-    # way of the threads of our kernels; so they sleep, and are woken.
+    # torch's threads would look for more work for milliseconds behind each of its operations, in
+    # the way of the threads of our kernels; so they sleep, and are woken.
     "OMP_WAIT_POLICY": "PASSIVE",
     # Their warnings about failed requests would stand between our lines about the same requests.
     "HF_HUB_VERBOSITY": "error",
