@@ -45,7 +45,7 @@ def prompts(*lengths: int) -> list[Sequence[int]]:
 
 def answers(llm: LLM, *lengths: int, new: int = 40) -> list[list[int]]:
     params = SamplingParams(max_new_tokens=new, ignore_eos=True)
-    return [one.token_ids for one in llm.generate(prompts(*lengths), params)]
+    return [[*one.token_ids] for one in llm.generate(prompts(*lengths), params)]
 
 
 def unrecorded(monkeypatch: pytest.MonkeyPatch) -> None:
