@@ -43,7 +43,6 @@ def torch_on_the_cpu() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "layer_kernels", lambda: None)
-        patch.setattr(native, "float_products", lambda: None)
         yield
 
 

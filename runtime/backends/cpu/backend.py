@@ -25,14 +25,16 @@ from qwen3_ascend.runtime.backends.base import (
 )
 from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.cpu.by_torch import TorchCpuBackend
-from qwen3_ascend.runtime.backends.cpu.float_linears import StoredFloatLinear
+from qwen3_ascend.runtime.backends.cpu.float_linears import StoredFloatLinear, dense
 from qwen3_ascend.runtime.backends.cpu.linears import (
+    LINEARS,
     GroupInt4Linear,
     Int8Linear,
     StaticInt8Linear,
 )
 from qwen3_ascend.runtime.backends.cpu.rotary import GrowingTable
 from qwen3_ascend.runtime.backends.cpu.steps import CpuStep, RecordedSteps
+from qwen3_ascend.runtime.backends.reference import make_linear
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 
 RECORDED = (Int8Linear, StaticInt8Linear, GroupInt4Linear, StoredFloatLinear)
@@ -55,11 +57,11 @@ class CpuBackend(TorchCpuBackend):
 
     @override
     def linear(self, linear: Linear) -> DeviceLinear:
-        return self._noted(super().linear(linear))
+        return self._noted(make_linear(LINEARS, linear, self))
 
     @override
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
-        return self._noted(super().dense(weight, bias))
+        return self._noted(dense(weight, bias))
 
     def _noted(self, linear: DeviceLinear) -> DeviceLinear:
         """A linear of torch's cannot be recorded, and no step with it."""

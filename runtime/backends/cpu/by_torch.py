@@ -9,23 +9,18 @@ from typing_extensions import override
 
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.runtime.backends.base import DeviceLinear
-from qwen3_ascend.runtime.backends.cpu.float_linears import dense
-from qwen3_ascend.runtime.backends.cpu.linears import LINEARS
+from qwen3_ascend.runtime.backends.cpu.linears import TORCH_LINEARS
 from qwen3_ascend.runtime.backends.reference import ReferenceBackend, make_linear
 
 
 class TorchCpuBackend(ReferenceBackend):
-    """Computes what the reference defines, with torch's own products and attention."""
+    """Computes what the reference defines, with torch's own products of floats and attention."""
 
     name = "cpu"
 
     @override
     def linear(self, linear: Linear) -> DeviceLinear:
-        return make_linear(LINEARS, linear, self)
-
-    @override
-    def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
-        return dense(weight, bias)
+        return make_linear(TORCH_LINEARS, linear, self)
 
     @override
     def gather(self, blocks: Tensor, table: list[int], length: int) -> Tensor:

@@ -27,9 +27,9 @@ from qwen3_ascend.native import Epilogue, FloatProducts, Products, StoredWeight
 from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_codes, as_static
 from qwen3_ascend.runtime.backends.cpu.float_linears import load_float
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import Product, pick_int8_matmul
+from qwen3_ascend.runtime.backends.reference import FloatLinear, Loader
 from qwen3_ascend.runtime.backends.reference import GroupInt4Linear as ReferenceGroupInt4Linear
 from qwen3_ascend.runtime.backends.reference import Int8Linear as ReferenceInt8Linear
-from qwen3_ascend.runtime.backends.reference import Loader
 from qwen3_ascend.runtime.backends.reference import StaticInt8Linear as ReferenceStaticInt8Linear
 
 
@@ -179,3 +179,12 @@ LINEARS: dict[type[Scheme], Loader] = {
     W8A16: load_float,
     W4A16: load_float,
 }
+
+TORCH_LINEARS: dict[type[Scheme], Loader] = {
+    **LINEARS,
+    BF16: FloatLinear.load,
+    W8A16: FloatLinear.load,
+    W4A16: FloatLinear.load,
+}
+"""The same with torch's products of floats, which sum up in an order of their own; integers have
+none."""
