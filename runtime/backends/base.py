@@ -220,6 +220,10 @@ class Backend(Protocol[Cache]):
         """float32 [R, vocab] of the output projection, which rounds them to the compute type."""
         return head(x).float()
 
+    def most_probable(self, logits: Tensor) -> Tensor:
+        """int64 [R], the token of the largest of each row of logits float32 [R, vocab]."""
+        return logits.argmax(dim=-1)
+
     def finish_loading(self) -> None:
         """All weights have been asked for; gives back what only loading needs."""
         return

@@ -51,7 +51,7 @@ def assemble(
     scheduler = Scheduler(pool, options.max_batch, options.step_tokens)
     return Engine(
         config, watch(runner), scheduler, block_size, backend.download,
-        runs_ahead=backend.runs_ahead,
+        most_probable=backend.most_probable, runs_ahead=backend.runs_ahead,
     )  # fmt: skip
 
 

@@ -81,6 +81,7 @@ class Engine:
         block_size: int,
         download: Callable[[Tensor], Download] = lambda tensor: tensor.cpu,
         *,
+        most_probable: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(dim=-1),
         runs_ahead: bool = False,
     ) -> None:
         """An engine without requests.
@@ -91,11 +92,13 @@ class Engine:
             scheduler: without requests.
             block_size: of the cache.
             download: of the device; see Backend.
+            most_probable: of the device; see Backend.
             runs_ahead: whether to give the device a step before the last one is read.
         """
         self.config, self.scheduler = config, scheduler
         self._forward, self._block_size = forward, block_size
-        self._download, self._runs_ahead = download, runs_ahead
+        self._download, self._most_probable = download, most_probable
+        self._runs_ahead = runs_ahead
         self._sampler = Sampler()
         self._numbers = itertools.count()
         self._in_flight: IssuedStep | None = None
@@ -213,7 +216,7 @@ class Engine:
         if not requests:  # chunks of prompts alone, and no kernel takes an empty tensor
             nothing = torch.empty(0, dtype=torch.int64)
             return nothing, nothing.cpu
-        chosen = logits.argmax(dim=-1)
+        chosen = self._most_probable(logits)
         return chosen, self._download(chosen)
 
     def _read(self, step: IssuedStep) -> list[Event]:

@@ -205,6 +205,24 @@ def test_widening(kernels: LayerKernels) -> None:
         assert torch.equal(kernels.widen(values), values.float())
 
 
+@pytest.mark.parametrize("columns", [1, 3, 8, 31, 64, 1001])
+def test_the_largest_of_each_row(kernels: LayerKernels, columns: int) -> None:
+    """As torch.argmax has it: the first of several, and of what is not a number."""
+    rows = [draw(columns, seed=seed) for seed in range(5)]
+    rows.append((rows[0] * 3).round())  # many are equal
+    rows.append(torch.full((columns,), -torch.inf))
+    rows.append(
+        rows[1].clone().index_fill_(0, torch.tensor([columns // 2, columns - 1]), torch.nan)
+    )
+    rows.append(rows[2].clone().index_fill_(0, torch.tensor([columns - 1]), torch.inf))
+    values = torch.stack(rows)
+    places = kernels.largest_places(values).tolist()
+    for row, place in zip(values, places, strict=True):
+        unknown = row.isnan().nonzero()
+        largest = unknown if len(unknown) else (row == row.max()).nonzero()
+        assert place == int(largest[0])
+
+
 def test_a_tensor_that_is_not_contiguous_is_refused(kernels: LayerKernels) -> None:
     with pytest.raises(AssertionError, match="contiguous"):
         kernels.gated(torch.ones(4, 8).t(), Feed())

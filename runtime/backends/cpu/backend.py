@@ -137,6 +137,10 @@ class CpuBackend(TorchCpuBackend):
         return logits if self.dtype is torch.float32 else self._kernels.widen(logits)
 
     @override
+    def most_probable(self, logits: Tensor) -> Tensor:
+        return self._kernels.largest_places(logits)
+
+    @override
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
         return activation(self._kernels.gated(gate_up, feed_of(consumer)), consumer)
 

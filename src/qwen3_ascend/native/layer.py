@@ -295,6 +295,17 @@ class LayerKernels:
         self.library.run("widen", self._path, kernel_threads(), pointer, count, out.data_ptr())
         return out
 
+    def largest_places(self, values: Tensor) -> Tensor:
+        """int64 [T], where the first of the largest is in each row of float32 [T, N]; where
+        something is not a number, the first of that, as torch.argmax has it."""
+        (pointer,), (rows, columns) = _pointers(values), values.shape
+        places = empty(rows, dtype=torch.int64)
+        self.library.run(
+            "largest_places", self._path, kernel_threads(), pointer, rows, columns,
+            places.data_ptr(),
+        )  # fmt: skip
+        return places
+
     def _run(self, name: str, job: ctypes.Structure, columns: int) -> None:
         threads = kernel_threads()
         scratch = self._row_scratch(threads, columns)

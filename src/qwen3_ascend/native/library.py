@@ -64,6 +64,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "gated": [_INT, _INT, _POINTER, _POINTER],
     "attention": [_INT, _INT, *[_POINTER] * 4],
     "widen": [_INT, _INT, _POINTER, _LONG, _POINTER],
+    "largest_places": [_INT, _INT, _POINTER, _LONG, _LONG, _POINTER],
     # path, threads; weight, outputs, inputs, output stride, run stride; ROWS
     "float_product": [_INT, _INT, _POINTER, *[_LONG] * 4, *_ROWS],
     # path, threads; weight, outputs, inputs; ROWS

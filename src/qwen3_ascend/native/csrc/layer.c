@@ -126,6 +126,31 @@ QWEN3_ASCEND_API int qwen3_ascend_widen(int path, int threads, const uint16_t *v
     return STATUS_OK;
 }
 
+/* ---- the largest value of each row ---- */
+
+struct largest_job {
+    const struct layer_table *table;
+    const float *values;
+    int64_t columns, *places;
+};
+
+static void find_largest(const void *context, int64_t row)
+{
+    const struct largest_job *job = context;
+    job->places[row] = job->table->largest_place(job->values + row * job->columns, job->columns);
+}
+
+/* Where the largest of each row's `columns` values is, fewer than 2^31. */
+QWEN3_ASCEND_API int qwen3_ascend_largest_places(int path, int threads, const float *values,
+                                                 int64_t rows, int64_t columns, int64_t *places)
+{
+    const struct layer_table *table = find_layer(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    struct largest_job job = {table, values, columns, places};
+    share_work(find_largest, &job, rows, threads);
+    return STATUS_OK;
+}
+
 /* ---- attention ---- */
 
 struct attention_job {

@@ -88,6 +88,8 @@ struct layer_table {
                  float *scratch);
     /* As float32; zeros behind `count` up to `padded`. */
     void (*widen)(const void *values, int dtype, int64_t count, int64_t padded, float *out);
+    /* The place of the first of the largest values, or of the first that is not a number. */
+    int64_t (*largest_place)(const float *values, int64_t count);
     /* Of `count` tokens of a request from its `first` on, those heads that share one of the cache. */
     void (*attend)(const struct attention *job, int64_t request, int64_t kv_head, int64_t first,
                    int64_t count, float *scratch);

@@ -292,6 +292,39 @@ static void gated(const struct gated *job, int64_t row, float *scratch)
     feed_row(&job->feed, gate, columns, row);
 }
 
+/* ---- the largest value ---- */
+
+/* A lane keeps the first of its largest; of lanes that are equal the earliest counts. */
+static int64_t largest_place(const float *values, int64_t count)
+{
+    int64_t place = 0, whole = count / LANES * LANES;
+    vector largest = splat(-__builtin_inff());
+    integers places = {0}, here = {0}, strange = {0};
+    for (int i = 0; i < LANES; i++) here[i] = i, places[i] = -1;
+    for (int64_t i = 0; i < whole; i += LANES, here += LANES) {
+        vector each = *(const vector_anywhere *)(values + i);
+        integers better = (each > largest) | ((places < 0) & (each == largest));
+        strange |= each != each;
+        largest = choose(better, each, largest);
+        places = (better & here) | (~better & places);
+    }
+    float best = -__builtin_inff();
+    int any = 0, is_strange = 0;
+    for (int i = 0; i < LANES; i++) {
+        is_strange |= strange[i] != 0;
+        if (places[i] < 0) continue;
+        if (!any || largest[i] > best || (largest[i] == best && places[i] < place))
+            best = largest[i], place = places[i], any = 1;
+    }
+    for (int64_t i = whole; i < count; i++) {
+        is_strange |= values[i] != values[i];
+        if (!any || values[i] > best) best = values[i], place = i, any = 1;
+    }
+    for (int64_t i = 0; is_strange && i < count; i++)
+        if (values[i] != values[i]) return i;
+    return place;
+}
+
 /* ---- attention: keys in blocks, each softmax corrected by the next block's maximum ---- */
 
 /* Queries whose sums are kept at a time; keys of a block; queries up to which keys of bfloat16 are
@@ -700,4 +733,4 @@ static void attend(const struct attention *job, int64_t request, int64_t kv_head
 }
 
 const struct layer_table LAYER_TABLE = {add_norm, norm_rotate, gated,  feed_stored,
-                                        widen,    attend,      attention_scratch, QUERIES};
+                                        widen,    largest_place, attend, attention_scratch, QUERIES};
