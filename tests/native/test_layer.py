@@ -24,8 +24,8 @@ UNITS = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}
 """Of a result relative to its size: half a unit of bfloat16, and what sums and exponentials of
 float32 come to."""
 
-TOKENS = [(1, 1), (1, 63), (1, 64), (1, 65), (3, 200), (130, 130), (70, 333)]
-"""(New, all): around a block of keys, few and many queries."""
+TOKENS = [(1, 1), (1, 63), (1, 64), (1, 65), (3, 200), (130, 130), (70, 333), (1, 1024), (1, 1025)]
+"""(New, all): around a block of keys and a split, few and many queries."""
 
 SMALLEST = 1e-35
 """Gates below -88 come to something smaller than this, and not to 0."""
@@ -117,6 +117,27 @@ def test_attention(
     exact = exact_attention(query, keys, values)
     assert found.dtype is dtype
     assert_near(found, exact, dtype, float(values.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_contexts_of_several_requests(kernels: LayerKernels, dtype: torch.dtype) -> None:
+    """Contexts of one and of several splits beside a prompt; each is what it is alone."""
+    keys, values = (draw(3000, 2, 64, dtype=dtype, seed=seed) for seed in (1, 2))
+    cache, query = cache_of(keys, values), draw(33, 6, 64, dtype=dtype)
+    table = table_of(cache).expand(4, -1).contiguous()
+    lengths, starts = int32(3000, 700, 2500, 2048), int32(0, 1, 2, 32, 33)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found = kernels.attention(query, cache, table, lengths, starts, Feed()).values
+            for begin, end, length in ((0, 1, 3000), (1, 2, 700), (2, 32, 2500), (32, 33, 2048)):
+                alone = attend(kernels, query[begin:end].contiguous(), cache, length)
+                assert torch.equal(found[begin:end], alone)
+                exact = exact_attention(query[begin:end], keys[:length], values[:length])
+                assert_near(alone, exact, dtype, float(values.abs().max()))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

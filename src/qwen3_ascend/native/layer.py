@@ -27,6 +27,9 @@ DTYPES = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 3}
 FLOAT, PER_TOKEN, STATIC = 0, 1, 2
 """Forms of csrc/layer.h in which a linear is fed."""
 
+SPLIT_KEYS = 1024
+"""Of csrc/layer.h: a request of one token attends to so many keys at a time."""
+
 CACHE_LINE = 64
 """Bytes; the border of a scratch."""
 
@@ -147,6 +150,8 @@ class _Attention(ctypes.Structure):
         ("lengths", _POINTER),
         ("starts", _POINTER),
         ("out", _POINTER),
+        ("partials", _POINTER),
+        ("most_splits", _LONG),
     )
 
 
@@ -182,7 +187,7 @@ class LayerKernels:
     def __init__(self, library: Library, path: str) -> None:
         self.library, self.path = library, path
         self._path = PATHS[path]
-        self._rows, self._attention = Scratch(), Scratch()
+        self._rows, self._attention, self._partials = Scratch(), Scratch(), Scratch()
         self._floats: dict[tuple[str, tuple[int, ...]], int] = {}
 
     def add_norm(
@@ -260,9 +265,12 @@ class LayerKernels:
         rows, heads, head_dim = query.shape
         _, block_size, kv_heads, _ = cache.keys.shape
         out = empty(*query.shape, dtype=query.dtype)
+        splits = -(-block_table.shape[1] * block_size // SPLIT_KEYS)
+        partials = len(lengths) * splits * heads * (head_dim + 2) if splits > 1 else 0
         job = _Attention(
             DTYPES[query.dtype], len(lengths), heads, block_size, *_pointers(query), _cache(cache),
             *_pointers(block_table), block_table.shape[1], *_pointers(lengths, starts, out),
+            self._partials.pointer(partials) if partials else None, splits,
         )  # fmt: skip
         rounded = Fed(out.view(rows, heads * head_dim), None)
         fed = rounded if feed.form == FLOAT else _fed(feed, rows, heads * head_dim, query.dtype)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qwen3_ascend.native.tape import note
 
-ABI = 10
+ABI = 11
 LIBRARY = Path(__file__).with_name("_kernels.so")
 PATHS = {"baseline": 0, "avx2": 1, "avx512": 2}
 

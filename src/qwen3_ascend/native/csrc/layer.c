@@ -164,7 +164,8 @@ struct attention_job {
 static int64_t parts_of(const struct attention_job *job, int64_t request)
 {
     int64_t rows = job->attention->starts[request + 1] - job->attention->starts[request];
-    return (rows + job->tokens - 1) / job->tokens * job->attention->cache.kv_heads;
+    int64_t pieces = (rows + job->tokens - 1) / job->tokens;
+    return pieces * splits_of(job->attention, request) * job->attention->cache.kv_heads;
 }
 
 /* Parts that share keys follow each other, to find them in the cache; of these, the last tokens come
@@ -177,10 +178,23 @@ static void attend_part(const void *context, int64_t part)
     for (; part >= parts_of(job, request); request++) part -= parts_of(job, request);
     int64_t rows = attention->starts[request + 1] - attention->starts[request];
     int64_t turns = parts_of(job, request) / attention->cache.kv_heads;
+    float *scratch = job->scratch + share_index() * job->scratch_floats;
+    if (splits_of(attention, request) > 1) {
+        job->table->attend_split(attention, request, part / turns, part % turns, scratch);
+        return;
+    }
     int64_t first = (turns - 1 - part % turns) * job->tokens;
     int64_t count = rows - first < job->tokens ? rows - first : job->tokens;
-    job->table->attend(attention, request, part / turns, first, count,
-                       job->scratch + share_index() * job->scratch_floats);
+    job->table->attend(attention, request, part / turns, first, count, scratch);
+}
+
+static void join_part(const void *context, int64_t part)
+{
+    const struct attention_job *job = context;
+    int64_t request = part / job->attention->cache.kv_heads;
+    if (splits_of(job->attention, request) > 1)
+        job->table->join_splits(job->attention, request, part % job->attention->cache.kv_heads,
+                                job->scratch + share_index() * job->scratch_floats);
 }
 
 static int64_t tokens_together(const struct layer_table *table, const struct attention *job)
@@ -217,6 +231,7 @@ QWEN3_ASCEND_API int qwen3_ascend_attention(int path, int threads, const struct 
     for (int64_t request = 0; request < job->requests; request++)
         total += parts_of(&parts, request);
     share_work(attend_part, &parts, total, threads);
+    if (job->partials) share_work(join_part, &parts, job->requests * job->cache.kv_heads, threads);
     if (feed->form == FEED_FLOAT) return STATUS_OK;
     struct rows_job rows = {.table = table, .feed = feed, .values = job->out,
                             .rows = job->starts[job->requests],

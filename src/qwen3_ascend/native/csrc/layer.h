@@ -67,7 +67,21 @@ struct attention {
     const int32_t *lengths; /* [requests], tokens in the cache */
     const int32_t *starts;  /* [requests + 1], rows of each request */
     void *out;              /* [rows, heads, head_dim] */
+    float *partials;        /* see SPLIT_KEYS; NULL where no context is longer than that */
+    int64_t most_splits;    /* that a request has room for in `partials` */
 };
+
+/* A request of one token attends to so many keys at a time, whatever the number of threads, and what
+ * comes of them is put together in the end: so a long context is shared by more threads than there
+ * are heads in the cache. A split of a head has [heads of the group][maximum, total, head_dim sums],
+ * where a sum is of values weighted by exp(score - maximum), and the total that of the weights. */
+enum { SPLIT_KEYS = 1024 };
+
+static inline int64_t splits_of(const struct attention *job, int64_t request)
+{
+    int64_t rows = job->starts[request + 1] - job->starts[request];
+    return rows == 1 ? (job->lengths[request] + SPLIT_KEYS - 1) / SPLIT_KEYS : 1;
+}
 
 /* silu(gate) * up of rows [gate, up]. */
 struct gated {
@@ -93,6 +107,11 @@ struct layer_table {
     /* Of `count` tokens of a request from its `first` on, those heads that share one of the cache. */
     void (*attend)(const struct attention *job, int64_t request, int64_t kv_head, int64_t first,
                    int64_t count, float *scratch);
+    /* A split of a request of one token; all of them, put together. */
+    void (*attend_split)(const struct attention *job, int64_t request, int64_t kv_head,
+                         int64_t split, float *scratch);
+    void (*join_splits)(const struct attention *job, int64_t request, int64_t kv_head,
+                        float *scratch);
     int64_t (*attention_scratch)(int64_t queries, int64_t head_dim); /* floats, of one thread */
     int attention_queries; /* tokens times heads that are computed together, at most */
 };

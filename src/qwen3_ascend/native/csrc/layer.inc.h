@@ -711,6 +711,25 @@ static void give_outputs(const struct attention *job, const struct queries *quer
     }
 }
 
+/* Keys `start` to `end` of a request, for queries that all see `before` tokens and that many more as
+ * they come later. */
+static void attend_range(const struct attention *job, const struct queries *queries,
+                         int64_t request, int64_t kv_head, int64_t start, int64_t end,
+                         int64_t before)
+{
+    int64_t group = job->heads / job->cache.kv_heads;
+    for (; start < end; start += KEYS) {
+        int64_t keys = least(KEYS, end - start);
+        if (queries->few) {
+            struct places places = find_keys(job, request, kv_head, start, keys);
+            attend_few(queries, &places, keys, before + 1 - start, group);
+        } else {
+            read_keys(job, queries, request, kv_head, start, keys);
+            attend_many(queries, keys, before + 1 - start, group);
+        }
+    }
+}
+
 static void attend(const struct attention *job, int64_t request, int64_t kv_head, int64_t first,
                    int64_t count, float *scratch)
 {
@@ -719,18 +738,66 @@ static void attend(const struct attention *job, int64_t request, int64_t kv_head
     int64_t before = job->lengths[request] - rows + first; /* tokens that every query sees */
     struct queries queries = place_queries(job, count * group, scratch);
     take_queries(job, &queries, row, kv_head, queries.keys);
-    for (int64_t start = 0; start < before + count; start += KEYS) {
-        int64_t keys = least(KEYS, before + count - start);
-        if (queries.few) {
-            struct places places = find_keys(job, request, kv_head, start, keys);
-            attend_few(&queries, &places, keys, before + 1 - start, group);
-        } else {
-            read_keys(job, &queries, request, kv_head, start, keys);
-            attend_many(&queries, keys, before + 1 - start, group);
-        }
-    }
+    attend_range(job, &queries, request, kv_head, 0, before + count, before);
     give_outputs(job, &queries, row, kv_head, queries.keys);
 }
 
-const struct layer_table LAYER_TABLE = {add_norm, norm_rotate, gated,  feed_stored,
-                                        widen,    largest_place, attend, attention_scratch, QUERIES};
+/* ---- a long context in splits ---- */
+
+/* What a query of a split has come to: the maximum, the total, the sums. */
+INLINE float *partial_at(const struct attention *job, int64_t request, int64_t kv_head,
+                         int64_t split, int64_t index)
+{
+    int64_t group = job->heads / job->cache.kv_heads;
+    int64_t place = (request * job->cache.kv_heads + kv_head) * job->most_splits + split;
+    return job->partials + (place * group + index) * (job->cache.head_dim + 2);
+}
+
+static void attend_split(const struct attention *job, int64_t request, int64_t kv_head,
+                         int64_t split, float *scratch)
+{
+    int64_t group = job->heads / job->cache.kv_heads, length = job->lengths[request];
+    struct queries queries = place_queries(job, group, scratch);
+    take_queries(job, &queries, job->starts[request], kv_head, queries.keys);
+    int64_t start = split * SPLIT_KEYS, end = least(start + SPLIT_KEYS, length);
+    attend_range(job, &queries, request, kv_head, start, end, length - 1);
+    for (int64_t index = 0; index < group; index++) {
+        float *partial = partial_at(job, request, kv_head, split, index);
+        partial[0] = queries.maxima[index], partial[1] = queries.totals[index];
+        for (int64_t i = 0; i < job->cache.head_dim; i++)
+            partial[2 + i] = queries.outputs[output_place(&queries, index, i)];
+    }
+}
+
+LOOP void add_scaled(float *sums, const float *values, float factor, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) sums[i] += values[i] * factor;
+}
+
+static void join_splits(const struct attention *job, int64_t request, int64_t kv_head,
+                        float *scratch)
+{
+    int64_t group = job->heads / job->cache.kv_heads, size = job->cache.head_dim;
+    int64_t splits = splits_of(job, request);
+    for (int64_t index = 0; index < group; index++) {
+        float maximum = partial_at(job, request, kv_head, 0, index)[0], total = 0.0f;
+        for (int64_t split = 1; split < splits; split++) {
+            float other = partial_at(job, request, kv_head, split, index)[0];
+            maximum = other > maximum ? other : maximum;
+        }
+        memset(scratch, 0, (size_t)size * sizeof *scratch);
+        for (int64_t split = 0; split < splits; split++) {
+            const float *partial = partial_at(job, request, kv_head, split, index);
+            float factor = exponential(splat(partial[0] - maximum))[0];
+            total += partial[1] * factor;
+            add_scaled(scratch, partial + 2, factor, size);
+        }
+        for (int64_t i = 0; i < size; i++) scratch[i] /= total;
+        int64_t head = job->starts[request] * job->heads + kv_head * group + index;
+        narrow_values(scratch, job->dtype, size, (void *)at(job->out, job->dtype, head * size));
+    }
+}
+
+const struct layer_table LAYER_TABLE = {
+    add_norm, norm_rotate, gated,        feed_stored, widen,
+    largest_place, attend, attend_split, join_splits, attention_scratch, QUERIES};
