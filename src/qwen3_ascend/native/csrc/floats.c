@@ -183,14 +183,20 @@ static multiply_outputs choose(const struct job *job)
 /* More than one, so that a thread that is held up holds up little. */
 enum { PARTS_OF_A_THREAD = 8 };
 
-/* Outputs of a part: where runs of neighbours are read together, a few pages of each. */
-enum { OUTPUTS_OF_STREAMS = 256 };
+/* Outputs that a part has of strips, if there are enough for all threads: some pages of each strip,
+ * which are read as they lie. */
+enum { OUTPUTS_OF_STRIPS = 512 };
 
-static int64_t least_outputs(const struct job *job)
+static int64_t parts_of(const struct job *job, int threads)
 {
     int few = job->multiply == job->path->few || job->multiply == job->path->few_pairs;
-    int streams = few && job->product.run_stride != RUN_INPUTS;
-    return streams ? OUTPUTS_OF_STREAMS : job->path->unit;
+    int64_t units = (job->product.outputs + job->path->unit - 1) / job->path->unit;
+    int64_t parts = threads * PARTS_OF_A_THREAD;
+    if (few && job->product.run_stride != RUN_INPUTS) {
+        int64_t most = job->product.outputs / OUTPUTS_OF_STRIPS;
+        parts = most < threads ? threads : most < parts ? most : parts;
+    }
+    return parts < units ? parts : units;
 }
 
 static int multiply(int path, int threads, struct job job)
@@ -208,9 +214,7 @@ static int multiply(int path, int threads, struct job job)
     else
         share_work(pack_part, &job, (job.product.rows + PACKED_TOGETHER - 1) / PACKED_TOGETHER,
                    threads);
-    int64_t most = job.product.outputs / least_outputs(&job);
-    job.parts = threads * PARTS_OF_A_THREAD < most ? threads * PARTS_OF_A_THREAD : most;
-    if (job.parts < 1) job.parts = 1;
+    job.parts = parts_of(&job, threads);
     share_work(multiply_part, &job, job.parts, threads);
     return STATUS_OK;
 }

@@ -15,6 +15,13 @@
 #error "the kernels use GCC vector types: build them with GCC or Clang"
 #endif
 
+/* Of loops over an array that has to stay in registers. */
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
 /* Raised when a signature below changes; the Python side refuses any other number. */
 #define QWEN3_ASCEND_ABI 11
 

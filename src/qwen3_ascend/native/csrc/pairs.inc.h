@@ -96,59 +96,94 @@ static void multiply_code_pairs(const struct float_product *product, const float
 
 /* ---- few rows: weights are multiplied as they are read, a vector of them at a time ---- */
 
-/* A vector is the run of an output and that of its neighbour, or where runs of an output are
- * neighbours, two of its own. */
+/* A vector is a run of an output and that of its neighbour; or where runs of an output are neighbours,
+ * two of its own. */
 typedef float vector_of_halves __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(2)));
 
-#define PAIR_SUM_OF(row) (*(vector *)sums[place][row])
-#define TAKE_PAIR_SUM(row) vector a##row = PAIR_SUM_OF(row), b##row = {0};
-#define MULTIPLY_FIRST(row) ADD_PAIRS(a##row, weights_of_two, ((const vector *)each)[row]);
-#define MULTIPLY_SECOND(row) ADD_PAIRS(b##row, weights_of_two, ((const vector *)each)[row]);
-#define GIVE_PAIR_SUM(row) PAIR_SUM_OF(row) = a##row + b##row;
-#define READ_TWO(MULTIPLY)                                                                         \
+INLINE vector read_halves(const uint16_t *weights)
+{
+    __builtin_prefetch((const char *)weights + PREFETCH_BYTES, 0, 0);
+    return *(const vector_of_halves *)weights;
+}
+
+/* Adds RUNS runs of strips to the sums of `places` pairs of outputs: what they are multiplied with
+ * stays in registers, and each strip is read as it lies. */
+#define DEFINE_ADD_STRIPS(COUNT, RUNS)                                                             \
+    static void add_strips_##COUNT##_##RUNS(const uint16_t *weights, int64_t run_stride,           \
+                                            const float *x, int64_t places,                        \
+                                            float (*sums)[COUNT][LANES])                           \
     {                                                                                              \
-        __builtin_prefetch((const char *)weights + PREFETCH_BYTES, 0, 0);                          \
-        vector weights_of_two = *(const vector_of_halves *)weights;                                \
-        MULTIPLY                                                                                   \
-        weights += step;                                                                           \
-        each += LANES * rows;                                                                      \
+        vector each[RUNS][COUNT];                                                                  \
+        UNROLL for (int i = 0; i < RUNS * COUNT; i++) each[i / COUNT][i % COUNT] =                 \
+            ((const vector *)x)[i];                                                                \
+        for (int64_t place = 0; place < places; place++, weights += 2 * RUN_INPUTS) {              \
+            vector totals[COUNT];                                                                  \
+            UNROLL for (int row = 0; row < COUNT; row++) totals[row] =                             \
+                *(vector *)sums[place][row];                                                       \
+            UNROLL for (int run = 0; run < RUNS; run++)                                            \
+            {                                                                                      \
+                vector halves = read_halves(weights + run * run_stride);                           \
+                UNROLL for (int row = 0; row < COUNT; row++)                                       \
+                    ADD_PAIRS(totals[row], halves, each[run][row]);                                \
+            }                                                                                      \
+            UNROLL for (int row = 0; row < COUNT; row++) *(vector *)sums[place][row] =             \
+                totals[row];                                                                       \
+        }                                                                                          \
     }
 
-/* The sums of `count` places of a vector each, `place_stride` apart; `steps` vectors, `step` apart,
- * come to a sum, of which so many are read side by side as `streams` says. */
-#define DEFINE_FEW_PAIRS(COUNT)                                                                    \
-    static void sum_few_pairs_##COUNT(const uint16_t *first, int64_t place_stride, int64_t step,   \
-                                      int64_t steps, int64_t streams, const float *x,              \
-                                      int64_t count, float (*sums)[COUNT][LANES])                  \
+/* The sums of `count` outputs of strips, which begin with an even one, of two in a place. */
+#define DEFINE_SUM_STRIPS(COUNT, RUNS)                                                             \
+    DEFINE_ADD_STRIPS(COUNT, RUNS)                                                                 \
+    DEFINE_ADD_STRIPS(COUNT, 1)                                                                    \
+    static void sum_strips_##COUNT(const struct float_product *product, const float *x,            \
+                                   int64_t output, int64_t count, float (*sums)[COUNT][LANES])     \
     {                                                                                              \
-        enum { rows = COUNT };                                                                     \
-        for (int64_t start = 0; start < steps; start += streams)                                   \
-            for (int64_t place = 0; place < count; place++) {                                      \
-                const uint16_t *weights = first + place * place_stride + start * step;             \
-                const float *each = x + start * LANES * rows;                                      \
-                int64_t i = start, last = least(start + streams, steps);                           \
-                EACH_##COUNT(TAKE_PAIR_SUM) for (; i + 2 <= last; i += 2)                          \
+        const uint16_t *weights = product->weights + output * RUN_INPUTS;                          \
+        int64_t runs = runs_of(product), stride = product->run_stride, run = 0;                    \
+        int64_t places = (count + 1) / 2;                                                          \
+        for (; run + RUNS <= runs; run += RUNS)                                                    \
+            add_strips_##COUNT##_##RUNS(weights + run * stride, stride, x + run * LANES * COUNT,   \
+                                        places, sums);                                             \
+        for (; run < runs; run++)                                                                  \
+            add_strips_##COUNT##_1(weights + run * stride, stride, x + run * LANES * COUNT,        \
+                                   places, sums);                                                  \
+    }
+
+/* The same of plain rows, an output in a place; two sums each, since one would wait for itself. */
+#define DEFINE_SUM_ROWS(COUNT)                                                                     \
+    static void sum_rows_##COUNT(const struct float_product *product, const float *x,              \
+                                 int64_t output, int64_t count, float (*sums)[COUNT][LANES])       \
+    {                                                                                              \
+        int64_t vectors = runs_of(product) / 2;                                                    \
+        for (int64_t place = 0; place < count; place++) {                                          \
+            const uint16_t *weights =                                                              \
+                product->weights + (output + place) * product->output_stride;                      \
+            vector totals[2][COUNT] = {{{0}}};                                                     \
+            const vector *each = (const vector *)x;                                                \
+            for (int64_t i = 0; i < vectors; i += 2) {                                             \
+                UNROLL for (int part = 0; part < 2; part++)                                        \
                 {                                                                                  \
-                    READ_TWO(EACH_##COUNT(MULTIPLY_FIRST))                                         \
-                    READ_TWO(EACH_##COUNT(MULTIPLY_SECOND))                                        \
+                    if (part == 1 && i + 1 == vectors) break;                                      \
+                    vector halves = read_halves(weights + (i + part) * 2 * RUN_INPUTS);            \
+                    UNROLL for (int row = 0; row < COUNT; row++)                                   \
+                        ADD_PAIRS(totals[part][row], halves, each[(i + part) * COUNT + row]);      \
                 }                                                                                  \
-                if (i < last) READ_TWO(EACH_##COUNT(MULTIPLY_FIRST))                               \
-                EACH_##COUNT(GIVE_PAIR_SUM)                                                        \
             }                                                                                      \
-    }                                                                                              \
-    /* Outputs `output` ..; of strips, an even number of them, but for the last of all. */         \
+            for (int row = 0; row < COUNT; row++)                                                  \
+                *(vector *)sums[place][row] = totals[0][row] + totals[1][row];                     \
+        }                                                                                          \
+    }
+
+#define DEFINE_FEW_PAIRS(COUNT, RUNS)                                                              \
+    DEFINE_SUM_STRIPS(COUNT, RUNS)                                                                 \
+    DEFINE_SUM_ROWS(COUNT)                                                                         \
     static void few_pairs_##COUNT(const struct float_product *product, const float *x,             \
                                   int64_t output, int64_t count)                                   \
     {                                                                                              \
         float sums[FEW_SUMS / COUNT][COUNT][LANES] __attribute__((aligned(64)));                   \
-        int rows_apart = product->run_stride == RUN_INPUTS, outputs = rows_apart ? 1 : 2;          \
-        int64_t steps = rows_apart ? runs_of(product) / 2 : runs_of(product);                      \
-        int64_t step = rows_apart ? 2 * RUN_INPUTS : product->run_stride;                          \
-        int64_t places = (count + outputs - 1) / outputs;                                          \
+        int outputs = product->run_stride == RUN_INPUTS ? 1 : 2; /* of a place */                  \
         memset(sums, 0, sizeof sums);                                                              \
-        sum_few_pairs_##COUNT(product->weights + output * product->output_stride,                  \
-                              outputs * product->output_stride, step, steps,                       \
-                              rows_apart ? steps : FEW_STREAMS, x, places, sums);                  \
+        (outputs == 1 ? sum_rows_##COUNT : sum_strips_##COUNT)(product, x, output, count, sums);   \
         for (int64_t i = 0; i < count; i++)                                                        \
             for (int row = 0; row < COUNT; row++) {                                                \
                 const float *lanes = sums[i / outputs][row] + i % outputs * LANES / outputs;       \
@@ -158,10 +193,11 @@ typedef float vector_of_halves __attribute__((vector_size(VECTOR_BYTES), may_ali
             }                                                                                      \
     }
 
-DEFINE_FEW_PAIRS(1)
-DEFINE_FEW_PAIRS(2)
-DEFINE_FEW_PAIRS(3)
-DEFINE_FEW_PAIRS(4)
+/* As many runs as leave registers for the rows' sums. */
+DEFINE_FEW_PAIRS(1, 8)
+DEFINE_FEW_PAIRS(2, 8)
+DEFINE_FEW_PAIRS(3, 6)
+DEFINE_FEW_PAIRS(4, 4)
 
 static void multiply_few_pairs(const struct float_product *product, const float *x, int64_t first,
                                int64_t last)

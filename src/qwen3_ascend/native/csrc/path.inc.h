@@ -25,13 +25,6 @@ enum { TILE_COLUMNS = 256, PACK_COLUMNS = 1024, LANES = 8 };
 #define LOOP static __attribute__((noinline))
 #define INLINE static inline __attribute__((always_inline))
 
-/* Of loops over an array that has to stay in registers. */
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 typedef uint8_t bytes16 __attribute__((vector_size(16)));
 
 #if defined(__clang__)
