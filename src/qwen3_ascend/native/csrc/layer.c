@@ -168,8 +168,8 @@ static int64_t parts_of(const struct attention_job *job, int64_t request)
     return pieces * splits_of(job->attention, request) * job->attention->cache.kv_heads;
 }
 
-/* Parts that share keys follow each other, to find them in the cache; of these, the last tokens come
- * first: they see the most. */
+/* Parts that share keys follow each other, to find them in the cache; of these, the last tokens
+ * come first: they see the most. */
 static void attend_part(const void *context, int64_t part)
 {
     const struct attention_job *job = context;

@@ -71,9 +71,9 @@ struct attention {
     int64_t most_splits;    /* that a request has room for in `partials` */
 };
 
-/* A request of one token attends to so many keys at a time, whatever the number of threads, and what
- * comes of them is put together in the end: so a long context is shared by more threads than there
- * are heads in the cache. A split of a head has [heads of the group][maximum, total, head_dim sums],
+/* A request of one token attends to so many keys at a time, whatever the number of threads, and
+ * what comes of them is put together in the end: so a long context is shared by more threads than
+ * the cache has heads. A split of a head has [heads of the group][maximum, total, head_dim sums],
  * where a sum is of values weighted by exp(score - maximum), and the total that of the weights. */
 enum { SPLIT_KEYS = 1024 };
 
@@ -104,7 +104,7 @@ struct layer_table {
     void (*widen)(const void *values, int dtype, int64_t count, int64_t padded, float *out);
     /* The place of the first of the largest values, or of the first that is not a number. */
     int64_t (*largest_place)(const float *values, int64_t count);
-    /* Of `count` tokens of a request from its `first` on, those heads that share one of the cache. */
+    /* Of `count` tokens of a request from its `first` on, the heads that share one of the cache. */
     void (*attend)(const struct attention *job, int64_t request, int64_t kv_head, int64_t first,
                    int64_t count, float *scratch);
     /* A split of a request of one token; all of them, put together. */

@@ -30,7 +30,8 @@ INLINE float from_bf16(uint16_t half)
 
 INLINE const uint8_t *at(const void *values, int dtype, int64_t place)
 {
-    return (const uint8_t *)values + place * (dtype == DTYPE_FP32 ? 4 : dtype == DTYPE_BF16 ? 2 : 1);
+    int64_t bytes = dtype == DTYPE_FP32 ? 4 : dtype == DTYPE_BF16 ? 2 : 1;
+    return (const uint8_t *)values + place * bytes;
 }
 
 /* Whole vectors first: GCC 12 makes less of the plain loop. */
@@ -374,7 +375,10 @@ static struct queries place_queries(const struct attention *job, int64_t count, 
 }
 
 /* Which block of products a query belongs to: where that begins, and how many rows it has. */
-INLINE int64_t block_at(int64_t count, int64_t begin) { return block_of(count - begin, BLOCK_ROWS); }
+INLINE int64_t block_at(int64_t count, int64_t begin)
+{
+    return block_of(count - begin, BLOCK_ROWS);
+}
 
 static void take_query(const struct queries *queries, int64_t begin, int64_t block, int64_t index,
                        const float *values, int64_t size, float factor)
@@ -404,7 +408,8 @@ static void take_queries(const struct attention *job, const struct queries *quer
         for (int64_t index = begin; index < begin + block; index++) {
             int64_t place = (row + index / group) * job->heads + kv_head * group + index % group;
             const float *present = index < queries->count ? values : NULL;
-            if (present) widen(at(job->query, job->dtype, place * size), job->dtype, size, size, values);
+            if (present)
+                widen(at(job->query, job->dtype, place * size), job->dtype, size, size, values);
             if (queries->few)
                 take_query_in_pairs(queries, index, present, factor);
             else
@@ -612,8 +617,10 @@ static void score_few(const struct queries *queries, const struct places *places
         const float *query = queries->rows + index * width;
         float *scores = queries->scores + index * UNIT_OUTPUTS;
         for (int64_t key = 0; key < count; key += 4) {
-            float *place = scores + key / UNIT_OUTPUTS * UNIT_OUTPUTS * queries->room + key % UNIT_OUTPUTS;
-            score_four(places->keys + key, query, query + width, width, place, place + UNIT_OUTPUTS);
+            int64_t unit = key / UNIT_OUTPUTS * UNIT_OUTPUTS;
+            float *place = scores + unit * queries->room + key - unit;
+            score_four(places->keys + key, query, query + width, width, place,
+                       place + UNIT_OUTPUTS);
         }
     }
 }
@@ -711,8 +718,8 @@ static void give_outputs(const struct attention *job, const struct queries *quer
     }
 }
 
-/* Keys `start` to `end` of a request, for queries that all see `before` tokens and that many more as
- * they come later. */
+/* Keys `start` to `end` of a request, for queries that all see `before` tokens, and each those of the
+ * step up to its own. */
 static void attend_range(const struct attention *job, const struct queries *queries,
                          int64_t request, int64_t kv_head, int64_t start, int64_t end,
                          int64_t before)
