@@ -69,10 +69,8 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- few rows: weights are widened in registers ---- */
 
-/* Outputs times rows whose sums are kept in the nearest cache; runs that are read side by side, of as
- * many streams as a processor follows where outputs are neighbours; how far ahead memory is asked
- * for. */
-enum { FEW_SUMS = 512, FEW_STREAMS = 8, PREFETCH_BYTES = 1024 };
+/* Outputs times rows whose sums are kept in the nearest cache; how far ahead memory is asked for. */
+enum { FEW_SUMS = 512, PREFETCH_BYTES = 1024 };
 
 INLINE words upper(words pairs) { return pairs & 0xffff0000u; }
 
@@ -83,56 +81,123 @@ INLINE float sum_of_lanes(narrow sums)
     return total;
 }
 
-#define SUM_OF(row) (*(narrow *)sums[output][row])
-#define TAKE_FEW(row) narrow a##row = SUM_OF(row), b##row = {0};
-#define MULTIPLY_FEW(row)                                                                          \
-    ADD_NARROW(a##row, (narrow)(pairs << 16), *(const narrow *)(each + row * RUN_INPUTS));         \
-    ADD_NARROW(b##row, (narrow)upper(pairs),                                                       \
-               *(const narrow *)(each + row * RUN_INPUTS + RUN_INPUTS / 2));
-#define GIVE_FEW(row) SUM_OF(row) = a##row + b##row;
+INLINE words read_words(const uint16_t *weights)
+{
+    return *(const words_anywhere *)weights;
+}
 
-#define DEFINE_FEW(COUNT)                                                                          \
+/* Adds the products of a vector of weights and of what each row has for them, to a sum of even inputs
+ * and one of odd ones: a single one would wait for itself. */
+#define ADD_WIDENED(COUNT, totals, pairs, evens, odds)                                             \
+    {                                                                                              \
+        narrow even = (narrow)((pairs) << 16), odd = (narrow)upper(pairs);                         \
+        UNROLL for (int row = 0; row < COUNT; row++)                                               \
+        {                                                                                          \
+            ADD_NARROW(totals[0][row], even, evens);                                               \
+            ADD_NARROW(totals[1][row], odd, odds);                                                 \
+        }                                                                                          \
+    }
+
+/* Of run `i` and its vector `part`, what a row multiplies even inputs with; odd ones lie behind. */
+#define EVENS_AT(x, COUNT, i, row, part)                                                           \
+    ((const narrow *)((x) + ((i) * COUNT + (row)) * RUN_INPUTS + (part) * NARROW_LANES))
+#define ODDS_AT(x, COUNT, i, row, part) (EVENS_AT(x, COUNT, i, row, part) + RUN_VECTORS)
+
+/* Adds RUNS runs of strips to the sums of `count` outputs: what they are multiplied with stays in
+ * registers, and each strip is read as it lies. */
+#define DEFINE_ADD_RUNS(COUNT, RUNS)                                                               \
+    static void add_runs_##COUNT##_##RUNS(const uint16_t *weights, int64_t run_stride,             \
+                                          const float *x, int64_t count,                           \
+                                          float (*sums)[COUNT][NARROW_LANES])                      \
+    {                                                                                              \
+        narrow evens[RUNS][RUN_VECTORS][COUNT], odds[RUNS][RUN_VECTORS][COUNT];                    \
+        UNROLL for (int run = 0; run < RUNS; run++)                                                \
+            UNROLL for (int part = 0; part < RUN_VECTORS; part++)                                  \
+                UNROLL for (int row = 0; row < COUNT; row++)                                       \
+        {                                                                                          \
+            evens[run][part][row] = *EVENS_AT(x, COUNT, run, row, part);                           \
+            odds[run][part][row] = *ODDS_AT(x, COUNT, run, row, part);                             \
+        }                                                                                          \
+        for (int64_t output = 0; output < count; output++, weights += RUN_INPUTS) {                \
+            narrow totals[2][COUNT] = {{{0}}};                                                     \
+            UNROLL for (int row = 0; row < COUNT; row++) totals[0][row] =                          \
+                *(narrow *)sums[output][row];                                                      \
+            UNROLL for (int run = 0; run < RUNS; run++)                                            \
+            {                                                                                      \
+                const uint16_t *from = weights + run * run_stride;                                 \
+                __builtin_prefetch((const char *)from + PREFETCH_BYTES);                           \
+                UNROLL for (int part = 0; part < RUN_VECTORS; part++)                              \
+                    ADD_WIDENED(COUNT, totals, read_words(from + part * 2 * NARROW_LANES),         \
+                                evens[run][part][row], odds[run][part][row])                       \
+            }                                                                                      \
+            UNROLL for (int row = 0; row < COUNT; row++) *(narrow *)sums[output][row] =            \
+                totals[0][row] + totals[1][row];                                                   \
+        }                                                                                          \
+    }
+
+/* The sums of `count` outputs of strips, RUNS of them together, or one. */
+#define DEFINE_SUM_RUNS(COUNT, RUNS)                                                               \
+    DEFINE_ADD_RUNS(COUNT, RUNS)                                                                   \
+    DEFINE_ADD_RUNS(COUNT, 1)                                                                      \
+    static void sum_runs_##COUNT(const struct float_product *product, const float *x,              \
+                                 int64_t output, int64_t count,                                    \
+                                 float (*sums)[COUNT][NARROW_LANES])                               \
+    {                                                                                              \
+        const uint16_t *weights = product->weights + output * product->output_stride;              \
+        int64_t runs = runs_of(product), stride = product->run_stride, run = 0;                    \
+        for (; run + RUNS <= runs; run += RUNS)                                                    \
+            add_runs_##COUNT##_##RUNS(weights + run * stride, stride,                              \
+                                      x + run * RUN_INPUTS * COUNT, count, sums);                  \
+        for (; run < runs; run++)                                                                  \
+            add_runs_##COUNT##_1(weights + run * stride, stride, x + run * RUN_INPUTS * COUNT,     \
+                                 count, sums);                                                     \
+    }
+
+/* The same of plain rows, from end to end. */
+#define DEFINE_SUM_ROW(COUNT)                                                                      \
+    static void sum_row_##COUNT(const struct float_product *product, const float *x,               \
+                                int64_t output, int64_t count,                                     \
+                                float (*sums)[COUNT][NARROW_LANES])                                \
+    {                                                                                              \
+        int64_t runs = runs_of(product);                                                           \
+        for (int64_t i = 0; i < count; i++) {                                                      \
+            const uint16_t *weights = product->weights + (output + i) * product->output_stride;    \
+            narrow totals[2][COUNT] = {{{0}}};                                                     \
+            for (int64_t run = 0; run < runs; run++, weights += RUN_INPUTS) {                      \
+                __builtin_prefetch((const char *)weights + PREFETCH_BYTES);                        \
+                UNROLL for (int part = 0; part < RUN_VECTORS; part++)                              \
+                    ADD_WIDENED(COUNT, totals, read_words(weights + part * 2 * NARROW_LANES),      \
+                                *EVENS_AT(x, COUNT, run, row, part),                               \
+                                *ODDS_AT(x, COUNT, run, row, part))                                \
+            }                                                                                      \
+            UNROLL for (int row = 0; row < COUNT; row++) *(narrow *)sums[i][row] =                 \
+                totals[0][row] + totals[1][row];                                                   \
+        }                                                                                          \
+    }
+
+#define DEFINE_FEW(COUNT, RUNS)                                                                    \
+    DEFINE_SUM_RUNS(COUNT, RUNS)                                                                   \
+    DEFINE_SUM_ROW(COUNT)                                                                          \
     static void few_##COUNT(const struct float_product *product, const float *x, int64_t first,    \
                             int64_t count)                                                         \
     {                                                                                              \
         float sums[FEW_SUMS / COUNT][COUNT][NARROW_LANES] __attribute__((aligned(64)));            \
-        int64_t runs = runs_of(product), streams = streams_of(product);                            \
         memset(sums, 0, sizeof sums);                                                              \
-        for (int64_t start = 0; start < runs; start += streams)                                    \
-            for (int64_t output = 0; output < count; output++) {                                   \
-                const uint16_t *weights = product->weights +                                       \
-                                          (first + output) * product->output_stride +              \
-                                          start * product->run_stride;                             \
-                const float *each = x + start * COUNT * RUN_INPUTS;                                \
-                EACH_##COUNT(TAKE_FEW) for (int64_t run = start; run < least(start + streams, runs); \
-                                            run++)                                                 \
-                {                                                                                  \
-                    __builtin_prefetch((const char *)weights + PREFETCH_BYTES);                    \
-                    for (int part = 0; part < RUN_VECTORS; part++) {                               \
-                        words pairs = ((const words_anywhere *)weights)[part];                     \
-                        EACH_##COUNT(MULTIPLY_FEW) each += NARROW_LANES;                           \
-                    }                                                                              \
-                    each += COUNT * RUN_INPUTS - RUN_INPUTS / 2;                                   \
-                    weights += product->run_stride;                                                \
-                }                                                                                  \
-                EACH_##COUNT(GIVE_FEW)                                                             \
-            }                                                                                      \
+        if (product->run_stride == RUN_INPUTS)                                                     \
+            sum_row_##COUNT(product, x, first, count, sums);                                       \
+        else                                                                                       \
+            sum_runs_##COUNT(product, x, first, count, sums);                                      \
         for (int64_t output = 0; output < count; output++)                                         \
             for (int row = 0; row < COUNT; row++)                                                  \
                 store(product, row, first + output,                                                \
                       sum_of_lanes(*(const narrow *)sums[output][row]));                           \
     }
 
-/* Where runs of an output are neighbours, all of them are one stream. */
-INLINE int64_t streams_of(const struct float_product *product)
-{
-    return product->run_stride == RUN_INPUTS ? runs_of(product) : FEW_STREAMS;
-}
-
-DEFINE_FEW(1)
-DEFINE_FEW(2)
-DEFINE_FEW(3)
-DEFINE_FEW(4)
+/* As many runs as leave registers of sixteen for the sums and the weights. */
+DEFINE_FEW(1, 4)
+DEFINE_FEW(2, 2)
+DEFINE_FEW(3, 2)
+DEFINE_FEW(4, 2)
 
 static void multiply_few(const struct float_product *product, const float *x, int64_t first,
                          int64_t last)
