@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3ForCausalLM
 
 from qwen3_ascend.checkpoint.architecture import EMBEDDING, LM_HEAD
 from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.runtime.backends.step import DeviceStep
-from qwen3_ascend.runtime.model.qwen3 import Qwen3
+from qwen3_ascend.runtime.backends.reference import ReferenceBackend
+from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 
 
 def test_speed_counts_every_prompt_and_answer_and_the_best_of_each_phase() -> None:
@@ -63,13 +63,13 @@ def test_ours_computes_every_prompt_and_then_steps_of_all_answers(
     tiny_w8a8: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    forward = Qwen3.forward
+    open_step = ReferenceBackend.open_step
 
-    def watched(model: Any, step: DeviceStep, *given: Any, **named: Any) -> Tensor:
-        rows.append(len(step.inputs.tokens))
-        return forward(model, step, *given, **named)
+    def watched(backend: ReferenceBackend, step: StepInputs) -> DeviceStep:
+        rows.append(len(step.tokens))
+        return open_step(backend, step)
 
-    monkeypatch.setattr(Qwen3, "forward", watched)
+    monkeypatch.setattr(ReferenceBackend, "open_step", watched)
     work = Work(8, 300, 3)
     run = generate.ours(tiny_w8a8, [Work(1, 5, 1), work])
     for _ in range(2):  # nothing of the first run may help the second
