@@ -14,7 +14,6 @@ multiplied in pairs where a processor can: there numbers below 2^-126 are zero.
 from __future__ import annotations
 
 import ctypes
-import os
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +24,9 @@ from qwen3_ascend.native import tape
 from qwen3_ascend.native.kernels import check_matrix
 from qwen3_ascend.native.library import (
     Grouped,
+    InstructionSets,
     Library,
-    NativeUnavailable,
     StoredCodes,
-    open_library,
 )
 from qwen3_ascend.native.tape import empty
 from qwen3_ascend.native.threads import kernel_threads
@@ -39,6 +37,8 @@ FLOAT_PATHS = {"baseline": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 BEST = tuple(reversed(FLOAT_PATHS))
 OF_PATH = {"baseline": ("baseline",), "avx2": ("avx2",), "avx512": ("avx512_bf16", "avx512")}
 """What is tried, in order: on any processor, and where $QWEN3_ASCEND_CPU names a path."""
+
+SETS = InstructionSets("has_float_path", FLOAT_PATHS, BEST, OF_PATH)
 
 RUN_INPUTS = 16
 """Inputs that lie side by side, and to which inputs are padded."""
@@ -297,13 +297,5 @@ def float_products(path: str | None = None) -> FloatProducts | None:
     Raises:
         ValueError: if the environment names a path that does not exist.
     """
-    try:
-        library = open_library()
-    except NativeUnavailable:
-        return None
-    forced = os.environ.get("QWEN3_ASCEND_CPU")
-    tried = (path,) if path else OF_PATH[forced] if forced else BEST
-    for name in tried:
-        if library.plain_call("has_float_path", FLOAT_PATHS[name]):
-            return FloatProducts(library, name)
-    return None
+    found = SETS.choose(path)
+    return FloatProducts(*found) if found else None

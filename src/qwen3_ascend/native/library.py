@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,6 +174,40 @@ def open_library(path: str | None = None) -> Library:
 def _mapped(file: Path) -> ctypes.CDLL:
     """The system maps a library once; so does this, since every linear of a model asks."""
     return ctypes.CDLL(str(file))
+
+
+@dataclass(frozen=True)
+class InstructionSets:
+    """Sets of instructions that there are kernels for.
+
+    Attributes:
+        question: the function that says whether a set runs here.
+        numbers: of the sets, in C.
+        best: their names, the best one first.
+        of_path: which are taken, in order, where $QWEN3_ASCEND_CPU names a path.
+    """
+
+    question: str
+    numbers: Mapping[str, int]
+    best: Sequence[str]
+    of_path: Mapping[str, Sequence[str]]
+
+    def choose(self, wanted: str | None = None) -> tuple[Library, str] | None:
+        """The library and the best set that runs here, or the wanted one; None if none does.
+
+        Raises:
+            ValueError: if the environment names a path that does not exist.
+        """
+        try:
+            library = open_library()
+        except NativeUnavailable:
+            return None
+        forced = os.environ.get("QWEN3_ASCEND_CPU")
+        tried = (wanted,) if wanted else self.of_path[forced] if forced else self.best
+        for name in tried:
+            if library.plain_call(self.question, self.numbers[name]):
+                return library, name
+        return None
 
 
 def _open_file(file: Path) -> ctypes.CDLL:

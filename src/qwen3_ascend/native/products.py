@@ -9,7 +9,6 @@ how. Every instruction set finds the same integers, and the same floats after th
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from qwen3_ascend.geometry import ROW_BLOCK, STRIP_BYTES
 from qwen3_ascend.native import tape
 from qwen3_ascend.native.kernels import check_matrix
-from qwen3_ascend.native.library import Library, NativeUnavailable, open_library
+from qwen3_ascend.native.library import InstructionSets, Library
 from qwen3_ascend.native.tape import empty
 from qwen3_ascend.native.threads import kernel_threads
 
@@ -28,6 +27,8 @@ INSTRUCTIONS = {"plain": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3, "dotprod
 BEST = ("avx512_vnni", "avx_vnni", "dotprod", "avx2", "plain")
 OF_PATH = {"baseline": ("plain",), "avx2": ("avx2",), "avx512": ("avx512_vnni", "avx2")}
 """What is tried, in order: on any processor, and where $QWEN3_ASCEND_CPU names a path."""
+
+SETS = InstructionSets("has_instructions", INSTRUCTIONS, BEST, OF_PATH)
 
 MOST_BLOCK_ROWS = 12
 """Of the kernels' largest block of rows, up to which packed activations may be padded."""
@@ -159,13 +160,5 @@ def products(instructions: str | None = None) -> Products | None:
     Raises:
         ValueError: if the environment names a path that does not exist.
     """
-    try:
-        library = open_library()
-    except NativeUnavailable:
-        return None
-    forced = os.environ.get("QWEN3_ASCEND_CPU")
-    tried = (instructions,) if instructions else OF_PATH[forced] if forced else BEST
-    for name in tried:
-        if library.plain_call("has_instructions", INSTRUCTIONS[name]):
-            return Products(library, name)
-    return None
+    found = SETS.choose(instructions)
+    return Products(*found) if found else None
