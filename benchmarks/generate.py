@@ -11,7 +11,10 @@ other work on the machine only ever adds. Tokens a second are those of the whole
 
 A step of decoding reads every weight of the linears and the norms once, the head among them, and
 the keys and values of each context; these bytes, over the time of a step, are set against the
-bandwidth with which as many threads read memory, measured in each round (read_bandwidth.py).
+bandwidth with which as many threads read memory (read_bandwidth.py). A virtual machine's bandwidth
+may change from one moment to the next, so that the best of it says little about any other time:
+after the rounds, ours decode once more with memory read between all steps, and each step is held
+against the readings before and after it. The median of these shares is the one to look at.
 
 llama.cpp runs the same weights from a GGUF file, w8a8 against its Q8_0 and bf16 against its BF16.
 It is llama-batched-bench on PATH, or else built for this processor the first time, from a source on
@@ -24,8 +27,10 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import random_model
@@ -40,6 +45,7 @@ from qwen3_ascend.checkpoint.architecture import EMBEDDING, LM_HEAD
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.runtime import backends
 from qwen3_ascend.runtime.engine.assembly import make_engine
+from qwen3_ascend.runtime.engine.engine import Engine as TokenEngine
 from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
 
 LLAMA, TRANSFORMERS = "llama.cpp", "transformers"
@@ -67,6 +73,19 @@ class Work:
         return self.prompt + (self.new + 1) / 2
 
 
+Reading = Callable[[], float]
+"""Measures how many bytes a second are read from memory now."""
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """Seconds of a step of decoding, and the readings before and after it."""
+
+    seconds: float
+    before: float
+    after: float
+
+
 @dataclass(frozen=True)
 class Engine:
     """What runs the work.
@@ -76,12 +95,15 @@ class Engine:
         run: does the work once.
         weights: bytes of weights that a step of decoding reads.
         counterpart: the name of llama.cpp's engine that it is held against, if there is one.
+        run_between_readings: does the work once and measures what it is given before each step of
+            decoding and after the last; None for an engine whose steps cannot be told apart.
     """
 
     name: str
     run: Callable[[Work], Times]
     weights: int
     counterpart: str | None = None
+    run_between_readings: Callable[[Work, Reading], list[MeasuredStep]] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +113,17 @@ class Speed:
     prefill: float
     decode: float
     reading: float
+
+
+def step_bytes(work: Work, weights: int, token_bytes: int) -> float:
+    """Bytes that a step of decoding reads on the average.
+
+    Args:
+        work: whose contexts are read.
+        weights: bytes of weights that a step reads.
+        token_bytes: keys and values of one token.
+    """
+    return weights + work.batch * work.context * token_bytes
 
 
 def speed(work: Work, runs: Sequence[Times], weights: int, token_bytes: int) -> Speed:
@@ -104,21 +137,76 @@ def speed(work: Work, runs: Sequence[Times], weights: int, token_bytes: int) -> 
     """
     prefill = min(times.prefill for times in runs)
     decode = min(times.decode for times in runs)
-    nbytes = weights + work.batch * work.context * token_bytes
     return Speed(
         work.batch * work.prompt / prefill,
         work.batch * work.new / decode,
-        work.new * nbytes / decode,
+        work.new * step_bytes(work, weights, token_bytes) / decode,
     )
 
 
-def ours(checkpoint: Path, works: Sequence[Work]) -> Callable[[Work], Times]:
-    """A converted checkpoint on the CPU backend, with room for each work.
+def momentary_share(steps: Sequence[MeasuredStep], nbytes: float) -> float:
+    """The share of bandwidth that steps reach in the moment they are made, at the median.
+
+    Args:
+        steps: of decoding.
+        nbytes: that each of them reads.
+    """
+    return median(nbytes / step.seconds / ((step.before + step.after) / 2) for step in steps)
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A converted checkpoint in our engine.
 
     A step of the engine computes prompts and answers together, so that some answers have a few
     tokens more than others when the last prompt has been read; decoding is timed from there, over
     steps in which all of them take part.
     """
+
+    engine: TokenEngine
+
+    def run(self, work: Work) -> Times:
+        """Does the work once."""
+        with self.requests(work) as prefill:
+            started = time.perf_counter()
+            for _ in range(work.new):
+                self.decode(work)
+            return Times(prefill, time.perf_counter() - started)
+
+    def run_between_readings(self, work: Work, read: Reading) -> list[MeasuredStep]:
+        """Does the work once, and reads before each step of decoding and after the last."""
+        steps: list[MeasuredStep] = []
+        with self.requests(work):
+            before = read()
+            for _ in range(work.new):
+                started = time.perf_counter()
+                self.decode(work)
+                seconds = time.perf_counter() - started
+                steps.append(MeasuredStep(seconds, before, after := read()))
+                before = after
+        return steps
+
+    @contextmanager
+    def requests(self, work: Work) -> Iterator[float]:
+        """Requests whose prompts have been read, and the seconds that this took."""
+        params = SamplingParams(max_new_tokens=work.new + work.steps, ignore_eos=True)
+        requests = [self.engine.add(prompt, params, frozenset()) for prompt in prompts(work)]
+        waiting = {request.number for request in requests}
+        started = time.perf_counter()
+        while waiting:
+            waiting -= {event.request.number for event in self.engine.step()}
+        yield time.perf_counter() - started
+        for request in requests:
+            self.engine.abort(request)
+
+    def decode(self, work: Work) -> None:
+        """One step of every answer."""
+        tokens = self.engine.step()
+        assert len(tokens) == work.batch
+
+
+def ours(checkpoint: Path, works: Sequence[Work]) -> Ours:
+    """A converted checkpoint on the CPU backend, with room for each work."""
     reader = CheckpointReader(checkpoint)
     backend = backends.get(reader.config, DeviceOptions("cpu"))
     block = EngineOptions.block_size
@@ -126,25 +214,7 @@ def ours(checkpoint: Path, works: Sequence[Work]) -> Callable[[Work], Times]:
     limits = EngineOptions(
         kv_cache_tokens=room, max_batch=max(work.batch for work in works), prefix_cache=False
     )
-    engine = make_engine(reader, backend, limits, lambda *step: None)
-
-    def run(work: Work) -> Times:
-        params = SamplingParams(max_new_tokens=work.new + work.steps, ignore_eos=True)
-        requests = [engine.add(prompt, params, frozenset()) for prompt in prompts(work)]
-        waiting = {request.number for request in requests}
-        started = time.perf_counter()
-        while waiting:
-            waiting -= {event.request.number for event in engine.step()}
-        prefilled = time.perf_counter()
-        for _ in range(work.new):
-            tokens = engine.step()
-            assert len(tokens) == work.batch
-        decoded = time.perf_counter()
-        for request in requests:
-            engine.abort(request)
-        return Times(prefilled - started, decoded - prefilled)
-
-    return run
+    return Ours(make_engine(reader, backend, limits, lambda *step: None))
 
 
 def transformers_eager(source: Path) -> Callable[[Work], Times]:
@@ -224,7 +294,8 @@ def our_engine(source: Path, recipe: str, works: Sequence[Work]) -> Engine:
     stored = CheckpointReader(output).manifest.stored()
     sizes = {name: tensor.nbytes for name, tensor in stored.items()}
     weights, kind = read_in_a_step(sizes, EMBEDDING, LM_HEAD), COUNTERPARTS.get(recipe)
-    return Engine(f"ours {recipe}", ours(output, works), weights, kind and f"{LLAMA} {kind}")
+    mine, peer = ours(output, works), kind and f"{LLAMA} {kind}"
+    return Engine(f"ours {recipe}", mine.run, weights, peer, mine.run_between_readings)
 
 
 def llama_engine(model: Path, kind: str) -> Engine:
@@ -252,13 +323,32 @@ def measure(
     return times, reading
 
 
+def momentary_shares(
+    engines: Sequence[Engine], work: Work, token_bytes: int, bandwidth: ReadBandwidth
+) -> dict[str, float]:
+    """`momentary_share` of each engine whose steps can be told apart, by its name."""
+    shares = {}
+    for engine in engines:
+        if engine.run_between_readings is not None:
+            steps = engine.run_between_readings(work, bandwidth.sample)
+            nbytes = step_bytes(work, engine.weights, token_bytes)
+            shares[engine.name] = momentary_share(steps, nbytes)
+    return shares
+
+
 def table(
-    engines: Sequence[Engine], speeds: Mapping[str, Speed], bandwidth: float
+    engines: Sequence[Engine],
+    speeds: Mapping[str, Speed],
+    bandwidth: float,
+    momentary: Mapping[str, float],
 ) -> Iterator[str]:
     """A table in Markdown; ratios of prefill and of decoding to the counterpart in llama.cpp and
     to transformers, where they were measured."""
-    yield f"| engine | prefill | decode | GB/s | of bandwidth | x {LLAMA} | x {TRANSFORMERS} |"
-    yield "|---|---|---|---|---|---|---|"
+    yield (
+        "| engine | prefill | decode | GB/s | of best bandwidth | of bandwidth around each step "
+        f"| x {LLAMA} | x {TRANSFORMERS} |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
     for engine in engines:
         mine = speeds[engine.name]
         peers = (speeds.get(name or "") for name in (engine.counterpart, TRANSFORMERS))
@@ -268,6 +358,7 @@ def table(
             f"{mine.decode:.1f}",
             f"{mine.reading / 1e9:.1f}",
             f"{100 * mine.reading / bandwidth:.0f} %",
+            f"{100 * momentary[engine.name]:.0f} %" if engine.name in momentary else "",
             *(ratios(mine, peer) for peer in peers),
         ]
         yield f"| {' | '.join(cells)} |"
@@ -304,7 +395,8 @@ def main() -> None:
         }
         print(f"\nbatch {work.batch}, prompt {work.prompt}, {work.new} steps; tokens/s, best of "
               f"{chosen.repeat} rounds; memory is read at {reading / 1e9:.1f} GB/s\n")  # fmt: skip
-        print("\n".join(table(engines, speeds, reading)), flush=True)
+        shares = momentary_shares(engines, work, cached_bytes(data), bandwidth)
+        print("\n".join(table(engines, speeds, reading, shares)), flush=True)
 
 
 def parse() -> argparse.Namespace:

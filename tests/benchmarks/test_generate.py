@@ -10,7 +10,7 @@ import generate
 import pytest
 import read_bandwidth
 import torch
-from generate import Engine, Speed, Work
+from generate import Engine, MeasuredStep, Speed, Work
 from peers.llama_cpp import Times
 from read_bandwidth import ReadBandwidth
 from torch import Tensor
@@ -71,12 +71,24 @@ def test_ours_computes_every_prompt_and_then_steps_of_all_answers(
 
     monkeypatch.setattr(ReferenceBackend, "open_step", watched)
     work = Work(8, 300, 3)
-    run = generate.ours(tiny_w8a8, [Work(1, 5, 1), work])
+    ours = generate.ours(tiny_w8a8, [Work(1, 5, 1), work])
     for _ in range(2):  # nothing of the first run may help the second
         rows.clear()
-        times = run(work)
+        times = ours.run(work)
         assert rows == [2048, 6 + 8 * 300 - 2048, 8, 8, 8]
         assert times.prefill > 0 and times.decode > 0
+
+
+def test_memory_is_read_before_each_step_of_ours_and_after_the_last(tiny_w8a8: Path) -> None:
+    work, readings = Work(2, 20, 3), iter((1.0, 2.0, 3.0, 4.0))
+    steps = generate.ours(tiny_w8a8, [work]).run_between_readings(work, lambda: next(readings))
+    assert [(step.before, step.after) for step in steps] == [(1, 2), (2, 3), (3, 4)]
+    assert all(step.seconds > 0 for step in steps)
+
+
+def test_a_step_is_held_against_the_readings_around_it() -> None:
+    steps = [MeasuredStep(1, 100, 300), MeasuredStep(2, 60, 40), MeasuredStep(4, 100, 100)]
+    assert generate.momentary_share(steps, 80) == pytest.approx(0.4)  # of 0.4, 0.8 and 0.2
 
 
 def test_transformers_computes_prompts_and_then_steps(
@@ -131,12 +143,12 @@ def test_the_table_has_the_ratios_of_prefill_and_decoding_to_both_peers() -> Non
         "ours x": Speed(100, 20, 30e9), "ours y": Speed(50, 10, 15e9),
         "llama.cpp Q8_0": Speed(200, 10, 12e9), "transformers": Speed(25, 5, 6e9),
     }  # fmt: skip
-    _, _, *rows = generate.table(engines, speeds, 60e9)
+    _, _, *rows = generate.table(engines, speeds, 60e9, {"ours x": 0.75})
     assert rows == [
-        "| ours x | 100 | 20.0 | 30.0 | 50 % | 0.50, 2.00 | 4.00, 4.00 |",
-        "| ours y | 50 | 10.0 | 15.0 | 25 % |  | 2.00, 2.00 |",
-        "| llama.cpp Q8_0 | 200 | 10.0 | 12.0 | 20 % |  | 8.00, 2.00 |",
-        "| transformers | 25 | 5.0 | 6.0 | 10 % |  |  |",
+        "| ours x | 100 | 20.0 | 30.0 | 50 % | 75 % | 0.50, 2.00 | 4.00, 4.00 |",
+        "| ours y | 50 | 10.0 | 15.0 | 25 % |  |  | 2.00, 2.00 |",
+        "| llama.cpp Q8_0 | 200 | 10.0 | 12.0 | 20 % |  |  | 8.00, 2.00 |",
+        "| transformers | 25 | 5.0 | 6.0 | 10 % |  |  |  |",
     ]
 
 
@@ -154,7 +166,10 @@ def test_threads_read_parts_of_their_own_of_either_buffer(monkeypatch: pytest.Mo
     assert bandwidth.measure(1) > 0
     part = (1 << 21) // 3 // read_bandwidth.UNIT * read_bandwidth.UNIT
     assert [words for _, words in read] == [part // 8] * 6
-    starts = sorted(start for start, _ in read)
+    assert bandwidth.sample() > 0
+    quarter = (1 << 21) // 4 // 3 // read_bandwidth.UNIT * read_bandwidth.UNIT
+    assert [words for _, words in read[6:]] == [quarter // 8] * 3
+    starts = sorted(start for start, _ in read[:6])
     assert [later - first for first, later in zip(starts[::3], starts[2::3], strict=True)] == [
         2 * part
     ] * 2
