@@ -556,23 +556,46 @@ static void turn_weights(const struct queries *queries, int64_t begin, int64_t b
 
 /* ---- few queries: keys and values are widened in registers, two queries at a time ---- */
 
-/* Where the values of a block of keys lie; behind the last they are repeated, and hidden. */
+/* Keys `start` to `end` of a request, for queries that all see `before` tokens, and each those of the
+ * step up to its own. */
+struct range {
+    int64_t request, kv_head, start, end, before;
+};
+
+/* Where a block of keys and their values lie; behind the last they are repeated, and hidden. */
 struct places {
     const uint16_t *keys[KEYS], *values[KEYS];
 };
 
-static struct places find_keys(const struct attention *job, int64_t request, int64_t kv_head,
-                               int64_t start, int64_t count)
+/* Of the block that begins with key `start`. */
+static struct places find_keys(const struct attention *job, struct range range, int64_t start)
 {
     struct places places;
-    int64_t size = job->cache.head_dim;
-    for (int64_t i = 0; i < KEYS; i++) {
-        if (i >= count && i % 4 == 0) break; /* keys are multiplied in fours */
-        int64_t place = head_place(job, request, start + (i < count ? i : count - 1), kv_head);
-        places.keys[i] = (const uint16_t *)job->cache.keys + place * size;
-        places.values[i] = (const uint16_t *)job->cache.values + place * size;
+    int64_t count = least(KEYS, range.end - start), size = job->cache.head_dim, run;
+    for (int64_t i = 0; i < count; i += run) {
+        int64_t left = job->block_size - (start + i) % job->block_size;
+        int64_t place = head_place(job, range.request, start + i, range.kv_head) * size;
+        run = least(left, count - i);
+        for (int64_t key = i; key < i + run; key++, place += job->cache.kv_heads * size) {
+            places.keys[key] = (const uint16_t *)job->cache.keys + place;
+            places.values[key] = (const uint16_t *)job->cache.values + place;
+        }
+    }
+    for (int64_t key = count; key < KEYS; key++) {
+        places.keys[key] = places.keys[count - 1];
+        places.values[key] = places.values[count - 1];
     }
     return places;
+}
+
+enum { CACHE_LINE = 64 }; /* bytes, of most processors */
+
+/* Fetches the first keys of a range: later ones are fetched while something is computed. */
+static void fetch_keys(const struct places *places, int64_t head_dim)
+{
+    for (int64_t key = 0; key < KEYS; key++)
+        for (int64_t i = 0; i < head_dim; i += CACHE_LINE / (int64_t)sizeof(uint16_t))
+            __builtin_prefetch(places->keys[key] + i);
 }
 
 INLINE vector even_values(pairs values) { return (vector)(values << 16); }
@@ -583,6 +606,7 @@ INLINE vector odd_values(pairs values) { return (vector)(values & 0xffff0000u); 
 #define SCORE_KEY(KEY)                                                                             \
     {                                                                                              \
         pairs both = *(const pairs *)(keys[KEY] + i);                                              \
+        __builtin_prefetch(values[KEY] + i);                                                       \
         vector even = even_values(both), odd = odd_values(both);                                   \
         ADD_PRODUCT(first##KEY, even, ((const vector *)(a + i))[0]);                               \
         ADD_PRODUCT(first##KEY, odd, ((const vector *)(a + i))[1]);                                \
@@ -600,9 +624,9 @@ INLINE floats4 four_sums(vector a, vector b, vector c, vector d)
     return (floats4)SHUFFLE(left, right, 0, 1, 4, 5) + (floats4)SHUFFLE(left, right, 2, 3, 6, 7);
 }
 
-/* Scores of two queries for four keys. */
-INLINE void score_four(const uint16_t *const *keys, const float *a, const float *b, int64_t width,
-                       float *scores_a, float *scores_b)
+/* Scores of two queries for four keys; their values are fetched meanwhile. */
+INLINE void score_four(const uint16_t *const *keys, const uint16_t *const *values, const float *a,
+                       const float *b, int64_t width, float *scores_a, float *scores_b)
 {
     EACH_KEY(BEGIN_KEY)
     for (int64_t i = 0; i < width; i += UNIT_OUTPUTS) { EACH_KEY(SCORE_KEY) }
@@ -619,7 +643,7 @@ static void score_few(const struct queries *queries, const struct places *places
         for (int64_t key = 0; key < count; key += 4) {
             int64_t unit = key / UNIT_OUTPUTS * UNIT_OUTPUTS;
             float *place = scores + unit * queries->room + key - unit;
-            score_four(places->keys + key, query, query + width, width, place,
+            score_four(places->keys + key, places->values + key, query, query + width, width, place,
                        place + UNIT_OUTPUTS);
         }
     }
@@ -632,6 +656,7 @@ static void score_few(const struct queries *queries, const struct places *places
 #define ADD_PAIR(PAIR)                                                                             \
     {                                                                                              \
         pairs both = *(const pairs *)(values[key] + column + PAIR * UNIT_OUTPUTS);                 \
+        __builtin_prefetch(next[key] + column + PAIR * UNIT_OUTPUTS);                              \
         vector even = even_values(both), odd = odd_values(both);                                   \
         ADD_PRODUCT(a_even##PAIR, even, first);                                                    \
         ADD_PRODUCT(a_odd##PAIR, odd, first);                                                      \
@@ -642,9 +667,10 @@ static void score_few(const struct queries *queries, const struct places *places
     ((vector *)a)[2 * PAIR] = a_even##PAIR, ((vector *)a)[2 * PAIR + 1] = a_odd##PAIR,             \
     ((vector *)b)[2 * PAIR] = b_even##PAIR, ((vector *)b)[2 * PAIR + 1] = b_odd##PAIR;
 
-/* Adds `column` .. of `count` weighted values to the outputs of two queries. */
-static void add_few(const uint16_t *const *values, int64_t column, int64_t count,
-                    const float *weights, int64_t stride, float *a, float *b)
+/* Adds `column` .. of `count` weighted values to the outputs of two queries; the next keys are
+ * fetched meanwhile. */
+static void add_few(const uint16_t *const *values, const uint16_t *const *next, int64_t column,
+                    int64_t count, const float *weights, int64_t stride, float *a, float *b)
 {
     EACH_PAIR(TAKE_PAIR)
     for (int64_t key = 0; key < count; key++) {
@@ -655,8 +681,8 @@ static void add_few(const uint16_t *const *values, int64_t column, int64_t count
     EACH_PAIR(GIVE_PAIR)
 }
 
-static void attend_few(const struct queries *queries, const struct places *places, int64_t count,
-                       int64_t visible, int64_t group)
+static void attend_few(const struct queries *queries, const struct places *places,
+                       const struct places *next, int64_t count, int64_t visible, int64_t group)
 {
     int64_t width = queries->width;
     score_few(queries, places, count);
@@ -669,7 +695,7 @@ static void attend_few(const struct queries *queries, const struct places *place
     for (int64_t index = 0; index < queries->count; index += 2)
         for (int64_t column = 0; column < width; column += PAIRS_TOGETHER * UNIT_OUTPUTS) {
             float *row = queries->outputs + index * width + column;
-            add_few(places->values, column, count, queries->scores + index * UNIT_OUTPUTS,
+            add_few(places->values, next->keys, column, count, queries->scores + index * UNIT_OUTPUTS,
                     queries->room * UNIT_OUTPUTS, row, row + width);
         }
 }
@@ -718,23 +744,38 @@ static void give_outputs(const struct attention *job, const struct queries *quer
     }
 }
 
-/* Keys `start` to `end` of a request, for queries that all see `before` tokens, and each those of the
- * step up to its own. */
-static void attend_range(const struct attention *job, const struct queries *queries,
-                         int64_t request, int64_t kv_head, int64_t start, int64_t end,
-                         int64_t before)
+static void attend_range_few(const struct attention *job, const struct queries *queries,
+                             struct range range)
 {
     int64_t group = job->heads / job->cache.kv_heads;
-    for (; start < end; start += KEYS) {
-        int64_t keys = least(KEYS, end - start);
-        if (queries->few) {
-            struct places places = find_keys(job, request, kv_head, start, keys);
-            attend_few(queries, &places, keys, before + 1 - start, group);
-        } else {
-            read_keys(job, queries, request, kv_head, start, keys);
-            attend_many(queries, keys, before + 1 - start, group);
-        }
+    struct places places, next = find_keys(job, range, range.start);
+    fetch_keys(&next, job->cache.head_dim);
+    for (int64_t start = range.start; start < range.end; start += KEYS) {
+        places = next;
+        if (start + KEYS < range.end) next = find_keys(job, range, start + KEYS);
+        attend_few(queries, &places, &next, least(KEYS, range.end - start),
+                   range.before + 1 - start, group);
     }
+}
+
+static void attend_range_many(const struct attention *job, const struct queries *queries,
+                              struct range range)
+{
+    int64_t group = job->heads / job->cache.kv_heads;
+    for (int64_t start = range.start; start < range.end; start += KEYS) {
+        int64_t keys = least(KEYS, range.end - start);
+        read_keys(job, queries, range.request, range.kv_head, start, keys);
+        attend_many(queries, keys, range.before + 1 - start, group);
+    }
+}
+
+static void attend_range(const struct attention *job, const struct queries *queries,
+                         struct range range)
+{
+    if (queries->few)
+        attend_range_few(job, queries, range);
+    else
+        attend_range_many(job, queries, range);
 }
 
 static void attend(const struct attention *job, int64_t request, int64_t kv_head, int64_t first,
@@ -745,7 +786,7 @@ static void attend(const struct attention *job, int64_t request, int64_t kv_head
     int64_t before = job->lengths[request] - rows + first; /* tokens that every query sees */
     struct queries queries = place_queries(job, count * group, scratch);
     take_queries(job, &queries, row, kv_head, queries.keys);
-    attend_range(job, &queries, request, kv_head, 0, before + count, before);
+    attend_range(job, &queries, (struct range){request, kv_head, 0, before + count, before});
     give_outputs(job, &queries, row, kv_head, queries.keys);
 }
 
@@ -767,7 +808,7 @@ static void attend_split(const struct attention *job, int64_t request, int64_t k
     struct queries queries = place_queries(job, group, scratch);
     take_queries(job, &queries, job->starts[request], kv_head, queries.keys);
     int64_t start = split * SPLIT_KEYS, end = least(start + SPLIT_KEYS, length);
-    attend_range(job, &queries, request, kv_head, start, end, length - 1);
+    attend_range(job, &queries, (struct range){request, kv_head, start, end, length - 1});
     for (int64_t index = 0; index < group; index++) {
         float *partial = partial_at(job, request, kv_head, split, index);
         partial[0] = queries.maxima[index], partial[1] = queries.totals[index];
