@@ -100,17 +100,17 @@ static void multiply_code_pairs(const struct float_product *product, const float
  * two of its own. */
 typedef float vector_of_halves __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(2)));
 
-INLINE vector read_halves(const uint16_t *weights)
+INLINE vector read_halves(const uint16_t *weights, int64_t ahead)
 {
-    __builtin_prefetch((const char *)weights + PREFETCH_BYTES, 0, 0);
+    __builtin_prefetch((const char *)weights + ahead, 0, 0);
     return *(const vector_of_halves *)weights;
 }
 
 /* Adds RUNS runs of strips to the sums of `places` pairs of outputs: what they are multiplied with
- * stays in registers, and each strip is read as it lies. */
+ * stays in registers, and each strip is read as it lies. What is `ahead` bytes behind is fetched. */
 #define DEFINE_ADD_STRIPS(COUNT, RUNS)                                                             \
     static void add_strips_##COUNT##_##RUNS(const uint16_t *weights, int64_t run_stride,           \
-                                            const float *x, int64_t places,                        \
+                                            const float *x, int64_t places, int64_t ahead,         \
                                             float (*sums)[COUNT][LANES])                           \
     {                                                                                              \
         vector each[RUNS][COUNT];                                                                  \
@@ -122,7 +122,7 @@ INLINE vector read_halves(const uint16_t *weights)
                 *(vector *)sums[place][row];                                                       \
             UNROLL for (int run = 0; run < RUNS; run++)                                            \
             {                                                                                      \
-                vector halves = read_halves(weights + run * run_stride);                           \
+                vector halves = read_halves(weights + run * run_stride, ahead);                    \
                 UNROLL for (int row = 0; row < COUNT; row++)                                       \
                     ADD_PAIRS(totals[row], halves, each[run][row]);                                \
             }                                                                                      \
@@ -131,7 +131,10 @@ INLINE vector read_halves(const uint16_t *weights)
         }                                                                                          \
     }
 
-/* The sums of `count` outputs of strips, which begin with an even one, of two in a place. */
+enum { PLACE_BYTES = 4 * RUN_INPUTS, PREFETCH_PLACES = PREFETCH_BYTES / PLACE_BYTES };
+
+/* The sums of `count` outputs of strips, which begin with an even one, of two in a place. Towards
+ * the end of these outputs it is those of the next strips that are fetched. */
 #define DEFINE_SUM_STRIPS(COUNT, RUNS)                                                             \
     DEFINE_ADD_STRIPS(COUNT, RUNS)                                                                 \
     DEFINE_ADD_STRIPS(COUNT, 1)                                                                    \
@@ -140,13 +143,18 @@ INLINE vector read_halves(const uint16_t *weights)
     {                                                                                              \
         const uint16_t *weights = product->weights + output * RUN_INPUTS;                          \
         int64_t runs = runs_of(product), stride = product->run_stride, run = 0;                    \
-        int64_t places = (count + 1) / 2;                                                          \
-        for (; run + RUNS <= runs; run += RUNS)                                                    \
-            add_strips_##COUNT##_##RUNS(weights + run * stride, stride, x + run * LANES * COUNT,   \
-                                        places, sums);                                             \
+        int64_t places = (count + 1) / 2, last = least(places, PREFETCH_PLACES);                   \
+        int64_t first = places - last, next = 2 * RUNS * stride - first * PLACE_BYTES;             \
+        for (; run + RUNS <= runs; run += RUNS) {                                                  \
+            const uint16_t *from = weights + run * stride;                                         \
+            const float *by = x + run * LANES * COUNT;                                             \
+            add_strips_##COUNT##_##RUNS(from, stride, by, first, PREFETCH_BYTES, sums);            \
+            add_strips_##COUNT##_##RUNS(from + first * 2 * RUN_INPUTS, stride, by, last, next,     \
+                                        sums + first);                                             \
+        }                                                                                          \
         for (; run < runs; run++)                                                                  \
             add_strips_##COUNT##_1(weights + run * stride, stride, x + run * LANES * COUNT,        \
-                                   places, sums);                                                  \
+                                   places, PREFETCH_BYTES, sums);                                  \
     }
 
 /* The same of plain rows, an output in a place; two sums each, since one would wait for itself. */
@@ -164,7 +172,8 @@ INLINE vector read_halves(const uint16_t *weights)
                 UNROLL for (int part = 0; part < 2; part++)                                        \
                 {                                                                                  \
                     if (part == 1 && i + 1 == vectors) break;                                      \
-                    vector halves = read_halves(weights + (i + part) * 2 * RUN_INPUTS);            \
+                    vector halves =                                                                    \
+                        read_halves(weights + (i + part) * 2 * RUN_INPUTS, PREFETCH_BYTES);        \
                     UNROLL for (int row = 0; row < COUNT; row++)                                   \
                         ADD_PAIRS(totals[part][row], halves, each[(i + part) * COUNT + row]);      \
                 }                                                                                  \
