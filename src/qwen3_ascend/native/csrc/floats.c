@@ -167,14 +167,21 @@ static int has_whole_vectors(const struct job *job)
                                              : product->inputs % (2 * RUN_INPUTS) == 0;
 }
 
+/* Rows of pairs that are few: what more than some plain rows are multiplied with, whole, leaves no
+ * room in the nearest cache; of strips only a part is needed at a time. */
+static int64_t few_pair_rows(const struct job *job)
+{
+    return job->product.run_stride == RUN_INPUTS ? FEW_ROWS : FEW_PAIR_ROWS;
+}
+
 static multiply_outputs choose(const struct job *job)
 {
     const struct float_path_table *path = job->path;
     int pairs = path->pairs != NULL && job->row_dtype != DTYPE_FP32;
-    if (job->product.weights && job->product.rows <= FEW_ROWS)
-        return path->few_pairs && job->row_dtype == DTYPE_BF16 && has_whole_vectors(job)
-                   ? path->few_pairs
-                   : path->few;
+    if (job->product.weights && job->product.rows <= few_pair_rows(job) && path->few_pairs &&
+        job->row_dtype == DTYPE_BF16 && has_whole_vectors(job))
+        return path->few_pairs;
+    if (job->product.weights && job->product.rows <= FEW_ROWS) return path->few;
     if (job->product.weights || job->product.rows > FEW_CODE_ROWS)
         return pairs ? path->pairs : path->many;
     return pairs && !job->product.grouped ? path->code_pairs : path->few_codes;

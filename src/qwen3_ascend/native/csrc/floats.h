@@ -24,8 +24,9 @@ enum float_path {
 };
 
 /* Rows of activations up to which weights are multiplied as they are read, and rows of the largest
- * block beyond. Codes are widened with more effort, so they are kept for fewer rows. */
-enum { FEW_ROWS = 4, FEW_CODE_ROWS = 2, MOST_FLOAT_BLOCK = 12 };
+ * block beyond. Pairs are not widened, so they are kept for more rows; codes are widened with more
+ * effort. */
+enum { FEW_ROWS = 4, FEW_PAIR_ROWS = 8, FEW_CODE_ROWS = 2, MOST_FLOAT_BLOCK = 12 };
 
 /* Codes of `bits` bits. A code c of a group stands for (c + offset) * scale, which is rounded to
  * bfloat16 if `rounded`: where it is multiplied in that type, by definition. */

@@ -207,16 +207,23 @@ DEFINE_FEW_PAIRS(1, 8)
 DEFINE_FEW_PAIRS(2, 8)
 DEFINE_FEW_PAIRS(3, 6)
 DEFINE_FEW_PAIRS(4, 4)
+DEFINE_FEW_PAIRS(5, 3)
+DEFINE_FEW_PAIRS(6, 2)
+DEFINE_FEW_PAIRS(7, 2)
+DEFINE_FEW_PAIRS(8, 2)
+
+static void (*const few_pairs[FEW_PAIR_ROWS + 1])(const struct float_product *product,
+                                                  const float *x, int64_t output,
+                                                  int64_t count) = {
+    NULL,        few_pairs_1, few_pairs_2, few_pairs_3, few_pairs_4,
+    few_pairs_5, few_pairs_6, few_pairs_7, few_pairs_8};
 
 static void multiply_few_pairs(const struct float_product *product, const float *x, int64_t first,
                                int64_t last)
 {
     for (int64_t output = first, count; output < last; output += count) {
         count = least(FEW_SUMS / product->rows / 2 * 2, last - output);
-        if (product->rows == 1) few_pairs_1(product, x, output, count);
-        if (product->rows == 2) few_pairs_2(product, x, output, count);
-        if (product->rows == 3) few_pairs_3(product, x, output, count);
-        if (product->rows == 4) few_pairs_4(product, x, output, count);
+        few_pairs[product->rows](product, x, output, count);
     }
 }
 
