@@ -10,7 +10,8 @@ decoding. The engines take turns, --repeat rounds of them, and the best of each 
 other work on the machine only ever adds. Tokens a second are those of the whole batch.
 
 A step of decoding reads every weight of the linears and the norms once, the head among them, and
-the keys and values of each context; these bytes, over the time of a step, are set against the
+the keys and values of each context; of mixtures of experts it reads those that random tokens are
+given to, on the average. These bytes, over the time of a step, are set against the
 bandwidth with which as many threads read memory (read_bandwidth.py). A virtual machine's bandwidth
 may change from one moment to the next, so that the best of it says little about any other time:
 after the rounds, ours decode once more with memory read between all steps, and each step is held
@@ -50,6 +51,9 @@ from qwen3_ascend.runtime.options import DeviceOptions, EngineOptions
 
 LLAMA, TRANSFORMERS = "llama.cpp", "transformers"
 
+EXPERTS = (".experts.", "_exps.")
+"""What the names of experts' weights hold, in transformers and ours, and in GGUF."""
+
 MOST_COMMON = 4096
 """Prompts are of the first tokens, which every vocabulary has."""
 
@@ -78,6 +82,25 @@ Reading = Callable[[], float]
 
 
 @dataclass(frozen=True)
+class StepWeights:
+    """Bytes of the weights that a step of decoding reads.
+
+    Attributes:
+        always: in every step.
+        experts: those of all experts.
+        chosen: the share of experts that a token is given to.
+    """
+
+    always: int
+    experts: int = 0
+    chosen: float = 0.0
+
+    def read(self, batch: int) -> float:
+        """Of a step of so many tokens, each of which chooses experts by itself."""
+        return self.always + self.experts * (1 - (1 - self.chosen) ** batch)
+
+
+@dataclass(frozen=True)
 class MeasuredStep:
     """Seconds of a step of decoding, and the readings before and after it."""
 
@@ -93,7 +116,7 @@ class Engine:
     Attributes:
         name: for the table.
         run: does the work once.
-        weights: bytes of weights that a step of decoding reads.
+        weights: that a step of decoding reads.
         counterpart: the name of llama.cpp's engine that it is held against, if there is one.
         run_between_readings: does the work once and measures what it is given before each step of
             decoding and after the last; None for an engine whose steps cannot be told apart.
@@ -101,7 +124,7 @@ class Engine:
 
     name: str
     run: Callable[[Work], Times]
-    weights: int
+    weights: StepWeights
     counterpart: str | None = None
     run_between_readings: Callable[[Work, Reading], list[MeasuredStep]] | None = None
 
@@ -115,24 +138,24 @@ class Speed:
     reading: float
 
 
-def step_bytes(work: Work, weights: int, token_bytes: int) -> float:
+def step_bytes(work: Work, weights: StepWeights, token_bytes: int) -> float:
     """Bytes that a step of decoding reads on the average.
 
     Args:
         work: whose contexts are read.
-        weights: bytes of weights that a step reads.
+        weights: that a step reads.
         token_bytes: keys and values of one token.
     """
-    return weights + work.batch * work.context * token_bytes
+    return weights.read(work.batch) + work.batch * work.context * token_bytes
 
 
-def speed(work: Work, runs: Sequence[Times], weights: int, token_bytes: int) -> Speed:
+def speed(work: Work, runs: Sequence[Times], weights: StepWeights, token_bytes: int) -> Speed:
     """The best of several runs.
 
     Args:
         work: what was run.
         runs: each once; prefill and decoding count each by itself.
-        weights: bytes of weights that a step reads.
+        weights: that a step reads.
         token_bytes: keys and values of one token.
     """
     prefill = min(times.prefill for times in runs)
@@ -245,19 +268,23 @@ def prompts(work: Work) -> list[list[int]]:
     return [row.tolist() for row in torch.randint(MOST_COMMON, shape, generator=drawn)]
 
 
-def read_in_a_step(sizes: Mapping[str, int], embedding: str, head: str) -> int:
-    """Bytes of weights that one step of decoding reads: all that is stored but the embedding, of
-    which it reads a row for each token, unless that is the head as well.
+def read_in_a_step(
+    sizes: Mapping[str, int], embedding: str, head: str, data: Mapping[str, Any]
+) -> StepWeights:
+    """What one step of decoding reads: all that is stored but the embedding, of which it reads a
+    row for each token, unless that is the head as well.
 
     Args:
-        sizes: bytes of each tensor.
+        sizes: bytes of each tensor; the names of those of experts hold EXPERTS.
         embedding: how its name begins.
         head: how the names of a head begin that is stored by itself.
+        data: config.json of the model.
     """
     stored = any(name.startswith(head) for name in sizes)
-    return sum(
-        nbytes for name, nbytes in sizes.items() if not (stored and name.startswith(embedding))
-    )
+    read = {n: b for n, b in sizes.items() if not (stored and n.startswith(embedding))}
+    experts = sum(nbytes for name, nbytes in read.items() if any(e in name for e in EXPERTS))
+    chosen = data.get("num_experts_per_tok", 0) / data.get("num_experts", 1)
+    return StepWeights(sum(read.values()) - experts, experts, chosen)
 
 
 def cached_bytes(data: dict[str, Any]) -> int:
@@ -270,38 +297,39 @@ def make_engines(
     source: Path, data: dict[str, Any], works: Sequence[Work], chosen: argparse.Namespace
 ) -> list[Engine]:
     """The chosen engines, loaded; those that need models of their own keep them by the source."""
-    engines = [our_engine(source, recipe, works) for recipe in chosen.recipes]
+    engines = [our_engine(source, data, recipe, works) for recipe in chosen.recipes]
     if LLAMA in chosen.peers:
         kinds = dict.fromkeys(COUNTERPARTS[r] for r in chosen.recipes if r in COUNTERPARTS)
         models = {kind: source.with_name(f"{source.name}-{kind}.gguf") for kind in kinds}
         engines += [
-            llama_engine(ensure_gguf(model, data, kind), kind) for kind, model in models.items()
+            llama_engine(ensure_gguf(model, data, kind), data, kind)
+            for kind, model in models.items()
         ]
     if TRANSFORMERS in chosen.peers:
         sizes = {
             name: torch.Size(shape).numel() * torch.bfloat16.itemsize
             for name, shape in random_model.tensors(data).items()
         }
-        weights = read_in_a_step(sizes, EMBEDDING, LM_HEAD)
+        weights = read_in_a_step(sizes, EMBEDDING, LM_HEAD, data)
         engines.append(Engine(TRANSFORMERS, transformers_eager(source), weights))
     return engines
 
 
-def our_engine(source: Path, recipe: str, works: Sequence[Work]) -> Engine:
+def our_engine(source: Path, data: Mapping[str, Any], recipe: str, works: Sequence[Work]) -> Engine:
     """Ours with a recipe, converted anew."""
     output = source.with_name(f"{source.name}-{recipe}")
     convert_checkpoint(source, output, recipe, ConvertOptions(overwrite=True))
     stored = CheckpointReader(output).manifest.stored()
     sizes = {name: tensor.nbytes for name, tensor in stored.items()}
-    weights, kind = read_in_a_step(sizes, EMBEDDING, LM_HEAD), COUNTERPARTS.get(recipe)
+    weights, kind = read_in_a_step(sizes, EMBEDDING, LM_HEAD, data), COUNTERPARTS.get(recipe)
     mine, peer = ours(output, works), kind and f"{LLAMA} {kind}"
     return Engine(f"ours {recipe}", mine.run, weights, peer, mine.run_between_readings)
 
 
-def llama_engine(model: Path, kind: str) -> Engine:
+def llama_engine(model: Path, data: Mapping[str, Any], kind: str) -> Engine:
     """llama.cpp with a model whose matrices are of a type."""
     bench = llama_cpp.program()
-    weights = read_in_a_step(gguf_sizes(model), gguf_model.EMBEDDING, gguf_model.HEAD)
+    weights = read_in_a_step(gguf_sizes(model), gguf_model.EMBEDDING, gguf_model.HEAD, data)
 
     def run(work: Work) -> Times:
         threads = torch.get_num_threads()

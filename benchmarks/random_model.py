@@ -29,7 +29,20 @@ SHAPES: dict[str, dict[str, Any]] = {
            "num_attention_heads": 32, "tie_word_embeddings": False},
     "32b": {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
             "num_attention_heads": 64, "tie_word_embeddings": False},
+    "30b-a3b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+                "num_attention_heads": 32, "num_key_value_heads": 4, "tie_word_embeddings": False,
+                "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    "235b-a22b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 94,
+                  "num_attention_heads": 64, "num_key_value_heads": 4,
+                  "tie_word_embeddings": False, "num_experts": 128, "num_experts_per_tok": 8,
+                  "moe_intermediate_size": 1536},
 }  # fmt: skip
+
+MIXTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+"""What config.json says besides of a model with mixtures of experts."""
 
 
 def config(model: str, layers: int | None = None) -> dict[str, Any]:
@@ -41,6 +54,8 @@ def config(model: str, layers: int | None = None) -> dict[str, Any]:
         "bos_token_id": 151643, "eos_token_id": 151645, "torch_dtype": "bfloat16",
         "use_sliding_window": False, **SHAPES[model],
     }  # fmt: skip
+    if "num_experts" in data:
+        data |= MIXTURE
     return data if layers is None else {**data, "num_hidden_layers": layers}
 
 
@@ -59,8 +74,9 @@ def tensors(data: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for entry in model_spec(read_config(data)):
         if isinstance(entry, LinearSpec):
-            for source, rows in zip(entry.sources, entry.parts, strict=True):
-                found[f"{source}.weight"] = (rows, entry.inputs)
+            for sources in entry.matrices:
+                for source, rows in zip(sources, entry.parts, strict=True):
+                    found[f"{source}.weight"] = (rows, entry.inputs)
         else:
             found[entry.name] = entry.shape
     return dict(sorted(found.items()))
@@ -86,13 +102,19 @@ def ensure(folder: Path, data: dict[str, Any]) -> Path:
     return folder
 
 
-def weights(data: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the source by its name, one at a time, without its files."""
-    shapes, table = tensors(data), _table()
-    for names in _files(shapes):
-        for number, name in enumerate(names):
-            shape = torch.Size(shapes[name])
-            yield name, torch.cat(list(_blocks(shape.numel(), table, STRIDE * number))).view(shape)
+class Weights:
+    """The tensors of the source by their names, without its files."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        """Of a config.json."""
+        self.shapes, self._table = tensors(data), _table()
+        files = _files(self.shapes)
+        self._numbers = {name: n for names in files for n, name in enumerate(names)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = torch.Size(self.shapes[name])
+        blocks = _blocks(shape.numel(), self._table, STRIDE * self._numbers[name])
+        return torch.cat(list(blocks)).view(shape)
 
 
 def _table() -> Tensor:

@@ -16,7 +16,7 @@ from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes.pieces import Piece, Sums, sqnr_db
 from qwen3_ascend.convert.calibration.factors import FACTORS_NAME, read_factors
-from qwen3_ascend.convert.encodings import Encoding, read_weights
+from qwen3_ascend.convert.encodings import Encoding, read_matrices
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.weight_file import tensor_bytes
 from qwen3_ascend.convert.source import Source
@@ -24,7 +24,7 @@ from qwen3_ascend.convert.transforms import TRANSFORMS, FittedTransform
 from qwen3_ascend.convert.transforms.changes import FindChanges
 from qwen3_ascend.convert.transforms.parts import model_parts
 from qwen3_ascend.convert.transforms.whole import ModelChanges
-from qwen3_ascend.convert.weights import Weights
+from qwen3_ascend.convert.weights import Weights, in_one
 from qwen3_ascend.convert.work import ROWS_AT_A_TIME, changed_biases, floats_of
 from qwen3_ascend.errors import CheckpointError, SourceError
 from qwen3_ascend.files.hashing import bytes_blake3
@@ -117,7 +117,8 @@ def _weight_names(entry: LinearEntry, source: Source) -> list[str]:
     try:
         return [
             f"{part}.{suffix}"
-            for part, rows in entry.parts
+            for parts in entry.matrices
+            for part, (_, rows) in zip(parts, entry.parts, strict=True)
             for suffix in encoding.suffixes(part, (rows, inputs), source.slots)
         ]
     except SourceError as error:
@@ -138,7 +139,8 @@ class _Origin:
         names = [name for name in manifest.tensors if name in self.source.location]
         for name, entry in manifest.linears.items():
             names += _weight_names(entry, self.source)
-            touched = [self.changes.touched.get(part) for part in _changed_parts(name, entry)]
+            changed = (part for parts in _changed_parts(name, entry) for part in parts)
+            touched = [self.changes.touched.get(part) for part in changed]
             for consulted in (n for touch in touched if touch for n in touch.consults):
                 encoding = self.source.quantization.encoding(consulted)
                 names += encoding.stored(consulted, self.source.slots)
@@ -155,18 +157,22 @@ class _Origin:
 
     def weights(self, name: str, entry: LinearEntry) -> Weights:
         """The weight of a linear."""
-        parts = [part for part, _ in entry.parts]
         tensors = {name: self.source.read(name) for name in _weight_names(entry, self.source)}
-        weights = read_weights(_encoding(entry, self.source), parts, tensors)
-        find = self._find(_changed_parts(name, entry))
-        return weights if find is None else weights.changed(find, self.kernels)
+        found = read_matrices(_encoding(entry, self.source), entry.matrices, tensors)
+        return in_one(
+            [
+                weights
+                if (find := self._find(parts)) is None
+                else weights.changed(find, self.kernels)
+                for weights, parts in zip(found, _changed_parts(name, entry), strict=True)
+            ]
+        )
 
     def bias(self, name: str, entry: LinearEntry) -> Tensor:
         """The bias of a linear, of all its parts."""
         parts = [_read(self.source, f"{part}.{BIAS}", (rows,)) for part, rows in entry.parts]
-        return torch.cat(
-            [*changed_biases(parts, self._find(_changed_parts(name, entry)), self.kernels)]
-        )
+        find = self._find(_changed_parts(name, entry)[0])  # experts have no bias
+        return torch.cat([*changed_biases(parts, find, self.kernels)])
 
     def _find(self, parts: Sequence[str]) -> FindChanges | None:
         if not any(part in self.changes.touched for part in parts):
@@ -195,15 +201,15 @@ def _changes(reader: CheckpointReader, kernels: native.Kernels) -> ModelChanges:
     return changes
 
 
-def _changed_parts(name: str, entry: LinearEntry) -> tuple[str, ...]:
+def _changed_parts(name: str, entry: LinearEntry) -> tuple[tuple[str, ...], ...]:
     """See Item.changed."""
-    return (name,) if name == LM_HEAD else tuple(part for part, _ in entry.parts)
+    return ((name,),) if name == LM_HEAD else entry.matrices
 
 
 def _encoding(entry: LinearEntry, source: Source) -> Encoding:
     """How the source's tensors were read for a linear."""
     kept = entry.scheme if entry.codes == "taken" else None
-    found = source.quantization.encoding(entry.parts[0][0]).under(kept)
+    found = source.quantization.encoding(entry.matrices[0][0]).under(kept)
     if found is None or found.codes != entry.codes:
         raise CheckpointError(
             f"linear {entry.parts[0][0]} is {entry.codes}, which it cannot be of this source: it "

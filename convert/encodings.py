@@ -7,6 +7,7 @@ and nothing else; one whose codes no scheme has decodes them, piece by piece, to
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -206,6 +207,25 @@ def read_weights(
         part, _, suffix = name.rpartition(".")
         reads[part][suffix] = tensor
     return encoding.weights(reads)
+
+
+def read_matrices(
+    encoding: Encoding, matrices: Sequence[Sequence[str]], tensors: Mapping[str, Tensor]
+) -> list[Weights]:
+    """The weights of each matrix of a linear, of the tensors that `read_weights` takes.
+
+    Args:
+        encoding: how the source holds them.
+        matrices: the names of the linears that each is fused of.
+        tensors: what has been read of all of them, matrix by matrix, as many of each.
+    """
+    names, each = iter(tensors), len(tensors) // len(matrices)
+    return [
+        read_weights(
+            encoding, parts, {name: tensors[name] for name in itertools.islice(names, each)}
+        )
+        for parts in matrices
+    ]
 
 
 def check_floats(name: str, shape: tuple[int, ...], slots: Mapping[str, TensorSlot]) -> None:

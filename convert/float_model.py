@@ -5,14 +5,14 @@ Calibration and evaluation read it through a LayerStream. What a source holds as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.architecture import LinearSpec, TensorSpec, model_spec
+from qwen3_ascend.checkpoint.architecture import ExpertsSpec, LinearSpec, TensorSpec, model_spec
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import BIAS
 from qwen3_ascend.convert.encodings import check_floats, read_weights
@@ -20,7 +20,7 @@ from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.source.names import EMBEDDING, HEAD
 from qwen3_ascend.convert.source.tied_head import compare_head
-from qwen3_ascend.runtime.backends.base import Backend, DeviceLinear
+from qwen3_ascend.runtime.backends.base import Backend, DeviceExperts, DeviceLinear, Mixture
 from qwen3_ascend.runtime.model.loader import make_layer
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer
 
@@ -65,7 +65,7 @@ class FloatModel:
 
     def layer(self, number: int) -> DecoderLayer:
         """A decoder layer on the device, counted from 0."""
-        made = make_layer(self._spec.layers[number], self._linear, self._plain)
+        made = make_layer(self._spec.layers[number], self._linear, self._plain, self._mixture)
         self._source.drop_pages()
         return made
 
@@ -85,20 +85,40 @@ class FloatModel:
 
     def _linear(self, spec: LinearSpec) -> DeviceLinear:
         upload = self._backend.upload
-        weight = torch.empty(spec.shape)
-        for rows, part in zip(weight.split(spec.parts), spec.sources, strict=True):
-            rows.copy_(self._weight(spec, part))
         bias = None
         if spec.bias:
             bias = upload(torch.cat([self._floats(f"{part}.{BIAS}") for part in spec.sources]))
-        return self._backend.dense(upload(weight), bias)
+        return self._backend.dense(upload(self._stacked(spec, spec.sources)), bias)
+
+    def _mixture(self, spec: ExpertsSpec) -> Mixture:
+        experts = self.config.experts
+        assert experts is not None, "only models with experts have such layers"
+        return Mixture(
+            router=self._backend.dense(self._plain(spec.router)),
+            gate_up=self._experts(spec.gate_up),
+            down=self._experts(spec.down),
+            per_token=experts.per_token,
+            normalize=experts.normalize,
+        )
+
+    def _experts(self, spec: LinearSpec) -> DeviceExperts:
+        upload = self._backend.upload
+        return self._backend.dense_experts([upload(self._stacked(spec, s)) for s in spec.matrices])
+
+    def _stacked(self, spec: LinearSpec, sources: Sequence[str]) -> Tensor:
+        """The float32 weight [N, K] of linears that are fused."""
+        weight = torch.empty(spec.matrix)
+        for rows, part in zip(weight.split(spec.parts), sources, strict=True):
+            rows.copy_(self._weight(spec, part, rows.shape[0]))
+        return weight
 
     def _floats(self, name: str) -> Tensor:
         return self._changed(name, self._source.read(name).float())
 
-    def _weight(self, spec: LinearSpec, part: str) -> Tensor:
+    def _weight(self, spec: LinearSpec, part: str, outputs: int) -> Tensor:
         encoding = self._source.quantization.encoding(part)
-        tensors = {name: self._source.read(name) for name in self._weight_names(spec, part)}
+        names = self._weight_names(spec, part, outputs)
+        tensors = {name: self._source.read(name) for name in names}
         return self._changed(f"{part}.{WEIGHT}", read_weights(encoding, [part], tensors).floats())
 
     def _changed(self, name: str, tensor: Tensor) -> Tensor:
@@ -112,16 +132,16 @@ class FloatModel:
                 check_floats(spec.name, spec.shape, slots)
                 yield spec.name
                 continue
-            for part, outputs in zip(spec.sources, spec.parts, strict=True):
-                yield from self._weight_names(spec, part)
-                if spec.bias:
-                    check_floats(f"{part}.{BIAS}", (outputs,), slots)
-                    yield f"{part}.{BIAS}"
+            for sources in spec.matrices:
+                for part, outputs in zip(sources, spec.parts, strict=True):
+                    yield from self._weight_names(spec, part, outputs)
+                    if spec.bias:
+                        check_floats(f"{part}.{BIAS}", (outputs,), slots)
+                        yield f"{part}.{BIAS}"
 
-    def _weight_names(self, spec: LinearSpec, part: str) -> list[str]:
-        shape = (spec.parts[spec.sources.index(part)], spec.inputs)
-        encoding = self._source.quantization.encoding(part)
-        return [f"{part}.{end}" for end in encoding.suffixes(part, shape, self._source.slots)]
+    def _weight_names(self, spec: LinearSpec, part: str, outputs: int) -> list[str]:
+        encoding, slots = self._source.quantization.encoding(part), self._source.slots
+        return [f"{part}.{end}" for end in encoding.suffixes(part, (outputs, spec.inputs), slots)]
 
 
 def settled_config(source: Source) -> Qwen3Config:

@@ -177,7 +177,7 @@ class Conversion(Production[Item]):
                 for name, form in item.forms.items()
             }
             if isinstance(item.spec, LinearSpec):
-                linears[item.name] = _linear_entry(item, item.spec, stored, done.sqnr_db)
+                linears[item.name] = _linear_entry(item, item.spec, stored, done)
             else:
                 tensors |= stored
         return linears, tensors
@@ -227,7 +227,7 @@ def run(
 
 
 def _linear_entry(
-    item: Item, spec: LinearSpec, stored: Mapping[str, StoredTensor], sqnr_db: float | None
+    item: Item, spec: LinearSpec, stored: Mapping[str, StoredTensor], done: Done
 ) -> LinearEntry:
     return LinearEntry(
         scheme=item.scheme,
@@ -235,7 +235,8 @@ def _linear_entry(
         parts=tuple(zip(spec.sources, spec.parts, strict=True)),
         cut=spec.cut,
         layout=item.layout,
-        sqnr_db=sqnr_db,
+        sqnr_db=done.sqnr_db,
         tensors={name.rpartition(".")[2]: tensor for name, tensor in stored.items()},
         codes=item.encoding.codes,
+        experts_sqnr_db=done.experts_sqnr_db,
     )

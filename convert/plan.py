@@ -23,7 +23,7 @@ from qwen3_ascend.checkpoint.architecture import (
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import BIAS, stored_forms
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, Scheme
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
@@ -46,6 +46,9 @@ from qwen3_ascend.files.safetensors import Form, TensorSlot
 from qwen3_ascend.files.text import parse_size
 
 ENDS = (WEIGHT, BIAS)
+
+EXPERT_SCHEMES = (W8A8, BF16)
+"""What experts may be stored as."""
 
 STEM = "ascend"
 """What the names of weight files begin with: no other loader takes them for files it can read."""
@@ -90,24 +93,34 @@ class Item:
         return self.spec.name
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Its logical shape [*batch, N, K]; the batch are the experts, if there are any."""
+        return self.spec.shape if len(self.spec.shape) > 1 else (1, *self.spec.shape)
+
+    @property
     def matrix(self) -> tuple[int, int]:
-        """Its logical shape (N, K)."""
-        rows, columns = (1, *self.spec.shape)[-2:]
+        """The logical shape (N, K) of each of its matrices."""
+        rows, columns = self.shape[-2:]
         return rows, columns
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """What is stacked to its weight, by its name in the source."""
+    def matrices(self) -> tuple[tuple[str, ...], ...]:
+        """What is stacked to each of its matrices, by its name in the source."""
         if isinstance(self.spec, TensorSpec):
-            return (self.name.removesuffix(f".{WEIGHT}"),)
-        return self.spec.sources
+            return ((self.name.removesuffix(f".{WEIGHT}"),),)
+        return self.spec.matrices
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What its weight is made of, matrix by matrix."""
+        return tuple(part for parts in self.matrices for part in parts)
 
     @property
     def biases(self) -> tuple[str, ...]:
         """The source tensors that its bias is made of."""
         if isinstance(self.spec, TensorSpec) or not self.spec.bias:
             return ()
-        return tuple(f"{source}.{BIAS}" for source in self.spec.sources)
+        return tuple(f"{source}.{BIAS}" for source in self.parts)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -120,10 +133,10 @@ class Item:
         return tuple(dict.fromkeys((*self.reads, *self.consults)))
 
     @property
-    def changed(self) -> tuple[str, ...]:
-        """What a transform calls the weights that are stacked: those of the source, but for a head
-        that is made of the embedding and becomes another weight."""
-        return (LM_HEAD,) if self.name == LM_HEAD else self.parts
+    def changed(self) -> tuple[tuple[str, ...], ...]:
+        """What a transform calls the weights that are stacked, as `matrices`: those of the source,
+        but for a head that is made of the embedding and becomes another weight."""
+        return ((LM_HEAD,),) if self.name == LM_HEAD else self.matrices
 
     def stored_name(self, suffix: str) -> str:
         """The full name of a stored tensor."""
@@ -142,14 +155,16 @@ class Item:
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """How its weight is divided."""
-        return self.scheme.pieces(self.matrix, self.layout)
+        return self.scheme.pieces(self.shape, self.layout)
 
     @property
     def piece_bytes(self) -> int:
         """Most memory that one piece of it takes while it is under way."""
-        piece, (outputs, inputs) = self.pieces[0], self.matrix
+        outputs, inputs = self.matrix
+        piece = self.scheme.pieces(self.matrix, self.layout)[0]  # as of every matrix
         weights = (piece.stop - piece.start) * (inputs if piece.axis == "outputs" else outputs)
-        itemsize = -(-self.source_bytes // (outputs * (inputs + bool(self.biases))))
+        weights_of_all = len(self.matrices) * outputs * (inputs + bool(self.biases))
+        itemsize = -(-self.source_bytes // weights_of_all)
         if self.block:
             itemsize = torch.float32.itemsize
         taken = self.encoding.temporary_bytes(self.scheme, self.layout, itemsize)
@@ -308,7 +323,7 @@ def _refuse_strangers(
     """Says what a source is whose tensors tell, before the first thing that it lacks."""
     spec = model_spec(config)
     known = {item.name for item in spec if isinstance(item, TensorSpec)}
-    known |= {f"{source}.{end}" for item in spec.linears for source in item.sources for end in ENDS}
+    known |= {f"{part}.{end}" for item in spec.linears for part in item.all_sources for end in ENDS}
     for linear, encoding in quantization.encodings.items():
         known |= {f"{linear}.{suffix}" for suffix in encoding.known}
     for name in slots:
@@ -331,6 +346,7 @@ def _check_rules(config: Qwen3Config, recipe: Recipe, quantization: Quantization
         for source, rule in zip(linear.sources, rules, strict=True):
             _check_taken(source, rule, recipe, quantization)
             _check_quantizer(source, rule, recipe)
+            _check_experts(linear, rule, recipe)
         _check_alike(linear, rules, recipe)
     for number, rule in enumerate(recipe.rules, 1):
         if not any(rule is other for other in used):  # two rules may be equal
@@ -367,9 +383,26 @@ def _check_quantizer(linear: str, rule: Rule, recipe: Recipe) -> None:
         )
 
 
+def _check_experts(linear: LinearSpec, rule: Rule, recipe: Recipe) -> None:
+    """Experts have the schemes that grouped operators take, each weight by itself."""
+    if not linear.experts:
+        return
+    if not isinstance(rule.scheme, EXPERT_SCHEMES):
+        known = ", ".join(scheme.name for scheme in EXPERT_SCHEMES)
+        raise RecipeError(
+            f"recipe {recipe.name} gives {rule.scheme} to {linear.name}, but experts can only have "
+            f"the schemes {known} yet"
+        )
+    if rule.quantizer != NEAREST:
+        raise RecipeError(
+            f"recipe {recipe.name} gives the quantizer {rule.quantizer} to {linear.name}, but the "
+            f"codes of experts are chosen one by one: leave the quantizer out"
+        )
+
+
 def _check_parts(linear: LinearSpec, quantization: Quantization) -> None:
     """A fused linear is taken as a whole, or chosen as a whole; engines refuse the rest as well."""
-    kinds = {source: quantization.encoding(source).kind for source in linear.sources}
+    kinds = {source: quantization.encoding(source).kind for source in linear.all_sources}
     if len({*kinds.values()}) > 1:
         said = ", ".join(f"{source.rpartition('.')[2]}: {kind}" for source, kind in kinds.items())
         raise SourceError(
@@ -414,13 +447,14 @@ def _plan_linear(
     tied = spec.sources == (EMBEDDING,)
     rule = recipe.rule_for(spec.name if tied else spec.sources[0])
     scheme, weights = rule.scheme, list[str]()
-    encoding = quantization.encoding(spec.sources[0]).under(_kept(recipe, scheme))
+    encoding = quantization.encoding(spec.all_sources[0]).under(_kept(recipe, scheme))
     assert encoding is not None  # the rules have been checked
-    for source, rows in zip(spec.sources, spec.parts, strict=True):
-        suffixes = encoding.suffixes(source, (rows, spec.inputs), slots)
-        weights += [f"{source}.{suffix}" for suffix in suffixes]
-        if spec.bias:
-            check_floats(f"{source}.{BIAS}", (rows,), slots)
+    for sources in spec.matrices:
+        for source, rows in zip(sources, spec.parts, strict=True):
+            suffixes = encoding.suffixes(source, (rows, spec.inputs), slots)
+            weights += [f"{source}.{suffix}" for suffix in suffixes]
+            if spec.bias:
+                check_floats(f"{source}.{BIAS}", (rows,), slots)
     if refusal := target.refusal(scheme, spec.shape):
         raise RecipeError(f"recipe {recipe.name}: {spec.name}: {refusal}")
     layout = target.layout(scheme, spec.name, spec.shape)
@@ -439,7 +473,8 @@ def _changed(
     sizes: Mapping[str, int],
 ) -> Item:
     """An item with what transforms will do to it; sizes are those of `_decoded_sizes`."""
-    found = [changes[name] for name in item.changed if name in changes]
+    names = (name for parts in item.changed for name in parts)
+    found = [changes[name] for name in names if name in changes]
     if not found:
         return item
     if item.encoding.codes == "taken":
@@ -448,7 +483,8 @@ def _changed(
             f"{item.parts[0]}, which the source holds quantized ({quantization.format}): use a "
             f"recipe without transforms, or convert the original model"
         )
-    consulted = dict.fromkeys(name for touch in found for name in touch.consults)
+    shared = {id(touch.consults): touch.consults for touch in found}  # by all experts of a layer
+    consulted = dict.fromkeys(name for consults in shared.values() for name in consults)
     consults = [
         stored for name in consulted for stored in quantization.encoding(name).stored(name, slots)
     ]
@@ -464,7 +500,8 @@ def _decoded_sizes(config: Qwen3Config, quantization: Quantization) -> dict[str,
     return {
         source: rows * linear.inputs
         for linear in model_spec(config).linears
-        for source, rows in zip(linear.sources, linear.parts, strict=True)
+        for sources in linear.matrices
+        for source, rows in zip(sources, linear.parts, strict=True)
         if quantization.encoding(source) != FLOAT
     }
 

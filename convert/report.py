@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qwen3_ascend.checkpoint.architecture import EMBEDDING, LM_HEAD
@@ -65,7 +65,24 @@ def describe_errors(manifest: Manifest) -> list[str]:
         lines.append(f"{len(quantized)} {linears} are quantized: {figure}; lowest:")
         worst = sorted(quantized, key=lambda name: quantized[name].sqnr_db or 0.0)[:WORST_SHOWN]
         lines += [f"  {quantized[name].sqnr_db:6.2f} dB  {name}" for name in worst]
-    return lines
+    return [*lines, *_describe_experts(quantized)]
+
+
+def _describe_experts(entries: Mapping[str, LinearEntry]) -> list[str]:
+    """The worst and the median expert of all layers."""
+    figures = sorted(
+        (figure, number, name)
+        for name, entry in entries.items()
+        for number, figure in enumerate(entry.experts_sqnr_db)
+        if figure is not None
+    )
+    if not figures:
+        return []
+    (worst, number, name), (middle, *_) = figures[0], figures[len(figures) // 2]
+    return [
+        f"of the experts the worst has {worst:.2f} dB (number {number} of {name}), the median "
+        f"{middle:.2f} dB"
+    ]
 
 
 def describe_head(manifest: Manifest) -> list[str]:
@@ -106,12 +123,18 @@ def plan_totals(plan: Plan, budget: Budget) -> list[str]:
         f"reads {size_text(plan.source_bytes)}, writes {size_text(plan.output_bytes)} "
         f"in {len(plan.weight_files)} file(s)",
         f"peak memory about {size_text(budget.working_bytes)} beyond Python with torch loaded",
+        f"held by {' or '.join(_cards_text(plan))}, with a fifth left for the cache",
     ]
     if plan.calibration is not None:
         lines.append(f"calibrated with {plan.calibration.record}")
     heads = (item for item in plan.items if item.name == LM_HEAD and item.parts == (EMBEDDING,))
     lines += [_head_text(head.nbytes) for head in heads]
     return lines + [f"leaves out {name}: {reason}" for name, reason in plan.ignored.items()]
+
+
+def _cards_text(plan: Plan) -> Iterator[str]:
+    for memory, count in plan.target.cards(plan.output_bytes).items():
+        yield f"{count} card{'s' if count > 1 else ''} of {memory >> 30} GB"
 
 
 def plan_json(plan: Plan, budget: Budget) -> dict[str, Any]:
@@ -128,6 +151,10 @@ def plan_json(plan: Plan, budget: Budget) -> dict[str, Any]:
         "bits_per_weight": round(plan.bits_per_weight, 3),
         "threads": budget.threads,
         "working_bytes": budget.working_bytes,
+        "cards": {
+            f"{memory >> 30} GB": count
+            for memory, count in plan.target.cards(plan.output_bytes).items()
+        },
     }
 
 

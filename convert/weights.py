@@ -7,8 +7,8 @@ of the whole linear; and codes that somebody else has chosen, which are taken as
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -146,6 +146,49 @@ class QuantizedWeights(ChosenWeights):
         width = grid.width(self.stack.shape[1])
         groups = slice(piece.start // width, -(-piece.stop // width))
         return self.chosen.integers[:, span], self.chosen.scales[:, groups]
+
+
+@dataclass(frozen=True)
+class ExpertWeights(Weights):
+    """The weights of linears that are stored as one, [experts, N, K]: each has its own source.
+
+    Attributes:
+        matrices: of each expert.
+    """
+
+    matrices: tuple[Weights, ...]
+
+    @override
+    def pack_piece(self, scheme: Scheme, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
+        return self._of(piece).pack_piece(scheme, replace(piece, matrix=0), layout, kernels)
+
+    @override
+    def floats(self) -> Tensor:
+        return torch.stack([weights.floats() for weights in self.matrices])
+
+    @override
+    def errors(self, stored: Linear, piece: Piece, kernels: Kernels) -> Sums | None:
+        return self._of(piece).errors(stored, replace(piece, matrix=0), kernels)
+
+    @override
+    def has_codes(self, stored: Linear, piece: Piece) -> bool:
+        return self._of(piece).has_codes(stored, replace(piece, matrix=0))
+
+    @override
+    def quantized(self, choose: Choose, kernels: Kernels, advance: Callable[[], None]) -> Weights:
+        raise AssertionError("the plan refuses quantizers for experts")
+
+    @override
+    def changed(self, find: FindChanges, kernels: Kernels) -> Weights:
+        raise AssertionError("each expert is changed by itself")
+
+    def _of(self, piece: Piece) -> Weights:
+        return self.matrices[piece.matrix]
+
+
+def in_one(matrices: Sequence[Weights]) -> Weights:
+    """The weights of a linear, of those of each of its matrices."""
+    return matrices[0] if len(matrices) == 1 else ExpertWeights(tuple(matrices))
 
 
 class KeptWeights(Weights):

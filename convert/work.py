@@ -17,7 +17,7 @@ from qwen3_ascend.checkpoint.linear import BIAS, byte_offset, stored_bias, store
 from qwen3_ascend.checkpoint.schemes import BF16, Input, InputRange
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Sums, sqnr_db
-from qwen3_ascend.convert.encodings import FLOAT, read_weights
+from qwen3_ascend.convert.encodings import FLOAT, read_matrices, read_weights
 from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.weight_file import WeightFileWriter, tensor_bytes
@@ -28,7 +28,7 @@ from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.statistics import InputStatistics
 from qwen3_ascend.convert.transforms.changes import FindChanges
 from qwen3_ascend.convert.transforms.whole import ModelChanges
-from qwen3_ascend.convert.weights import Weights
+from qwen3_ascend.convert.weights import Weights, in_one
 from qwen3_ascend.errors import DamagedSourceError, SourceError
 from qwen3_ascend.native import Kernels, NotFinite
 
@@ -164,13 +164,15 @@ def make_task(
     """
     consults = tuple((name, source.read(name)) for name in item.consults)
     values = {name: source.read(name) for name in item.reads}
-    weights = read_weights(item.encoding, item.parts, {name: values[name] for name in item.weights})
+    stored = {name: values[name] for name in item.weights}
+    matrices = read_matrices(item.encoding, item.matrices, stored)
     biases = tuple(values[name] for name in item.biases)
     find = None
     if item.block:
-        find = partial(changes.of, item.changed, partial(floats_of, source))
-        weights = weights.changed(find, changes.kernels)
-    reads = tuple(values.items())
+        finds = [partial(changes.of, names, partial(floats_of, source)) for names in item.changed]
+        matrices = [w.changed(f, changes.kernels) for w, f in zip(matrices, finds, strict=True)]
+        find = finds[0] if len(finds) == 1 else None  # experts have no biases to change
+    reads, weights = tuple(values.items()), in_one(matrices)
     return Task(item, reads, weights, biases, item.pieces, find, statistics, consults=consults)
 
 
@@ -222,7 +224,8 @@ class _Output:
 
     def __init__(self, item: Item, file: WeightFileWriter) -> None:
         self._item, self._file = item, file
-        self._forms = stored_forms(item.scheme, item.matrix, item.layout, bool(item.biases))
+        self._forms = stored_forms(item.scheme, item.shape, item.layout, bool(item.biases))
+        self._batch = len(item.shape) - 2
         self._places = item.scheme.places(item.layout)
         self._digests = {suffix: blake3() for suffix in self._forms}
         self._gathered: dict[str, Tensor] = {}
@@ -239,7 +242,7 @@ class _Output:
             place = self._places.get(suffix, {}).get(piece.axis)
             if place is None:
                 self._write_whole(suffix, tensor)
-            elif (offset := byte_offset(self._forms[suffix], place, piece)) is not None:
+            elif (offset := self._offset(suffix, place, piece)) is not None:
                 self._write(suffix, offset, tensor)
             else:
                 self._gather(suffix, place, piece, tensor)
@@ -263,12 +266,17 @@ class _Output:
         self._file.write(self._item.stored_name(suffix), offset, data)
         self._digests[suffix].update(data)
 
+    def _offset(self, suffix: str, place: Place, piece: Piece) -> int | None:
+        return byte_offset(self._forms[suffix], place, piece, self._batch)
+
     def _gather(self, suffix: str, place: Place, piece: Piece, tensor: Tensor) -> None:
         if suffix not in self._gathered:
             form = self._forms[suffix]
             self._gathered[suffix] = torch.empty(form.shape, dtype=form.dtype)
         start, length = piece.start // place.unit, tensor.shape[place.axis]
-        self._gathered[suffix].narrow(place.axis, start, length).copy_(tensor)
+        gathered = self._gathered[suffix]
+        matrix = gathered.flatten(0, self._batch - 1)[piece.matrix] if self._batch else gathered
+        matrix.narrow(place.axis, start, length).copy_(tensor)
 
 
 def convert(
@@ -302,12 +310,12 @@ def convert(
         if origin is not None:
             origin.advance(piece)
         if packed.sums is not None:
-            errors.add(packed.sums)
+            errors.add(piece, packed.sums)
     stored = output.finish()
     source = origin.hashes() if origin else {}
     if hash_source and task.is_verbatim:
         source = dict(zip((name for name, _ in task.reads), stored.values(), strict=True))
-    return Done(task.item.name, stored, source, errors.sqnr_db())
+    return Done(task.item.name, stored, source, errors.sqnr_db(), errors.experts_sqnr_db())
 
 
 class _Errors:
@@ -317,17 +325,28 @@ class _Errors:
     def __init__(self, pieces: Sequence[Piece]) -> None:
         lines = sum(piece.stop - piece.start for piece in pieces)
         self._sums, self._count = torch.empty(2, lines, dtype=torch.float64), 0
+        self._matrices = [slice(0, 0)] * (pieces[-1].matrix + 1)
 
-    def add(self, sums: Sums) -> None:
+    def add(self, piece: Piece, sums: Sums) -> None:
         """Those of the next piece."""
         lines = slice(self._count, self._count + len(sums.signal))
         self._sums[0, lines], self._sums[1, lines] = sums.signal, sums.noise
         self._count = lines.stop
+        known = self._matrices[piece.matrix]
+        self._matrices[piece.matrix] = slice(known.start if known.stop else lines.start, lines.stop)
 
     def sqnr_db(self) -> float | None:
         """The figure of all pieces that lost anything."""
-        signal, noise = self._sums[:, : self._count]
-        return sqnr_db([Sums(signal, noise)] if self._count else [])
+        return self._of(slice(0, self._count))
+
+    def experts_sqnr_db(self) -> tuple[float | None, ...]:
+        """Those of each expert; none of a single matrix."""
+        several = self._matrices if len(self._matrices) > 1 else []
+        return tuple(map(self._of, several))
+
+    def _of(self, lines: slice) -> float | None:
+        signal, noise = self._sums[:, lines]
+        return sqnr_db([Sums(signal, noise)] if len(signal) else [])
 
 
 class _Origin:
@@ -342,9 +361,11 @@ class _Origin:
     def advance(self, piece: Piece) -> None:
         """Hashes the bytes that come next, about as many as this piece was made of."""
         weights = sum(data.nbytes for _, data in self._data[: len(self._task.item.weights)])
-        length = self._task.pieces[-1].stop
-        stop = weights * piece.stop // length
-        if piece.stop == length:
+        last = self._task.pieces[-1]
+        length = last.stop * (last.matrix + 1)
+        done = last.stop * piece.matrix + piece.stop
+        stop = weights * done // length
+        if done == length:
             stop = sum(data.nbytes for _, data in self._data)  # the biases as well
         start, self._at = self._at, stop
         for name, data in self._data:

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.architecture import model_spec
-from qwen3_ascend.checkpoint.config import Qwen3Config
-from qwen3_ascend.checkpoint.linear import quantize
-from qwen3_ascend.checkpoint.schemes import BF16, EXAMPLES, InputRange, Scheme
+from qwen3_ascend.checkpoint.config import ExpertsConfig, Qwen3Config
+from qwen3_ascend.checkpoint.linear import Linear, quantize
+from qwen3_ascend.checkpoint.schemes import BF16, EXAMPLES, W8A8, InputRange, Scheme
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     Backend,
     DeviceLinear,
+    Mixture,
     QuantizedActivation,
     StaticActivation,
     StepBounds,
@@ -113,6 +114,10 @@ def cases(
     for scheme in {scheme.input: scheme for scheme in reversed(EXAMPLES)}.values():
         yield Case(f"what a linear is fed ({scheme})", functools.partial(pair.fed, scheme))
     yield Case("attention", pair.attention)
+    if config.experts:
+        for expert_scheme in (BF16(), W8A8()):
+            case = functools.partial(pair.mixture, expert_scheme, config.experts)
+            yield Case(f"mixture of experts ({expert_scheme})", case)
 
 
 def linear_shapes(config: Qwen3Config) -> tuple[tuple[int, int], ...]:
@@ -153,6 +158,35 @@ class _Pair:
             yield self._compare(f"norm ({case})", consumers, _norm(weight, x, None))
             yield self._compare(f"add_norm ({case})", consumers, _norm(weight, x, delta))
             yield self._compare(f"gated ({case})", consumers, _gated(gate_up))
+
+    def mixture(self, scheme: Scheme, experts: ExpertsConfig) -> Iterator[Comparison]:
+        """A mixture of experts with random weights. Of tokens whose experts are the same on both
+        sides, which a logit between two values may change."""
+        hidden, inner, count = self.config.hidden_size, experts.intermediate_size, experts.count
+        router = self._normal(count, hidden) / hidden**0.5
+        gate_up, down = (
+            self._stored(scheme, count, outputs, inputs)
+            for outputs, inputs in ((2 * inner, hidden), (hidden, inner))
+        )
+        sides = [
+            Mixture(
+                backend.dense(backend.upload(router)), backend.experts(gate_up),
+                backend.experts(down), experts.per_token, experts.normalize,
+            )
+            for backend in self.backends
+        ]  # fmt: skip
+        for rows in ROWS:
+            x = self._normal(rows, hidden)
+            with torch.inference_mode():
+                expected, actual = (
+                    backend.mixture(backend.upload(x), side)
+                    for backend, side in zip(self.backends, sides, strict=True)
+                )
+            yield _difference(f"mixture ({scheme}, {rows} tokens)", expected, actual, 4 * BF16_UNIT)
+
+    def _stored(self, scheme: Scheme, *shape: int) -> Linear:
+        weight = self._normal(*shape) / shape[-1] ** 0.5
+        return quantize(scheme, weight, None, ASCEND_A2_A3.layout(scheme, "", weight.shape))
 
     def attention(self) -> Iterator[Comparison]:
         """Prefill, chunked prefill and decode over one cache, written by the backend itself."""

@@ -50,7 +50,7 @@ class SyntheticWeights:
     def linear(self, name: str) -> Linear:
         """See WeightSource."""
         spec = next(spec for spec in model_spec(self.config).linears if spec.name == name)
-        weight = torch.randn(spec.outputs, spec.inputs, generator=_generator(name))
+        weight = torch.randn(spec.shape, generator=_generator(name))
         weight = (weight / math.sqrt(spec.inputs)).bfloat16()
         scheme = SCHEMES["bf16" if name == LM_HEAD else self.scheme]()
         return quantize(scheme, weight, None, ASCEND_A2_A3.layout(scheme, name, weight.shape))

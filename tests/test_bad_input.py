@@ -41,7 +41,7 @@ def reconfigure(source: Path, **changes: Any) -> None:
     ("changes", "mentions"),
     [
         ({"model_type": "llama"}, ["model_type", "'llama'", "qwen3"]),
-        ({"model_type": "qwen3_moe"}, ["'qwen3_moe'", "dense"]),
+        ({"model_type": "qwen3_next"}, ["'qwen3_next'", "linear attention", "dense"]),
         ({"model_type": "qwen2"}, ["'qwen2'"]),
         ({"model_type": None}, ["model_type"]),
         (

@@ -32,7 +32,7 @@ from qwen3_ascend.errors import SourceError
 from qwen3_ascend.native import Kernels
 from qwen3_ascend.runtime.backends.base import DeviceLinear
 from qwen3_ascend.runtime.backends.cache import LayerKV
-from qwen3_ascend.runtime.model.qwen3 import DecoderLayer
+from qwen3_ascend.runtime.model.qwen3 import DecoderLayer, Mlp
 from qwen3_ascend.runtime.streaming import LayeredModel, LayerStream
 
 States = list[Tensor]
@@ -202,6 +202,7 @@ def _with(layer: DecoderLayer, place: str, linear: DeviceLinear) -> DecoderLayer
         return replace(layer, qkv=linear)
     if place == "output":
         return replace(layer, output=linear)
+    assert isinstance(layer.mlp, Mlp), "layers with experts are refused before"
     if place == "gate_up":
         return replace(layer, mlp=replace(layer.mlp, gate_up=linear))
     return replace(layer, mlp=replace(layer.mlp, down=linear))

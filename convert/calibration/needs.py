@@ -84,7 +84,7 @@ def _layer_linears(plan: Plan) -> list[Item]:
 def _layer_shapes(plan: Plan) -> dict[str, tuple[int, int]]:
     """Of the linears of a layer, by name."""
     spec = layer_spec(plan.config, 0)
-    return {part.name: part.shape for part in spec if isinstance(part, LinearSpec)}
+    return {part.name: part.matrix for part in spec if isinstance(part, LinearSpec)}
 
 
 def _chosen(plan: Plan) -> list[Item]:

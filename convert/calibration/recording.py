@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.architecture import LayerSpec
+from qwen3_ascend.checkpoint.architecture import LayerSpec, MlpSpec
 from qwen3_ascend.checkpoint.schemes import Input
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.convert.quantizers import Needs
 from qwen3_ascend.convert.statistics import InputStatistics
 from qwen3_ascend.convert.triangle import Triangle
 from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_float
-from qwen3_ascend.runtime.model.qwen3 import DecoderLayer
+from qwen3_ascend.runtime.model.qwen3 import DecoderLayer, Mlp
 
 
 @dataclass
@@ -115,6 +115,7 @@ def recorded_layer(
         spec: its names.
         wanted: by name of the linear; those that it leaves out are not recorded.
     """
+    assert isinstance(layer.mlp, Mlp) and isinstance(spec.mlp, MlpSpec), "refused before"
     recorders = {
         linear.name: wanted[linear.name].recorder()
         for linear in (spec.qkv, spec.output, spec.mlp.gate_up, spec.mlp.down)

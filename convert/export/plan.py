@@ -19,7 +19,7 @@ from qwen3_ascend.convert.export.formats import Format
 from qwen3_ascend.convert.export.item import ExportItem
 from qwen3_ascend.convert.output.weight_file import WeightFilePlan, fill_files
 from qwen3_ascend.convert.report import MODEL_CARD_NAME
-from qwen3_ascend.errors import CheckpointError
+from qwen3_ascend.errors import CheckpointError, OptionError
 from qwen3_ascend.files.json_file import indented
 
 METADATA = {"format": "pt"}
@@ -73,6 +73,8 @@ def plan_export(reader: CheckpointReader, made: Format, max_file_bytes: int) -> 
     """
     for problem in structure_problems(reader):
         raise CheckpointError(f"{reader.folder}: {problem}; convert again")
+    if reader.config.experts:
+        raise OptionError("mixtures of experts are not exported yet")
     items = tuple(_item(reader, spec, made) for spec in model_spec(reader.config))
     weight_files = fill_files(
         [item.forms for item in items], max_file_bytes, made.weight_names.stem, METADATA

@@ -35,12 +35,14 @@ class Done(Struct, frozen=True, forbid_unknown_fields=True):
         blake3: of each of its stored tensors, by full name.
         source: BLAKE3 of each source tensor that it was made of, by name.
         sqnr_db: its error, see LinearEntry; None for what was not quantized just now.
+        experts_sqnr_db: so of each expert, if there are experts.
     """
 
     name: str
     blake3: Mapping[str, str]
     source: Mapping[str, str]
     sqnr_db: float | None
+    experts_sqnr_db: tuple[float | None, ...] = ()
 
 
 class Publication(Struct, frozen=True, forbid_unknown_fields=True):

@@ -14,12 +14,22 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qwen3_ascend.checkpoint.config import MAX_CONTEXT, Qwen3Config, RopeConfig
+from qwen3_ascend.checkpoint.config import (
+    MAX_CONTEXT,
+    ExpertsConfig,
+    Qwen3Config,
+    RopeConfig,
+)
 from qwen3_ascend.convert.exchange import DESCRIPTION_NAME
 from qwen3_ascend.errors import ConfigError
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3Model")
-"""A causal language model, and its backbone as embedding models publish it."""
+DENSE, MIXTURE = "qwen3", "qwen3_moe"
+
+ARCHITECTURES = {
+    DENSE: ("Qwen3ForCausalLM", "Qwen3Model"),
+    MIXTURE: ("Qwen3MoeForCausalLM", "Qwen3MoeModel"),
+}
+"""Of each model type, a causal language model, and its backbone as embedding models publish it."""
 
 OTHER_HEADS = {
     "ForSequenceClassification": "a classifier or reward model",
@@ -29,7 +39,6 @@ OTHER_HEADS = {
 }
 
 OTHER_MODELS = {
-    "qwen3_moe": "mixtures of experts are not supported yet",
     "qwen3_next": "its linear attention is not supported",
     "qwen3_vl": "it is a vision-language model",
     "qwen3_vl_moe": "it is a vision-language model",
@@ -43,6 +52,16 @@ READ_KEYS = frozenset({
     "hidden_act", "layer_types", "use_sliding_window", "sliding_window", "max_window_layers",
     "rope_theta", "rope_scaling", "rope_parameters",
 })  # fmt: skip
+
+COUNT_KEYS = ("num_local_experts", "num_experts")
+"""The number of experts: as newer transformers write it, and as the models of the Hub have it."""
+
+MIXTURE_KEYS = frozenset({
+    *COUNT_KEYS, "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+    "decoder_sparse_step", "mlp_only_layers", "output_router_logits", "router_aux_loss_coef",
+})  # fmt: skip
+"""Of mixtures of experts: read, but for the last two, which steer training; neutral, or refused,
+elsewhere."""
 
 IDLE_KEYS = frozenset({
     "attention_dropout", "hidden_dropout", "initializer_range", "use_cache", "torch_dtype", "dtype",
@@ -97,6 +116,9 @@ ROPE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "finetuned": (True, False, None),
 }
 
+DEFAULT_EXPERTS, DEFAULT_PER_TOKEN, DEFAULT_EXPERT_SIZE = 128, 8, 768
+"""Of transformers' Qwen3MoeConfig."""
+
 DEFAULT_CONTEXT, DEFAULT_THETA = 32768, 10000.0
 DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS = 4096, 28
 """Of transformers' Qwen3Config."""
@@ -137,18 +159,29 @@ class _Reader:
             num_layers=self.count("num_hidden_layers"),
             num_heads=heads,
             num_kv_heads=self.count("num_key_value_heads", heads),
-            head_dim=self.count("head_dim", 128),
+            head_dim=self.count("head_dim", self._default_head_dim()),
             vocab_size=self.count("vocab_size"),
             max_position=self.count("max_position_embeddings", DEFAULT_CONTEXT),
             rms_norm_eps=self.number("rms_norm_eps", self.data.get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=self._flag("tie_word_embeddings"),
-            attention_bias=self._flag("attention_bias"),
+            tie_word_embeddings=self.flag("tie_word_embeddings"),
+            attention_bias=self.flag("attention_bias"),
             rope=_RopeReader(self).config(),
+            experts=_ExpertsReader(self).config() if self._is_mixture else None,
         )
         self._check_windows(config.num_layers)
         self._check_heads(config)
         self._check_context(config)
         return config
+
+    @property
+    def _is_mixture(self) -> bool:
+        return bool(self.data.get("model_type") == MIXTURE)
+
+    def _default_head_dim(self) -> int:
+        """What transformers takes: its Qwen3MoeConfig has no such field of its own."""
+        if not self._is_mixture:
+            return 128
+        return max(1, self.count("hidden_size") // self.count("num_attention_heads"))
 
     def fail(self, message: str) -> ConfigError:
         """An error that names the file."""
@@ -160,18 +193,21 @@ class _Reader:
 
     def _check_kind(self) -> None:
         kind = self.data.get("model_type")
-        if kind != "qwen3":
+        if not isinstance(kind, str) or kind not in ARCHITECTURES:
             why = f" ({known})" if (known := _other_model(kind)) else ""
-            raise self.fail(f"model_type is {kind!r}{why}; only 'qwen3' (dense Qwen3) is supported")
+            raise self.fail(
+                f"model_type is {kind!r}{why}; only {DENSE!r} (dense Qwen3) and {MIXTURE!r} "
+                f"(mixtures of experts) are supported"
+            )
         architectures = self.data.get("architectures") or []
         if not isinstance(architectures, list):
             raise self.fail(f"architectures must be a list, not {architectures!r}")
         for name in architectures:
-            if name not in ARCHITECTURES:
+            if name not in ARCHITECTURES[kind]:
                 what = next((w for end, w in OTHER_HEADS.items() if str(name).endswith(end)), None)
                 raise self.fail(
                     f"architectures names {name!r}{f', {what}' if what else ''}; only a causal "
-                    f"language model ({', '.join(ARCHITECTURES)}) can be converted"
+                    f"language model ({', '.join(ARCHITECTURES[kind])}) can be converted"
                 )
         hidden_act = self.data.get("hidden_act", "silu")
         if hidden_act != "silu":
@@ -192,7 +228,7 @@ class _Reader:
         """Honours or refuses by name whatever might change the forward pass."""
         unread = []
         for key, value in self.data.items():
-            if key in READ_KEYS or key in IDLE_KEYS:
+            if key in READ_KEYS or key in IDLE_KEYS or (self._is_mixture and key in MIXTURE_KEYS):
                 continue
             if key == "auto_map" and value:
                 self.note("auto_map names code of its own, which is not run, as in transformers")
@@ -271,7 +307,8 @@ class _Reader:
             raise self.fail(f"{key} must be a positive number, not {value!r}")
         return float(value)
 
-    def _flag(self, key: str) -> bool:
+    def flag(self, key: str) -> bool:
+        """True or false; false where nothing is said."""
         value = self.data.get(key, False)
         if not isinstance(value, bool):
             raise self.fail(f"{key} must be true or false, not {value!r}")
@@ -291,6 +328,51 @@ class _Reader:
         context = max(config.max_position, rope.original_max_position * rope.factor)
         if context > MAX_CONTEXT:
             raise self.fail(f"a context of {context:.0f} tokens is beyond {MAX_CONTEXT}")
+
+
+class _ExpertsReader:
+    """The mixtures of experts, as transformers' Qwen3MoeDecoderLayer places them."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self._reader, self._data = reader, reader.data
+
+    def config(self) -> ExpertsConfig:
+        read = self._reader
+        count = self._count()
+        per_token = read.count("num_experts_per_tok", DEFAULT_PER_TOKEN)
+        if per_token > count:
+            raise read.fail(f"num_experts_per_tok is {per_token}, but num_experts only {count}")
+        layers = read.count("num_hidden_layers")
+        dense = self._dense_layers(layers)
+        if len(dense) == layers:
+            raise read.fail(
+                "mlp_only_layers and decoder_sparse_step leave no layer with experts: set "
+                f"model_type to {DENSE!r} if it is a dense Qwen3"
+            )
+        size = read.count("moe_intermediate_size", DEFAULT_EXPERT_SIZE)
+        return ExpertsConfig(count, per_token, size, read.flag("norm_topk_prob"), dense)
+
+    def _count(self) -> int:
+        said = {key: self._data[key] for key in COUNT_KEYS if self._data.get(key) is not None}
+        if len({*map(repr, said.values())}) > 1:
+            text = " and ".join(f"{key} {_short(value)}" for key, value in said.items())
+            raise self._reader.fail(f"{text} contradict each other: remove the one that is wrong")
+        return self._reader.count(next(iter(said), COUNT_KEYS[0]), DEFAULT_EXPERTS)
+
+    def _dense_layers(self, layers: int) -> tuple[int, ...]:
+        step, named = self._reader.count("decoder_sparse_step", 1), self._named_layers(layers)
+        return tuple(n for n in range(layers) if n in named or (n + 1) % step)
+
+    def _named_layers(self, layers: int) -> frozenset[int]:
+        said = self._data.get("mlp_only_layers") or []
+        numbers = said if isinstance(said, list) else [said]
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+            raise self._reader.fail(
+                f"mlp_only_layers must be numbers of layers, not {_short(said)}"
+            )
+        if any(not 0 <= n < layers for n in numbers):
+            self._reader.note(f"mlp_only_layers names layers that there are not, of {layers}")
+        return frozenset(numbers)
 
 
 class _RopeReader:

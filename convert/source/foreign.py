@@ -122,7 +122,10 @@ TENSOR_KINDS = (
     (("score.weight", "classifier."), "a classifier's head; only causal language models convert"),
     (("v_head.",), "a value head, which is no part of a language model: save the model without it"),
     (("visual.", "vision_tower.", "vision_model."), "a vision-language model; it is not supported"),
-    ((".experts.", "mlp.gate.weight"), "a mixture of experts, which is not supported yet"),
+    (
+        (".experts.", "mlp.gate.weight"),
+        "a mixture of experts, while config.json describes a dense Qwen3",
+    ),
     (
         (
             "qweight", "qzeros", "scales", "weight_scale", "weight_packed", "weight_scale_inv",

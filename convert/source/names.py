@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from qwen3_ascend.checkpoint import architecture
 from qwen3_ascend.checkpoint.architecture import LM_HEAD
 from qwen3_ascend.errors import SourceError
+from qwen3_ascend.files.safetensors import TensorSlot
 
 EMBEDDING = f"{architecture.EMBEDDING}.weight"
 HEAD = f"{LM_HEAD}.weight"
@@ -24,6 +27,38 @@ PARENTS = ("model.language_model.", "language_model.", "model.text_model.", "llm
 
 FLAT = ("embed_tokens.", "layers.", "norm.")
 """Beginnings of the names of a backbone that was saved without its language model."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor of a model lies in its source.
+
+    Attributes:
+        name: of the tensor in its file.
+        expert: which matrix of it, if it holds those of all experts; None for the whole tensor.
+        part, parts: which of as many equal parts of the rows of that matrix.
+    """
+
+    name: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+
+    def slot(self, whole: TensorSlot) -> TensorSlot:
+        """Type, shape and bytes of the tensor, of those of the one that holds it."""
+        if self.expert is None:
+            return whole
+        experts, rows, columns = whole.shape
+        nbytes = whole.nbytes // experts // self.parts
+        start = whole.start + (self.expert * self.parts + self.part) * nbytes
+        return TensorSlot(whole.dtype, (rows // self.parts, columns), start, start + nbytes)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The tensor, a view of the one that holds it."""
+        if self.expert is None:
+            return whole
+        rows = whole.shape[1] // self.parts
+        return whole[self.expert, self.part * rows : (self.part + 1) * rows]
 
 
 @dataclass(frozen=True)
@@ -69,6 +104,38 @@ def canonical(names: Collection[str], tied: bool) -> Names:
         original = _renamed(original, lambda name: EMBEDDING if name == HEAD else name)
         notes.append(f"the tied embedding is stored as {HEAD}")
     return Names(original, is_backbone and HEAD not in original, tuple(notes))
+
+
+FUSED_EXPERTS = {
+    ".mlp.experts.gate_up_proj": ("gate_proj", "up_proj"),
+    ".mlp.experts.down_proj": ("down_proj",),
+}
+"""How the names of tensors end that hold the weights of all experts, [experts, N, K], and the
+linears that are stacked in each matrix; source: Qwen3MoeExperts of transformers 5."""
+
+
+def divided(original: Mapping[str, str], experts: int) -> dict[str, Stored]:
+    """Where each tensor of a model lies, weights of experts that are stored together by the names
+    of each.
+
+    Args:
+        original: see Names.
+        experts: of a layer; 0 for a dense model, in which no such names are looked for.
+    """
+    found: dict[str, Stored] = {}
+    for name, stored in original.items():
+        end = next((end for end in FUSED_EXPERTS if experts and name.endswith(end)), None)
+        if end is None:
+            found[name] = Stored(stored)
+            continue
+        prefix, linears = name.removesuffix(end), FUSED_EXPERTS[end]
+        for expert in range(experts):
+            for part, linear in enumerate(linears):
+                each = f"{prefix}.mlp.experts.{expert}.{linear}.weight"
+                if each in original:
+                    raise SourceError(f"{stored} and {original[each]} hold the same weights twice")
+                found[each] = Stored(stored, expert, part, len(linears))
+    return found
 
 
 def _without(

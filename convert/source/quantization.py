@@ -74,7 +74,7 @@ def quant_method(config: Mapping[str, Any]) -> str | None:
 
 def linear_names(config: Qwen3Config) -> tuple[str, ...]:
     """The linears of a model by their names in transformers, the output projection included."""
-    names = [source for spec in model_spec(config).linears for source in spec.sources]
+    names = [source for spec in model_spec(config).linears for source in spec.all_sources]
     return tuple(dict.fromkeys([*names, LM_HEAD]))
 
 

@@ -28,7 +28,7 @@ from qwen3_ascend.convert.source.foreign import (
     unused_weights,
 )
 from qwen3_ascend.convert.source.formats import SourceFormat, recognise
-from qwen3_ascend.convert.source.names import HEAD, canonical
+from qwen3_ascend.convert.source.names import HEAD, canonical, divided
 from qwen3_ascend.convert.source.provider import LocalFolder, Provider, SourceWeights
 from qwen3_ascend.convert.source.quantization import Quantization, linear_names
 from qwen3_ascend.convert.source.transfer import Prefetch, Transfer
@@ -53,7 +53,7 @@ class Source:
         config: of the model.
         quantization: which linears are quantized already, and how.
         notes: what was decided where the source is not clear, for people.
-        original: name of each tensor in its file, by the name that transformers gives it.
+        stored: where each tensor lies, by the name that transformers gives it.
     """
 
     def __init__(self, provider: Provider, hub: str | None = None) -> None:
@@ -173,14 +173,30 @@ class Source:
         """Tensors by the names of transformers; a backbone takes its embedding for the head."""
         names = canonical(files, self.config.tie_word_embeddings)
         self.notes += names.notes
-        self.original, self.is_backbone = names.original, names.is_backbone
-        self.location = {name: files[stored] for name, stored in names.original.items()}
+        experts, self.is_backbone = self.config.experts, names.is_backbone
+        self.stored = divided(names.original, experts.count if experts else 0)
+        self.location = {name: files[stored.name] for name, stored in self.stored.items()}
+        self._check_fused()
         if names.is_backbone and not self.config.tie_word_embeddings:
             self.config = replace(self.config, tie_word_embeddings=True)
             self.notes.append(
                 "a backbone has no output projection: its embedding takes the place, and what it "
                 "generates means nothing"
             )
+
+    def _check_fused(self) -> None:
+        """Holds tensors of the weights of all experts against their number."""
+        for name, stored in self.stored.items():
+            if stored.expert is None:
+                continue
+            shape = self.weight_files[self.location[name]].slots[stored.name].shape
+            experts = self.config.experts
+            assert experts is not None
+            if len(shape) != 3 or shape[0] != experts.count or shape[1] % stored.parts:
+                raise SourceError(
+                    f"tensor {stored.name} is {list(shape)}, but config.json asks for the weights "
+                    f"of {experts.count} experts"
+                )
 
     def _quantization(self) -> Quantization:
         found = self.format.read(linear_names(self.config), self.slots)
@@ -205,7 +221,8 @@ class Source:
 
     def slot(self, tensor: str) -> TensorSlot:
         """Type and shape of a tensor, from its header."""
-        return self.weight_files[self.location[tensor]].slots[self.original[tensor]]
+        stored = self.stored[tensor]
+        return stored.slot(self.weight_files[self.location[tensor]].slots[stored.name])
 
     @cached_property
     def slots(self) -> dict[str, TensorSlot]:
@@ -235,7 +252,8 @@ class Source:
             path = self._files.get(name)
             with self._opening:
                 file = self._open.get(name) or self._map(name, path)
-        return file.tensor(self.original[tensor])
+        stored = self.stored[tensor]
+        return stored.of(file.tensor(stored.name))
 
     def _map(self, name: str, path: Path) -> MappedFile:
         try:

@@ -107,16 +107,11 @@ class ModelParts:
         return self.ends, *self.layers
 
 
-def model_parts(config: Qwen3Config, experts: int = 0) -> ModelParts:
-    """The parts of a Qwen3, by the names that transformers saves them under.
-
-    Args:
-        config: of the model.
-        experts: of each layer of a Qwen3-MoE; 0 for a dense model.
-    """
+def model_parts(config: Qwen3Config) -> ModelParts:
+    """The parts of a Qwen3, by the names that transformers saves them under."""
     return ModelParts(
         ends=EndParts(EMBEDDING, "model.norm", LM_HEAD),
-        layers=tuple(_layer(f"model.layers.{n}", experts) for n in range(config.num_layers)),
+        layers=tuple(_layer(config, number) for number in range(config.num_layers)),
         hidden_size=config.hidden_size,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
@@ -124,9 +119,10 @@ def model_parts(config: Qwen3Config, experts: int = 0) -> ModelParts:
     )
 
 
-def _layer(prefix: str, experts: int) -> LayerParts:
+def _layer(config: Qwen3Config, number: int) -> LayerParts:
+    prefix, experts = f"model.layers.{number}", config.experts_of(number)
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    mlps = [f"{mlp}.experts.{number}" for number in range(experts)] or [mlp]
+    mlps = [f"{mlp}.experts.{expert}" for expert in range(experts.count)] if experts else [mlp]
     return LayerParts(
         input_norm=f"{prefix}.input_layernorm",
         post_attention_norm=f"{prefix}.post_attention_layernorm",

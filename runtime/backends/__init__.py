@@ -25,7 +25,8 @@ def get(config: Qwen3Config, options: DeviceOptions) -> Backend[LayerKV]:
 
     Raises:
         OptionError: for float32 or an int8 cache on an NPU, or options that do not fit the model.
-        DeviceError: if "npu" is asked for and something is missing; says what and what to run.
+        DeviceError: if "npu" is asked for and something is missing; says what and what to run. Or
+            if the model has experts.
     """
     device = options.device
     if device == "auto":

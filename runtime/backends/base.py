@@ -8,7 +8,7 @@ a kernel can.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -114,6 +114,39 @@ class DeviceLinear(Protocol):
         """[T, N] in the compute type, of an input [T, K] as it wants it."""
 
 
+class DeviceExperts(Protocol):
+    """A linear of every expert of a layer, on its device.
+
+    Attributes:
+        input: what it wants to be fed.
+        weight: what a prefetch is told of.
+    """
+
+    @property
+    def input(self) -> Input: ...
+
+    @property
+    def weight(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The mixture of experts of a layer, on its device.
+
+    Attributes:
+        router: of floats; its outputs [T, experts] say which experts a token is given to.
+        gate_up, down: of each expert.
+        per_token: experts of a token.
+        normalize: whether the weights of a token's experts are divided by their sum.
+    """
+
+    router: DeviceLinear
+    gate_up: DeviceExperts
+    down: DeviceExperts
+    per_token: int
+    normalize: bool
+
+
 @runtime_checkable
 class StaticConsumer(Protocol):
     """A DeviceLinear whose `input` is INT8_STATIC.
@@ -125,7 +158,7 @@ class StaticConsumer(Protocol):
     static_input: StaticInput
 
 
-def static_input_of(consumer: DeviceLinear) -> StaticInput:
+def static_input_of(consumer: DeviceLinear | DeviceExperts) -> StaticInput:
     """How a linear with a static input wants it; AssertionError if it is no such linear."""
     assert isinstance(consumer, StaticConsumer), "this linear has no static input"
     return consumer.static_input
@@ -155,6 +188,13 @@ class Backend(Protocol[Cache]):
 
     def linear(self, linear: Linear) -> DeviceLinear:
         """A stored linear on the device; CheckpointError if it has no kernel for the scheme."""
+
+    def experts(self, linear: Linear) -> DeviceExperts:
+        """A stored linear of all experts of a layer, [experts, N, K], on the device;
+        CheckpointError if it has no kernel for the scheme."""
+
+    def dense_experts(self, weights: Sequence[Tensor]) -> DeviceExperts:
+        """A linear of all experts of a layer, of floats [N, K] that were uploaded, uncopied."""
 
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
         """A linear of floats that were uploaded, uncopied: a weight [N, K], such as the embedding
@@ -215,6 +255,17 @@ class Backend(Protocol[Cache]):
 
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
         """silu(gate) * up of [T, 2 * inner], for the consumer."""
+
+    def mixture(self, x: Tensor, mixture: Mixture) -> Tensor:
+        """The sum of the outputs of each token's experts, times their weights.
+
+        Args:
+            x: [T, hidden], as floats.
+            mixture: of the layer.
+
+        Returns:
+            [T, hidden] in the compute type.
+        """
 
     def logits(self, head: DeviceLinear, x: Activation) -> Tensor:
         """float32 [R, vocab] of the output projection, which rounds them to the compute type."""

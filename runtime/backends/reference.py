@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,11 @@ from qwen3_ascend.files.memory import available_memory
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     Backend,
+    DeviceExperts,
     DeviceForward,
     DeviceLinear,
     Forward,
+    Mixture,
     Progress,
     QuantizedActivation,
     StaticActivation,
@@ -144,6 +146,14 @@ class GroupInt4Linear:
         return (x.double() @ weight.double().t() for x, weight in groups)
 
 
+class ExpertLinears:
+    """The linears of all experts, each by itself."""
+
+    def __init__(self, linears: Sequence[DeviceLinear], weight: Tensor) -> None:
+        """The linears [N, K] in the order of the experts, and the weight that stores them."""
+        self.linears, self.input, self.weight = tuple(linears), linears[0].input, weight
+
+
 LINEARS: dict[type[Scheme], Callable[[Linear, torch.dtype], DeviceLinear]] = {
     BF16: FloatLinear.load,
     W8A8: Int8Linear,
@@ -173,6 +183,15 @@ class ReferenceBackend(Backend[LayerKV]):
     @override
     def linear(self, linear: Linear) -> DeviceLinear:
         return make_linear(LINEARS, linear, self)
+
+    @override
+    def experts(self, linear: Linear) -> DeviceExperts:
+        experts, *_ = linear.shape
+        return ExpertLinears([self.linear(linear.matrix(e)) for e in range(experts)], linear.weight)
+
+    @override
+    def dense_experts(self, weights: Sequence[Tensor]) -> DeviceExperts:
+        return ExpertLinears([self.dense(weight) for weight in weights], weights[0])
 
     @override
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
@@ -318,6 +337,42 @@ class ReferenceBackend(Backend[LayerKV]):
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
         gate, up = gate_up.float().chunk(2, dim=-1)
         return self.feed(F.silu(gate) * up, consumer)
+
+    @override
+    def mixture(self, x: Tensor, mixture: Mixture) -> Tensor:
+        """Each expert's output is rounded to the compute type; a token's outputs are summed up in
+        float32, in descending order of the experts' weights."""
+        gate_up, down = mixture.gate_up, mixture.down
+        assert isinstance(gate_up, ExpertLinears) and isinstance(down, ExpertLinears)
+        weights, chosen = self.route(mixture.router(x), mixture)
+        outputs = x.new_empty(*chosen.shape, x.shape[1])
+        for expert in chosen.unique().tolist():
+            places = (chosen == expert).nonzero(as_tuple=True)
+            first, second = gate_up.linears[expert], down.linears[expert]
+            fed = self.feed(x[places[0]].float(), first)
+            outputs[places] = second(self.gated(first(fed), second))
+        total = torch.zeros(x.shape, dtype=torch.float32)
+        for rank in range(mixture.per_token):
+            total += outputs[:, rank].float() * weights[:, rank, None]
+        return total.to(self.dtype)
+
+    def route(self, logits: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
+        """Which experts each token is given to.
+
+        Args:
+            logits: [T, experts] of the router, in the compute type.
+            mixture: says how many.
+
+        Returns:
+            (weights, float32 [T, per_token], rounded to the compute type; numbers of the experts,
+            int64 [T, per_token]), by descending weight, equal ones by ascending number.
+        """
+        order = logits.sort(dim=-1, descending=True, stable=True).indices
+        chosen = order[:, : mixture.per_token]
+        weights = logits.float().softmax(-1).gather(-1, chosen)
+        if mixture.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(self.dtype).float(), chosen
 
     @override
     def prefetch(self, linears: tuple[DeviceLinear, ...], after: Activation) -> None:

@@ -7,10 +7,16 @@ from typing import Protocol
 
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.architecture import LayerSpec, LinearSpec, TensorSpec, model_spec
+from qwen3_ascend.checkpoint.architecture import (
+    ExpertsSpec,
+    LayerSpec,
+    LinearSpec,
+    TensorSpec,
+    model_spec,
+)
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.runtime.backends.base import Backend, Cache, DeviceLinear, Progress
+from qwen3_ascend.runtime.backends.base import Backend, Cache, DeviceLinear, Mixture, Progress
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer, Mlp, Qwen3
 
 
@@ -58,19 +64,40 @@ def load_model(
 
 def load_layer(source: WeightSource, backend: Backend[Cache], spec: LayerSpec) -> DecoderLayer:
     """Puts the weights of one layer on the backend's device."""
-    return make_layer(
-        spec,
-        lambda linear: backend.linear(source.linear(linear.name)),
-        lambda norm: backend.upload(source.tensor(norm.name)),
-    )
+
+    def tensor(spec: TensorSpec) -> Tensor:
+        return backend.upload(source.tensor(spec.name))
+
+    def linear(spec: LinearSpec) -> DeviceLinear:
+        return backend.linear(source.linear(spec.name))
+
+    def mixture(spec: ExpertsSpec) -> Mixture:
+        experts = source.config.experts
+        assert experts is not None, "only models with experts have such layers"
+        return Mixture(
+            router=backend.dense(tensor(spec.router)),
+            gate_up=backend.experts(source.linear(spec.gate_up.name)),
+            down=backend.experts(source.linear(spec.down.name)),
+            per_token=experts.per_token,
+            normalize=experts.normalize,
+        )
+
+    return make_layer(spec, linear, tensor, mixture)
 
 
 def make_layer(
     spec: LayerSpec,
     linear: Callable[[LinearSpec], DeviceLinear],
     norm: Callable[[TensorSpec], Tensor],
+    mixture: Callable[[ExpertsSpec], Mixture] | None = None,
 ) -> DecoderLayer:
-    """A layer, of whatever puts its linears and its norms on the device."""
+    """A layer, of whatever puts its linears, its norms and its experts on the device; the last is
+    not needed for a dense model."""
+    if isinstance(spec.mlp, ExpertsSpec):
+        assert mixture is not None, "nothing puts experts on the device"
+        mlp: Mlp | Mixture = mixture(spec.mlp)
+    else:
+        mlp = Mlp(gate_up=linear(spec.mlp.gate_up), down=linear(spec.mlp.down))
     return DecoderLayer(
         input_norm=norm(spec.input_norm),
         qkv=linear(spec.qkv),
@@ -78,5 +105,5 @@ def make_layer(
         key_norm=norm(spec.key_norm),
         output=linear(spec.output),
         post_attention_norm=norm(spec.post_attention_norm),
-        mlp=Mlp(gate_up=linear(spec.mlp.gate_up), down=linear(spec.mlp.down)),
+        mlp=mlp,
     )

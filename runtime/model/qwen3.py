@@ -8,7 +8,7 @@ from typing import Generic
 from torch import Tensor
 
 from qwen3_ascend.checkpoint.config import Qwen3Config
-from qwen3_ascend.runtime.backends.base import Backend, Cache, DeviceLinear
+from qwen3_ascend.runtime.backends.base import Backend, Cache, DeviceLinear, Mixture, as_float
 from qwen3_ascend.runtime.backends.step import DeviceStep
 
 
@@ -30,12 +30,12 @@ class DecoderLayer:
     post_attention_norm: Tensor
     qkv: DeviceLinear
     output: DeviceLinear
-    mlp: Mlp
+    mlp: Mlp | Mixture
 
 
 @dataclass(frozen=True)
 class Qwen3(Generic[Cache]):
-    """A dense Qwen3 on a backend."""
+    """A Qwen3 on a backend, dense or with mixtures of experts."""
 
     config: Qwen3Config
     backend: Backend[Cache]
@@ -66,7 +66,7 @@ def decoder_layer(
     step: DeviceStep,
     cache: Cache,
 ) -> tuple[Tensor, Tensor]:
-    """One decoder layer: attention over the cache, then the MLP.
+    """One decoder layer: attention over the cache, then the MLP, or the mixture of experts.
 
     The residual stream comes in two parts, because the sum is made by the next norm.
 
@@ -87,10 +87,12 @@ def decoder_layer(
         layer.qkv(x), layer.query_norm, layer.key_norm, epsilon, step, cache
     )
     attended = backend.attention(query, step, cache, layer.output)
-    mlp = layer.mlp
+    mlp, norm = layer.mlp, layer.post_attention_norm
+    if isinstance(mlp, Mixture):  # which weights will be needed is not known yet
+        x, hidden = backend.add_norm(hidden, layer.output(attended), norm, epsilon, mlp.router)
+        return hidden, backend.mixture(as_float(x), mlp)
     backend.prefetch((mlp.gate_up, mlp.down), attended)
-    delta = layer.output(attended)
-    x, hidden = backend.add_norm(hidden, delta, layer.post_attention_norm, epsilon, mlp.gate_up)
+    x, hidden = backend.add_norm(hidden, layer.output(attended), norm, epsilon, mlp.gate_up)
     delta = mlp.down(backend.gated(mlp.gate_up(x), mlp.down))
     backend.join_prefetch()
     return hidden, delta

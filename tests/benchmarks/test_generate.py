@@ -10,7 +10,7 @@ import generate
 import pytest
 import read_bandwidth
 import torch
-from generate import Engine, MeasuredStep, Speed, Work
+from generate import Engine, MeasuredStep, Speed, StepWeights, Work
 from peers.llama_cpp import Times
 from read_bandwidth import ReadBandwidth
 from torch import Tensor
@@ -24,7 +24,7 @@ from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
 
 def test_speed_counts_every_prompt_and_answer_and_the_best_of_each_phase() -> None:
     runs = [Times(2.0, 4.0), Times(1.0, 8.0)]
-    found = generate.speed(Work(8, 100, 16), runs, weights=10_000, token_bytes=10)
+    found = generate.speed(Work(8, 100, 16), runs, StepWeights(10_000), token_bytes=10)
     assert found.prefill == 8 * 100 / 1.0
     assert found.decode == 8 * 16 / 4.0
     contexts = sum(8 * (100 + step) * 10 for step in range(1, 17))
@@ -34,9 +34,18 @@ def test_speed_counts_every_prompt_and_answer_and_the_best_of_each_phase() -> No
 def test_an_embedding_is_read_in_a_step_only_if_it_is_the_head() -> None:
     sizes = {"model.embed_tokens.weight": 100, "model.norm.weight": 1}
     embedding, head = "model.embed_tokens", "lm_head"
-    assert generate.read_in_a_step(sizes, embedding, head) == 101
+    assert generate.read_in_a_step(sizes, embedding, head, {}) == StepWeights(101)
     with_head = {**sizes, "lm_head.weight": 50, "lm_head.scale": 2}
-    assert generate.read_in_a_step(with_head, embedding, head) == 53
+    assert generate.read_in_a_step(with_head, embedding, head, {}) == StepWeights(53)
+
+
+def test_of_experts_those_are_read_that_a_token_is_given_to() -> None:
+    sizes = {"model.norm.weight": 1, "model.layers.0.mlp.experts.down_proj.weight": 800}
+    data = {"num_experts": 8, "num_experts_per_tok": 2}
+    found = generate.read_in_a_step(sizes, "model.embed_tokens", "lm_head", data)
+    assert found == StepWeights(1, 800, 0.25)
+    assert found.read(1) == 1 + 200
+    assert found.read(2) == pytest.approx(1 + 800 * (1 - 0.75 * 0.75))
 
 
 def test_a_bf16_checkpoint_of_ours_reads_what_its_parameters_take(
@@ -46,7 +55,7 @@ def test_a_bf16_checkpoint_of_ours_reads_what_its_parameters_take(
     sizes = {name: tensor.nbytes for name, tensor in stored.items()}
     model = AutoModelForCausalLM.from_pretrained(tiny_source, dtype=torch.bfloat16)
     parameters = sum(parameter.nbytes for parameter in model.parameters())
-    assert generate.read_in_a_step(sizes, EMBEDDING, LM_HEAD) == parameters
+    assert generate.read_in_a_step(sizes, EMBEDDING, LM_HEAD, {}) == StepWeights(parameters)
 
 
 def test_cached_bytes_are_what_transformers_keeps_of_a_token(tiny_source: Path) -> None:
@@ -122,7 +131,7 @@ def test_engines_take_turns() -> None:
             turns.append(name)
             return Times(seconds, 2 * seconds)
 
-        return Engine(name, run, 1)
+        return Engine(name, run, StepWeights(1))
 
     engines = [engine("a", 1.0), engine("b", 2.0)]
     times, bandwidth = generate.measure(engines, Work(1, 2, 3), 3, Bandwidth())
@@ -135,9 +144,10 @@ def test_the_table_has_the_ratios_of_prefill_and_decoding_to_both_peers() -> Non
     def run(work: Work) -> Times:
         raise AssertionError
 
+    one = StepWeights(1)
     engines = [
-        Engine("ours x", run, 1, "llama.cpp Q8_0"), Engine("ours y", run, 1),
-        Engine("llama.cpp Q8_0", run, 1), Engine("transformers", run, 1),
+        Engine("ours x", run, one, "llama.cpp Q8_0"), Engine("ours y", run, one),
+        Engine("llama.cpp Q8_0", run, one), Engine("transformers", run, one),
     ]  # fmt: skip
     speeds = {
         "ours x": Speed(100, 20, 30e9), "ours y": Speed(50, 10, 15e9),

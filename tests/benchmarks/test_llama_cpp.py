@@ -21,6 +21,12 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
 }  # fmt: skip
 
+MIXTURE: dict[str, Any] = {
+    **random_model.config("30b-a3b", 2), "hidden_size": 64, "vocab_size": 320, "num_experts": 12,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32,
+}  # fmt: skip
+
 PRINTED = """\
 {"n_kv_max": 4096, "n_batch": 2048, "n_ubatch": 512, "flash_attn": -1, "is_pp_shared": 0, \
 "n_gpu_layers": -1, "n_threads": 2, "n_threads_batch": 2, "pp": 128, "tg": 16, "pl": 8, \
@@ -51,26 +57,30 @@ def test_weights_are_what_the_files_of_a_source_hold(
     files = sorted(random_model.ensure(tmp_path, SMALL).glob("*.safetensors"))
     assert len(files) > 2
     stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    weights = dict(random_model.weights(SMALL))
-    assert weights.keys() == stored.keys()
+    weights = random_model.Weights(SMALL)
+    assert weights.shapes.keys() == stored.keys()
     assert all(torch.equal(weights[name], stored[name]) for name in stored)
 
 
+@pytest.mark.parametrize("data", [SMALL, MIXTURE], ids=["dense", "mixture"])
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
 def test_a_gguf_file_holds_the_weights_of_the_source(
-    source: Path, tmp_path: Path, kind: str
+    tmp_path: Path, kind: str, data: dict[str, Any]
 ) -> None:
-    path = gguf_model.ensure_gguf(tmp_path / "model.gguf", SMALL, kind)
-    names = gguf_model.gguf_names(SMALL)
-    expected = {
-        names[name]: tensor.float().numpy()
-        for name, tensor in load_file(source / "model.safetensors").items()
-    }
+    source = random_model.ensure(tmp_path / "source", data)
+    path = gguf_model.ensure_gguf(tmp_path / "model.gguf", data, kind)
+    weights = load_file(source / "model.safetensors")
+    expected = {}
+    for theirs, names in gguf_model.gguf_names(data).items():
+        tensors = [weights.pop(name).float().numpy() for name in names]
+        expected[theirs] = np.stack(tensors) if len(names) > 1 else tensors[0]
+    assert not weights
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         stored = found[name]
-        assert stored.tensor_type.name == (kind if weight.ndim > 1 else "F32")
+        is_float = weight.ndim == 1 or "gate_inp" in name
+        assert stored.tensor_type.name == ("F32" if is_float else kind)
         values = dequantize(stored.data, stored.tensor_type).reshape(weight.shape)
         largest = np.abs(weight).max() if kind == "Q8_0" and weight.ndim > 1 else 0
         assert np.abs(values - weight).max() <= largest / 127 * 0.51, name
@@ -93,13 +103,22 @@ def test_a_gguf_file_describes_the_model(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.model"].contents() == "none"
 
 
+def test_a_gguf_file_describes_mixtures_of_experts(tmp_path: Path) -> None:
+    path = gguf_model.ensure_gguf(tmp_path / "model.gguf", MIXTURE, "BF16")
+    fields = gguf.GGUFReader(path).fields
+    assert fields["general.architecture"].contents() == "qwen3moe"
+    said = {name: fields[f"qwen3moe.expert_{name}"].contents() for name in ("count", "used_count")}
+    assert said == {"count": 12, "used_count": 2}
+    assert fields["qwen3moe.expert_feed_forward_length"].contents() == 96
+
+
 def test_a_gguf_file_that_was_broken_off_is_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.gguf"
     with monkeypatch.context() as patched:
-        patched.setattr(random_model, "weights", lambda data: iter(()).__next__())
-        with pytest.raises(StopIteration):
+        patched.setattr(random_model.Weights, "__getitem__", lambda weights, name: {}[name])
+        with pytest.raises(KeyError):
             gguf_model.ensure_gguf(path, SMALL, "BF16")
     assert not path.exists()
     assert gguf.GGUFReader(gguf_model.ensure_gguf(path, SMALL, "BF16")).tensors

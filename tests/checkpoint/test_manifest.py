@@ -179,7 +179,7 @@ FORGERIES = {
     ),
     "shard with another size": put(7, "weight_files", "ascend-00001-of-00001.safetensors", "size"),
     "no rope": put(None, "model", "rope"),
-    "unknown model key": put(1, "model", "experts"),
+    "unknown model key": put(1, "model", "windows"),
     "theta below zero": put(-1e4, "model", "rope", "theta"),
     "epsilon of zero": put(0.0, "model", "rms_norm_eps"),
     "hash of another recipe": put("0" * 64, "recipe_blake3"),
@@ -209,7 +209,7 @@ def test_a_forged_manifest_is_refused(
         "unknown scheme": "linears.model.layers.0.self_attn.qkv_proj.scheme: unknown scheme 'w2a2'",
         "unknown type": "tensors.model.norm.weight.dtype: 'F7'",
         "shape with one dimension": "linears.model.layers.0.self_attn.qkv_proj.shape: ",
-        "unknown model key": "model has the key 'experts'",
+        "unknown model key": "model has the key 'windows'",
         "theta below zero": "model.rope.theta: ",
     }.items(),
 )

@@ -11,6 +11,7 @@ import transformers
 from support import tiny_models
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+from qwen3_ascend.checkpoint.config import ExpertsConfig
 from qwen3_ascend.convert.source.config_file import IDLE_KEYS, NEUTRAL, READ_KEYS, read_config
 from qwen3_ascend.errors import ConfigError
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
@@ -202,6 +203,51 @@ def test_other_keys_are_named() -> None:
     assert "auto_map" in notes[0] and "my_note, release" in notes[1]
 
 
+MIXTURES: dict[str, tuple[dict[str, Any], ExpertsConfig]] = {
+    "of the Hub": ({}, ExpertsConfig(4, 2, 48, True)),
+    "as transformers 5 saves it": (
+        {"num_experts": None, "num_local_experts": 6, "norm_topk_prob": None,
+         "mlp_only_layers": None, "decoder_sparse_step": None},
+        ExpertsConfig(6, 2, 48, False),
+    ),
+    "both names, alike": ({"num_local_experts": 4}, ExpertsConfig(4, 2, 48, True)),
+    "every second layer": (
+        {"num_hidden_layers": 5, "decoder_sparse_step": 2}, ExpertsConfig(4, 2, 48, True, (0, 2, 4))
+    ),
+    "named layers": (
+        {"num_hidden_layers": 4, "mlp_only_layers": [3, 1]}, ExpertsConfig(4, 2, 48, True, (1, 3))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_mixtures_of_experts(case: str) -> None:
+    changes, expected = MIXTURES[case]
+    notes: list[str] = []
+    assert read_config(tiny_models.mixture(**changes), note=notes.append).experts == expected
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "mention"),
+    [
+        ({"num_local_experts": 5}, "num_local_experts 5 and num_experts 4"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but num_experts only 4"),
+        ({"mlp_only_layers": [0, 1]}, "no layer with experts"),
+        ({"decoder_sparse_step": 3}, "no layer with experts"),
+        ({"mlp_only_layers": ["0"]}, "numbers of layers"),
+        ({"num_experts": 0}, "positive integer"),
+        ({"norm_topk_prob": 1}, "true or false"),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor"),
+    ],
+    ids=str,
+)
+def test_what_mixtures_cannot_be(changes: dict[str, Any], mention: str) -> None:
+    with pytest.raises(ConfigError, match=mention):
+        read_config(tiny_models.mixture(**changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "mentions"),
     [
@@ -211,7 +257,10 @@ def test_other_keys_are_named() -> None:
         ({"architectures": ["LlavaQwen3ForCausalLM"]}, ["LlavaQwen3ForCausalLM"]),
         ({"architectures": "Qwen3ForCausalLM"}, ["list"]),
         ({"model_type": "qwen3_vl"}, ["vision-language"]),
-        ({"model_type": "qwen3_moe"}, ["mixtures of experts"]),
+        ({"model_type": "qwen3_next"}, ["linear attention", "mixtures of experts"]),
+        ({"model_type": "qwen3_vl_moe"}, ["vision-language"]),
+        ({"model_type": "qwen3_omni_moe"}, ["multimodal"]),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, ["Qwen3MoeForCausalLM"]),
         ({"quantization": {"bits": 4, "group_size": 64}}, ["quantization", "MLX, 4 bits"]),
         ({"quantization_config": {"bits": 4, "group_size": 64}}, ["MLX, 4 bits"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["gptq", "remove quantization_config"]),

@@ -57,6 +57,14 @@ def test_calibrated(tmp_path: Path) -> None:
     assert found["trials"] == 48 and found["kills"] >= 35
 
 
+def test_mixtures_of_experts(tmp_path: Path) -> None:
+    """In the middle of a linear of all experts, too."""
+    data = tiny_models.mixture(num_hidden_layers=1, num_experts=6)
+    source = tiny_models.write(tmp_path / "source", data, shards=2)
+    found = drive(source, tmp_path / "work", "--steps", "40", "--instants", "10", "--threads", "2")
+    assert found["trials"] == 50 and found["kills"] >= 30
+
+
 def test_a_quantized_source(tmp_path: Path) -> None:
     """Codes that are taken, and a linear whose codes are chosen beside them."""
     data = tiny_models.config(num_hidden_layers=1)

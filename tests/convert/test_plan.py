@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,11 @@ QWEN3_0_6B = QWEN3_8B | tiny_models.config(
     hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
     num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
 )  # fmt: skip
+QWEN3_30B_A3B = tiny_models.mixture(
+    hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_experts=128,
+    num_experts_per_tok=8, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+    head_dim=128, vocab_size=151936, max_position_embeddings=40960,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -86,11 +92,11 @@ def test_published_models(
 
 @pytest.mark.parametrize("recipe", recipes.names())
 def test_bits_that_a_recipe_states(recipe: str) -> None:
-    """Of the linears of the layers in the shapes of 0.6B, scales included."""
-    items = plan(QWEN3_0_6B, recipe).items
+    """Of the linears of the layers in the shapes of 0.6B, or of 30B-A3B, scales included."""
+    items = plan(QWEN3_30B_A3B if recipe.startswith("moe-") else QWEN3_0_6B, recipe).items
     linears = [i for i in items if ".layers." in i.name and isinstance(i.spec, LinearSpec)]
     bits = 8 * sum(item.nbytes for item in linears)
-    weights = sum(rows * columns for rows, columns in (item.matrix for item in linears))
+    weights = sum(math.prod(item.shape) for item in linears)
     assert recipe_notes(recipe)["Bits"] == f"{bits / weights:.3f}".rstrip("0").rstrip(".")
 
 
@@ -244,7 +250,7 @@ JUNK = (
     | st.lists(st.integers(0, 3), max_size=2) | st.dictionaries(st.text(max_size=3), st.integers())
 )  # fmt: skip
 KEYS = [
-    *tiny_models.config(), "rope_parameters", "rope_scaling", "layer_types", "quantization_config",
+    *tiny_models.mixture(), "rope_parameters", "rope_scaling", "layer_types", "quantization_config",
     "sliding_window",
 ]  # fmt: skip
 ROPE_KEYS = [
@@ -255,10 +261,15 @@ ROPE_KEYS = [
 
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(st.sampled_from(KEYS), JUNK, min_size=1, max_size=3))
-def test_any_config_is_refused_in_words_or_read(changes: dict[str, Any]) -> None:
+@given(
+    st.sampled_from([tiny_models.config(), tiny_models.mixture()]),
+    st.dictionaries(st.sampled_from(KEYS), JUNK, min_size=1, max_size=3),
+)
+def test_any_config_is_refused_in_words_or_read(
+    made: dict[str, Any], changes: dict[str, Any]
+) -> None:
     try:
-        config = read_config({**tiny_models.config(), **changes})
+        config = read_config({**made, **changes})
     except ConfigError:
         return
     assert typed(plain(config), Qwen3Config, "model") == config

@@ -294,7 +294,7 @@ def test_an_unsupported_model_costs_no_header(client: Client, tmp_path: Path) ->
     folder = model(tmp_path / "source", shards=3)
     plain = json.loads((folder / "config.json").read_text())
     for changes, mention in (
-        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({"model_type": "qwen3_next"}, "qwen3_next"),
         ({"is_causal": False}, "is_causal"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "classifier"),
     ):

@@ -35,8 +35,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "head_dim": 16},
     "odd sizes": {"hidden_size": 72, "intermediate_size": 100, "head_dim": 20},
-    "experts": {"experts": EXPERTS},
-    "tied experts": {"experts": EXPERTS, "tie_word_embeddings": True, "hidden_size": 40},
+    "experts": {"num_experts": EXPERTS},
+    "tied experts": {"num_experts": EXPERTS, "tie_word_embeddings": True, "hidden_size": 40},
+    "some layers with experts": {"num_experts": EXPERTS, "mlp_only_layers": [0]},
 }
 RECIPES = (("cle",), ("rotate",), ("cle", "rotate"), ("rotate", "cle"))
 
@@ -46,11 +47,11 @@ class Model:
     all sizes."""
 
     def __init__(self, folder: Path, changes: dict[str, Any]) -> None:
-        experts = int(changes.get("experts", 0))
-        self.data = tiny_models.config(**{k: v for k, v in changes.items() if k != "experts"})
-        self.parts = model_parts(read_config(self.data), experts)
+        make = tiny_models.mixture if "num_experts" in changes else tiny_models.config
+        self.data = make(**changes)
+        self.parts = model_parts(read_config(self.data))
         self.folder = folder
-        model = _random(self.data, experts)
+        model = _random(self.data)
         generator = torch.Generator().manual_seed(1)
         for name, tensor in model.named_parameters():
             spread = 0.3 if "norm" in name else 1.5 / tensor.shape[-1] ** 0.5
@@ -72,7 +73,7 @@ class Model:
         """What transformers computes with other weights, in float32."""
         tied = "lm_head.weight" not in state
         save_file(state, self.folder / "model.safetensors", {"format": "pt"})
-        is_sparse = self.parts.layers[0].router is not None
+        is_sparse = any(layer.router is not None for layer in self.parts.layers)
         model_type: Any = Qwen3MoeForCausalLM if is_sparse else Qwen3ForCausalLM
         model, report = model_type.from_pretrained(
             self.folder, dtype=torch.float32, tie_word_embeddings=tied, output_loading_info=True
@@ -83,13 +84,12 @@ class Model:
         return found
 
 
-def _random(data: dict[str, Any], experts: int) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
+def _random(data: dict[str, Any]) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
     own = ("dtype", "architectures", "model_type")
     known = {key: value for key, value in data.items() if key not in own}
-    if not experts:
+    if "num_experts" not in data:
         return Qwen3ForCausalLM(Qwen3Config(**known))
-    known |= {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**known, decoder_sparse_step=1, mlp_only_layers=[]))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**known))
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -163,7 +163,7 @@ def test_equalizing_undoes_planted_outliers(changes: dict[str, Any], tmp_path: P
 
 def test_parts_know_their_model() -> None:
     """A layer that is counted twice, or once too few, would be noticed by its names."""
-    parts = model_parts(read_config(tiny_models.config(num_hidden_layers=3)), EXPERTS)
+    parts = model_parts(read_config(tiny_models.mixture(num_hidden_layers=3)))
     assert len(parts.layers) == 3 and len({n for u in parts.units for n in u.names}) == 3 + 3 * (
         2 + 3 + 1 + 3 * EXPERTS + 1
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_models import DATA, config, write
+from support.tiny_models import DATA, config, mixture, write
 from torch import Tensor
 
 from qwen3_ascend import OptionError, convert_checkpoint
@@ -95,6 +95,12 @@ def test_sizes_of_groups_that_do_not(manifest: Manifest, world: int) -> None:
     )
     with pytest.raises(OptionError, match=expected):
         check_division(manifest, world)
+
+
+def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
+    manifest = convert_checkpoint(write(tmp_path / "source", mixture()), tmp_path / "out")
+    with pytest.raises(OptionError, match="mixtures of experts, which the plugin does not serve"):
+        check_division(manifest, 1)
 
 
 def test_inputs_that_do_not_divide_are_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from support.group_scheme import NZ, GroupInt4
 
 from qwen3_ascend import native
 from qwen3_ascend.checkpoint.architecture import model_spec
-from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.checkpoint.config import ExpertsConfig, Qwen3Config
 from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.reader import CheckpointReader
 from qwen3_ascend.checkpoint.schemes import W8A8
@@ -40,6 +40,10 @@ WIDE = dataclasses.replace(SMALL_CONFIG, num_heads=10, num_kv_heads=2, head_dim=
 """Heads of Qwen3's size, of which five share one of the cache."""
 
 
+EXPERTS = dataclasses.replace(SMALL_CONFIG, experts=ExpertsConfig(16, 4, 192, True))
+FEW_EXPERTS = dataclasses.replace(ODD, experts=ExpertsConfig(5, 3, 72, False))
+
+
 def paths() -> list[str]:
     """How a layer may be computed here: torch, and each processor path that this machine has."""
     return ["torch", *(path for path in PATHS if native.load(path))]
@@ -47,7 +51,11 @@ def paths() -> list[str]:
 
 @pytest.mark.parametrize("path", paths())
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("config", [ODD, SMALL_CONFIG, WIDE], ids=["odd", "small", "wide"])
+@pytest.mark.parametrize(
+    "config",
+    [ODD, SMALL_CONFIG, WIDE, EXPERTS, FEW_EXPERTS],
+    ids=["odd", "small", "wide", "experts", "few experts"],
+)
 def test_the_cpu_is_the_reference(
     config: Qwen3Config, dtype: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

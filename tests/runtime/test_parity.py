@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import tiny_models
 from torch import Tensor
-from transformers import Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen3_ascend import SamplingParams, convert_checkpoint, load
 from qwen3_ascend.runtime import LLM
@@ -33,6 +33,25 @@ class Form:
     changes: dict[str, Any] = field(default_factory=dict)
     shards: int = 1
     prompt: int = 40
+    fused: bool = False
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        make = tiny_models.mixture if "num_experts" in self.changes else tiny_models.config
+        return make(**self.changes)
+
+    def write(self, folder: Path) -> Path:
+        """Saves a random model of this form."""
+        weights = tiny_models.tensors(self.config)
+        kept = tiny_models.fused(weights) if self.fused else weights
+        return tiny_models.write(folder, self.config, kept, shards=self.shards)
+
+
+def experts(count: int, chosen: int, fused: bool = False, **changes: Any) -> Form:
+    """A form with mixtures of experts."""
+    numbers = {"num_experts": count, "num_experts_per_tok": chosen}
+    return Form({**numbers, **changes}, shards=1 if fused else 2, fused=fused)
 
 
 FORMS = {
@@ -84,6 +103,19 @@ FORMS = {
          "rope_parameters": yarn(rope_theta=1e6, mscale=1.0, mscale_all_dim=0.5)},
         prompt=150,
     ),
+    "experts-1-of-4": experts(4, 1, norm_topk_prob=False),
+    "experts-1-of-4-normalized": experts(4, 1),
+    "experts-2-of-8-fused": experts(8, 2, fused=True),
+    "experts-2-of-8-not-normalized-tied": experts(
+        8, 2, norm_topk_prob=False, tie_word_embeddings=True
+    ),
+    "experts-8-of-16": experts(16, 8, moe_intermediate_size=40),
+    "experts-8-of-16-fused-not-normalized": experts(16, 8, fused=True, norm_topk_prob=False),
+    "experts-in-every-other-layer": experts(4, 2, num_hidden_layers=4, decoder_sparse_step=2),
+    "experts-but-for-some-layers": experts(
+        6, 3, fused=True, num_hidden_layers=3, mlp_only_layers=[0, 2]
+    ),
+    "experts-biases-head-dim-by-default": experts(5, 2, attention_bias=True, head_dim=None),
 }  # fmt: skip
 
 
@@ -96,8 +128,9 @@ class Case:
     converted: Path
 
     @cached_property
-    def theirs(self) -> Qwen3ForCausalLM:
-        model: Qwen3ForCausalLM = Qwen3ForCausalLM.from_pretrained(
+    def theirs(self) -> Any:
+        """Qwen3ForCausalLM or Qwen3MoeForCausalLM."""
+        model: Any = AutoModelForCausalLM.from_pretrained(
             self.source, dtype=torch.float32, attn_implementation="eager"
         )
         return model  # from_pretrained has called eval()
@@ -130,9 +163,7 @@ class Case:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     form = FORMS[request.param]
     folder = tmp_path_factory.mktemp("parity")
-    source = tiny_models.write(
-        folder / "source", tiny_models.config(**form.changes), shards=form.shards
-    )
+    source = form.write(folder / "source")
     convert_checkpoint(source, folder / "converted", "bf16")
     return Case(form, source, folder / "converted")
 
@@ -169,3 +200,20 @@ def test_a_batch_says_what_each_says_alone(case: Case) -> None:
     assert len(set(alone)) == len(alone)
     together = llm.generate(prompts, SHORT)
     assert [answer.token_ids for answer in together] == alone
+
+
+@pytest.mark.parametrize("chosen", [1, 3])
+def test_a_mixture_that_transformers_has_saved(chosen: int, tmp_path: Path) -> None:
+    """Its config.json leaves out defaults, and has names of its own."""
+    torch.manual_seed(chosen)
+    config = Qwen3MoeConfig(
+        num_experts=6, num_experts_per_tok=chosen, moe_intermediate_size=48, hidden_size=64,
+        num_hidden_layers=2, vocab_size=320, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, initializer_range=0.3,
+    )  # fmt: skip
+    model: Any = Qwen3MoeForCausalLM(config)
+    model.bfloat16().save_pretrained(tmp_path / "source")
+    convert_checkpoint(tmp_path / "source", tmp_path / "converted", "bf16")
+    case = Case(Form(), tmp_path / "source", tmp_path / "converted")
+    prompt = case.prompt(30)
+    assert (case.ours().logits(prompt) - case.their_logits(prompt)).abs().max() < TOLERANCE

@@ -28,6 +28,9 @@ from qwen3_ascend.checkpoint.target import TARGETS
 from qwen3_ascend.files.json_file import Digest
 from qwen3_ascend.files.safetensors import DTYPES
 
+OF_MIXTURES = ("experts", "experts_sqnr_db")
+"""What a manifest says of mixtures of experts alone."""
+
 
 def foreign(kind: type) -> dict[str, Any]:
     """The schema of a type that msgspec does not know."""
@@ -51,7 +54,7 @@ def manifest_schema() -> dict[str, Any]:
             part["description"] = inspect.cleandoc(part["description"])
         if "properties" in part:
             part["additionalProperties"] = False
-            part["required"] = list(part["properties"])
+            part["required"] = [name for name in part["properties"] if name not in OF_MIXTURES]
 
     def named(kind: dict[str, Any]) -> dict[str, Any]:
         return {"type": "object", "additionalProperties": kind}

@@ -49,9 +49,72 @@ def config(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in data.items() if value is not None}
 
 
+def mixture(**changes: Any) -> dict[str, Any]:
+    """A config.json of a model with mixtures of experts."""
+    experts = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    }
+    return config(**{**experts, **changes})
+
+
+def has_experts(data: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer has a mixture of experts, as transformers decides it."""
+    named = layer in data.get("mlp_only_layers", [])
+    return (
+        bool(data.get("num_experts"))
+        and not named
+        and ((layer + 1) % data.get("decoder_sparse_step", 1) == 0)
+    )
+
+
+def _mlp_shapes(data: Mapping[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+    hidden, inner, prefix = data["hidden_size"], data["intermediate_size"], "mlp"
+    found: dict[str, tuple[int, ...]] = {}
+    prefixes = [prefix]
+    if has_experts(data, layer):
+        inner = data["moe_intermediate_size"]
+        found["mlp.gate.weight"] = (data["num_experts"], hidden)
+        prefixes = [f"mlp.experts.{expert}" for expert in range(data["num_experts"])]
+    for prefix in prefixes:
+        found[f"{prefix}.gate_proj.weight"] = (inner, hidden)
+        found[f"{prefix}.up_proj.weight"] = (inner, hidden)
+        found[f"{prefix}.down_proj.weight"] = (hidden, inner)
+    return found
+
+
+def fused(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights with those of all experts of a layer in one tensor, as transformers 5 has
+    them in memory."""
+    found, layers = dict[str, Tensor](), dict[str, dict[str, Tensor]]()
+    for name, tensor in weights.items():
+        layer, is_expert, rest = name.partition(".mlp.experts.")
+        if is_expert:
+            layers.setdefault(layer, {})[rest.removesuffix(".weight")] = tensor
+        else:
+            found[name] = tensor
+    for layer, each in layers.items():
+        experts = range(len(each) // 3)
+        pairs = [torch.cat([each[f"{e}.gate_proj"], each[f"{e}.up_proj"]]) for e in experts]
+        found[f"{layer}.mlp.experts.gate_up_proj"] = torch.stack(pairs)
+        downs = [each[f"{e}.down_proj"] for e in experts]
+        found[f"{layer}.mlp.experts.down_proj"] = torch.stack(downs)
+    return found
+
+
 def shapes(data: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that transformers' Qwen3ForCausalLM saves."""
-    hidden, inner, head = data["hidden_size"], data["intermediate_size"], data["head_dim"]
+    """Name and shape of every tensor that transformers' Qwen3ForCausalLM saves, or its
+    Qwen3MoeForCausalLM."""
+    hidden = data["hidden_size"]
+    head = data.get("head_dim", hidden // data["num_attention_heads"])
     query, value = data["num_attention_heads"] * head, data["num_key_value_heads"] * head
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (data["vocab_size"], hidden)}
     for layer in range(data["num_hidden_layers"]):
@@ -65,9 +128,8 @@ def shapes(data: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             found[f"{prefix}.self_attn.o_proj.bias"] = (hidden,)
         found[f"{prefix}.self_attn.q_norm.weight"] = (head,)
         found[f"{prefix}.self_attn.k_norm.weight"] = (head,)
-        found[f"{prefix}.mlp.gate_proj.weight"] = (inner, hidden)
-        found[f"{prefix}.mlp.up_proj.weight"] = (inner, hidden)
-        found[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
+        for name, shape in _mlp_shapes(data, layer).items():
+            found[f"{prefix}.{name}"] = shape
         found[f"{prefix}.input_layernorm.weight"] = (hidden,)
         found[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
     found["model.norm.weight"] = (hidden,)

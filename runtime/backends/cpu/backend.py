@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -9,14 +11,16 @@ from typing_extensions import override
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import Input
-from qwen3_ascend.native import Fed, Feed, LayerKernels
+from qwen3_ascend.native import Fed, Feed, LayerKernels, MixtureKernels
 from qwen3_ascend.native.layer import PER_TOKEN, STATIC
 from qwen3_ascend.native.tape import empty, note
 from qwen3_ascend.runtime.backends.base import (
     Activation,
+    DeviceExperts,
     DeviceForward,
     DeviceLinear,
     Forward,
+    Mixture,
     Progress,
     QuantizedActivation,
     StaticActivation,
@@ -25,6 +29,7 @@ from qwen3_ascend.runtime.backends.base import (
 )
 from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.cpu.by_torch import TorchCpuBackend
+from qwen3_ascend.runtime.backends.cpu.experts import StoredExperts, load_experts
 from qwen3_ascend.runtime.backends.cpu.float_linears import StoredFloatLinear, dense
 from qwen3_ascend.runtime.backends.cpu.linears import (
     LINEARS,
@@ -53,11 +58,25 @@ class CpuBackend(TorchCpuBackend):
     ) -> None:
         super().__init__(config, dtype, cache_dtype)
         self._kernels, self._records = kernels, True
+        self._mixtures = MixtureKernels(kernels.library)
         self._rotary = GrowingTable(self.rotary_rows)
 
     @override
     def linear(self, linear: Linear) -> DeviceLinear:
         return self._noted(make_linear(LINEARS, linear, self))
+
+    @override
+    def experts(self, linear: Linear) -> DeviceExperts:
+        experts = load_experts(linear, self.dtype)
+        if experts is None:
+            self._records = False  # those that are computed one by one differ from step to step
+            return super().experts(linear)
+        return experts
+
+    @override
+    def dense_experts(self, weights: Sequence[Tensor]) -> DeviceExperts:
+        self._records = False
+        return super().dense_experts(weights)
 
     @override
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
@@ -141,6 +160,17 @@ class CpuBackend(TorchCpuBackend):
         return self._kernels.largest_places(logits)
 
     @override
+    def mixture(self, x: Tensor, mixture: Mixture) -> Tensor:
+        first, second = mixture.gate_up, mixture.down
+        if not isinstance(first, StoredExperts) or not isinstance(second, StoredExperts):
+            return super().mixture(x, mixture)
+        kernels, logits = self._mixtures, mixture.router(x)
+        routed = kernels.route(logits, mixture.per_token, mixture.normalize)
+        fed = kernels.gather(self._kernels.fed(x, feed_of(first)), routed)
+        gated = self._kernels.gated(first.product(fed, routed), feed_of(second))
+        return kernels.combine(second.product(gated, routed), routed)
+
+    @override
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:
         return activation(self._kernels.gated(gate_up, feed_of(consumer)), consumer)
 
@@ -150,7 +180,7 @@ def look_up(table: Tensor, tokens: Tensor, rows: Tensor) -> None:
     torch.index_select(table, 0, tokens, out=rows)
 
 
-def feed_of(consumer: DeviceLinear) -> Feed:
+def feed_of(consumer: DeviceLinear | DeviceExperts) -> Feed:
     """What a linear wants to be fed, in the kernels' words."""
     if consumer.input is Input.FLOAT:
         return Feed()

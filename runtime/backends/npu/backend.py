@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,12 @@ from qwen3_ascend.errors import DeviceError, OptionError
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     Backend,
+    DeviceExperts,
     DeviceForward,
     DeviceLinear,
     Download,
     Forward,
+    Mixture,
     Progress,
     StepBounds,
 )
@@ -102,6 +105,8 @@ class NpuBackend(Backend[LayerKV]):
             DeviceError: if something this machine needs is missing.
             OptionError: for an option that does not exist.
         """
+        if config.experts:
+            raise _no_experts()
         if options.graph:
             require_capture()
         self.info = open_device()
@@ -177,6 +182,18 @@ class NpuBackend(Backend[LayerKV]):
         if not kernel_sees_weight(linear, loaded):
             raise DeviceError("the kernels do not read the weights as the file holds them")
         return loaded
+
+    @override
+    def experts(self, linear: Linear) -> DeviceExperts:
+        raise _no_experts()
+
+    @override
+    def dense_experts(self, weights: Sequence[Tensor]) -> DeviceExperts:
+        raise _no_experts()
+
+    @override
+    def mixture(self, x: Tensor, mixture: Mixture) -> Tensor:
+        raise _no_experts()
 
     @override
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
@@ -384,6 +401,12 @@ def _kernel_sees_weight(linear: Linear, loaded: NpuLinear) -> bool:
             f"this torch_npu and CANN do not compute with the scheme {linear.scheme} "
             f"({in_one_line(error)}); convert with another recipe"
         ) from error
+
+
+def _no_experts() -> DeviceError:
+    return DeviceError(
+        'mixtures of experts have no kernels on an NPU yet: use --device cpu (device="cpu")'
+    )
 
 
 def _captured_calls(decoding: Decoding) -> CapturedCalls:

@@ -6,14 +6,17 @@ it, and the loader makes device weights of it field by field, so that no order h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
-from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.checkpoint.config import ExpertsConfig, Qwen3Config
 from qwen3_ascend.checkpoint.layout import Cut
 
 LM_HEAD = "lm_head"
 EMBEDDING = "model.embed_tokens"
+
+EACH = "*"
+"""Stands for the number of an expert in the name of a linear that all experts of a layer have."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,13 @@ class LinearSpec:
 
     Attributes:
         name: such as "model.layers.0.self_attn.qkv_proj".
-        sources: such as ("model.layers.0.self_attn.q_proj", ...), concatenated along outputs.
+        sources: such as ("model.layers.0.self_attn.q_proj", ...), concatenated along outputs. Those
+            of experts have EACH in the place of the expert's number.
         parts: outputs of each source; their sum is N.
         inputs: K.
         cut: how tensor parallelism divides it.
         bias: whether every source has a bias.
+        experts: how many such linears are stored as one; 0 for a linear by itself.
     """
 
     name: str
@@ -43,6 +48,7 @@ class LinearSpec:
     inputs: int
     cut: Cut
     bias: bool
+    experts: int = 0
 
     @property
     def outputs(self) -> int:
@@ -50,9 +56,33 @@ class LinearSpec:
         return sum(self.parts)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Logical (N, K)."""
+    def matrix(self) -> tuple[int, int]:
+        """Logical (N, K), of each expert if there are experts."""
         return self.outputs, self.inputs
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical (N, K), or (experts, N, K)."""
+        return (self.experts, *self.matrix) if self.experts else self.matrix
+
+    @property
+    def matrices(self) -> tuple[tuple[str, ...], ...]:
+        """The sources of each stored matrix: those of each expert, or the only ones."""
+        return of_each_expert(self.sources, self.experts)
+
+    @property
+    def all_sources(self) -> tuple[str, ...]:
+        """Every linear of the source that it is made of, expert by expert."""
+        return tuple(source for sources in self.matrices for source in sources)
+
+
+def of_each_expert(sources: Sequence[str], experts: int) -> tuple[tuple[str, ...], ...]:
+    """The names of each expert's linears; with no experts, the names themselves."""
+    if not experts:
+        return (tuple(sources),)
+    return tuple(
+        tuple(source.replace(EACH, str(expert)) for source in sources) for expert in range(experts)
+    )
 
 
 Spec = TensorSpec | LinearSpec
@@ -68,6 +98,20 @@ class MlpSpec:
 
 
 @dataclass(frozen=True)
+class ExpertsSpec:
+    """The mixture of experts of a layer: the sum of the chosen experts' MLPs, weighted.
+
+    Attributes:
+        router: [experts, hidden], whose product with x decides; never quantized.
+        gate_up, down: of all experts.
+    """
+
+    router: TensorSpec
+    gate_up: LinearSpec
+    down: LinearSpec
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """The weights of one decoder layer: the norms, then the linears."""
 
@@ -77,7 +121,7 @@ class LayerSpec:
     post_attention_norm: TensorSpec
     qkv: LinearSpec
     output: LinearSpec
-    mlp: MlpSpec
+    mlp: MlpSpec | ExpertsSpec
 
     def __iter__(self) -> Iterator[Spec]:
         """Every weight of the layer."""
@@ -156,7 +200,9 @@ def layer_spec(config: Qwen3Config, layer: int) -> LayerSpec:
             bias,
         ),
         output=_single(f"{attention}.o_proj", hidden, query, bias),
-        mlp=_mlp(config, f"{prefix}.mlp"),
+        mlp=_experts(config, experts, f"{prefix}.mlp")
+        if (experts := config.experts_of(layer))
+        else _mlp(config, f"{prefix}.mlp"),
     )
 
 
@@ -179,6 +225,21 @@ def _mlp(config: Qwen3Config, prefix: str) -> MlpSpec:
         f"{prefix}.gate_up_proj", sources, (inner, inner), hidden, "outputs", False
     )
     return MlpSpec(gate_up, _single(f"{prefix}.down_proj", hidden, inner, False))
+
+
+def _experts(config: Qwen3Config, experts: ExpertsConfig, prefix: str) -> ExpertsSpec:
+    hidden, inner, count = config.hidden_size, experts.intermediate_size, experts.count
+    stored, each = f"{prefix}.experts", f"{prefix}.experts.{EACH}"
+    sources = (f"{each}.gate_proj", f"{each}.up_proj")
+    return ExpertsSpec(
+        TensorSpec(f"{prefix}.gate.weight", (count, hidden)),
+        LinearSpec(
+            f"{stored}.gate_up_proj", sources, (inner, inner), hidden, "outputs", False, count
+        ),
+        LinearSpec(
+            f"{stored}.down_proj", (f"{each}.down_proj",), (hidden,), inner, "inputs", False, count
+        ),
+    )
 
 
 def _single(name: str, outputs: int, inputs: int, bias: bool) -> LinearSpec:

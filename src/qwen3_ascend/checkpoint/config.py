@@ -31,8 +31,30 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """The mixtures of experts that stand in the place of MLPs.
+
+    Attributes:
+        count: experts of a layer.
+        per_token: experts that each token is given to, at most `count`.
+        intermediate_size: of an expert.
+        normalize: whether the weights of a token's experts are divided by their sum.
+        dense_layers: numbers of the layers, in ascending order, that keep an MLP.
+    """
+
+    count: Size
+    per_token: Size
+    intermediate_size: Size
+    normalize: bool
+    dense_layers: tuple[Count, ...] = ()
+
+
+@dataclass(frozen=True)
 class Qwen3Config:
-    """The numbers a Qwen3 forward needs, checked once. All sizes are counts of elements."""
+    """The numbers a Qwen3 forward needs, checked once. All sizes are counts of elements.
+
+    `intermediate_size` is that of MLPs; `experts` is None for a dense model.
+    """
 
     hidden_size: Size
     intermediate_size: Size
@@ -46,6 +68,13 @@ class Qwen3Config:
     tie_word_embeddings: bool
     attention_bias: bool
     rope: RopeConfig
+    experts: ExpertsConfig | None = None
+
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """The mixture of experts of decoder layer number `layer`; None if it has an MLP."""
+        if self.experts is None or layer in self.experts.dense_layers:
+            return None
+        return self.experts
 
     @property
     def context_length(self) -> int:

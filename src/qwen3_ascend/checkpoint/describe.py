@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.manifest import LinearEntry, Manifest
 from qwen3_ascend.files.text import size_text, table
@@ -16,7 +17,7 @@ def inspect_lines(manifest: Manifest) -> list[str]:
     lines = [
         f"Qwen3, {model.num_layers} layers, hidden {model.hidden_size}, "
         f"{model.num_heads} query and {model.num_kv_heads} key/value heads of {model.head_dim}, "
-        f"context {model.context_length}",
+        f"context {model.context_length}{_experts_text(model)}",
         f"from {source.repo}{revision}{form}, recipe {manifest.recipe['name']}, "
         f"qwen3-ascend {manifest.tool_version}",
         *([f"weights changed by {', '.join(manifest.transforms)}"] if manifest.transforms else []),
@@ -32,6 +33,14 @@ def inspect_lines(manifest: Manifest) -> list[str]:
         for name, tensor in manifest.tensors.items()
     ]
     return lines + table(rows, ("tensor", "shape", "scheme", "layout", "SQNR dB", "bytes"))
+
+
+def _experts_text(model: Qwen3Config) -> str:
+    if model.experts is None:
+        return ""
+    experts, dense = model.experts, len(model.experts.dense_layers)
+    some = f", {dense} layers without" if dense else ""
+    return f", {experts.per_token} of {experts.count} experts of {experts.intermediate_size}{some}"
 
 
 def dims(shape: tuple[int, ...]) -> str:

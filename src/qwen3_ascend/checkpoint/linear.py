@@ -93,6 +93,20 @@ class Linear:
             tensors = self.scheme.of_some_inputs(tensors, shape, self.layout)
         return Linear(self.scheme, tuple(shape), self.layout, tensors)
 
+    def of_experts(self, first: int, count: int) -> Linear:
+        """The linears of some experts of [experts, N, K]: views, each one range of bytes.
+
+        Raises:
+            CheckpointError: if there are no such experts.
+        """
+        experts, *matrix = self.shape
+        if len(matrix) != 2 or not 0 <= first < first + count <= experts:
+            raise CheckpointError(
+                f"a linear {list(self.shape)} has no experts {first} to {first + count - 1}"
+            )
+        tensors = {suffix: tensor[first : first + count] for suffix, tensor in self.tensors.items()}
+        return Linear(self.scheme, (count, *matrix), self.layout, tensors)
+
     def divide_outputs(self, most: int) -> tuple[Linear, ...]:
         """The linear in as few parts of at most `most` outputs each (or one block of the layout, if
         that holds more) as there can be, of about the same size, none of which begins within a

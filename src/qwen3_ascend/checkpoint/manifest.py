@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from msgspec import Meta
 
+from qwen3_ascend.checkpoint.architecture import of_each_expert
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import Cut, Layout
 from qwen3_ascend.checkpoint.schemes import Scheme, make_scheme
@@ -69,7 +70,8 @@ class LinearEntry:
     Attributes:
         scheme: with its parameters.
         shape: logical (N, K); further axes, such as experts, come first.
-        parts: (source linear, outputs) in the order in which they are fused.
+        parts: (source linear, outputs) in the order in which they are fused; of experts as
+            LinearSpec.sources has them.
         cut: how tensor parallelism may divide it.
         layout: of the weight.
         sqnr_db: signal to quantization noise of the stored bytes against the source weight, in
@@ -78,6 +80,7 @@ class LinearEntry:
         codes: whether the converter has chosen them, as the nearest to floats, or taken them from
             a source that was quantized already. What is taken equals its source, but for scales
             that had to be rounded to bfloat16.
+        experts_sqnr_db: sqnr_db of each expert, if there are experts.
     """
 
     scheme: Scheme
@@ -88,6 +91,13 @@ class LinearEntry:
     sqnr_db: Finite | None
     tensors: Mapping[str, StoredTensor]
     codes: Literal["chosen", "taken"] = "chosen"
+    experts_sqnr_db: tuple[Finite | None, ...] = ()
+
+    @property
+    def matrices(self) -> tuple[tuple[str, ...], ...]:
+        """The source linears of each stored matrix."""
+        experts = self.shape[0] if len(self.shape) > 2 else 0
+        return of_each_expert([source for source, _ in self.parts], experts)
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "tool_version": self.tool_version,
             "target": self.target,
-            "model": plain(self.model),
+            "model": _model_to_json(self.model),
             "recipe": dict(self.recipe),
             "recipe_blake3": canonical_blake3(dict(self.recipe)),
             "source": plain(self.source),
@@ -360,8 +370,15 @@ def decode(kind: type, value: Any) -> object:
     raise ValueError(f"{value!r} is no {kind.__name__} that this version knows")
 
 
+def _model_to_json(model: Qwen3Config) -> dict[str, Any]:
+    """A dense model says nothing of experts."""
+    said: dict[str, Any] = plain(model)
+    return said if model.experts else {key: said[key] for key in said if key != "experts"}
+
+
 def _linear_to_json(entry: LinearEntry) -> dict[str, Any]:
     """A scheme is a dataclass of its parameters; its name has to be added."""
+    left_out = {"scheme"} if entry.experts_sqnr_db else {"scheme", "experts_sqnr_db"}
     return {"scheme": entry.scheme.to_json()} | {
-        key: value for key, value in plain(entry, encode).items() if key != "scheme"
+        key: value for key, value in plain(entry, encode).items() if key not in left_out
     }

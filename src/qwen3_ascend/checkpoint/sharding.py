@@ -57,6 +57,20 @@ def shard(
     return Linear(share.scheme, share.shape, share.layout, tensors)
 
 
+def shard_experts(linear: Linear, rank: int, world: int) -> Linear:
+    """The experts of one rank, of a linear [experts, N, K]: one range of bytes of each tensor.
+
+    Args:
+        linear: of all experts.
+        rank: 0 <= rank < world.
+        world: number of ranks.
+
+    Raises:
+        CheckpointError: if the experts do not split over the ranks.
+    """
+    return linear.of_experts(*_span(0, linear.shape[0], rank, world))
+
+
 def _span(start: int, length: int, rank: int, world: int) -> Span:
     if length % world:
         raise CheckpointError(f"{length} does not split over {world} ranks; choose fewer")

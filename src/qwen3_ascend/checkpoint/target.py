@@ -30,6 +30,7 @@ class Target:
             the runtime; more inputs are refused.
         head_sizes: that attention over the paged cache takes.
         block_size: tokens of a key/value block.
+        card_memory: bytes that cards of the family have, by the size of the card.
     """
 
     name: str
@@ -38,6 +39,12 @@ class Target:
     largest_dimension: int
     head_sizes: tuple[int, ...]
     block_size: int
+    card_memory: tuple[int, ...]
+
+    def cards(self, nbytes: int) -> dict[int, int]:
+        """How many cards hold so many bytes of weights, by the memory of a card; a fifth of it is
+        left for the cache and what a step needs."""
+        return {memory: -(-nbytes // (memory * 4 // 5)) for memory in self.card_memory}
 
     def layout(self, scheme: Scheme, linear: str, shape: Sequence[int]) -> Layout:
         """The layout of the weight [*batch, N, K] of a linear; `refusal` has been asked."""
@@ -131,6 +138,8 @@ ASCEND_A2_A3 = Target(
     # The TND layout of npu_fused_infer_attention_score (192/128 aside, which is no Qwen3).
     head_sizes=(128,),
     block_size=CACHE_BLOCK_TOKENS,
+    # Atlas A2 cards have 32 or 64 GB, each of the two dies of an A3 has 64.
+    card_memory=(32 << 30, 64 << 30),
 )
 
 TARGETS: Mapping[str, Target] = {ASCEND_A2_A3.name: ASCEND_A2_A3}

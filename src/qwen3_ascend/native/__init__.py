@@ -18,6 +18,12 @@ from qwen3_ascend.native.floats import (
 from qwen3_ascend.native.kernels import Kernels, NativeKernels, NotFinite
 from qwen3_ascend.native.layer import Fed, Feed, LayerKernels, layer_kernels
 from qwen3_ascend.native.library import NativeUnavailable, open_library
+from qwen3_ascend.native.mixture import (
+    FloatExperts,
+    Int8Experts,
+    MixtureKernels,
+    mixture_kernels,
+)
 from qwen3_ascend.native.products import Epilogue, Products, products
 from qwen3_ascend.native.rows import Rows, RowStep
 
@@ -25,9 +31,12 @@ __all__ = [
     "Epilogue",
     "Fed",
     "Feed",
+    "FloatExperts",
     "FloatProducts",
+    "Int8Experts",
     "Kernels",
     "LayerKernels",
+    "MixtureKernels",
     "NativeKernels",
     "NativeUnavailable",
     "NotFinite",
@@ -41,6 +50,7 @@ __all__ = [
     "float_products",
     "layer_kernels",
     "load",
+    "mixture_kernels",
     "open_library",
     "products",
     "stored_codes",

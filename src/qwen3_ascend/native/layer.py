@@ -295,6 +295,19 @@ class LayerKernels:
         self._run("gated", job, columns)
         return fed
 
+    def fed(self, values: Tensor, feed: Feed) -> Fed:
+        """Values [T, K], fed."""
+        if feed.form == FLOAT:
+            return Fed(values, None)
+        rows, columns = values.shape
+        fed, threads = _fed(feed, rows, columns, values.dtype), kernel_threads()
+        (pointer,) = _pointers(values)
+        self.library.run(
+            "feed", self._path, threads, ctypes.byref(_feed(feed, fed, values.dtype)), pointer,
+            rows, columns, self._row_scratch(threads, columns),
+        )  # fmt: skip
+        return fed
+
     def widen(self, values: Tensor) -> Tensor:
         """bfloat16 [T, N] as float32."""
         (pointer,) = _pointers(values)

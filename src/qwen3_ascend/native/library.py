@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qwen3_ascend.native.tape import note
 
-ABI = 11
+ABI = 12
 LIBRARY = Path(__file__).with_name("_kernels.so")
 PATHS = {"baseline": 0, "avx2": 1, "avx512": 2}
 
@@ -64,6 +64,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "norm_rotate": [_INT, _INT, _POINTER, _POINTER],
     "gated": [_INT, _INT, _POINTER, _POINTER],
     "attention": [_INT, _INT, *[_POINTER] * 4],
+    "feed": [_INT, _INT, *[_POINTER] * 2, _LONG, _LONG, _POINTER],
     "widen": [_INT, _INT, _POINTER, _LONG, _POINTER],
     "largest_places": [_INT, _INT, _POINTER, _LONG, _LONG, _POINTER],
     # path, threads; weight, outputs, inputs, output stride, run stride; ROWS
@@ -72,6 +73,18 @@ _SIGNATURES: dict[str, list[type]] = {
     "code_product": [_INT, _INT, _POINTER, *[_LONG] * 2, *_ROWS],
     # the same; scales, shift and row scales; ROWS without their dtype
     "group_product": [_INT, _INT, _POINTER, *[_LONG] * 2, _POINTER, *_ROWS[1:]],
+    # threads; routing, dtype, logits
+    "route": [_INT, _POINTER, _INT, _POINTER],
+    # threads; sources, rows, bytes of a row; from, to; scales, result
+    "gather": [_INT, _POINTER, _LONG, _LONG, *[_POINTER] * 4],
+    # threads; routing, dtype, columns; outputs, result
+    "combine": [_INT, _POINTER, _INT, _LONG, _POINTER, _POINTER],
+    # instructions, threads; experts; weight, outputs, inputs; codes; scratch; row scales, output
+    # scales; result and its dtype
+    "int8_experts": [_INT, _INT, *[_POINTER] * 2, _LONG, _LONG, *[_POINTER] * 5, _INT],
+    # path, threads; experts; weight, outputs, inputs, output stride, run stride; dtype of rows,
+    # rows; scratch; result and its dtype
+    "float_experts": [_INT, _INT, *[_POINTER] * 2, *[_LONG] * 4, _INT, *[_POINTER] * 3, _INT],
 }
 _COUNTS = frozenset({"row_scratch", "attention_scratch"})
 """Functions that give an int64, not a status."""

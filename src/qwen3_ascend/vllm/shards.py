@@ -62,7 +62,8 @@ def rows_of(linear: Linear, rows: Rows) -> Linear:
 
 
 def check_division(manifest: Manifest, world: int, target: Target | None = None) -> None:
-    """OptionError unless every linear of a layer can be divided among so many ranks.
+    """OptionError unless every linear of a layer can be divided among so many ranks, and there are
+    no others than the plugin serves.
 
     Args:
         manifest: of the checkpoint.
@@ -70,6 +71,11 @@ def check_division(manifest: Manifest, world: int, target: Target | None = None)
         target: whose kernels multiply with the parts; None for a CPU, which takes any.
     """
     model = manifest.model
+    if model.experts:
+        raise OptionError(
+            "this checkpoint has mixtures of experts, which the plugin does not serve yet; "
+            "`qwen3-ascend serve` does, on a CPU"
+        )
     heads, kv_heads = model.num_heads, model.num_kv_heads
     copies = max(1, world // kv_heads)
     if heads % world or (kv_heads % world and world % kv_heads):

@@ -8,6 +8,7 @@
  * A weight of bfloat16 is the upper half of the float32 that it stands for. So a vector of weights,
  * two to 32 bits, is two vectors of float32: shifted up, the even inputs; masked, the odd ones.
  */
+#include "bf16.h"
 #include "floats.h"
 #include "rows.h"
 
@@ -29,14 +30,6 @@ enum {
     RUN_VECTORS = RUN_BYTES / NARROW_BYTES,
     UNIT_OUTPUTS = 2 * LANES, /* that are in registers at once, for several rows */
 };
-
-INLINE uint16_t to_bf16(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 INLINE void store(const struct float_product *product, int64_t row, int64_t output, float sum)
 {

@@ -95,6 +95,18 @@ QWEN3_ASCEND_API int qwen3_ascend_gated(int path, int threads, const struct gate
     return share_rows(rows, threads);
 }
 
+/* Feeds values [rows, columns] of the feed's type. */
+QWEN3_ASCEND_API int qwen3_ascend_feed(int path, int threads, const struct feed *feed,
+                                       const void *values, int64_t rows, int64_t columns,
+                                       float *scratch)
+{
+    const struct layer_table *table = find_layer(path);
+    if (table == NULL) return STATUS_NO_PATH;
+    struct rows_job job = {.table = table, .feed = feed, .values = values, .rows = rows,
+                           .columns = columns, .scratch = scratch};
+    return share_rows(job, threads);
+}
+
 /* ---- widening ---- */
 
 /* Values of a part: a few microseconds. */

@@ -4,6 +4,7 @@
  * Rows are widened to float32 in the caller's scratch and padded with zeros to whole vectors, so
  * that loops have no ends of their own.
  */
+#include "bf16.h"
 #include "layer.h"
 
 /* FOLD(v) of floats_*.c: the sums of the lanes of a vector that are four apart, [4]. */
@@ -19,14 +20,6 @@ typedef uint32_t words4_of_floats __attribute__((vector_size(16), may_alias, ali
 typedef uint32_t pairs __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(2)));
 
 INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
-INLINE float from_bf16(uint16_t half)
-{
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 INLINE const uint8_t *at(const void *values, int dtype, int64_t place)
 {

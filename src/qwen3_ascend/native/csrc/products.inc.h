@@ -11,6 +11,7 @@
  *
  * Sums of integers are exact in any order, so every path finds the same.
  */
+#include "bf16.h"
 #include "products.h"
 #include "rows.h"
 
@@ -33,14 +34,6 @@ typedef int32_t vector __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef int32_t narrow __attribute__((vector_size(NARROW_BYTES), may_alias));
 
 /* ---- what becomes of the sums ---- */
-
-INLINE uint16_t to_bf16(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 /* `count` outputs from `output` on of one row. */
 INLINE void scale_sums(const struct int8_product *product, const int32_t *sums, int64_t row,
