@@ -45,6 +45,8 @@ class Generation:
         handlers: of NPUGraph.update.
         decode_splits_keys: attention in the layout TND spreads one long context over many cores;
             without, a decode step goes to the prefill kernel, which does not.
+        grouped_swiglu_v2: the wheel has npu_grouped_matmul_swiglu_quant_v2, which takes counts;
+            without, the first version alone, which takes their sums.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Generation:
     single_norm_scales: bool = True
     handlers: Handlers = "method"
     decode_splits_keys: bool = True
+    grouped_swiglu_v2: bool = True
 
 
 _CANN_8 = Generation(
@@ -79,6 +82,7 @@ GENERATIONS = {
             wheels=("2.6.0.post3", "2.7.1", "2.8.0"),
             whole_masked_output=True,
             handlers="hard_coded_without_paged",
+            grouped_swiglu_v2=False,
         ),
         replace(
             _CANN_8,
@@ -151,12 +155,14 @@ def pretending(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def paired_wheel(generation: Generation) -> Iterator[None]:
     """Takes from the installed wheel what the wheels of a release lack."""
-    from .absences import without_argument
+    from .absences import without_argument, without_operator
     from .graph_handlers import graph_handlers
 
     with contextlib.ExitStack() as absent:
         if not generation.cache_mode:
             absent.enter_context(without_argument("npu_scatter_pa_kv_cache", "cache_mode"))
+        if not generation.grouped_swiglu_v2:
+            absent.enter_context(without_operator("npu_grouped_matmul_swiglu_quant_v2"))
         absent.enter_context(graph_handlers(generation.handlers))
         yield
 
