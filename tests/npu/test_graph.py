@@ -15,8 +15,9 @@ import ascend_sim
 import pytest
 import torch
 import torch_npu
+from support import tiny_models
 
-from qwen3_ascend import SamplingParams, load
+from qwen3_ascend import SamplingParams, convert_checkpoint, load
 from qwen3_ascend.errors import DeviceError, DeviceStuckError, OptionError
 from qwen3_ascend.runtime import LLM
 from qwen3_ascend.runtime.backends.cache import LayerKV
@@ -26,6 +27,7 @@ from qwen3_ascend.runtime.backends.npu.attention import (
     FusedAttention,
     HeadCounts,
     PagedAttention,
+    Workspaces,
 )
 from qwen3_ascend.runtime.backends.npu.graph import GraphRunner, decode_buckets
 from qwen3_ascend.runtime.backends.npu.graph_calls import (
@@ -334,6 +336,35 @@ def test_the_model_path_needs_no_operator_without_a_stand_in(checkpoints: dict[s
     llm = open_npu(checkpoints["w8a8"])
     llm.generate(["What does river mean?"], SamplingParams(max_new_tokens=3, temperature=0.7))
     assert ascend_sim.trace.fallbacks() == []
+
+
+@pytest.mark.parametrize("attention", ["fused", "paged"])
+def test_a_small_batch_that_needs_more_scratch_leaves_larger_graphs_alone(
+    tmp_path: Path, attention: str
+) -> None:
+    """A long context of one request is divided among cores, which takes more scratch than eight
+    requests do. It lies where the larger graph, captured before, keeps its activations."""
+    source = tiny_models.write(tmp_path / "source", tiny_models.config(head_dim=128))
+    convert_checkpoint(source, tmp_path / "out", "w8a8-plain")
+    prompts = [[7 + number] * (5 + 7 * number) for number in range(8)]
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+
+    def tokens(**options: Any) -> list[tuple[int, ...]]:
+        llm = load(tmp_path / "out", kv_cache_tokens=8192, max_batch=8, **options)
+        return [answer.token_ids for answer in llm.generate(prompts, params)]
+
+    found = tokens(device="npu", buckets=(1, 8), attention=attention)
+    assert found == tokens(device="cpu")
+
+
+def test_graphs_share_scratch_that_is_no_later_graphs() -> None:
+    workspaces, first, more = Workspaces(), torch.empty(100), torch.empty(200)
+    assert workspaces.enough(8, first) is first
+    assert workspaces.enough(4, torch.empty(50)) is first  # and none of its own
+    assert workspaces.enough(1, more) is more
+    assert [workspaces.of(rows) for rows in (8, 4, 1)] == [first, first, more]
+    again = torch.empty(150)
+    assert workspaces.enough(8, again) is again  # not that of the later graph, which is larger
 
 
 @pytest.mark.parametrize("binds", [True, False])

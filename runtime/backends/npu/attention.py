@@ -106,6 +106,33 @@ class AttentionStrategy(Protocol):
         """What a replay of the graph for len(context_lens) rows is given."""
 
 
+class Workspaces:
+    """Scratch memory of captured attention, which graphs share.
+
+    A graph may use a workspace that was there when it was captured, and one that is made outside of
+    all captures. Another graph's lies, if it came later, where this one keeps its activations: all
+    graphs take their memory from one pool. A small batch may need more than a large one, because
+    long contexts are then divided among cores.
+    """
+
+    def __init__(self) -> None:
+        self._largest: Tensor | None = None
+        self._of_rows: dict[int, Tensor] = {}
+
+    def of(self, rows: int) -> Tensor:
+        """That of the graph for so many rows."""
+        return self._of_rows[rows]
+
+    def enough(self, rows: int, needed: Tensor) -> Tensor:
+        """One for the graph of so many rows: its own, or the largest there is; or, where neither is
+        enough, the one that was made for this call."""
+        own = self._of_rows.get(rows, self._largest)
+        if own is None or own.nbytes < needed.nbytes:
+            own = self._largest = needed
+        self._of_rows[rows] = own
+        return own
+
+
 class FusedAttention:
     """npu_fused_infer_attention_score in the TND layout: prefill, chunked prefill and decode."""
 
@@ -117,7 +144,7 @@ class FusedAttention:
         self.counts, self.write, self._calls = counts, write, calls
         ones = torch.ones(CAUSAL_MASK_SIZE, CAUSAL_MASK_SIZE, dtype=torch.bool)
         self._mask = ones.triu(1).to("npu")
-        self._workspace: Tensor | None = None
+        self._workspaces = Workspaces()
 
     def prefill(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
         """Causal attention of chunks whose keys are already in the cache: [T, heads, head_dim]."""
@@ -152,18 +179,16 @@ class FusedAttention:
         return sum(-(-length // block_size) for length in context_lens) <= num_blocks
 
     def update(self, context_lens: tuple[int, ...]) -> dict[str, Any]:
-        """See AttentionStrategy: a host list, and the workspace of the moment."""
-        return {self.lengths.key: list(context_lens), "workspace": self._workspace}
+        """See AttentionStrategy: a host list, and the workspace that the graph has."""
+        workspace = self._workspaces.of(len(context_lens))
+        return {self.lengths.key: list(context_lens), "workspace": workspace}
 
     def _workspace_for(self, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
-        """One that is enough for every length, and for every batch size so far: the largest is
-        captured first."""
+        """One that is enough for every length."""
         needed: Tensor = torch_npu._npu_fused_infer_attention_score_get_max_workspace(
             *inputs, **arguments
         )
-        if self._workspace is None or needed.nbytes > self._workspace.nbytes:
-            self._workspace = needed
-        return self._workspace
+        return self._workspaces.enough(inputs[0].shape[0], needed)
 
     def _in_parts(self, query: Tensor, cache: LayerKV, step: StepInputs, **mask: Any) -> Tensor:
         """Nearly always one call; see the top of this file."""
@@ -204,7 +229,7 @@ class PagedAttention:
         self.counts, self._calls = counts, calls
         self.write: CacheWrite = reshape_and_cache
         self._fused = FusedAttention(counts, self.write, calls)
-        self._workspace: Tensor | None = None
+        self._workspaces = Workspaces()
         self._captured: dict[int, list[Any]] = {}
 
     def prefill(self, query: Tensor, cache: LayerKV, step: StepInputs) -> Tensor:
@@ -242,11 +267,9 @@ class PagedAttention:
         return {self.lengths.key: lengths, "workspace": self._workspace_for(call)}
 
     def _workspace_for(self, call: Sequence[Any]) -> Tensor:
-        """The shared workspace, replaced by a larger one if this call needs it."""
+        """The workspace of such a graph, replaced by a larger one if this call needs it."""
         needed: Tensor = torch_npu._npu_paged_attention_get_workspace(*call)
-        if self._workspace is None or needed.numel() > self._workspace.numel():
-            self._workspace = needed
-        return self._workspace
+        return self._workspaces.enough(call[0].shape[0], needed)
 
     def _call(
         self, query: Tensor, cache: LayerKV, step: StepInputs, output: Tensor
