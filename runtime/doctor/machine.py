@@ -68,16 +68,16 @@ def _decoding(found: Capabilities) -> Iterator[Check]:
 def forms(config: Qwen3Config) -> Iterator[Check]:
     """Every form of each operation is tried, also those that are not used here."""
     from qwen3_ascend.runtime.backends.npu.capabilities import (
-        OPERATIONS,
         UNTRIED,
         objection,
+        operations,
         refusals_are_fatal,
     )
 
     if refusals_are_fatal():
         yield Check("forms", "trying each", "skipped", UNTRIED)
         return
-    for operation in OPERATIONS.values():
+    for operation in operations(config).values():
         for form in operation.forms:
             objected = objection(form, operation.trial(config))
             detail = f"cannot be used: {objected}" if objected else ""

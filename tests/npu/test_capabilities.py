@@ -241,7 +241,9 @@ def there(what: str) -> Support:
 def machine(**lacks: bool) -> Capabilities:
     """A machine that lacks what is named."""
     names = ("bound_update", "fused_update", "paged_update", "masked", "fused_splits", "paged")
-    found = {name: lacking(name) if lacks.get(name) else there(name) for name in names}
+    found: dict[str, Any] = {
+        name: lacking(name) if lacks.get(name) else there(name) for name in names
+    }
     form: Any = None
     return Capabilities(form, form, form, form, **found)
 

@@ -11,10 +11,9 @@ import ascend_sim
 import pytest
 import torch
 import torch_npu
-from support import tiny_models
 from support.folders import flip_a_byte
 
-from qwen3_ascend import convert_checkpoint, load
+from qwen3_ascend import load
 from qwen3_ascend.checkpoint.layout import ND
 from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.reader import CheckpointReader
@@ -36,13 +35,6 @@ RECIPES = ("w8a8", "bf16", "w8a16", "w4a16-plain", "w4a16-zero-points")
 
 PADDING = 544
 """torch_npu rounds an allocation up to 512 bytes and adds 32."""
-
-
-def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
-    source = tiny_models.write(tmp_path / "source", tiny_models.mixture(head_dim=128))
-    convert_checkpoint(source, tmp_path / "out", "w8a8-plain")
-    with pytest.raises(DeviceError, match="mixtures of experts have no kernels on an NPU yet"):
-        load(tmp_path / "out", device="npu")
 
 
 def test_a_kernel_that_is_not_there_is_named(checkpoints: dict[str, Path]) -> None:

@@ -21,7 +21,6 @@ from qwen3_ascend.errors import DeviceError, OptionError
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     Backend,
-    DeviceExperts,
     DeviceForward,
     DeviceLinear,
     Download,
@@ -33,7 +32,7 @@ from qwen3_ascend.runtime.backends.base import (
 from qwen3_ascend.runtime.backends.cache import LayerKV, bytes_per_token, cache_shape
 from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.attention import open_attention
-from qwen3_ascend.runtime.backends.npu.capabilities import Capabilities, probe
+from qwen3_ascend.runtime.backends.npu.capabilities import Capabilities, chosen_form, probe
 from qwen3_ascend.runtime.backends.npu.decoding import Decoding, choose_decoding
 from qwen3_ascend.runtime.backends.npu.device import (
     free_bytes,
@@ -42,6 +41,18 @@ from qwen3_ascend.runtime.backends.npu.device import (
     require_capture,
 )
 from qwen3_ascend.runtime.backends.npu.downloads import download
+from qwen3_ascend.runtime.backends.npu.experts import (
+    FloatExperts,
+    Int8Experts,
+    NpuExperts,
+    RoutedRows,
+    Routing,
+    choose_experts,
+    load_experts,
+    npu_experts,
+    route_floats,
+    sum_up,
+)
 from qwen3_ascend.runtime.backends.npu.graph import (
     MAX_STREAMS,
     GraphRunner,
@@ -72,7 +83,7 @@ from qwen3_ascend.runtime.backends.npu.linears import (
 )
 from qwen3_ascend.runtime.backends.npu.operators import add_norm, dynamic_quant, static_quant
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
-from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
+from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_experts, kernel_sees_weight
 from qwen3_ascend.runtime.backends.npu.transfers import BUFFER_BYTES, Transfers
 from qwen3_ascend.runtime.backends.npu.uploads import StepUploads
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
@@ -105,8 +116,6 @@ class NpuBackend(Backend[LayerKV]):
             DeviceError: if something this machine needs is missing.
             OptionError: for an option that does not exist.
         """
-        if config.experts:
-            raise _no_experts()
         if options.graph:
             require_capture()
         self.info = open_device()
@@ -184,16 +193,41 @@ class NpuBackend(Backend[LayerKV]):
         return loaded
 
     @override
-    def experts(self, linear: Linear) -> DeviceExperts:
-        raise _no_experts()
+    def experts(self, linear: Linear) -> NpuExperts:
+        """The first of each kind is checked through its own kernel (S3)."""
+        kind = (f"experts, {linear.scheme}", linear.layout)
+        loaded = load_experts(linear, self._upload)
+        if kind not in self._checked and not kernel_sees_experts(linear, loaded):
+            raise DeviceError("the kernels read other weights of experts than the file holds")
+        self._checked.add(kind)
+        return loaded
 
     @override
-    def dense_experts(self, weights: Sequence[Tensor]) -> DeviceExperts:
-        raise _no_experts()
+    def dense_experts(self, weights: Sequence[Tensor]) -> NpuExperts:
+        """As one tensor, which is a copy."""
+        return FloatExperts(torch.stack([*weights]))
 
     @override
     def mixture(self, x: Tensor, mixture: Mixture) -> Tensor:
-        raise _no_experts()
+        gate_up, down = npu_experts(mixture.gate_up), npu_experts(mixture.down)
+        routing = choose_experts(mixture.router(x), mixture.per_token, mixture.normalize)
+        routed = self._route(x, routing, gate_up)
+        rows = down(self._gate_experts(routed, gate_up, down), routed.counts)
+        return sum_up(rows, routed, routing)
+
+    def _route(self, x: Tensor, routing: Routing, experts: NpuExperts) -> RoutedRows:
+        if experts.input is Input.FLOAT:
+            return route_floats(x, routing)
+        return chosen_form(self.capabilities.expert_route)(x, routing)
+
+    def _gate_experts(
+        self, routed: RoutedRows, gate_up: NpuExperts, down: NpuExperts
+    ) -> Activation:
+        """silu(gate) * up of routed rows, as the next linear of their experts wants it."""
+        if isinstance(gate_up, Int8Experts) and isinstance(down, Int8Experts):
+            return chosen_form(self.capabilities.expert_gate)(routed, gate_up)
+        gated: Tensor = torch_npu.npu_swiglu(gate_up(routed.values, routed.counts), dim=-1)
+        return dynamic_quant(gated) if down.input is Input.INT8_PER_TOKEN else gated
 
     @override
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
@@ -401,12 +435,6 @@ def _kernel_sees_weight(linear: Linear, loaded: NpuLinear) -> bool:
             f"this torch_npu and CANN do not compute with the scheme {linear.scheme} "
             f"({in_one_line(error)}); convert with another recipe"
         ) from error
-
-
-def _no_experts() -> DeviceError:
-    return DeviceError(
-        'mixtures of experts have no kernels on an NPU yet: use --device cpu (device="cpu")'
-    )
 
 
 def _captured_calls(decoding: Decoding) -> CapturedCalls:

@@ -21,6 +21,12 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu import trials
 from qwen3_ascend.runtime.backends.npu.device import in_one_line, require_atb, running_cann
+from qwen3_ascend.runtime.backends.npu.experts import (
+    EXPERT_GATES,
+    ROUTES,
+    GateExperts,
+    RouteCodes,
+)
 from qwen3_ascend.runtime.backends.npu.graph_updates import (
     FUSED_LENGTHS,
     PAGED_LENGTHS,
@@ -81,6 +87,9 @@ class Capabilities:
         masked: whether attention of fixed lengths takes a mask.
         fused_splits: whether fused attention spreads one long context over many cores.
         paged: whether paged attention is there.
+        expert_route: quantizes rows for the experts that their tokens are given to; None for a
+            model without experts, as the next one.
+        expert_gate: multiplies rows with gate and up of their experts, gates and quantizes.
     """
 
     cache_write: Choice[CacheWrite]
@@ -93,6 +102,8 @@ class Capabilities:
     masked: Support
     fused_splits: Support
     paged: Support
+    expert_route: Choice[RouteCodes] | None = None
+    expert_gate: Choice[GateExperts] | None = None
 
     @property
     def choices(self) -> dict[str, Choice[Any]]:
@@ -142,6 +153,18 @@ OPERATIONS: dict[str, Operation] = {
 """By the field of Capabilities."""
 
 
+OF_EXPERTS: dict[str, Operation] = {
+    "expert_route": Operation("routing to experts", ROUTES, trials.expert_route),
+    "expert_gate": Operation("gate of experts", EXPERT_GATES, trials.expert_gate),
+}
+"""Of models with mixtures of experts alone."""
+
+
+def operations(config: Qwen3Config) -> dict[str, Operation]:
+    """What is computed for a model and has more than one form, by the field of Capabilities."""
+    return {**OPERATIONS, **OF_EXPERTS} if config.experts else OPERATIONS
+
+
 def probe(config: Qwen3Config) -> Capabilities:
     """Tries what a model needs on the current device; takes some milliseconds.
 
@@ -151,7 +174,7 @@ def probe(config: Qwen3Config) -> Capabilities:
     with torch.inference_mode():
         chosen: dict[str, Any] = {
             field: choose(operation.name, operation.forms, operation.trial(config))
-            for field, operation in OPERATIONS.items()
+            for field, operation in operations(config).items()
         }
         masked, paged = masked_support(config), paged_support(config)
     return Capabilities(
@@ -167,9 +190,16 @@ def probe(config: Qwen3Config) -> Capabilities:
 
 def last_forms(capabilities: Capabilities) -> Capabilities:
     """The same machine, as if it had no newer operator than every torch_npu has."""
-    for field, operation in OPERATIONS.items():
+    for field in capabilities.choices:
+        operation = {**OPERATIONS, **OF_EXPERTS}[field]
         capabilities = capabilities.using(field, operation.forms[-1])
     return capabilities
+
+
+def chosen_form(choice: Choice[Call] | None) -> Call:
+    """What computes an operation that a model has."""
+    assert choice is not None, "the model was probed without it"
+    return choice.call
 
 
 def choose(

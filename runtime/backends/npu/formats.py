@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch_npu
@@ -43,14 +43,14 @@ def upload_packed(
     """Puts a stored weight on the device without changing a byte.
 
     Args:
-        stored: CPU tensor in the layout's storage shape.
+        stored: CPU tensor in the layout's storage shape; batch axes, such as experts, come first.
         layout: "nz" or "nd", of [K, N] or [N, K].
         outputs, inputs: N and K.
         copy: takes the device tensor and the bytes for its storage.
 
     Returns:
-        A tensor of logical shape [K, N] or [N, K], as the layout says, with a column for each word;
-        FRACTAL_NZ if the layout is nz.
+        A tensor of logical shape [*batch, K, N] or [*batch, N, K], as the layout says, with a
+        column for each word; FRACTAL_NZ if the layout is nz.
 
     Raises:
         FormatError: self-check S0: the storage is not FRACTAL_NZ of exactly these bytes.
@@ -60,14 +60,17 @@ def upload_packed(
         plain = torch.empty(stored.shape, dtype=stored.dtype, device="npu")
         copy(plain, stored.contiguous())
         return plain
-    tensor = empty_packed(stored.dtype, layout, outputs, inputs)
+    batch = stored.shape[: -len(layout.storage_shape((outputs, inputs)))]
+    tensor = empty_packed(stored.dtype, layout, outputs, inputs, batch)
     fill_packed(tensor, stored, copy)
     return tensor
 
 
-def empty_packed(dtype: torch.dtype, layout: Layout, outputs: int, inputs: int) -> Tensor:
-    """An unfilled device tensor [K, N] or [N, K], with a column for each word, whose storage is
-    FRACTAL_NZ.
+def empty_packed(
+    dtype: torch.dtype, layout: Layout, outputs: int, inputs: int, batch: Sequence[int] = ()
+) -> Tensor:
+    """An unfilled device tensor [*batch, K, N] or [*batch, N, K], with a column for each word,
+    whose storage is FRACTAL_NZ.
 
     torch_npu's own strips of int32 are 64 bytes wide, so words are made as bytes and viewed, as
     vllm-ascend views int4 weights (methods/w4a8.py).
@@ -76,7 +79,7 @@ def empty_packed(dtype: torch.dtype, layout: Layout, outputs: int, inputs: int) 
     words = -(-columns // layout.per_word)
     made = torch.int8 if layout.per_word > 1 else dtype
     tensor: Tensor = torch_npu.empty_with_format(
-        (rows, words * (dtype.itemsize // made.itemsize)),
+        (*batch, rows, words * (dtype.itemsize // made.itemsize)),
         dtype=made,
         device="npu",
         acl_format=ACL_FORMAT_FRACTAL_NZ,
@@ -105,7 +108,8 @@ def upload_by_cast(stored: Tensor, layout: Layout, outputs: int, inputs: int) ->
         by_row = dataclasses.replace(layout, format="nd", c0=0)
         return by_row.pack(layout.unpack(stored, (outputs, inputs))).to("npu")
     plain = layout.unpack(stored, (outputs, inputs))
-    matrix = plain.t().contiguous() if layout.nz_of == "KN" and layout.format == "nz" else plain
+    turned = layout.nz_of == "KN" and layout.format == "nz"
+    matrix = plain.transpose(-2, -1).contiguous() if turned else plain
     tensor = matrix.to("npu")
     if layout.format == "nd":
         return tensor

@@ -20,6 +20,7 @@ from torch import Tensor
 from qwen3_ascend.checkpoint.layout import nz_pack, pack_words
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.runtime.backends.npu import formats
+from qwen3_ascend.runtime.backends.npu.experts import NpuExperts
 from qwen3_ascend.runtime.backends.npu.linears import NpuLinear
 
 PROBE_ROWS = 16
@@ -59,6 +60,13 @@ def kernel_sees_weight(linear: Linear, loaded: NpuLinear) -> bool:
     """S3 for one loaded linear."""
     rows = _rows(linear)
     return torch.equal(loaded.probe(rows), linear.codes()["weight"][:, rows].t())
+
+
+def kernel_sees_experts(linear: Linear, loaded: NpuExperts) -> bool:
+    """S3 for the loaded linears of all experts."""
+    rows = _rows(linear)
+    expected = linear.codes()["weight"][..., rows].transpose(-2, -1)
+    return torch.equal(loaded.probe(rows), expected)
 
 
 def kernel_decodes_weight(linear: Linear, loaded: NpuLinear) -> bool:

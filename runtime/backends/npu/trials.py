@@ -12,10 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.config import Qwen3Config
+from qwen3_ascend.checkpoint.config import ExpertsConfig, Qwen3Config
+from qwen3_ascend.checkpoint.linear import quantize
+from qwen3_ascend.checkpoint.schemes import W8A8
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
-from qwen3_ascend.runtime.backends.base import QuantizedActivation
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
+from qwen3_ascend.runtime.backends.base import QuantizedActivation, as_codes
 from qwen3_ascend.runtime.backends.cache import LayerKV
+from qwen3_ascend.runtime.backends.npu import formats
+from qwen3_ascend.runtime.backends.npu.experts import (
+    GateExperts,
+    Int8Experts,
+    RouteCodes,
+    RoutedRows,
+    choose_experts,
+)
 from qwen3_ascend.runtime.backends.npu.operators import (
     CacheWrite,
     GatedQuant,
@@ -109,6 +120,58 @@ def gated_rows(rows: int, inner: int) -> Tensor:
     gate_up[torch.arange(rows), places] = PEAK
     gate_up[torch.arange(rows), inner + places] = PEAK
     return gate_up
+
+
+def expert_route(config: Qwen3Config) -> Callable[[RouteCodes], None]:
+    """Tokens of the model's hidden size, each of them given to several experts."""
+    experts = mixture_of(config)
+
+    def trial(form: RouteCodes) -> None:
+        for rows in ROWS:
+            x = _normal(rows, config.hidden_size, seed=12)
+            routing = choose_experts(
+                _normal(rows, experts.count, seed=13).to("npu"), experts.per_token, True
+            )
+            routed = form(x.to("npu"), routing)
+            places, chosen = routed.places.cpu().long(), routing.chosen.cpu().long().flatten()
+            owners = torch.empty_like(places)
+            owners[places] = torch.arange(rows).repeat_interleave(experts.per_token)
+            _compare_codes(as_codes(routed.values), x.float()[owners])
+            if not torch.equal(routed.counts.cpu(), chosen.bincount(minlength=experts.count)):
+                raise Mismatch("the counts of rows are not those of the experts")
+
+    return trial
+
+
+def expert_gate(config: Qwen3Config) -> Callable[[GateExperts], None]:
+    """A few experts of the model's own sizes, one of them without rows."""
+    experts, hidden = mixture_of(config), config.hidden_size
+    shape = (3, 2 * experts.intermediate_size, hidden)
+    weight = _normal(*shape, seed=14) / hidden**0.5
+    linear = quantize(W8A8(), weight, None, ASCEND_A2_A3.layout(W8A8(), "", shape))
+    codes, scale = quantize_tokens(_normal(5, hidden, seed=15))
+    owners = torch.tensor([0, 0, 0, 2, 2])
+
+    def trial(form: GateExperts) -> None:
+        loaded = Int8Experts.load(linear, formats.upload_packed)
+        counts = owners.bincount(minlength=3)
+        fed = QuantizedActivation(codes.to("npu"), scale.to("npu"))
+        routed = RoutedRows(fed, torch.arange(5, dtype=torch.int32).to("npu"), counts.to("npu"))
+        products = [
+            linear.matrix(int(owner)).scheme.decode(linear.matrix(int(owner)).codes())
+            @ (codes[row].float() * scale[row])
+            for row, owner in enumerate(owners)
+        ]
+        gate, up = torch.stack(products).chunk(2, dim=-1)
+        _compare_codes(form(routed, loaded), F.silu(gate) * up)
+
+    return trial
+
+
+def mixture_of(config: Qwen3Config) -> ExpertsConfig:
+    """The mixtures of a model that has some."""
+    assert config.experts is not None, "a dense model has no experts to try"
+    return config.experts
 
 
 def rotate(config: Qwen3Config) -> Callable[[Rotate], None]:
