@@ -22,6 +22,7 @@ from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.schemes import W4A16, W8A8, W8A16, Scheme, w4a16
+from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.convert.plan import Plan, make_plan
 from qwen3_ascend.convert.source.config_file import read_config
 from qwen3_ascend.errors import ConfigError, RecipeError, SourceError, UserError
@@ -243,6 +244,22 @@ def test_dry_run_obeys_the_memory_limit(tmp_path: Path) -> None:
     assert said["working_bytes"] <= 100 << 20 and said["threads"] < 7
     few = ("--dry-run", "--max-memory", "1MiB")
     run("convert", source, tmp_path / "out", *few).one_line_error("bytes of memory are too little")
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "cards"), [(25, (1, 1)), (26, (2, 1)), (51, (2, 1)), (52, (3, 2)), (221, (9, 5))]
+)
+def test_cards_that_hold_the_weights(gigabytes: int, cards: tuple[int, int]) -> None:
+    """Of 32 and of 64 GB, a fifth of which is left."""
+    assert ASCEND_A2_A3.cards(gigabytes << 30) == {32 << 30: cards[0], 64 << 30: cards[1]}
+
+
+def test_the_dry_run_tells_the_cards(tmp_path: Path) -> None:
+    source = tiny_models.write(tmp_path / "source")
+    text = run("convert", source, tmp_path / "out", "--dry-run").out
+    assert "held by 1 card of 32 GB or 1 card of 64 GB, with a fifth left for the cache" in text
+    said = json.loads(run("convert", source, tmp_path / "out", "--dry-run", "--json").out)
+    assert said["cards"] == {"32 GB": 1, "64 GB": 1}
 
 
 JUNK = (
