@@ -159,14 +159,8 @@ class _Origin:
         """The weight of a linear."""
         tensors = {name: self.source.read(name) for name in _weight_names(entry, self.source)}
         found = read_matrices(_encoding(entry, self.source), entry.matrices, tensors)
-        return in_one(
-            [
-                weights
-                if (find := self._find(parts)) is None
-                else weights.changed(find, self.kernels)
-                for weights, parts in zip(found, _changed_parts(name, entry), strict=True)
-            ]
-        )
+        finds = [self._find(parts) for parts in _changed_parts(name, entry)]
+        return in_one(found, finds, self.kernels)
 
     def bias(self, name: str, entry: LinearEntry) -> Tensor:
         """The bias of a linear, of all its parts."""

@@ -6,9 +6,10 @@ of the whole linear; and codes that somebody else has chosen, which are taken as
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ from qwen3_ascend.convert.quantizers.base import Choose, Chosen
 from qwen3_ascend.convert.transforms.changes import FindChanges
 from qwen3_ascend.convert.transforms.stack import ChangedStack
 from qwen3_ascend.native import Kernels
+
+EXPERTS_KEPT = 4
+"""Experts whose changed weights are kept: those that as many threads work on when a checkpoint is
+compared with its source. A conversion gives all experts of a linear to one thread."""
 
 CHUNK_WEIGHTS = 1 << 20
 """Weights whose codes a quantizer chooses together."""
@@ -152,11 +157,20 @@ class QuantizedWeights(ChosenWeights):
 class ExpertWeights(Weights):
     """The weights of linears that are stored as one, [experts, N, K]: each has its own source.
 
+    What a change makes of an expert's weights is large, and kept for the last few experts only:
+    pieces come expert by expert.
+
     Attributes:
-        matrices: of each expert.
+        matrices: of each expert, as the source has them.
+        finds: gives the changes of each; None for what stays as it is.
+        kernels: to change with.
     """
 
     matrices: tuple[Weights, ...]
+    finds: tuple[FindChanges | None, ...]
+    kernels: Kernels
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _changed: dict[int, Weights] = field(default_factory=dict)
 
     @override
     def pack_piece(self, scheme: Scheme, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
@@ -164,7 +178,7 @@ class ExpertWeights(Weights):
 
     @override
     def floats(self) -> Tensor:
-        return torch.stack([weights.floats() for weights in self.matrices])
+        return torch.stack([self._expert(number).floats() for number in range(len(self.matrices))])
 
     @override
     def errors(self, stored: Linear, piece: Piece, kernels: Kernels) -> Sums | None:
@@ -183,12 +197,34 @@ class ExpertWeights(Weights):
         raise AssertionError("each expert is changed by itself")
 
     def _of(self, piece: Piece) -> Weights:
-        return self.matrices[piece.matrix]
+        return self._expert(piece.matrix)
+
+    def _expert(self, number: int) -> Weights:
+        find = self.finds[number]
+        if find is None:
+            return self.matrices[number]
+        with self._lock:
+            if number not in self._changed:
+                self._changed[number] = self.matrices[number].changed(find, self.kernels)
+                while len(self._changed) > EXPERTS_KEPT:
+                    del self._changed[next(iter(self._changed))]
+            return self._changed[number]
 
 
-def in_one(matrices: Sequence[Weights]) -> Weights:
-    """The weights of a linear, of those of each of its matrices."""
-    return matrices[0] if len(matrices) == 1 else ExpertWeights(tuple(matrices))
+def in_one(
+    matrices: Sequence[Weights], finds: Sequence[FindChanges | None], kernels: Kernels
+) -> Weights:
+    """The weights of a linear after changes.
+
+    Args:
+        matrices: of each of its matrices.
+        finds: gives the changes of each; None for what stays as it is.
+        kernels: to change with.
+    """
+    if len(matrices) > 1:
+        return ExpertWeights(tuple(matrices), tuple(finds), kernels)
+    (weights,), (find,) = matrices, finds
+    return weights if find is None else weights.changed(find, kernels)
 
 
 class KeptWeights(Weights):

@@ -167,12 +167,11 @@ def make_task(
     stored = {name: values[name] for name in item.weights}
     matrices = read_matrices(item.encoding, item.matrices, stored)
     biases = tuple(values[name] for name in item.biases)
-    find = None
+    finds: list[FindChanges | None] = [None] * len(matrices)
     if item.block:
         finds = [partial(changes.of, names, partial(floats_of, source)) for names in item.changed]
-        matrices = [w.changed(f, changes.kernels) for w, f in zip(matrices, finds, strict=True)]
-        find = finds[0] if len(finds) == 1 else None  # experts have no biases to change
-    reads, weights = tuple(values.items()), in_one(matrices)
+    reads, weights = tuple(values.items()), in_one(matrices, finds, changes.kernels)
+    find = finds[0] if len(finds) == 1 else None  # experts have no biases to change
     return Task(item, reads, weights, biases, item.pieces, find, statistics, consults=consults)
 
 
