@@ -113,15 +113,19 @@ def tokens_of(llm: LLM, count: int) -> list[tuple[int, ...]]:
     return [answer.token_ids for answer in llm.generate(prompts(count), SHORT)]
 
 
-@pytest.mark.parametrize("graph", [False, True])
-def test_tokens_of_floats_are_the_cpus(folders: Path, graph: bool) -> None:
+def tokens_are_the_cpus(path: Path, graph: bool) -> None:
     """One to 17 answers at a time: with one there are experts without a row."""
-    cpu = load(folders / "bf16", device="cpu", kv_cache_tokens=8192, max_batch=17)
-    llm = open_npu(folders / "bf16", graph=graph)
+    cpu = load(path, device="cpu", kv_cache_tokens=8192, max_batch=17)
+    llm = open_npu(path, graph=graph)
     for count in (1, 2, 3, 8, 17):
         expected = tokens_of(cpu, count)
         assert tokens_of(llm, count) == expected
     assert len(set(expected)) > 8
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_tokens_of_floats_are_the_cpus(folders: Path, graph: bool) -> None:
+    tokens_are_the_cpus(folders / "bf16", graph)
 
 
 def test_logits_of_floats_are_the_cpus(folders: Path) -> None:
@@ -144,12 +148,7 @@ def gate_as_defined(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gate_as_defined")
 @pytest.mark.parametrize("graph", [False, True])
 def test_tokens_of_int8_experts_are_the_cpus(folders: Path, graph: bool) -> None:
-    cpu = load(folders / "w8a8-plain", device="cpu", kv_cache_tokens=8192, max_batch=17)
-    llm = open_npu(folders / "w8a8-plain", graph=graph)
-    for count in (1, 2, 3, 8, 17):
-        expected = tokens_of(cpu, count)
-        assert tokens_of(llm, count) == expected
-    assert len(set(expected)) > 8
+    tokens_are_the_cpus(folders / "w8a8-plain", graph)
 
 
 @pytest.mark.parametrize("gate", GATES, ids=lambda form: form.name)
