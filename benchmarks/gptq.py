@@ -187,7 +187,7 @@ class Ours:
 
     def _quantize(self, name: str) -> tuple[str, Weights]:
         choose = self._gptq.prepare(self._grid, self._known.pop(name), self._kernels)
-        return name, self._weights[name].quantized(choose, self._kernels, lambda: None)
+        return name, self._weights[name].quantized(iter([choose]), self._kernels, lambda: None)
 
     def results(self) -> dict[str, Tensor]:
         """See Side."""

@@ -58,7 +58,7 @@ def compare(
     if manifest.source.format != source.quantization.format:
         was, now = manifest.source.format or "floats", source.quantization.format or "floats"
         return [f"the checkpoint was made of a source of {was}, and this one is of {now}"]
-    origin = _Origin(source, _changes(reader, kernels), kernels)
+    origin = _Origin(source, _changes(reader, kernels), kernels, count)
     source.expect(origin.needed(manifest))
     for name, stored in manifest.tensors.items():
         if not _equal(origin.tensor(name, stored.shape), reader.tensor(name), count):
@@ -66,7 +66,7 @@ def compare(
         progress(stored.nbytes)
         source.drop_pages()
     for name, entry in manifest.linears.items():
-        problems += _linear_problems(name, entry, reader.linear(name), origin, count)
+        problems += _linear_problems(name, entry, reader.linear(name), origin)
         progress(sum(tensor.nbytes for tensor in entry.tensors.values()))
         source.drop_pages()
     return [*problems, *_changed(source, manifest.source.tensors, count)]
@@ -92,12 +92,11 @@ def _linear_problems(
     entry: LinearEntry,
     linear: Linear,
     origin: _Origin,
-    threads: int,
 ) -> Iterator[str]:
     weights, kernels = origin.weights(name, entry), origin.kernels
     pieces = linear.scheme.pieces(entry.shape, entry.layout)
     tasks = [partial(_measure, linear, weights, piece, kernels) for piece in pieces]
-    measured = dict(run_all(tasks, threads))
+    measured = dict(run_all(tasks, origin.threads))
     found = sqnr_db([sums for piece in pieces if (sums := measured[piece][1]) is not None])
     if not all(same for same, _ in measured.values()):
         yield f"linear {name}: its codes are not the source's"
@@ -133,6 +132,7 @@ class _Origin:
     source: Source
     changes: ModelChanges
     kernels: native.Kernels
+    threads: int
 
     def needed(self, manifest: Manifest) -> list[str]:
         """Source tensors in the order in which they are read."""
@@ -160,7 +160,7 @@ class _Origin:
         tensors = {name: self.source.read(name) for name in _weight_names(entry, self.source)}
         found = read_matrices(_encoding(entry, self.source), entry.matrices, tensors)
         finds = [self._find(parts) for parts in _changed_parts(name, entry)]
-        return in_one(found, finds, self.kernels)
+        return in_one(found, finds, self.kernels, self.threads)
 
     def bias(self, name: str, entry: LinearEntry) -> Tensor:
         """The bias of a linear, of all its parts."""

@@ -27,7 +27,7 @@ from qwen3_ascend.convert.output.weight_file import WeightFileWriter
 from qwen3_ascend.convert.output.writer import OutputWriter
 from qwen3_ascend.convert.plan import Item, Plan
 from qwen3_ascend.convert.source import Source
-from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.convert.statistics import Seen
 from qwen3_ascend.convert.transforms.parts import model_parts
 from qwen3_ascend.convert.transforms.whole import ModelChanges
 from qwen3_ascend.convert.work import (
@@ -60,7 +60,7 @@ class Conversion(Production[Item]):
         self.plan, self.source = plan, source
         self._kernels, self._hash_source = kernels, hash_source
         self._windows = windows
-        self._statistics: dict[str, InputStatistics] = {}
+        self._statistics: dict[str, Seen] = {}
         self._readers = Counter(
             file for item in plan.items for file in self._files_of([item])
         ) + Counter(source.file_order(plan.compared))
@@ -101,14 +101,12 @@ class Conversion(Production[Item]):
                 for item in stage:
                     self.writer.left.pop(item.name, None)
 
-    def fit(
-        self, number: int, statistics: Mapping[str, InputStatistics]
-    ) -> dict[str, InputStatistics]:
+    def fit(self, number: int, statistics: Mapping[str, Seen]) -> dict[str, Seen]:
         """See Fitting.fit."""
         require_finite_inputs(statistics, stages(self.plan)[number + 1], self.source)
         return self.fitting.fit(number, statistics)
 
-    def make_stage(self, items: Sequence[Item], statistics: dict[str, InputStatistics]) -> None:
+    def make_stage(self, items: Sequence[Item], statistics: dict[str, Seen]) -> None:
         """Makes those items of a stage of a calibrated plan that are not done yet.
 
         Args:
@@ -239,4 +237,5 @@ def _linear_entry(
         tensors={name.rpartition(".")[2]: tensor for name, tensor in stored.items()},
         codes=item.encoding.codes,
         experts_sqnr_db=done.experts_sqnr_db,
+        unreached=done.unreached,
     )

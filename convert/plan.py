@@ -23,7 +23,7 @@ from qwen3_ascend.checkpoint.architecture import (
 from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import BIAS, stored_forms
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, Scheme
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.checkpoint.schemes.pieces import PIECE_BYTES, Piece
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3, Target
@@ -46,9 +46,6 @@ from qwen3_ascend.files.safetensors import Form, TensorSlot
 from qwen3_ascend.files.text import parse_size
 
 ENDS = (WEIGHT, BIAS)
-
-EXPERT_SCHEMES = (W8A8, BF16)
-"""What experts may be stored as."""
 
 STEM = "ascend"
 """What the names of weight files begin with: no other loader takes them for files it can read."""
@@ -346,7 +343,6 @@ def _check_rules(config: Qwen3Config, recipe: Recipe, quantization: Quantization
         for source, rule in zip(linear.sources, rules, strict=True):
             _check_taken(source, rule, recipe, quantization)
             _check_quantizer(source, rule, recipe)
-            _check_experts(linear, rule, recipe)
         _check_alike(linear, rules, recipe)
     for number, rule in enumerate(recipe.rules, 1):
         if not any(rule is other for other in used):  # two rules may be equal
@@ -380,23 +376,6 @@ def _check_quantizer(linear: str, rule: Rule, recipe: Recipe) -> None:
             f"recipe {recipe.name} gives the quantizer {rule.quantizer} to {linear}, whose scheme "
             f"is {rule.scheme}: only {NEAREST} finds zero points; leave zero_points or the "
             f"quantizer out"
-        )
-
-
-def _check_experts(linear: LinearSpec, rule: Rule, recipe: Recipe) -> None:
-    """Experts have the schemes that grouped operators take, each weight by itself."""
-    if not linear.experts:
-        return
-    if not isinstance(rule.scheme, EXPERT_SCHEMES):
-        known = ", ".join(scheme.name for scheme in EXPERT_SCHEMES)
-        raise RecipeError(
-            f"recipe {recipe.name} gives {rule.scheme} to {linear.name}, but experts can only have "
-            f"the schemes {known} yet"
-        )
-    if rule.quantizer != NEAREST:
-        raise RecipeError(
-            f"recipe {recipe.name} gives the quantizer {rule.quantizer} to {linear.name}, but the "
-            f"codes of experts are chosen one by one: leave the quantizer out"
         )
 
 

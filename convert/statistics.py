@@ -58,3 +58,13 @@ class InputStatistics:
             self.mean_square / factors.square(),
             None if hessian is None else hessian.divided(factors),
         )
+
+
+Seen = tuple[InputStatistics | None, ...]
+"""Of the inputs of each matrix of a linear: the only one, or those of the experts. None for an
+expert that no token was given to."""
+
+
+def are_finite(seen: Seen) -> bool:
+    """Whether everything that was seen is a number; see InputStatistics."""
+    return all(known is None or known.is_finite for known in seen)

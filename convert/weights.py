@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,15 +25,15 @@ from qwen3_ascend.convert.transforms.changes import FindChanges
 from qwen3_ascend.convert.transforms.stack import ChangedStack
 from qwen3_ascend.native import Kernels
 
-EXPERTS_KEPT = 4
-"""Experts whose changed weights are kept: those that as many threads work on when a checkpoint is
-compared with its source. A conversion gives all experts of a linear to one thread."""
-
 CHUNK_WEIGHTS = 1 << 20
 """Weights whose codes a quantizer chooses together."""
 
 CHUNK_BYTES = 32
 """Memory for each of them: as float32, in another order, as codes, and what torch needs."""
+
+
+Choices = Iterator[Choose]
+"""A quantizer, prepared for one matrix of a linear after the other, when it is asked for."""
 
 
 def chunk_outputs(inputs: int) -> int:
@@ -65,11 +65,11 @@ class Weights(ABC):
         """Whether a stored piece holds the source's codes; True of a source that has none."""
 
     @abstractmethod
-    def quantized(self, choose: Choose, kernels: Kernels, advance: Callable[[], None]) -> Weights:
+    def quantized(self, choices: Choices, kernels: Kernels, advance: Callable[[], None]) -> Weights:
         """These weights with codes that a quantizer has chosen for all of them.
 
         Args:
-            choose: the quantizer, prepared for the inputs of the linear.
+            choices: the quantizer, prepared for the inputs of each matrix.
             kernels: to look with whether weights are finite.
             advance: called before each chunk; it may raise to end the work.
 
@@ -105,8 +105,8 @@ class ChosenWeights(Weights):
         return True
 
     @override
-    def quantized(self, choose: Choose, kernels: Kernels, advance: Callable[[], None]) -> Weights:
-        outputs, inputs = self.stack.shape
+    def quantized(self, choices: Choices, kernels: Kernels, advance: Callable[[], None]) -> Weights:
+        choose, (outputs, inputs) = next(choices), self.stack.shape
         integers = torch.empty((outputs, inputs), dtype=torch.int8)
         step, scales = chunk_outputs(inputs), []
         for start in range(0, outputs, step):
@@ -157,20 +157,24 @@ class QuantizedWeights(ChosenWeights):
 class ExpertWeights(Weights):
     """The weights of linears that are stored as one, [experts, N, K]: each has its own source.
 
-    What a change makes of an expert's weights is large, and kept for the last few experts only:
-    pieces come expert by expert.
+    What a change and a quantizer make of an expert's weights is large, and kept for the last few
+    experts only: pieces come expert by expert.
 
     Attributes:
         matrices: of each expert, as the source has them.
         finds: gives the changes of each; None for what stays as it is.
         kernels: to change with.
+        kept: how many threads ask for pieces, each for those of one expert after the other.
+        quantize: chooses the codes of one expert after the other, if they are chosen together.
     """
 
     matrices: tuple[Weights, ...]
     finds: tuple[FindChanges | None, ...]
     kernels: Kernels
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _changed: dict[int, Weights] = field(default_factory=dict)
+    kept: int
+    quantize: Callable[[Weights], Weights] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _made: dict[int, Weights] = field(default_factory=dict, init=False)
 
     @override
     def pack_piece(self, scheme: Scheme, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
@@ -189,8 +193,14 @@ class ExpertWeights(Weights):
         return self._of(piece).has_codes(stored, replace(piece, matrix=0))
 
     @override
-    def quantized(self, choose: Choose, kernels: Kernels, advance: Callable[[], None]) -> Weights:
-        raise AssertionError("the plan refuses quantizers for experts")
+    def quantized(self, choices: Choices, kernels: Kernels, advance: Callable[[], None]) -> Weights:
+        """Nothing is chosen before a piece of an expert is asked for, and so is its choice: an
+        expert comes after those before it."""
+
+        def quantize(weights: Weights) -> Weights:
+            return weights.quantized(choices, kernels, advance)
+
+        return replace(self, quantize=quantize)
 
     @override
     def changed(self, find: FindChanges, kernels: Kernels) -> Weights:
@@ -200,19 +210,23 @@ class ExpertWeights(Weights):
         return self._expert(piece.matrix)
 
     def _expert(self, number: int) -> Weights:
-        find = self.finds[number]
-        if find is None:
+        find, quantize = self.finds[number], self.quantize
+        if find is None and quantize is None:
             return self.matrices[number]
         with self._lock:
-            if number not in self._changed:
-                self._changed[number] = self.matrices[number].changed(find, self.kernels)
-                while len(self._changed) > EXPERTS_KEPT:
-                    del self._changed[next(iter(self._changed))]
-            return self._changed[number]
+            if number not in self._made:
+                while len(self._made) >= self.kept:
+                    del self._made[next(iter(self._made))]
+                changed = in_one(self.matrices[number : number + 1], [find], self.kernels)
+                self._made[number] = changed if quantize is None else quantize(changed)
+            return self._made[number]
 
 
 def in_one(
-    matrices: Sequence[Weights], finds: Sequence[FindChanges | None], kernels: Kernels
+    matrices: Sequence[Weights],
+    finds: Sequence[FindChanges | None],
+    kernels: Kernels,
+    threads: int = 1,
 ) -> Weights:
     """The weights of a linear after changes.
 
@@ -220,9 +234,10 @@ def in_one(
         matrices: of each of its matrices.
         finds: gives the changes of each; None for what stays as it is.
         kernels: to change with.
+        threads: that ask for pieces. A conversion gives all pieces of a linear to one.
     """
     if len(matrices) > 1:
-        return ExpertWeights(tuple(matrices), tuple(finds), kernels)
+        return ExpertWeights(tuple(matrices), tuple(finds), kernels, threads)
     (weights,), (find,) = matrices, finds
     return weights if find is None else weights.changed(find, kernels)
 
@@ -231,7 +246,7 @@ class KeptWeights(Weights):
     """Codes that somebody else has chosen, and that are kept, whatever form they come in."""
 
     @override
-    def quantized(self, choose: Choose, kernels: Kernels, advance: Callable[[], None]) -> Weights:
+    def quantized(self, choices: Choices, kernels: Kernels, advance: Callable[[], None]) -> Weights:
         return self
 
     @override

@@ -22,10 +22,10 @@ from qwen3_ascend.convert.exchange import WEIGHT
 from qwen3_ascend.convert.output.journal import Done
 from qwen3_ascend.convert.output.weight_file import WeightFileWriter, tensor_bytes
 from qwen3_ascend.convert.plan import Item
-from qwen3_ascend.convert.quantizers import QUANTIZERS, Choose, UselessStatistics
+from qwen3_ascend.convert.quantizers import QUANTIZERS, Choose, Mse, Needs, UselessStatistics
 from qwen3_ascend.convert.recipe import NEAREST
 from qwen3_ascend.convert.source import Source
-from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.convert.statistics import InputStatistics, Seen, are_finite
 from qwen3_ascend.convert.transforms.changes import FindChanges
 from qwen3_ascend.convert.transforms.whole import ModelChanges
 from qwen3_ascend.convert.weights import Weights, in_one
@@ -35,12 +35,12 @@ from qwen3_ascend.native import Kernels, NotFinite
 ROWS_AT_A_TIME = 256
 """Rows looked at together: keeps temporaries within the cache's reach."""
 
-FindStatistics = Callable[[], InputStatistics | None]
-"""Gives the statistics of a linear's inputs to who asks, and keeps nothing of them."""
+FindStatistics = Callable[[], Seen | None]
+"""Gives what was seen of a linear's inputs to who asks, and keeps nothing of it."""
 
 
 def no_statistics() -> None:
-    """Those of a linear that nothing was recorded of."""
+    """Of a linear that nothing was recorded of."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Task:
         changes: gives what transforms do to each part; None if they leave the item as it is.
         statistics: gives those of the linear's inputs, once; None if there was no calibration.
         range: of the linear's inputs; None until `quantized` has found it.
+        unreached: experts that no token of the calibration was given to; known as the range is.
         consults: name and values of further source tensors, which decide the changes.
     """
 
@@ -67,6 +68,7 @@ class Task:
     changes: FindChanges | None = None
     statistics: FindStatistics = no_statistics
     range: InputRange | None = None
+    unreached: tuple[int, ...] = ()
     consults: tuple[tuple[str, Tensor], ...] = ()
 
     @property
@@ -109,20 +111,40 @@ class Task:
             DamagedSourceError: naming the first value that cannot be stored.
             SourceError: if nothing can be made of the statistics of the linear's inputs.
         """
-        statistics = self.statistics()
-        known = self if statistics is None else replace(self, range=statistics.range)
+        seen = self.statistics()
+        known = self if seen is None else self._calibrated(seen)
         if self.item.quantizer == NEAREST:
             return known
-        choose = self._prepared(statistics, kernels)
-        del statistics  # large; the quantizer keeps what it needs
+        matrices = [*(seen or (None,) * len(self.item.matrices))]
+        del seen  # large, and taken out one by one
+        choices = self._choices(matrices, kernels)
         with self._naming_values():
-            return replace(known, weights=self.weights.quantized(choose, kernels, advance))
+            return replace(known, weights=self.weights.quantized(choices, kernels, advance))
+
+    def _calibrated(self, seen: Seen) -> Task:
+        """With what is known of the inputs. All experts have ranges of their own, and no scheme of
+        theirs asks for any."""
+        first = seen[0] if len(seen) == 1 else None
+        unreached = tuple(number for number, known in enumerate(seen) if known is None)
+        return replace(self, range=None if first is None else first.range, unreached=unreached)
+
+    def _choices(
+        self, matrices: list[InputStatistics | None], kernels: Kernels
+    ) -> Iterator[Choose]:
+        """The quantizer for each matrix, which keeps what it needs of what was seen."""
+        while matrices:
+            yield self._prepared(matrices.pop(0), kernels)
 
     def _prepared(self, statistics: InputStatistics | None, kernels: Kernels) -> Choose:
-        item = self.item
+        """For the inputs of a matrix; of an expert that nothing has reached the scales of least
+        error are taken, which need no data."""
+        item, quantizer = self.item, QUANTIZERS[self.item.quantizer]
         assert isinstance(item.scheme, IntegerScheme)
+        if statistics is None and quantizer.needs > Needs.NOTHING:
+            assert self.unreached, "the plan has seen to it that there is calibration"
+            quantizer = Mse()
         try:
-            return QUANTIZERS[item.quantizer].prepare(item.scheme.grid, statistics, kernels)
+            return quantizer.prepare(item.scheme.grid, statistics, kernels)
         except UselessStatistics as error:
             raise SourceError(
                 f"{item.name}: {error}; is the model finite on the calibration data?"
@@ -314,7 +336,8 @@ def convert(
     source = origin.hashes() if origin else {}
     if hash_source and task.is_verbatim:
         source = dict(zip((name for name, _ in task.reads), stored.values(), strict=True))
-    return Done(task.item.name, stored, source, errors.sqnr_db(), errors.experts_sqnr_db())
+    experts = errors.experts_sqnr_db()
+    return Done(task.item.name, stored, source, errors.sqnr_db(), experts, task.unreached)
 
 
 class _Errors:
@@ -403,12 +426,12 @@ def require_finite(name: str, tensor: Tensor) -> None:
 
 
 def require_finite_inputs(
-    statistics: Mapping[str, InputStatistics], items: Sequence[Item], source: Source
+    statistics: Mapping[str, Seen], items: Sequence[Item], source: Source
 ) -> None:
     """Holds what calibration has seen of a layer against being numbers.
 
     Args:
-        statistics: of the inputs of linears, by name.
+        statistics: what was seen of the inputs of linears, by name.
         items: of the layer.
         source: of the model.
 
@@ -416,7 +439,7 @@ def require_finite_inputs(
         DamagedSourceError: naming the first value of these items that is not finite.
         SourceError: naming the first linear whose inputs are not, if the fault is none of theirs.
     """
-    wrong = next((name for name, known in statistics.items() if not known.is_finite), None)
+    wrong = next((name for name, seen in statistics.items() if not are_finite(seen)), None)
     if wrong is None:
         return
     for name in (name for item in items for name in item.needs):

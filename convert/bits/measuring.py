@@ -23,10 +23,10 @@ from qwen3_ascend.checkpoint.linear import BIAS, Linear, quantize, stored_bias
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.convert.bits.ladder import Ladder, Rung
 from qwen3_ascend.convert.bits.sensitivities import Loss
-from qwen3_ascend.convert.calibration.recording import Wanted, recorded_layer
+from qwen3_ascend.convert.calibration.recording import Wanted, recorded_layer, seen
 from qwen3_ascend.convert.quantizers import QUANTIZERS
 from qwen3_ascend.convert.recipe import NEAREST
-from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.convert.statistics import InputStatistics, Seen, are_finite
 from qwen3_ascend.convert.weights import chunk_outputs
 from qwen3_ascend.errors import SourceError
 from qwen3_ascend.native import Kernels
@@ -79,12 +79,14 @@ class Measuring:
         states = self._stream.embed(self._floats.embedding())
         for number, spec in enumerate(self._layers):
             here = [by_name[name] for name in _places(spec) if name in by_name]
-            layer, recorders = recorded_layer(self._floats.layer(number), spec, self._wanted)
+            layer, recorders = recorded_layer(
+                self._floats.layer(number), spec, self._wanted, self._stream.backend
+            )
             self._tell(f"layer {number + 1} of {len(self._layers)}")
             after = [*self._stream.through(layer, states)]
             if here:
-                known = {name: recorder.statistics() for name, recorder in recorders.items()}
-                _require_finite(name for name, seen in known.items() if not seen.is_finite)
+                known = {name: seen(found) for name, found in recorders.items()}
+                _require_finite(name for name, found in known.items() if not are_finite(found))
                 changed = [
                     [*self._stream.through(variant, states)]
                     for variant in self._variants(number, here, known)
@@ -93,14 +95,15 @@ class Measuring:
             states = after
 
     def _variants(
-        self, number: int, ladders: Sequence[Ladder], known: Mapping[str, InputStatistics]
+        self, number: int, ladders: Sequence[Ladder], known: Mapping[str, Seen]
     ) -> Iterator[DecoderLayer]:
         """A layer with one of its linears quantized, for each rung but those that lose nothing."""
         layer, spec = self._floats.layer(number), self._layers[number]
         for ladder in ladders:
             name = ladder.item.name
             for rung in _lossy(ladder):
-                made = self._quantized(_linear(layer, _places(spec)[name]), rung, known.get(name))
+                (inputs,) = known.get(name, (None,))
+                made = self._quantized(_linear(layer, _places(spec)[name]), rung, inputs)
                 yield _with(layer, _places(spec)[name], made)
 
     def _quantized(

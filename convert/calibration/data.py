@@ -85,13 +85,8 @@ def plan_calibration(
         names: of its small files.
 
     Raises:
-        OptionError: in one line, if a file cannot be used, or the model has experts.
+        OptionError: in one line, if a file cannot be used.
     """
-    if config.experts:
-        raise OptionError(
-            "what reaches experts is not recorded yet, so that mixtures of experts cannot be "
-            "calibrated: use a recipe that needs no data, such as moe-w8a8"
-        )
     length = min(WINDOW_TOKENS, config.context_length)
     windows = max(1, options.calibration_tokens // length)
     device = options.calibration_device

@@ -12,7 +12,7 @@ from qwen3_ascend.checkpoint.schemes.grid import Grid, IntegerScheme
 from qwen3_ascend.convert.calibration.factors import KeptFactors, factors_bytes
 from qwen3_ascend.convert.plan import Plan
 from qwen3_ascend.convert.quantizers.mse import Mse
-from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.convert.statistics import InputStatistics, Seen
 from qwen3_ascend.convert.transforms import FittedTransform
 from qwen3_ascend.convert.transforms.awq import Rounded
 from qwen3_ascend.convert.transforms.changes import Change, Changes, Floats, Scale
@@ -48,9 +48,7 @@ class Fitting:
         run has written can be believed."""
         return not self._transforms or self._kept.find(number) is not None
 
-    def fit(
-        self, number: int, statistics: Mapping[str, InputStatistics]
-    ) -> dict[str, InputStatistics]:
+    def fit(self, number: int, statistics: Mapping[str, Seen]) -> dict[str, Seen]:
         """Finds, or takes up, what becomes of a layer.
 
         Args:
@@ -62,12 +60,13 @@ class Fitting:
         """
         if not self._transforms:
             return dict(statistics)
+        inputs = {name: _only(seen) for name, seen in statistics.items()}
         found = self._kept.find(number)
         if found is None:
-            found = self._found(self._model.layers[number], statistics)
+            found = self._found(self._model.layers[number], inputs)
             self._kept.keep(number, found)
         self._changes.add(found)
-        return self._divided(statistics, found)
+        return {name: (known,) for name, known in self._divided(inputs, found).items()}
 
     def whole(self) -> bytes | None:
         """What was found for all layers, as a safetensors file; None if there was nothing to."""
@@ -107,6 +106,13 @@ class Fitting:
             name: known if (by := factors[name]) is None else known.divided(by)
             for name, known in statistics.items()
         }
+
+
+def _only(seen: Seen) -> InputStatistics:
+    """Of a linear by itself: the plan refuses these transforms for mixtures."""
+    (known,) = seen
+    assert known is not None, "every token reaches a linear by itself"
+    return known
 
 
 def on_grid(grid: Grid, kernels: Kernels) -> Rounded:

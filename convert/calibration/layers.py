@@ -22,12 +22,12 @@ from torch import Tensor
 from qwen3_ascend.checkpoint.architecture import LM_HEAD, model_spec
 from qwen3_ascend.convert.calibration.hidden import HiddenStates
 from qwen3_ascend.convert.calibration.needs import STEP_TOKENS, wanted
-from qwen3_ascend.convert.calibration.recording import Wanted, recorded_layer
+from qwen3_ascend.convert.calibration.recording import Wanted, recorded_layer, seen
 from qwen3_ascend.convert.calibration.written import WrittenWeights
 from qwen3_ascend.convert.events import Events
 from qwen3_ascend.convert.float_model import Changed, FloatModel
 from qwen3_ascend.convert.plan import Item
-from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.convert.statistics import Seen
 from qwen3_ascend.files.memory import release_free_memory
 from qwen3_ascend.runtime import backends
 from qwen3_ascend.runtime.backends.base import as_float
@@ -46,12 +46,10 @@ class Workshop(Protocol):
     def remaining(self, order: Sequence[Item]) -> list[Item]:
         """The items that are not done."""
 
-    def fit(
-        self, number: int, statistics: Mapping[str, InputStatistics]
-    ) -> dict[str, InputStatistics]:
+    def fit(self, number: int, statistics: Mapping[str, Seen]) -> dict[str, Seen]:
         """Lets transforms look at what the linears of a layer are fed; what they are fed then."""
 
-    def make_stage(self, items: Sequence[Item], statistics: dict[str, InputStatistics]) -> None:
+    def make_stage(self, items: Sequence[Item], statistics: dict[str, Seen]) -> None:
         """Makes those items of a stage that are not done yet.
 
         Args:
@@ -147,7 +145,7 @@ class CalibratedPass:
     def _make_layer(self, number: int, items: Sequence[Item], hidden: HiddenStates) -> None:
         place = f"layer {number + 1} of {len(self._spec.layers)}"
         missing = self._workshop.remaining(items)
-        statistics: dict[str, InputStatistics] = {}
+        statistics: dict[str, Seen] = {}
         if missing:
             observed = self._observed(number, hidden, f"{place}: observed")
             statistics = self._workshop.fit(number, observed)
@@ -170,17 +168,19 @@ class CalibratedPass:
             release_free_memory()  # what a step leaves is not where the next one wants it
             self._events.working(what)
 
-    def _observed(self, number: int, hidden: HiddenStates, what: str) -> dict[str, InputStatistics]:
+    def _observed(self, number: int, hidden: HiddenStates, what: str) -> dict[str, Seen]:
         """What the linears of a layer of floats are fed."""
         spec = self._spec.layers[number]
         with torch.inference_mode():
-            layer, recorders = recorded_layer(self._floats.layer(number), spec, self._wanted)
+            layer, recorders = recorded_layer(
+                self._floats.layer(number), spec, self._wanted, self._stream.backend
+            )
             release_free_memory()
             for _ in self._through(layer, hidden, what) if recorders else ():
                 pass
-            return {name: recorder.statistics() for name, recorder in recorders.items()}
+            return {name: seen(found) for name, found in recorders.items()}
 
-    def _head_statistics(self, hidden: HiddenStates) -> dict[str, InputStatistics]:
+    def _head_statistics(self, hidden: HiddenStates) -> dict[str, Seen]:
         """What the output projection is fed."""
         if LM_HEAD not in self._wanted:
             return {}
@@ -191,4 +191,4 @@ class CalibratedPass:
             for states in map(stream.backend.upload, hidden.steps):
                 x, _ = stream.backend.add_norm(states, None, norm, stream.epsilon, consumer)
                 recorder.see(as_float(x))
-            return {LM_HEAD: recorder.statistics()}
+            return {LM_HEAD: seen([recorder])}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from qwen3_ascend.checkpoint.architecture import LM_HEAD, LinearSpec, layer_spec
+import math
+from collections.abc import Sequence
+
+from qwen3_ascend.checkpoint.architecture import LM_HEAD, LinearSpec, model_spec
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.schemes import Input
 from qwen3_ascend.checkpoint.schemes.grid import IntegerScheme
 from qwen3_ascend.convert.calibration.recording import Wanted
@@ -41,21 +45,19 @@ def recorded_bytes(plan: Plan) -> int:
     """Memory of what calibration records of a layer at most: it is there while linears are made."""
     if plan.calibration is None:
         return 0
-    inputs = [item.matrix[1] for item in _hessians(plan) if item.name in _layer_shapes(plan)]
-    head = [item.matrix[1] for item in _hessians(plan) if item.name == LM_HEAD]
-    return max(sum(map(triangle_bytes, inputs)), sum(map(triangle_bytes, head)))
+    of_linears = {
+        item.name: len(item.matrices) * triangle_bytes(item.matrix[1]) for item in _hessians(plan)
+    }
+    stages = [[spec.name for spec in layer] for layer in _layers(plan)] + [[LM_HEAD]]
+    return max(sum(of_linears.get(name, 0) for name in stage) for stage in stages)
 
 
 def passing_bytes(plan: Plan) -> int:
     """Memory that a pass over a layer takes at most: before and after its linears are made."""
     if plan.calibration is None:
         return 0
-    shapes = _layer_shapes(plan).values()
-    sizes = [outputs * inputs for outputs, inputs in shapes]
-    # While a linear is decoded there are copies of it, not all of which are given back at once.
-    layer = sum(sizes) + 4 * max(sizes)
-    widths = sum(map(sum, shapes)) + 2 * plan.config.hidden_size
-    return FLOAT_BYTES * (layer + max(STEP_TOKENS, plan.calibration.length) * widths)
+    tokens = max(STEP_TOKENS, plan.calibration.length)
+    return FLOAT_BYTES * max(_passing(plan.config, layer, tokens) for layer in _layers(plan))
 
 
 def states_bytes(plan: Plan) -> int:
@@ -81,10 +83,24 @@ def _layer_linears(plan: Plan) -> list[Item]:
     return [i for i in plan.items if isinstance(i.spec, LinearSpec) and i.name != LM_HEAD]
 
 
-def _layer_shapes(plan: Plan) -> dict[str, tuple[int, int]]:
-    """Of the linears of a layer, by name."""
-    spec = layer_spec(plan.config, 0)
-    return {part.name: part.matrix for part in spec if isinstance(part, LinearSpec)}
+def _layers(plan: Plan) -> list[list[LinearSpec]]:
+    """The linears of each layer."""
+    return [
+        [part for part in layer if isinstance(part, LinearSpec)]
+        for layer in model_spec(plan.config).layers
+    ]
+
+
+def _passing(config: Qwen3Config, layer: Sequence[LinearSpec], tokens: int) -> int:
+    """Floats that are in memory while tokens pass a layer: its weights, and what lies between its
+    linears; of a mixture, what each token's experts are fed and give."""
+    sizes = [math.prod(spec.matrix) for spec in layer]
+    weights = sum(size * (spec.experts or 1) for size, spec in zip(sizes, layer, strict=True))
+    # While a linear is decoded there are copies of it, not all of which are given back at once.
+    weights += 4 * max(sizes)
+    per_token = config.experts.per_token if config.experts else 1
+    widths = sum(sum(spec.matrix) * (per_token if spec.experts else 1) for spec in layer)
+    return weights + tokens * (widths + 2 * config.hidden_size)
 
 
 def _chosen(plan: Plan) -> list[Item]:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.architecture import LayerSpec, MlpSpec
+from qwen3_ascend.checkpoint.architecture import LayerSpec, LinearSpec
 from qwen3_ascend.checkpoint.schemes import Input
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.convert.quantizers import Needs
-from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.convert.statistics import InputStatistics, Seen
 from qwen3_ascend.convert.triangle import Triangle
-from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_float
+from qwen3_ascend.runtime.backends.base import Backend, DeviceExperts, DeviceLinear, Mixture
+from qwen3_ascend.runtime.backends.cache import LayerKV
+from qwen3_ascend.runtime.backends.watched import WatchedLinear
 from qwen3_ascend.runtime.model.qwen3 import DecoderLayer, Mlp
 
 
 @dataclass
 class Recorder:
-    """The inputs x [T, K] of one linear, step by step.
+    """The inputs x [T, K] of one linear, or of one expert, step by step.
 
     Attributes:
         hessian: whether x'x is wanted.
@@ -53,6 +55,11 @@ class Recorder:
         else:
             self._take("squares", values.square().sum(0), torch.add)
 
+    @property
+    def tokens(self) -> int:
+        """How many it has seen."""
+        return self._tokens
+
     def statistics(self) -> InputStatistics:
         """Of everything that was seen, on the CPU; at least one token. Nothing stays here."""
         sums, self._sums = self._sums, {}
@@ -73,21 +80,6 @@ class Recorder:
         self._sums[name] = found if before is None else merge(before, found)
 
 
-class RecordedLinear:
-    """A linear of floats whose recorder sees its inputs."""
-
-    input = Input.FLOAT
-
-    def __init__(self, linear: DeviceLinear, recorder: Recorder) -> None:
-        assert linear.input is Input.FLOAT, "the linears of a model of floats want floats"
-        self.weight, self._linear, self._recorder = linear.weight, linear, recorder
-
-    def __call__(self, x: Activation) -> Tensor:
-        """The product, [T, N]."""
-        self._recorder.see(as_float(x))
-        return self._linear(x)
-
-
 @dataclass(frozen=True)
 class Wanted:
     """What is to be known of the inputs of a linear.
@@ -106,35 +98,56 @@ class Wanted:
 
 
 def recorded_layer(
-    layer: DecoderLayer, spec: LayerSpec, wanted: Mapping[str, Wanted]
-) -> tuple[DecoderLayer, dict[str, Recorder]]:
-    """A layer of floats that records, and the recorder of each of its linears by name.
+    layer: DecoderLayer,
+    spec: LayerSpec,
+    wanted: Mapping[str, Wanted],
+    backend: Backend[LayerKV],
+) -> tuple[DecoderLayer, dict[str, tuple[Recorder, ...]]]:
+    """A layer of floats that records, and the recorders of each of its linears by name: one, or
+    those of the experts.
 
     Args:
         layer: its weights on the device.
         spec: its names.
         wanted: by name of the linear; those that it leaves out are not recorded.
+        backend: that computes the layer.
     """
-    assert isinstance(layer.mlp, Mlp) and isinstance(spec.mlp, MlpSpec), "refused before"
     recorders = {
-        linear.name: wanted[linear.name].recorder()
-        for linear in (spec.qkv, spec.output, spec.mlp.gate_up, spec.mlp.down)
-        if linear.name in wanted
+        linear.name: tuple(wanted[linear.name].recorder() for _ in range(linear.experts or 1))
+        for linear in spec
+        if isinstance(linear, LinearSpec) and linear.name in wanted
     }
 
-    def record(name: str, linear: DeviceLinear) -> DeviceLinear:
-        recorder = recorders.get(name)
-        return linear if recorder is None else RecordedLinear(linear, recorder)
+    def record(spec: LinearSpec, linear: DeviceLinear) -> DeviceLinear:
+        if spec.name not in recorders:
+            return linear
+        (recorder,) = recorders[spec.name]
+        return WatchedLinear(linear, recorder.see)
 
-    mlp = replace(
-        layer.mlp,
-        gate_up=record(spec.mlp.gate_up.name, layer.mlp.gate_up),
-        down=record(spec.mlp.down.name, layer.mlp.down),
-    )
+    def record_experts(spec: LinearSpec, experts: DeviceExperts) -> DeviceExperts:
+        found = recorders.get(spec.name)
+        if found is None:
+            return experts
+        return backend.watched_experts(experts, lambda number, x: found[number].see(x))
+
+    gate_up, down = spec.mlp.gate_up, spec.mlp.down
+    mlp: Mlp | Mixture
+    if isinstance(layer.mlp, Mixture):
+        mlp = replace(
+            layer.mlp,
+            gate_up=record_experts(gate_up, layer.mlp.gate_up),
+            down=record_experts(down, layer.mlp.down),
+        )
+    else:
+        mlp = replace(
+            layer.mlp, gate_up=record(gate_up, layer.mlp.gate_up), down=record(down, layer.mlp.down)
+        )
     recording = replace(
-        layer,
-        qkv=record(spec.qkv.name, layer.qkv),
-        output=record(spec.output.name, layer.output),
-        mlp=mlp,
+        layer, qkv=record(spec.qkv, layer.qkv), output=record(spec.output, layer.output), mlp=mlp
     )
     return recording, recorders
+
+
+def seen(recorders: Sequence[Recorder]) -> Seen:
+    """What the recorders of a linear have seen."""
+    return tuple(recorder.statistics() if recorder.tokens else None for recorder in recorders)

@@ -38,4 +38,4 @@ class WrittenWeights:
         """A stored linear; its tensors are views of the mapped file."""
         item = self._items[name]
         tensors = {suffix: self.tensor(item.stored_name(suffix)) for suffix in item.stored}
-        return Linear(item.scheme, item.matrix, item.layout, tensors)
+        return Linear(item.scheme, item.spec.shape, item.layout, tensors)

@@ -36,6 +36,7 @@ class Done(Struct, frozen=True, forbid_unknown_fields=True):
         source: BLAKE3 of each source tensor that it was made of, by name.
         sqnr_db: its error, see LinearEntry; None for what was not quantized just now.
         experts_sqnr_db: so of each expert, if there are experts.
+        unreached: see LinearEntry.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Done(Struct, frozen=True, forbid_unknown_fields=True):
     source: Mapping[str, str]
     sqnr_db: float | None
     experts_sqnr_db: tuple[float | None, ...] = ()
+    unreached: tuple[int, ...] = ()
 
 
 class Publication(Struct, frozen=True, forbid_unknown_fields=True):

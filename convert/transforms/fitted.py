@@ -17,6 +17,7 @@ from qwen3_ascend.convert.transforms.changes import Changes, Floats
 from qwen3_ascend.convert.transforms.folding import Folding
 from qwen3_ascend.convert.transforms.parts import EndParts, ModelParts, Unit
 from qwen3_ascend.convert.transforms.smooth import smooth
+from qwen3_ascend.errors import RecipeError
 from qwen3_ascend.native import Kernels
 
 
@@ -35,6 +36,11 @@ class FittedTransform(Transform):
 
     @override
     def touches(self, model: ModelParts, unit: Unit) -> Mapping[str, int]:
+        if not isinstance(unit, EndParts) and unit.router is not None:
+            raise RecipeError(
+                "smooth and awq move factors between the linears of one MLP, and this model has "
+                "mixtures of experts: use a recipe without them, such as moe-w8a8 or moe-w4a16"
+            )
         return dict.fromkeys(self.consults(model, unit), 1)
 
     @override

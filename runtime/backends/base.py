@@ -129,6 +129,10 @@ class DeviceExperts(Protocol):
     def weight(self) -> Tensor: ...
 
 
+SeeExpert = Callable[[int, Tensor], None]
+"""Is shown the inputs [rows, K] of an expert, by its number; there is at least one row."""
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The mixture of experts of a layer, on its device.
@@ -195,6 +199,9 @@ class Backend(Protocol[Cache]):
 
     def dense_experts(self, weights: Sequence[Tensor]) -> DeviceExperts:
         """A linear of all experts of a layer, of floats [N, K] that were uploaded, uncopied."""
+
+    def watched_experts(self, experts: DeviceExperts, see: SeeExpert) -> DeviceExperts:
+        """The linears of `dense_experts`, which show what each expert is fed."""
 
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:
         """A linear of floats that were uploaded, uncopied: a weight [N, K], such as the embedding

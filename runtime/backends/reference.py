@@ -42,6 +42,7 @@ from qwen3_ascend.runtime.backends.base import (
     Mixture,
     Progress,
     QuantizedActivation,
+    SeeExpert,
     StaticActivation,
     StepBounds,
     as_codes,
@@ -52,6 +53,7 @@ from qwen3_ascend.runtime.backends.base import (
 from qwen3_ascend.runtime.backends.cache import SCALE, LayerKV, bytes_per_token, cache_shape
 from qwen3_ascend.runtime.backends.rotary import inverse_frequencies, rotary_rows
 from qwen3_ascend.runtime.backends.step import DeviceStep, StepInputs
+from qwen3_ascend.runtime.backends.watched import WatchedLinear
 
 CACHE_SHARE = 4
 """The cache may take a quarter of the memory that is available when the model is loaded."""
@@ -192,6 +194,15 @@ class ReferenceBackend(Backend[LayerKV]):
     @override
     def dense_experts(self, weights: Sequence[Tensor]) -> DeviceExperts:
         return ExpertLinears([self.dense(weight) for weight in weights], weights[0])
+
+    @override
+    def watched_experts(self, experts: DeviceExperts, see: SeeExpert) -> DeviceExperts:
+        assert isinstance(experts, ExpertLinears), "experts that are not computed one by one"
+        watched = [
+            WatchedLinear(linear, functools.partial(see, number))
+            for number, linear in enumerate(experts.linears)
+        ]
+        return ExpertLinears(watched, experts.weight)
 
     @override
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:

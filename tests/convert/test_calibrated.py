@@ -31,7 +31,7 @@ from qwen3_ascend.convert.plan import Item
 from qwen3_ascend.convert.quantizers import Mse, Needs
 from qwen3_ascend.convert.quantizers.base import Choose
 from qwen3_ascend.convert.recipe import Recipe
-from qwen3_ascend.convert.statistics import InputStatistics
+from qwen3_ascend.convert.statistics import InputStatistics, Seen
 from qwen3_ascend.errors import CheckpointError, RecipeError
 from qwen3_ascend.native import Kernels
 
@@ -72,10 +72,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, InputStatistics]:
     found: dict[str, InputStatistics] = {}
     make = Conversion.make_stage
 
-    def make_stage(
-        self: Conversion, items: Sequence[Item], statistics: dict[str, InputStatistics]
-    ) -> None:
-        found.update(statistics)
+    def make_stage(self: Conversion, items: Sequence[Item], statistics: dict[str, Seen]) -> None:
+        found.update({name: one for name, (one,) in statistics.items() if one is not None})
         make(self, items, statistics)
 
     monkeypatch.setattr(Conversion, "make_stage", make_stage)

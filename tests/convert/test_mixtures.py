@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from qwen3_ascend import Recipe, convert_checkpoint
 from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.manifest import Manifest
 from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.checkpoint.schemes import SCHEMES
+from qwen3_ascend.checkpoint.schemes import SCHEMES, W4A8, W4A16, W8A8, W8A16, Scheme, W8A8Static
 from qwen3_ascend.checkpoint.sharding import shard, shard_experts
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.convert.plan import Plan, make_plan
@@ -87,18 +88,42 @@ def test_both_spellings_become_the_same_bytes(source: Path, tmp_path: Path, reci
     }
 
 
-def test_every_expert_is_what_it_would_be_by_itself(source: Path, tmp_path: Path) -> None:
-    convert_checkpoint(source, tmp_path / "out", "w8a8-plain")
-    reader = CheckpointReader(tmp_path / "out")
-    weights = tiny_models.tensors(tiny_models.mixture())
-    scheme = SCHEMES["w8a8"]()
+EVERY_SCHEME = {
+    "w8a8": W8A8(),
+    "w8a16": W8A16(),
+    "w4a16": W4A16(64),
+    "w4a16-zero-points": W4A16(32, zero_points=True),
+    "w4a8": W4A8(),
+}
+WIDE = tiny_models.mixture(hidden_size=256, moe_intermediate_size=256)
+"""In shapes that all of them take."""
+
+
+def recipe(scheme: Scheme, quantizer: str = "nearest") -> Recipe:
+    rule = {"match": "*.mlp.experts.*", "scheme": scheme.to_json(), "quantizer": quantizer}
+    rules = [rule, {"match": "*", "scheme": "bf16"}]
+    return Recipe.parse(json.dumps({"schema": 1, "name": "mine", "rules": rules}), "mine")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.write(tmp_path_factory.mktemp("wide"), WIDE)
+
+
+@pytest.mark.parametrize("scheme", EVERY_SCHEME.values(), ids=EVERY_SCHEME)
+def test_every_expert_is_what_it_would_be_by_itself(
+    scheme: Scheme, wide: Path, tmp_path: Path
+) -> None:
+    convert_checkpoint(wide, tmp_path / "out", recipe(scheme))
+    assert run("verify", tmp_path / "out", "--against", wide).code == 0
+    reader, weights = CheckpointReader(tmp_path / "out"), tiny_models.tensors(WIDE)
     for layer in range(2):
         prefix = f"model.layers.{layer}.mlp.experts"
         for expert in range(4):
             pair = [weights[f"{prefix}.{expert}.{n}.weight"] for n in ("gate_proj", "up_proj")]
             down = weights[f"{prefix}.{expert}.down_proj.weight"]
             for name, weight in (("gate_up_proj", torch.cat(pair)), ("down_proj", down)):
-                layout = ASCEND_A2_A3.layout(scheme, name, weight.shape)
+                layout = ASCEND_A2_A3.layout(scheme, name, (4, *weight.shape))
                 expected = quantize(scheme, weight, None, layout)
                 stored = reader.linear(f"{prefix}.{name}").matrix(expert)
                 for suffix, tensor in expected.tensors.items():
@@ -155,18 +180,21 @@ def test_errors_of_experts_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "said"),
+    ("asked", "said"),
     [
-        ("w4a16-plain", "experts can only have the schemes w8a8, bf16 yet"),
-        ("w8a8-calibrated", "cannot be calibrated"),
-        ("w8a8-static", "experts can only have the schemes|cannot be calibrated"),
+        (W4A16(128), "npu_grouped_matmul wants a multiple of 128 inputs of w4a16"),
+        (W4A8(), "npu_grouped_matmul wants a multiple of 256 inputs of w4a8"),
+        (W8A8Static(), "experts can only have the schemes bf16, w8a8, w8a16, w4a8, w4a16"),
+        ("w8a8-calibrated", "smooth and awq move factors between the linears of one MLP"),
     ],
+    ids=str,
 )
 def test_what_experts_cannot_have_is_refused(
-    source: Path, tmp_path: Path, recipe: str, said: str
+    source: Path, tmp_path: Path, asked: Scheme | str, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        convert_checkpoint(source, tmp_path / "out", recipe)
+        made = asked if isinstance(asked, str) else recipe(asked)
+        convert_checkpoint(source, tmp_path / "out", made)
     assert not (tmp_path / "out").exists()
 
 
@@ -220,10 +248,12 @@ def test_sources_that_are_quantized_already(write: Write, tmp_path: Path) -> Non
             assert torch.equal(reader.linear(name).matrix(expert).codes()["weight"], codes)
 
 
-def test_int4_of_a_source_is_no_scheme_of_experts(tmp_path: Path) -> None:
+def test_int4_of_a_source_is_kept(tmp_path: Path) -> None:
     source = write_packed(tmp_path / "source", tiny_models.mixture(moe_intermediate_size=64))
-    with pytest.raises(UserError, match="experts can only have the schemes w8a8, bf16 yet"):
-        convert_checkpoint(source, tmp_path / "out")
+    manifest = convert_checkpoint(source, tmp_path / "out")
+    entry = manifest.linears["model.layers.1.mlp.experts.down_proj"]
+    assert isinstance(entry.scheme, W4A16) and entry.codes == "taken"
+    assert run("verify", tmp_path / "out", "--against", source).code == 0
 
 
 def test_what_does_not_take_mixtures_yet_says_so(source: Path, tmp_path: Path) -> None:
@@ -231,5 +261,5 @@ def test_what_does_not_take_mixtures_yet_says_so(source: Path, tmp_path: Path) -
     no_export = run("export", tmp_path / "out", tmp_path / "to", "--format", "ascendv1")
     no_export.one_line_error("mixtures of experts are not exported yet")
     bits = run("sensitivity", source, tmp_path / "bits.json", "--recipe", "w8a8-plain")
-    bits.one_line_error("cannot be calibrated")
+    bits.one_line_error("what single experts lose is not measured yet")
     assert not (tmp_path / "to").exists() and not (tmp_path / "bits.json").exists()

@@ -123,7 +123,7 @@ def test_statistics_reach_the_quantizer(
             if item.quantizer != "gptq":
                 continue
             known = correlated(item.matrix[1])
-            task = make_task(item, source, changes, partial(correlated, item.matrix[1]))
+            task = make_task(item, source, changes, partial(tuple, [known]))
             task = task.quantized(KERNELS, lambda: None)
             weight = fused([(part, 0) for part in item.parts], state)
             assert isinstance(item.scheme, IntegerScheme)
@@ -140,7 +140,7 @@ def test_statistics_of_which_nothing_can_be_made(tmp_path: Path) -> None:
     assert known.hessian is not None
     known.hessian.blocks[0][0, 0] = float("nan")
     with source, pytest.raises(SourceError, match=rf"{item.name}: .* not finite; is the model"):
-        make_task(item, source, changes, lambda: known).quantized(KERNELS, lambda: None)
+        make_task(item, source, changes, lambda: (known,)).quantized(KERNELS, lambda: None)
 
 
 def test_work_ends_between_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

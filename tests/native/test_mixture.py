@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from qwen3_ascend import native
-from qwen3_ascend.checkpoint.layout import nz_pack
-from qwen3_ascend.native import Fed, FloatExperts, Int8Experts, MixtureKernels
+from qwen3_ascend.checkpoint.layout import Layout, nz_pack
+from qwen3_ascend.checkpoint.linear import quantize
+from qwen3_ascend.checkpoint.schemes import W4A8, W4A16, W8A16, Scheme, w4a8, w4a16, w8a16
+from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
+from qwen3_ascend.native import Fed, FloatExperts, GroupExperts, Int8Experts, MixtureKernels
 from qwen3_ascend.native.floats import FLOAT_PATHS
 from qwen3_ascend.native.mixture import Routed
 from qwen3_ascend.native.products import INSTRUCTIONS
+from qwen3_ascend.runtime.backends.cpu.float_linears import stored_weight
 
 kernels = native.mixture_kernels()
 pytestmark = pytest.mark.skipif(kernels is None, reason="the kernels are not compiled")
@@ -110,6 +114,52 @@ def test_floats_of_every_expert(mixture: MixtureKernels, dtype: torch.dtype, pat
     for row, expert in enumerate(experts_of(routed).tolist()):
         expected = weights[expert].double() @ x[row].double()
         assert (found[row].double() - expected).abs().max() < (1e-4 if dtype.itemsize > 2 else 0.1)
+
+
+@pytest.mark.parametrize("path", [name for name in FLOAT_PATHS if native.float_products(name)])
+@pytest.mark.parametrize("tokens", [1, 30])
+@pytest.mark.parametrize(
+    ("scheme", "layout"),
+    [
+        (W8A16(), w8a16.NZ),
+        (W4A16(32), w4a16.ROWS),
+        (W4A16(64), w4a16.NZ),
+        (W4A16(32, zero_points=True), w4a16.ROWS),
+    ],
+    ids=str,
+)
+def test_codes_of_every_expert(
+    mixture: MixtureKernels, scheme: Scheme, layout: Layout, tokens: int, path: str
+) -> None:
+    """Beside float32 they are what they stand for, but for the order of sums."""
+    experts, outputs, inputs = 5, 64, 80
+    stored = quantize(scheme, torch.randn(experts, outputs, inputs), None, layout)
+    products, first = native.float_products(path), stored_weight(stored.matrix(0))
+    assert products is not None and first is not None
+    routed = mixture.route(torch.randn(tokens, experts), 2, False)
+    x = torch.randn(2 * tokens, inputs)
+    found = FloatExperts(products, stored.weight, first, torch.float32)(Fed(x, None), routed)
+    weights = stored.dequantize().double()
+    for row, expert in enumerate(experts_of(routed).tolist()):
+        assert (found[row].double() - weights[expert] @ x[row].double()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("path", [name for name in FLOAT_PATHS if native.float_products(name)])
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_groups_of_every_expert_are_exact(mixture: MixtureKernels, tokens: int, path: str) -> None:
+    experts, outputs, inputs, scheme = 5, 64, 512, W4A8()
+    stored = quantize(scheme, torch.randn(experts, outputs, inputs), None, w4a8.ROWS)
+    products, first = native.float_products(path), stored_weight(stored.matrix(0))
+    assert products is not None and first is not None
+    shared = stored.tensors["scale"], w4a8.shift_of(stored.tensors)
+    product = GroupExperts(products, stored.weight, first, shared, torch.float32)
+    routed = mixture.route(torch.randn(tokens, experts), 2, False)
+    x = torch.randn(2 * tokens, inputs)
+    codes, scales = quantize_tokens(x)
+    found = product(Fed(codes, scales), routed)
+    for row, expert in enumerate(experts_of(routed).tolist()):
+        codes_of_expert = stored.matrix(expert).codes()
+        assert torch.equal(found[row], scheme.product(codes_of_expert, x[row : row + 1])[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,10 +18,11 @@ import torch
 import torch_npu
 from support import tiny_models
 
-from qwen3_ascend import SamplingParams, convert_checkpoint, load
+from qwen3_ascend import Recipe, SamplingParams, convert_checkpoint, load
 from qwen3_ascend.checkpoint.config import ExpertsConfig, Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.reader import CheckpointReader
+from qwen3_ascend.checkpoint.schemes import EXAMPLES, W4A8
 from qwen3_ascend.errors import CheckpointError, DeviceError
 from qwen3_ascend.runtime import LLM, backends, conformance
 from qwen3_ascend.runtime.backends.base import Backend, Mixture
@@ -41,6 +42,14 @@ SHORT = SamplingParams(max_new_tokens=12, ignore_eos=True)
 BUCKETS = (1, 2, 4, 8, 17)
 GATES = [form for form in experts.EXPERT_GATES if hasattr(torch_npu, form.name.split(",")[0])]
 """Those that the wheel has: CANN 8.3's lacks the first."""
+
+RULES = {
+    "w8a16": "w8a16",
+    "w4a16": "{name: w4a16, group: 64}",
+    "w4a16-zero-points": "{name: w4a16, group: 64, zero_points: true}",
+    "w4a8": "w4a8",
+}
+"""Schemes of experts beside those of the recipes that ship."""
 
 DEFINED = experts.EXPERT_GATES[2]
 """npu_grouped_matmul, npu_dequant_swiglu_quant."""
@@ -97,6 +106,30 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def recipe(name: str) -> Recipe:
+    """One whose experts have a scheme of RULES, and all else the nearest dense one."""
+    return Recipe.parse(
+        f"""
+        schema: 1
+        name: {name}
+        rules:
+          - {{match: "*.mlp.experts.*", scheme: {RULES[name]}}}
+          - {{match: "*", scheme: w8a8}}
+        """,
+        name,
+    )
+
+
+@pytest.fixture(scope="module", params=RULES)
+def coded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with experts of a scheme of RULES, in shapes that all of them take."""
+    root = tmp_path_factory.mktemp(request.param)
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256}
+    source = tiny_models.write(root / "source", mixture(**sizes))
+    convert_checkpoint(source, root / "out", recipe(request.param))
+    return root / "out"
+
+
 def prompts(count: int) -> list[list[int]]:
     drawn = random.Random(count)
     return [drawn.choices(range(320), k=5 + 7 * number) for number in range(count)]
@@ -151,6 +184,11 @@ def test_tokens_of_int8_experts_are_the_cpus(folders: Path, graph: bool) -> None
     tokens_are_the_cpus(folders / "w8a8-plain", graph)
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_tokens_of_experts_of_every_scheme_are_the_cpus(coded: Path, graph: bool) -> None:
+    tokens_are_the_cpus(coded, graph)
+
+
 @pytest.mark.parametrize("gate", GATES, ids=lambda form: form.name)
 def test_every_gate_is_near_the_definition(plain: Path, gate: Form[GateExperts]) -> None:
     """A mixture of 300 tokens: outputs differ by what single codes and one rounding do."""
@@ -192,37 +230,59 @@ def test_a_layer_launches(plain: Path) -> None:
         assert ascend_sim.trace.hidden_copies(done) == 0
 
 
-def test_each_byte_is_copied_once_and_never_cast(plain: Path) -> None:
-    for recipe in ("bf16", "w8a8-plain"):
-        reader = CheckpointReader(plain / recipe)
-        device = NpuBackend(reader.config, DeviceOptions())
-        load_model(reader, device)  # what checks the first of a kind is not counted
-        torch_npu.npu.synchronize()
-        ascend_sim.reset_trace()
-        before = torch_npu.npu.memory_allocated()
-        model = load_model(reader, device)
-        torch_npu.npu.synchronize()
-        assert ascend_sim.trace.format_casts() == []
-        for layer, spec in zip(model.layers, (0, 1), strict=True):
-            for name in ("gate_up", "down"):
-                weight = getattr(layer.mlp, name).weight
-                stored = reader.linear(f"model.layers.{spec}.mlp.experts.{name}_proj").weight
-                start = weight.untyped_storage().data_ptr()
-                inside = [
-                    copy.bytes
-                    for copy in ascend_sim.trace.copies("host_to_device")
-                    if start <= copy.destination < start + stored.nbytes
-                ]
-                assert sum(inside) == stored.nbytes
-        held = torch_npu.npu.memory_allocated() - before
-        weights = sum(tensor.nbytes for tensor in reader.manifest.stored().values())
-        assert held <= weights + 1024 * len(reader.manifest.stored())
+@pytest.mark.parametrize("recipe", ["bf16", "w8a8-plain"])
+def test_each_byte_is_copied_once_and_never_cast(plain: Path, recipe: str) -> None:
+    bytes_are_copied_once(plain / recipe)
+
+
+def test_each_byte_of_codes_is_copied_once(coded: Path) -> None:
+    bytes_are_copied_once(coded)
+
+
+def bytes_are_copied_once(path: Path) -> None:
+    reader = CheckpointReader(path)
+    device = NpuBackend(reader.config, DeviceOptions())
+    load_model(reader, device)  # what checks the first of a kind is not counted
+    torch_npu.npu.synchronize()
+    ascend_sim.reset_trace()
+    before = torch_npu.npu.memory_allocated()
+    model = load_model(reader, device)
+    torch_npu.npu.synchronize()
+    assert ascend_sim.trace.format_casts() == []
+    for layer, spec in zip(model.layers, (0, 1), strict=True):
+        for name in ("gate_up", "down"):
+            weight = getattr(layer.mlp, name).weight
+            stored = reader.linear(f"model.layers.{spec}.mlp.experts.{name}_proj").weight
+            start = weight.untyped_storage().data_ptr()
+            inside = [
+                copy.bytes
+                for copy in ascend_sim.trace.copies("host_to_device")
+                if start <= copy.destination < start + stored.nbytes
+            ]
+            assert sum(inside) == stored.nbytes
+    held = torch_npu.npu.memory_allocated() - before
+    tensors = reader.manifest.stored()
+    weights = sum(tensor.nbytes for tensor in tensors.values())
+    wider = sum(  # the kernel wants scales of groups in int64
+        entry.tensors["scale"].nbytes
+        for entry in reader.manifest.linears.values()
+        if isinstance(entry.scheme, W4A8)
+    )
+    assert held <= weights + wider + 1024 * len(tensors)
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "w8a8-plain"])
 def test_the_kernels_see_every_expert(plain: Path, recipe: str) -> None:
+    every_expert_is_seen(plain / recipe)
+
+
+def test_the_kernels_see_every_expert_of_codes(coded: Path) -> None:
+    every_expert_is_seen(coded)
+
+
+def every_expert_is_seen(path: Path) -> None:
     """And a wrong order of the experts is noticed."""
-    reader = CheckpointReader(plain / recipe)
+    reader = CheckpointReader(path)
     device = NpuBackend(reader.config, DeviceOptions())
     linear = reader.linear("model.layers.0.mlp.experts.gate_up_proj")
     loaded = device.experts(linear)
@@ -263,15 +323,17 @@ def test_scales_that_bfloat16_does_not_have_are_refused(plain: Path) -> None:
 
 
 def test_operations_agree_with_their_definition() -> None:
-    """In the shapes of a small model, as `doctor` holds a card against it."""
-    config = replace(SMALL_CONFIG, experts=ExpertsConfig(16, 4, 192, True))
+    """In the shapes of a small model, as `doctor` holds a card against it: of every scheme that
+    experts may have, in shapes in which w8a16 is computed by rows of int8."""
+    config = replace(SMALL_CONFIG, hidden_size=256, experts=ExpertsConfig(20, 4, 512, True))
     definition = backends.reference_backend(config)
     device = NpuBackend(config, DeviceOptions(graph=False))
     mixtures = [
         case for case in conformance.cases(definition, device, config) if "mix" in case.name
     ]
     compared = [one for case in mixtures for one in case.compare()]
-    assert len(compared) == 6 and all(one.ok for one in compared)
+    assert len(compared) == 3 * (len(EXAMPLES) - 1)  # no static scales
+    assert [one for one in compared if not one.ok] == []
 
 
 def test_a_wrong_mixture_is_no_small_difference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ WIDE = dataclasses.replace(SMALL_CONFIG, num_heads=10, num_kv_heads=2, head_dim=
 """Heads of Qwen3's size, of which five share one of the cache."""
 
 
-EXPERTS = dataclasses.replace(SMALL_CONFIG, experts=ExpertsConfig(16, 4, 192, True))
+EXPERTS = dataclasses.replace(SMALL_CONFIG, experts=ExpertsConfig(16, 4, 256, True))
 FEW_EXPERTS = dataclasses.replace(ODD, experts=ExpertsConfig(5, 3, 72, False))
 
 

@@ -28,7 +28,7 @@ from qwen3_ascend.checkpoint.target import TARGETS
 from qwen3_ascend.files.json_file import Digest
 from qwen3_ascend.files.safetensors import DTYPES
 
-OF_MIXTURES = ("experts", "experts_sqnr_db")
+OF_MIXTURES = ("experts", "experts_sqnr_db", "unreached")
 """What a manifest says of mixtures of experts alone."""
 
 

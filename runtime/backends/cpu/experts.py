@@ -8,10 +8,12 @@ import torch
 
 from qwen3_ascend import native
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Input
+from qwen3_ascend.checkpoint.schemes import W4A8, W8A8, Input
+from qwen3_ascend.checkpoint.schemes.w4a8 import shift_of
 from qwen3_ascend.checkpoint.schemes.w8a8 import NZ
-from qwen3_ascend.native import FloatExperts, Int8Experts
+from qwen3_ascend.native import FloatExperts, GroupExperts, Int8Experts
 from qwen3_ascend.native.mixture import MOST_EXPERTS
+from qwen3_ascend.runtime.backends.cpu.float_linears import stored_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,27 +26,39 @@ class StoredExperts:
         weight: the stored one, of all experts.
     """
 
-    product: Int8Experts | FloatExperts
+    product: Int8Experts | FloatExperts | GroupExperts
     input: Input
     weight: torch.Tensor
 
 
+Kernels = Int8Experts | FloatExperts | GroupExperts
+
+
 def load_experts(linear: Linear, dtype: torch.dtype) -> StoredExperts | None:
     """A stored linear [experts, N, K]; None if no kernel reads it as it lies."""
-    experts, outputs, inputs = linear.shape
-    shape, weight = (outputs, inputs), linear.weight
-    if experts > MOST_EXPERTS or not weight.is_contiguous():
+    if linear.shape[0] > MOST_EXPERTS or not linear.weight.is_contiguous():
         return None
-    if isinstance(linear.scheme, W8A8) and linear.layout == NZ:
-        products = native.products()
-        if products is None:
+    product = _product(linear, dtype)
+    if product is None:
+        return None
+    return StoredExperts(product, linear.scheme.input, linear.weight)
+
+
+def _product(linear: Linear, dtype: torch.dtype) -> Kernels | None:
+    """What multiplies with the weights where they lie, of all experts."""
+    if isinstance(linear.scheme, W8A8):
+        products, (_, outputs, inputs) = native.products(), linear.shape
+        if products is None or linear.layout != NZ:
             return None
-        product = Int8Experts(products, weight, shape, linear.tensors["scale"], dtype)
-        return StoredExperts(product, Input.INT8_PER_TOKEN, weight)
+        scale = linear.tensors["scale"]
+        return Int8Experts(products, linear.weight, (outputs, inputs), scale, dtype)
     floats = native.float_products()
-    if floats is None or not isinstance(linear.scheme, BF16):
+    if floats is None:
         return None
-    first = native.stored_runs(weight[0], shape)
+    first = stored_weight(linear.matrix(0))  # the others lie behind it, each like it
     if first is None:
         return None
-    return StoredExperts(FloatExperts(floats, weight, first, dtype), Input.FLOAT, weight)
+    if not isinstance(linear.scheme, W4A8):
+        return FloatExperts(floats, linear.weight, first, dtype)
+    shared = linear.tensors["scale"], shift_of(linear.tensors)
+    return GroupExperts(floats, linear.weight, first, shared, dtype)

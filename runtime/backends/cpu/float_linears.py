@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qwen3_ascend import native
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A16
+from qwen3_ascend.checkpoint.schemes import BF16, W4A8, W4A16, W8A16
 from qwen3_ascend.checkpoint.schemes.base import Input
 from qwen3_ascend.native import FloatProducts, StoredWeight
 from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_float
@@ -40,7 +40,7 @@ def load_float(linear: Linear, dtype: torch.dtype) -> DeviceLinear:
     """A linear of bf16, w8a16 or w4a16; decoded once and for all where kernels were not compiled,
     and for what they cannot read as it lies."""
     products = native.float_products()
-    stored = _stored(linear) if products else None
+    stored = stored_weight(linear) if products else None
     if products is None or stored is None:
         return FloatLinear.load(linear, dtype)
     return StoredFloatLinear(stored, linear.bias, dtype, products)
@@ -55,14 +55,16 @@ def dense(weight: Tensor, bias: Tensor | None) -> DeviceLinear:
     return StoredFloatLinear(stored, bias, weight.dtype, products)
 
 
-def _stored(linear: Linear) -> StoredWeight | None:
-    """Where the weight lies; None if no kernel reads it there."""
+def stored_weight(linear: Linear) -> StoredWeight | None:
+    """Where the weight of a linear [N, K] lies; None if no kernel reads it there."""
     outputs, inputs = linear.shape
     shape, scheme, tensors = (outputs, inputs), linear.scheme, linear.tensors
     if isinstance(scheme, BF16):
         return native.stored_runs(linear.weight, shape)
     if linear.layout.nz_of != "KN":
         return None
+    if isinstance(scheme, W4A8):  # whose scales are no part of what is multiplied
+        return native.stored_codes(linear.weight, shape)
     if isinstance(scheme, W8A16):
         return native.stored_codes(linear.weight, shape, tensors["scale"][None])
     assert isinstance(scheme, W4A16), f"{scheme} is not multiplied as floats"

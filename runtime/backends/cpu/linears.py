@@ -20,12 +20,12 @@ from qwen3_ascend.checkpoint.schemes import (
     W8A8Static,
 )
 from qwen3_ascend.checkpoint.schemes.base import Input
-from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, ROWS, halves_of, shift_of
+from qwen3_ascend.checkpoint.schemes.w4a8 import GROUP, halves_of, shift_of
 from qwen3_ascend.checkpoint.schemes.w8a8 import NZ
 from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias, static_input
 from qwen3_ascend.native import Epilogue, FloatProducts, Products, StoredWeight
 from qwen3_ascend.runtime.backends.base import Activation, DeviceLinear, as_codes, as_static
-from qwen3_ascend.runtime.backends.cpu.float_linears import load_float
+from qwen3_ascend.runtime.backends.cpu.float_linears import load_float, stored_weight
 from qwen3_ascend.runtime.backends.cpu.int8_matmul import Product, pick_int8_matmul
 from qwen3_ascend.runtime.backends.reference import FloatLinear, Loader
 from qwen3_ascend.runtime.backends.reference import GroupInt4Linear as ReferenceGroupInt4Linear
@@ -163,9 +163,7 @@ class UnpackedGroupInt4Linear(ReferenceGroupInt4Linear):
 def load_group_int4(linear: Linear, dtype: torch.dtype) -> DeviceLinear:
     """A linear of w4a8."""
     products = native.float_products()
-    stored = (
-        native.stored_codes(linear.weight, matrix_of(linear)) if linear.layout == ROWS else None
-    )
+    stored = stored_weight(linear)
     if products is None or stored is None:
         return UnpackedGroupInt4Linear(linear, dtype)
     return GroupInt4Linear(linear, stored, dtype, products)

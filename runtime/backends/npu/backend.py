@@ -21,12 +21,14 @@ from qwen3_ascend.errors import DeviceError, OptionError
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     Backend,
+    DeviceExperts,
     DeviceForward,
     DeviceLinear,
     Download,
     Forward,
     Mixture,
     Progress,
+    SeeExpert,
     StepBounds,
 )
 from qwen3_ascend.runtime.backends.cache import LayerKV, bytes_per_token, cache_shape
@@ -47,6 +49,7 @@ from qwen3_ascend.runtime.backends.npu.experts import (
     NpuExperts,
     RoutedRows,
     Routing,
+    WatchedExperts,
     choose_experts,
     load_experts,
     npu_experts,
@@ -138,6 +141,7 @@ class NpuBackend(Backend[LayerKV]):
         self._transfers = Transfers()
         self._upload: Upload = functools.partial(formats.upload_packed, copy=self._transfers.copy)
         self._checked: set[tuple[str, Layout]] = set()
+        self._offsets: dict[tuple[int, ...], Tensor] = {}
 
     def _can_capture(self) -> bool:
         """Whether graphs can contain the attention that was chosen; warns if they cannot."""
@@ -196,16 +200,27 @@ class NpuBackend(Backend[LayerKV]):
     def experts(self, linear: Linear) -> NpuExperts:
         """The first of each kind is checked through its own kernel (S3)."""
         kind = (f"experts, {linear.scheme}", linear.layout)
-        loaded = load_experts(linear, self._upload)
+        loaded = load_experts(linear, self._upload, self._zero_offsets)
         if kind not in self._checked and not kernel_sees_experts(linear, loaded):
             raise DeviceError("the kernels read other weights of experts than the file holds")
         self._checked.add(kind)
         return loaded
 
+    def _zero_offsets(self, shape: tuple[int, ...]) -> Tensor:
+        """Offsets of zero, which all linears of a shape share."""
+        if shape not in self._offsets:
+            self._offsets[shape] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return self._offsets[shape]
+
     @override
     def dense_experts(self, weights: Sequence[Tensor]) -> NpuExperts:
         """As one tensor, which is a copy."""
         return FloatExperts(torch.stack([*weights]))
+
+    @override
+    def watched_experts(self, experts: DeviceExperts, see: SeeExpert) -> NpuExperts:
+        assert isinstance(experts, FloatExperts), "experts of other numbers than floats"
+        return WatchedExperts(experts, see)
 
     @override
     def mixture(self, x: Tensor, mixture: Mixture) -> Tensor:
@@ -226,8 +241,11 @@ class NpuBackend(Backend[LayerKV]):
         """silu(gate) * up of routed rows, as the next linear of their experts wants it."""
         if isinstance(gate_up, Int8Experts) and isinstance(down, Int8Experts):
             return chosen_form(self.capabilities.expert_gate)(routed, gate_up)
-        gated: Tensor = torch_npu.npu_swiglu(gate_up(routed.values, routed.counts), dim=-1)
-        return dynamic_quant(gated) if down.input is Input.INT8_PER_TOKEN else gated
+        rows = gate_up(routed.values, routed.counts)
+        if down.input is Input.INT8_PER_TOKEN:
+            return self.capabilities.gated_quant.call(rows)
+        gated: Tensor = torch_npu.npu_swiglu(rows, dim=-1)
+        return gated
 
     @override
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:

@@ -17,14 +17,17 @@ from typing import Protocol
 import torch
 import torch_npu
 from torch import Tensor
+from typing_extensions import override
 
 from qwen3_ascend.checkpoint.linear import Linear
-from qwen3_ascend.checkpoint.schemes import BF16, W8A8, Input, Scheme
+from qwen3_ascend.checkpoint.schemes import BF16, W4A8, W4A16, W8A8, W8A16, Input, Scheme
+from qwen3_ascend.checkpoint.schemes.w4a8 import SHIFT, shift_of
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.runtime.backends.base import (
     Activation,
     DeviceExperts,
     QuantizedActivation,
+    SeeExpert,
     as_codes,
     as_float,
 )
@@ -166,6 +169,22 @@ class FloatExperts:
         return self(rows, counts).cpu().view(experts, -1, outputs)
 
 
+class WatchedExperts(FloatExperts):
+    """The same, which show what each expert is fed: for calibration, which is not captured."""
+
+    def __init__(self, experts: FloatExperts, see: SeeExpert) -> None:
+        super().__init__(experts.weight)
+        self._see = see
+
+    @override
+    def __call__(self, x: Activation, counts: Tensor) -> Tensor:
+        """The product, bfloat16 [R, N]."""
+        for number, rows in enumerate(as_float(x).split(counts.tolist())):
+            if len(rows):
+                self._see(number, rows)
+        return super().__call__(x, counts)
+
+
 class Int8Experts:
     """w8a8: npu_grouped_matmul reads [experts, K, N], in FRACTAL_NZ.
 
@@ -232,6 +251,94 @@ def _one_hot(inputs: Tensor, experts: int, count: int, dtype: torch.dtype) -> tu
     return rows.flatten(0, 1).to("npu"), counts.to("npu")
 
 
+Zeros = Callable[[tuple[int, ...]], Tensor]
+"""bfloat16 zeros of a shape on the device, which nobody writes to."""
+
+
+class WeightOnlyExperts:
+    """w8a16 and w4a16: npu_grouped_matmul reads plain [experts, K, N], of words of eight codes if
+    they are int4, and decodes them on the way.
+
+    Attributes:
+        scale: bfloat16 [experts, N], or [experts, K / group, N].
+        offset: the same, what is added to codes; given even where it is zero, since CANN before 9.1
+            demands it.
+    """
+
+    input = Input.FLOAT
+
+    def __init__(self, weight: Tensor, scale: Tensor, offset: Tensor) -> None:
+        self.weight, self.scale, self.offset = weight, scale, offset
+
+    @classmethod
+    def load(cls, linear: Linear, upload: Upload, zeros: Zeros) -> WeightOnlyExperts:
+        """Puts a stored linear on the device; linears without offsets share those of zero."""
+        weight = upload(linear.weight, linear.layout, *linear.shape[-2:])
+        scale, offset = linear.tensors["scale"], linear.tensors.get("offset")
+        added = zeros(tuple(scale.shape)) if offset is None else offset.to("npu")
+        return cls(weight, scale.to("npu"), added)
+
+    def __call__(self, x: Activation, counts: Tensor) -> Tensor:
+        """The product, bfloat16 [R, N]."""
+        return self._product(as_float(x), self.scale, self.offset, counts)
+
+    def _product(self, x: Tensor, scale: Tensor, offset: Tensor, counts: Tensor) -> Tensor:
+        return _multiply(x, self.weight, counts, antiquant_scale=[scale], antiquant_offset=[offset])
+
+    def probe(self, inputs: Tensor) -> Tensor:
+        """See NpuExperts; with scales of 1 and no offsets the bf16 result is the code itself."""
+        experts, count, _ = self.weight.shape
+        rows, counts = _one_hot(inputs, experts, count, torch.bfloat16)
+        ones, zeros = torch.ones_like(self.scale), torch.zeros_like(self.offset)
+        y = self._product(rows, ones, zeros, counts)
+        return y.cpu().to(torch.int8).view(experts, len(inputs), -1)
+
+
+class GroupInt4Experts:
+    """w4a8: npu_grouped_matmul reads [experts, K, N / 8] words of eight codes, in FRACTAL_NZ. It
+    splits the codes that it is fed where they lie: nobody else may read them afterwards
+    (GMM_CV_SPLIT_IMP_A8W4_MSD of ops-transformer's grouped_matmul.cpp).
+
+    Attributes:
+        scale: int64 [experts, K / 256, N], with float32 in the low half.
+        shift: float32 [experts, N], what the kernel leaves out of its products; its `bias`.
+    """
+
+    input = Input.INT8_PER_TOKEN
+
+    def __init__(self, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
+        self.weight, self.scale, self.shift = weight, scale, shift
+
+    @classmethod
+    def load(cls, linear: Linear, upload: Upload) -> GroupInt4Experts:
+        """Puts a stored linear on the device."""
+        weight = upload(linear.weight, linear.layout, *linear.shape[-2:])
+        scale = linear.tensors["scale"].view(torch.int32).long()
+        return cls(weight, scale.to("npu"), shift_of(linear.tensors).to("npu"))
+
+    def __call__(self, x: Activation, counts: Tensor) -> Tensor:
+        """The product, bfloat16 [R, N]."""
+        fed = as_codes(x)
+        return self._product(fed.codes, fed.scale, self.scale, self.shift, counts)
+
+    def _product(
+        self, codes: Tensor, token: Tensor, scale: Tensor, shift: Tensor, counts: Tensor
+    ) -> Tensor:
+        return _multiply(
+            codes, self.weight, counts, scale=[scale], bias=[shift], per_token_scale=[token],
+            output_dtype=torch.bfloat16,
+        )  # fmt: skip
+
+    def probe(self, inputs: Tensor) -> Tensor:
+        """See NpuExperts; as GroupInt4Linear.probe has it."""
+        experts, count, _ = self.weight.shape
+        rows, counts = _one_hot(inputs, experts, count, torch.int8)
+        ones = torch.ones(self.scale.shape).view(torch.int32).long().to("npu")
+        token, shift = torch.ones(len(rows)).to("npu"), torch.zeros_like(self.shift)
+        y = self._product(rows + SHIFT, token, ones, shift, counts)
+        return y.cpu().to(torch.int8).view(experts, len(inputs), -1)
+
+
 RouteCodes = Callable[[Tensor, Routing], RoutedRows]
 """(x, bfloat16 [T, hidden]; routing) -> quantized routed rows."""
 
@@ -285,18 +392,23 @@ EXPERT_GATES: tuple[Form[GateExperts], ...] = (
 LOADS: dict[type[Scheme], Callable[[Linear, Upload], NpuExperts]] = {
     BF16: FloatExperts.load,
     W8A8: Int8Experts.load,
+    W4A8: GroupInt4Experts.load,
 }
+
+LOADED = (FloatExperts, Int8Experts, WeightOnlyExperts, GroupInt4Experts)
 
 
 def npu_experts(experts: DeviceExperts) -> NpuExperts:
     """The linears of experts that this backend has loaded."""
-    assert isinstance(experts, FloatExperts | Int8Experts), "experts of another backend"
+    assert isinstance(experts, LOADED), "experts of another backend"
     return experts
 
 
-def load_experts(linear: Linear, upload: Upload) -> NpuExperts:
+def load_experts(linear: Linear, upload: Upload, zeros: Zeros) -> NpuExperts:
     """Puts a stored linear of all experts on the device; CheckpointError if none of their schemes
     has a kernel."""
+    if isinstance(linear.scheme, W8A16 | W4A16):
+        return WeightOnlyExperts.load(linear, upload, zeros)
     load = LOADS.get(type(linear.scheme))
     if load is None:
         raise CheckpointError(f"the npu backend has no kernel for experts of {linear.scheme}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.layout import Layout
+from qwen3_ascend.checkpoint.layout import ND, Layout
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import (
     BF16,
@@ -87,7 +87,7 @@ class Int8Linear:
     def load(cls, linear: Linear, upload: Upload) -> Int8Linear:
         """Puts a stored linear on the device."""
         weight = upload(linear.weight, linear.layout, *linear.shape[-2:])
-        if linear.layout.format == "nd":
+        if linear.layout == ND:
             weight = weight.t()
         bias = None if linear.bias is None else linear.bias.to("npu")
         return cls(weight, linear.tensors["scale"].to("npu"), bias)
@@ -270,7 +270,7 @@ class WeightOnlyLinear:
         if refusal := ASCEND_A2_A3.refusal(linear.scheme, linear.shape):
             raise CheckpointError(f"a linear cannot be loaded: {refusal}")
         weight = upload(linear.weight, linear.layout, *linear.shape[-2:])
-        if linear.layout.format == "nd" and linear.layout.nz_of == "NK":
+        if linear.layout == ND:
             weight = weight.t()
         group = linear.scheme.group if isinstance(linear.scheme, W4A16) else 0
         bias = None if linear.bias is None else linear.bias.float().to("npu")

@@ -147,8 +147,7 @@ class Layout:
     Attributes:
         format: "nz", or "nd" for plain row-major.
         nz_of: which matrix is stored: "KN" (the contiguous transpose, what npu_quant_matmul reads
-            on A2/A3) or "NK" (the weight as it is, what F.linear reads). "NK" for "nd", unless its
-            words hold several codes.
+            on A2/A3) or "NK" (the weight as it is, what F.linear reads).
             The hardware does not reject a wrong orientation, so every holder states it.
         c0: strip width in stored words; 0 for "nd".
         per_word: neighbouring columns of the stored matrix in one stored word: 1, or for int4 codes
@@ -163,8 +162,6 @@ class Layout:
     def __post_init__(self) -> None:
         if (self.format == "nz") != (self.c0 > 0):
             raise ValueError(f"{self}: a strip width belongs to nz, and only to nz")
-        if self.format == "nd" and self.nz_of != "NK" and self.per_word == 1:
-            raise ValueError(f"{self}: a plain layout is always [N, K]")
         if self.per_word not in (1, *WORDS):
             raise ValueError(f"{self}: a word holds 1, 2, 4 or 8 codes")
 

@@ -81,6 +81,7 @@ class LinearEntry:
             a source that was quantized already. What is taken equals its source, but for scales
             that had to be rounded to bfloat16.
         experts_sqnr_db: sqnr_db of each expert, if there are experts.
+        unreached: numbers of the experts that no token of the calibration was given to.
     """
 
     scheme: Scheme
@@ -92,6 +93,7 @@ class LinearEntry:
     tensors: Mapping[str, StoredTensor]
     codes: Literal["chosen", "taken"] = "chosen"
     experts_sqnr_db: tuple[Finite | None, ...] = ()
+    unreached: tuple[Count, ...] = ()
 
     @property
     def matrices(self) -> tuple[tuple[str, ...], ...]:
@@ -378,7 +380,8 @@ def _model_to_json(model: Qwen3Config) -> dict[str, Any]:
 
 def _linear_to_json(entry: LinearEntry) -> dict[str, Any]:
     """A scheme is a dataclass of its parameters; its name has to be added."""
-    left_out = {"scheme"} if entry.experts_sqnr_db else {"scheme", "experts_sqnr_db"}
+    of_experts = ("experts_sqnr_db", "unreached")
+    left_out = {"scheme", *(key for key in of_experts if not getattr(entry, key))}
     return {"scheme": entry.scheme.to_json()} | {
         key: value for key, value in plain(entry, encode).items() if key not in left_out
     }

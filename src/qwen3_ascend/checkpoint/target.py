@@ -15,6 +15,9 @@ from qwen3_ascend.geometry import CACHE_BLOCK_TOKENS
 MOST_GROUPED_INPUTS = 29576
 """See _grouped_refusal."""
 
+MOST_GROUPED_EXPERT_INPUTS = 18432
+"""Beside int4 weights; see Target._refusal_of_experts."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -26,6 +29,7 @@ class Target:
         layouts: of the weights of linears, for each scheme that exists there. A bf16 output
             projection is plain instead: it is read once a step, by a kernel that takes any size.
             So is w4a16 in shapes that its kernel does not take in FRACTAL_NZ.
+        expert_layouts: the same of all experts of a layer, which another operator multiplies.
         largest_dimension: of a quantized weight that one kernel takes. More outputs are divided by
             the runtime; more inputs are refused.
         head_sizes: that attention over the paged cache takes.
@@ -36,6 +40,7 @@ class Target:
     name: str
     chips: str
     layouts: Mapping[str, Layout]
+    expert_layouts: Mapping[str, Layout]
     largest_dimension: int
     head_sizes: tuple[int, ...]
     block_size: int
@@ -48,6 +53,9 @@ class Target:
 
     def layout(self, scheme: Scheme, linear: str, shape: Sequence[int]) -> Layout:
         """The layout of the weight [*batch, N, K] of a linear; `refusal` has been asked."""
+        if len(shape) > 2:
+            whole = not isinstance(scheme, W4A8) or are_whole_int4_tiles(shape)
+            return self.expert_layouts[scheme.name] if whole else w4a8.ROWS
         if linear == LM_HEAD and isinstance(scheme, BF16):
             return ND
         if isinstance(scheme, W4A16) and not takes_int4_nz(scheme, shape):
@@ -56,6 +64,8 @@ class Target:
 
     def refusal(self, scheme: Scheme, shape: Sequence[int]) -> str | None:
         """Why a weight [*batch, N, K] cannot have a scheme here; None if it can."""
+        if len(shape) > 2:
+            return self._refusal_of_experts(scheme, shape)
         if scheme.name not in self.layouts:
             known = ", ".join(self.layouts)
             return f"{self.name} has no kernel for the scheme {scheme.name}, only for {known}"
@@ -71,6 +81,43 @@ class Target:
         if isinstance(scheme, W4A8):
             return _grouped_refusal(shape)
         return _int4_refusal(scheme, shape) if isinstance(scheme, W4A16) else None
+
+    def _refusal_of_experts(self, scheme: Scheme, shape: Sequence[int]) -> str | None:
+        """The same of a weight [experts, N, K].
+
+        aclnn_grouped_matmul.cpp of ops-transformer (SplitMSingleXSingleWeightSingleY,
+        CheckDimNumAndPerGroupNum), and A8W4Tiling of grouped_matmul_tiling.cpp.
+        """
+        if scheme.name not in self.expert_layouts:
+            known = ", ".join(self.expert_layouts)
+            return f"experts can only have the schemes {known}"
+        if isinstance(scheme, BF16):
+            return None
+        *_, outputs, inputs = shape
+        rules = [(max(outputs, inputs) > self.largest_dimension, "at most 65535 inputs or outputs")]
+        if isinstance(scheme, W4A8):
+            rules += [
+                (inputs % w4a8.GROUP != 0, f"a multiple of {w4a8.GROUP} inputs"),
+                (inputs > MOST_GROUPED_EXPERT_INPUTS, f"at most {MOST_GROUPED_EXPERT_INPUTS}"),
+            ]
+        if isinstance(scheme, W4A16):
+            rules.append((inputs % scheme.group != 0, f"a multiple of {scheme.group} inputs"))
+        if isinstance(scheme, W4A8 | W4A16):
+            rules.append((outputs % 8 != 0, "a multiple of eight outputs"))
+        wrong = [rule for broken, rule in rules if broken]
+        if not wrong:
+            return None
+        return (
+            f"it is {list(shape)}, but npu_grouped_matmul wants {wrong[0]} of {scheme.name}; give "
+            f"it another scheme, such as w8a8"
+        )
+
+
+def are_whole_int4_tiles(shape: Sequence[int]) -> bool:
+    """Whether int4 experts [experts, N, K] fill the tiles of FRACTAL_NZ, as npu_grouped_matmul
+    demands (TransWeightToNz)."""
+    *_, outputs, inputs = shape
+    return inputs % 16 == 0 and outputs % 64 == 0
 
 
 def takes_int4_nz(scheme: W4A16, shape: Sequence[int]) -> bool:
@@ -131,6 +178,14 @@ ASCEND_A2_A3 = Target(
         "w8a16": w8a16.NZ,
         "w4a8": w4a8.ROWS,
         "w4a16": w4a16.NZ,
+    },
+    # npu_grouped_matmul beside bfloat16 takes codes in plain order only, beside int8 in both.
+    expert_layouts={
+        "bf16": bf16.NZ,
+        "w8a8": w8a8.NZ,
+        "w8a16": w8a16.ROWS,
+        "w4a8": w4a16.NZ,
+        "w4a16": w4a16.ROWS,
     },
     # npu_quant_matmul refuses a larger last dimension, npu_weight_quant_batchmatmul a larger N or K
     # (torch_npu's documentation of the operators).

@@ -20,6 +20,7 @@ from qwen3_ascend.native.layer import Fed, Feed, LayerKernels, layer_kernels
 from qwen3_ascend.native.library import NativeUnavailable, open_library
 from qwen3_ascend.native.mixture import (
     FloatExperts,
+    GroupExperts,
     Int8Experts,
     MixtureKernels,
     mixture_kernels,
@@ -33,6 +34,7 @@ __all__ = [
     "Feed",
     "FloatExperts",
     "FloatProducts",
+    "GroupExperts",
     "Int8Experts",
     "Kernels",
     "LayerKernels",

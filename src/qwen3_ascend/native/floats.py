@@ -105,9 +105,9 @@ def stored_codes(
     than the kernels read it.
 
     Args:
-        weight: int8 FRACTAL_NZ of [K, N]; or int4, eight outputs to an int32 and the first in the
-            lowest bits, as FRACTAL_NZ of [K, N / 8] or as that itself, with N a multiple of 32.
-            Contiguous.
+        weight: int8, as FRACTAL_NZ of [K, N] or as that itself; or int4, eight outputs to an int32
+            and the first in the lowest bits, of [K, N / 8]. N is a multiple of 32 if it is no
+            FRACTAL_NZ. Contiguous.
         shape: (N, K), without padding.
         scales, offsets: bfloat16 [G, N], or None for 1 and for 0.
         group: inputs that share them; the last group may be shorter. Default: all.
@@ -123,8 +123,8 @@ def stored_codes(
         if weight.nbytes != strips * padded * STRIP_BYTES:
             return None
         lies = strips * strip_outputs, strip_outputs, padded * STRIP_BYTES, STRIP_BYTES
-    elif bits == 4 and weight.shape == (inputs, outputs // 8) and outputs % READ_OUTPUTS == 0:
-        lies = outputs, outputs, 0, outputs // 2
+    elif outputs % READ_OUTPUTS == 0 and weight.nbytes == inputs * outputs * bits // 8:
+        lies = outputs, outputs, 0, outputs * bits // 8
     else:
         return None
     group = group or inputs

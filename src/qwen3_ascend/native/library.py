@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qwen3_ascend.native.tape import note
 
-ABI = 12
+ABI = 13
 LIBRARY = Path(__file__).with_name("_kernels.so")
 PATHS = {"baseline": 0, "avx2": 1, "avx512": 2}
 
@@ -85,6 +85,10 @@ _SIGNATURES: dict[str, list[type]] = {
     # path, threads; experts; weight, outputs, inputs, output stride, run stride; dtype of rows,
     # rows; scratch; result and its dtype
     "float_experts": [_INT, _INT, *[_POINTER] * 2, *[_LONG] * 4, _INT, *[_POINTER] * 3, _INT],
+    # the same without strides
+    "code_experts": [_INT, _INT, *[_POINTER] * 2, *[_LONG] * 2, _INT, *[_POINTER] * 3, _INT],
+    # the same; scales, shift and row scales in the place of the dtype of rows
+    "group_experts": [_INT, _INT, *[_POINTER] * 2, *[_LONG] * 2, *[_POINTER] * 4, _INT],
 }
 _COUNTS = frozenset({"row_scratch", "attention_scratch"})
 """Functions that give an int64, not a status."""

@@ -19,13 +19,16 @@ from qwen3_ascend.native import tape
 from qwen3_ascend.native.floats import FLOAT_PATHS, FloatProducts, StoredWeight
 from qwen3_ascend.native.floats import MOST_BLOCK_ROWS as MOST_FLOAT_ROWS
 from qwen3_ascend.native.layer import DTYPES, Fed
-from qwen3_ascend.native.library import Library, NativeUnavailable, open_library
+from qwen3_ascend.native.library import Grouped, Library, NativeUnavailable, open_library
 from qwen3_ascend.native.products import INSTRUCTIONS, MOST_BLOCK_ROWS, Products
 from qwen3_ascend.native.tape import empty
 from qwen3_ascend.native.threads import kernel_threads
 
 MOST_EXPERTS = 1024
 """Of csrc/mixture.h."""
+
+OF_EXPERTS = {"float_product": "float_experts", "code_product": "code_experts"}
+"""The kernel that multiplies with the weights of all experts, by that of a weight by itself."""
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
@@ -165,33 +168,75 @@ class Int8Experts:
 
 
 class FloatExperts:
-    """Products of floats with the bfloat16 weights of their experts, as they are stored."""
+    """Products of floats with the weights of their experts, bfloat16 or codes, as they are
+    stored."""
 
     def __init__(
         self, products: FloatProducts, weight: Tensor, first: StoredWeight, dtype: torch.dtype
     ) -> None:
         """Args:
         products: whose kernels multiply.
-        weight: bfloat16 [experts, ...], contiguous.
-        first: that of the first expert.
+        weight: [experts, ...], contiguous.
+        first: that of the first expert; what it shares with the others lies as [experts, ...] too,
+            and is kept by the caller.
         dtype: of the results.
         """
         self._library, self._path = products.library, FLOAT_PATHS[products.path]
         self._weight, self._first, self._dtype = weight, first, dtype
+        self._kernel = OF_EXPERTS[first.kernel]
 
     def __call__(self, fed: Fed, routed: Routed) -> Tensor:
         """[rows, N] of floats at every routed row, [rows, K]."""
         (outputs, inputs), x = self._first.shape, fed.values
         out = empty(len(x), outputs, dtype=self._dtype)
-        padded = -(-inputs // 16) * 16
-        scratch = tape.scratch(4 * (len(x) + MOST_FLOAT_ROWS) * padded)
+        scratch = _float_scratch(len(x), inputs)
         experts = _expert_rows(self._weight, routed)
         self._library.run(
-            "float_experts", self._path, kernel_threads(), ctypes.byref(experts),
+            self._kernel, self._path, kernel_threads(), ctypes.byref(experts),
             *self._first.place, DTYPES[x.dtype], _pointer(x), scratch.data_ptr(), out.data_ptr(),
             DTYPES[self._dtype],
         )  # fmt: skip
         return out
+
+
+class GroupExperts:
+    """Products of int8 codes with the groups of int4 codes of their experts, as w4a8 defines
+    them."""
+
+    def __init__(
+        self, products: FloatProducts, weight: Tensor, first: StoredWeight,
+        shared: tuple[Tensor, Tensor], dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        """Args:
+        products: whose kernels multiply.
+        weight: [experts, ...], contiguous.
+        first: that of the first expert, int4 without scales.
+        shared: the scales, float32 [experts, ceil(K / 256), N], and the shift, float32
+            [experts, N].
+        dtype: of the results.
+        """
+        self._library, self._path = products.library, FLOAT_PATHS[products.path]
+        self._weight, self._first, self._shared, self._dtype = weight, first, shared, dtype
+
+    def __call__(self, fed: Fed, routed: Routed) -> Tensor:
+        """[rows, N] of codes at every routed row, [rows, K]."""
+        (outputs, inputs), rows = self._first.shape, len(fed.values)
+        out = empty(rows, outputs, dtype=self._dtype)
+        scratch = _float_scratch(2 * rows, inputs)
+        assert fed.scales is not None, "experts of integers were fed floats"
+        experts = _expert_rows(self._weight, routed)
+        grouped = Grouped(*map(_pointer, (*self._shared, fed.scales)))
+        self._library.run(
+            "group_experts", self._path, kernel_threads(), ctypes.byref(experts),
+            *self._first.place, ctypes.byref(grouped), _pointer(fed.values), scratch.data_ptr(),
+            out.data_ptr(), DTYPES[self._dtype],
+        )  # fmt: skip
+        return out
+
+
+def _float_scratch(rows: int, inputs: int) -> Tensor:
+    padded = -(-inputs // 16) * 16
+    return tape.scratch(4 * (rows + MOST_FLOAT_ROWS) * padded)
 
 
 def _expert_rows(weight: Tensor, routed: Routed) -> _ExpertRows:

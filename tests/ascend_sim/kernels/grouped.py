@@ -26,6 +26,14 @@ from ..limits import (
 )
 from ..tensors import DeviceTensor, Layout
 from .gated import swiglu_values
+from .grouped_codes import (
+    Product,
+    antiquant_product,
+    check_antiquant,
+    check_int4,
+    int4_product,
+    leave_halves,
+)
 from .matmul import MAX_INNER, float_product, integer_product, require_storage
 
 Run = Callable[[], None]
@@ -152,6 +160,13 @@ LISTS = (
 OUTPUTS = "out:L act_out:L dynamic_scale:L"
 
 
+def only(tensors: Tensors) -> DeviceTensor | None:
+    """The one tensor of a list that may be left out."""
+    found = present(tensors)
+    require(len(found) <= 1, GROUPED, "only one tensor of each kind is simulated")
+    return found[0] if found else None
+
+
 @aclnn("aclnnGroupedMatmulWeightNz", LISTS + "tuning:I group_size:i " + OUTPUTS)
 def grouped_matmul_weight_nz(*arguments: Any) -> Run:
     require(single(GROUPED, "weight", arguments[1]).layout.nz, GROUPED, "the weight must be NZ")
@@ -190,38 +205,70 @@ def plan_grouped(
     *_, out_list, _act_out, _dynamic_scale = rest
     x, weight = single(GROUPED, "x", x_list), single(GROUPED, "weight", weight_list)
     out = single(GROUPED, "the output", out_list)
-    unused = (bias, offset, antiquant_scale, antiquant_offset, act_input, act_scale, act_offset)
-    rule = "bias, offset, antiquantization and activations are not simulated"
+    unused = (offset, act_input, act_scale, act_offset)
+    rule = "offset and activations are not simulated"
     require(act_type == 0 and not any(map(present, unused)), GROUPED, rule)
     require(group_type == 0, GROUPED, "only grouped rows (group_type=0) are simulated")
     require(split in (2, 3), GROUPED, "one output means that split_item is 2 or 3")
-    check_grouped_operands(x.layout, weight.layout, out.layout)
     require(groups is not None, GROUPED, "group_list is needed")
     assert groups is not None
     check_groups(GROUPED, groups.layout, weight.layout.size[0], list_type)
-    scales = present(scale_list), present(token_list)
-    if x.layout.dtype is not torch.int8:
-        require(scales == ([], []), GROUPED, "floats take no scale and no per_token_scale")
+    added, scale, token = only(bias), only(scale_list), only(token_list)
+    decoding = only(antiquant_scale), only(antiquant_offset)
+    codes = weight.layout.dtype in (torch.int8, torch.int32)
+    product: Product
+    if x.layout.dtype is torch.int8 and weight.layout.dtype is torch.int32:
+        require(decoding == (None, None), GROUPED, "int8 rows take no antiquantization")
+        layouts = (each and each.layout for each in (scale, added, token))
+        check_int4(x.layout, weight.layout, *layouts, list_type, out.layout)
+        assert scale is not None and added is not None and token is not None
+        product = int4_product(x, weight, scale, added, token)
+    elif x.layout.dtype is not torch.int8 and codes:
+        rule = "a weight of codes beside floats takes no scale, per_token_scale or bias here"
+        require((scale, token, added) == (None, None, None), GROUPED, rule)
+        layouts = (each and each.layout for each in decoding)
+        check_antiquant(x.layout, weight.layout, *layouts, out.layout)
+        assert decoding[0] is not None and decoding[1] is not None
+        product = antiquant_product(x, weight, decoding[0], decoding[1])
     else:
-        rule = "int8 rows without scale or per_token_scale are not simulated"
-        require([len(each) for each in scales] == [1, 1], GROUPED, rule)
-        ((scale,), (token,)) = scales
-        layouts = (weight.layout, scale.layout, token.layout, out.layout)
-        check_grouped_scales(x.layout, *layouts)
-
-    def product(expert: int, rows: slice) -> torch.Tensor:
-        factors = weight_of(weight, expert)
-        if x.layout.dtype is not torch.int8:
-            return float_product(x.view()[rows], factors)
-        scaled = integer_product(x.view()[rows], factors).float() * scale.read()[expert].float()
-        return scaled * token.read()[rows].unsqueeze(-1)
+        rule = "bias and antiquantization are not simulated here"
+        require((added, *decoding) == (None, None, None), GROUPED, rule)
+        product = plain_product(x, weight, scale, token, out)
 
     def run() -> None:
         count = x.layout.size[0]
         for expert, rows in rows_of_experts(GROUPED, groups, list_type, count, every_row=True):
             out.view()[rows] = product(expert, rows).to(out.layout.dtype)
+        if x.layout.dtype is torch.int8 and weight.layout.dtype is torch.int32:
+            leave_halves(x)
 
     return run
+
+
+def plain_product(
+    x: DeviceTensor,
+    weight: DeviceTensor,
+    scale: DeviceTensor | None,
+    token: DeviceTensor | None,
+    out: DeviceTensor,
+) -> Product:
+    """Floats by floats, or int8 by int8."""
+    check_grouped_operands(x.layout, weight.layout, out.layout)
+    if x.layout.dtype is not torch.int8:
+        rule = "floats take no scale and no per_token_scale"
+        require((scale, token) == (None, None), GROUPED, rule)
+        return lambda expert, rows: float_product(x.view()[rows], weight_of(weight, expert))
+    rule = "int8 rows without scale or per_token_scale are not simulated"
+    require(scale is not None and token is not None, GROUPED, rule)
+    assert scale is not None and token is not None
+    layouts = (weight.layout, scale.layout, token.layout, out.layout)
+    check_grouped_scales(x.layout, *layouts)
+
+    def product(expert: int, rows: slice) -> torch.Tensor:
+        sums = integer_product(x.view()[rows], weight_of(weight, expert)).float()
+        return sums * scale.read()[expert].float() * token.read()[rows].unsqueeze(-1)
+
+    return product
 
 
 # -------------------------------------------------------------- npu_grouped_matmul_swiglu_quant_v2

@@ -254,6 +254,29 @@ def unpacked(words: torch.Tensor) -> torch.Tensor:
     return ((fields & 15) ^ 8).sub_(8).flatten(-2)
 
 
+def split_codes(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The high and the low half of int8 codes, int32; of the low one without LEFT_OUT."""
+    high = torch.div(codes.int(), 16, rounding_mode="floor")
+    return high, codes.int() - 16 * high - LEFT_OUT
+
+
+def group_sums(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """int8 codes [M, K] by int4 [K, N] under float32 scales [K / 256, N]: of each half of a code
+    the products of a group leave the cube unit as float16, scaled, and are added to those of the
+    groups before it in float16. How the two roundings are done is not said; here it is to the
+    nearest, halves to even. float32 [M, N], without LEFT_OUT."""
+
+    def summed(half: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(half.shape[0], weight.shape[1], dtype=torch.float16)
+        groups = zip(half.split(GROUP, 1), weight.split(GROUP), scales, strict=True)
+        for part, rows, factor in groups:
+            total += (integer_product(part, rows).float() * factor).half()
+        return total.float()
+
+    high, low = split_codes(x)
+    return 16 * summed(high) + summed(low)
+
+
 def plan_grouped(
     x: DeviceTensor,
     weight: DeviceTensor,
@@ -264,10 +287,7 @@ def plan_grouped(
     group: int,
     out: DeviceTensor,
 ) -> Callable[[], None]:
-    """quant_batch_matmul_v4_msd.h: x1 is split into two 4-bit numbers, without 8 of each code,
-    which `offset` brings back. Of each, the products of a group leave the cube unit as float16,
-    scaled, and are added to those of the groups before it in float16; what follows is float32. How
-    the two roundings are done is not said; here it is to the nearest, halves to even."""
+    """quant_batch_matmul_v4_msd.h: see group_sums; `offset` brings back what they leave out."""
     check_grouped(
         x.layout,
         weight.layout,
@@ -281,19 +301,9 @@ def plan_grouped(
 
     def run() -> None:
         assert token is not None and offset is not None
-        words = unpacked(weight.read())
         scales = scale.read().view(torch.int64).to(torch.int32).view(torch.float32)
-
-        def summed(half: torch.Tensor) -> torch.Tensor:
-            total = torch.zeros(half.shape[0], words.shape[1], dtype=torch.float16)
-            groups = zip(half.split(GROUP, 1), words.split(GROUP), scales, strict=True)
-            for part, rows, factor in groups:
-                total += (integer_product(part, rows).float() * factor).half()
-            return total.float()
-
-        high = torch.div(x.read().int(), 16, rounding_mode="floor")
-        low = x.read().int() - 16 * high - LEFT_OUT
-        out.write((16 * summed(high) + summed(low) + offset.read()) * token.read())
+        sums = group_sums(x.read(), unpacked(weight.read()), scales)
+        out.write((sums + offset.read()) * token.read())
 
     return run
 

@@ -134,9 +134,10 @@ def rescale_groups(
 
 
 def shift_of(tensors: Mapping[str, Tensor]) -> Tensor:
-    """What npu_quant_matmul wants as `offset`, float32 [N]. Each summand is exact in float32: a
-    scale has 8 bits, and a sum 11."""
-    return _added_up(SHIFT * tensors["scale"] * tensors["code_sums"].float())
+    """What npu_quant_matmul wants as `offset`, float32 [*batch, N]. Each summand is exact in
+    float32: a scale has 8 bits, and a sum 11."""
+    summands = SHIFT * tensors["scale"] * tensors["code_sums"].float()
+    return _added_up(summands.unbind(-2))
 
 
 def _added_up(groups: Iterable[Tensor]) -> Tensor:

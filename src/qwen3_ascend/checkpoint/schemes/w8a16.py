@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from qwen3_ascend.checkpoint.layout import Cut, Layout, Place
+from qwen3_ascend.checkpoint.layout import Cut, Layout, Place, nz_pack, nz_unpack
 from qwen3_ascend.checkpoint.schemes import w8a8
 from qwen3_ascend.checkpoint.schemes.base import Codes, Input
 from qwen3_ascend.checkpoint.schemes.grid import Grid, IntegerScheme
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 NZ = w8a8.NZ
 """FRACTAL_NZ of [K, N]: what npu_weight_quant_batchmatmul reads on A2 and A3 with a scale for each
 output (aclnnWeightQuantBatchMatmulV2; vllm-ascend's methods/w8a16.py)."""
+
+ROWS = Layout("nd", "KN")
+"""[K, N] row by row: what npu_grouped_matmul reads, which takes no FRACTAL_NZ of int8 beside
+bfloat16 (ops-transformer's grouped_matmul_def.cpp; ParamsWeightNzDtype of
+aclnn_grouped_matmul.cpp)."""
 
 INT8 = w8a8.W8A8()
 """Whose integers and scales these are."""
@@ -73,16 +78,28 @@ class W8A16(IntegerScheme):
 
     @override
     def pack_piece(self, source: Stack, piece: Piece, layout: Layout, kernels: Kernels) -> Packed:
-        packed = INT8.pack_piece(source, piece, layout, kernels)
-        scale = packed.tensors["scale"].to(torch.bfloat16)
-        return Packed({**packed.tensors, "scale": scale}, packed.sums)
+        """Plain rows are first packed as FRACTAL_NZ, by the kernels for that."""
+        packed = INT8.pack_piece(source, piece, _packed_first(layout), kernels)
+        weight, scale = packed.tensors["weight"], packed.tensors["scale"].to(torch.bfloat16)
+        if layout == ROWS:
+            outputs, inputs = piece.shape(source.shape)
+            weight = nz_unpack(weight, inputs, outputs)
+        return Packed({"weight": weight, "scale": scale}, packed.sums)
 
     @override
     def errors(self, stored: Linear, source: Stack, piece: Piece, kernels: Kernels) -> Sums | None:
         tensors = {**stored.tensors, "scale": stored.tensors["scale"].float()}
-        same = dataclasses.replace(stored, scheme=INT8, tensors=tensors)
+        layout = _packed_first(stored.layout)
+        if layout != stored.layout:
+            tensors["weight"] = nz_pack(stored.weight)
+        same = dataclasses.replace(stored, scheme=INT8, layout=layout, tensors=tensors)
         return INT8.errors(same, source, piece, kernels)
 
     @override
     def temporary_bytes(self, layout: Layout, source_itemsize: int) -> int:
-        return INT8.temporary_bytes(layout, source_itemsize)
+        moved = 2 * torch.int8.itemsize if layout == ROWS else 0
+        return INT8.temporary_bytes(_packed_first(layout), source_itemsize) + moved
+
+
+def _packed_first(layout: Layout) -> Layout:
+    return NZ if layout == ROWS else layout

@@ -23,7 +23,7 @@
 #endif
 
 /* Raised when a signature below changes; the Python side refuses any other number. */
-#define QWEN3_ASCEND_ABI 12
+#define QWEN3_ASCEND_ABI 13
 
 enum status { STATUS_OK = 0, STATUS_NOT_FINITE = 1, STATUS_BAD_ARGUMENT = 2, STATUS_NO_PATH = 3 };
 enum dtype { DTYPE_BYTE = 0, DTYPE_BF16 = 1, DTYPE_FP16 = 2, DTYPE_FP32 = 3 };

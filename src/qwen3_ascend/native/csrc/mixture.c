@@ -1,6 +1,7 @@
 /* See mixture.h. The products are those of one expert after the other, each shared by all threads:
  * the weights of an expert take longer to read than the threads to meet. */
 #include "bf16.h"
+#include "floats.h"
 #include "mixture.h"
 #include "pool.h"
 
@@ -150,8 +151,39 @@ int qwen3_ascend_float_product(int path, int threads, const uint16_t *weights, i
                                int row_dtype, const void *rows, int64_t count, int64_t row_stride,
                                float *scratch, const float *bias, void *out, int out_dtype);
 
+int qwen3_ascend_code_product(int path, int threads, const struct stored_codes *codes,
+                              int64_t outputs, int64_t inputs, int row_dtype, const void *rows,
+                              int64_t count, int64_t row_stride, float *scratch,
+                              const float *bias, void *out, int out_dtype);
+
+int qwen3_ascend_group_product(int path, int threads, const struct stored_codes *codes,
+                               int64_t outputs, int64_t inputs, const struct grouped *grouped,
+                               const int8_t *rows, int64_t count, int64_t row_stride,
+                               float *scratch, const float *bias, void *out, int out_dtype);
+
 /* Bytes of a value. */
 static int64_t size_of(int dtype) { return dtype == DTYPE_FP32 ? 4 : dtype == DTYPE_BF16 ? 2 : 1; }
+
+/* An expert and its routed rows. */
+struct turn {
+    int64_t expert, row, count;
+};
+
+/* The next expert that has rows; 0 after the last one. Begin with an expert of -1. */
+static int next_turn(const struct expert_rows *experts, struct turn *turn)
+{
+    while (++turn->expert < experts->experts) {
+        turn->row = experts->starts[turn->expert];
+        turn->count = experts->starts[turn->expert + 1] - turn->row;
+        if (turn->count > 0) return 1;
+    }
+    return 0;
+}
+
+static const void *weight_of(const struct expert_rows *experts, const void *first, int64_t expert)
+{
+    return (const char *)first + expert * experts->weight_bytes;
+}
 
 /* qwen3_ascend_int8_product of the rows of each expert with its weights; the scales of outputs are
  * [experts, outputs], and scratch is that of all rows at once. */
@@ -163,13 +195,12 @@ QWEN3_ASCEND_API int qwen3_ascend_int8_experts(int path, int threads,
                                                void *out, int out_dtype)
 {
     int64_t out_bytes = outputs * size_of(out_dtype);
-    for (int64_t i = 0; i < experts->experts; i++) {
-        int64_t row = experts->starts[i], count = experts->starts[i + 1] - row;
-        if (count == 0) continue;
+    for (struct turn turn = {-1, 0, 0}; next_turn(experts, &turn);) {
         int status = qwen3_ascend_int8_product(
-            path, threads, strips + i * experts->weight_bytes, outputs, inputs,
-            rows + row * inputs, count, inputs, scratch, NULL, row_scales + row,
-            output_scales + i * outputs, NULL, (char *)out + row * out_bytes, out_dtype);
+            path, threads, weight_of(experts, strips, turn.expert), outputs, inputs,
+            rows + turn.row * inputs, turn.count, inputs, scratch, NULL, row_scales + turn.row,
+            output_scales + turn.expert * outputs, NULL, (char *)out + turn.row * out_bytes,
+            out_dtype);
         if (status) return status;
     }
     return STATUS_OK;
@@ -185,14 +216,68 @@ QWEN3_ASCEND_API int qwen3_ascend_float_experts(int path, int threads,
                                                 int out_dtype)
 {
     int64_t in_bytes = inputs * size_of(row_dtype), out_bytes = outputs * size_of(out_dtype);
-    for (int64_t i = 0; i < experts->experts; i++) {
-        int64_t row = experts->starts[i], count = experts->starts[i + 1] - row;
-        if (count == 0) continue;
+    for (struct turn turn = {-1, 0, 0}; next_turn(experts, &turn);) {
         int status = qwen3_ascend_float_product(
-            path, threads, (const uint16_t *)((const char *)weights + i * experts->weight_bytes),
-            outputs, inputs, output_stride, run_stride, row_dtype,
-            (const char *)rows + row * in_bytes, count, inputs, scratch, NULL,
-            (char *)out + row * out_bytes, out_dtype);
+            path, threads, weight_of(experts, weights, turn.expert), outputs, inputs,
+            output_stride, run_stride, row_dtype, (const char *)rows + turn.row * in_bytes,
+            turn.count, inputs, scratch, NULL, (char *)out + turn.row * out_bytes, out_dtype);
+        if (status) return status;
+    }
+    return STATUS_OK;
+}
+
+/* The codes of an expert, of those of the first one; scales and offsets are
+ * [experts, groups, outputs]. */
+static struct stored_codes codes_of(const struct expert_rows *experts,
+                                    const struct stored_codes *first, int64_t outputs,
+                                    int64_t inputs, int64_t expert)
+{
+    struct stored_codes codes = *first;
+    int64_t shared = (inputs + codes.group - 1) / codes.group * outputs * expert;
+    codes.data = weight_of(experts, codes.data, expert);
+    if (codes.scales) codes.scales += shared;
+    if (codes.offsets) codes.offsets += shared;
+    return codes;
+}
+
+/* The same of qwen3_ascend_code_product; `first` are the codes of the first expert. */
+QWEN3_ASCEND_API int qwen3_ascend_code_experts(int path, int threads,
+                                               const struct expert_rows *experts,
+                                               const struct stored_codes *first, int64_t outputs,
+                                               int64_t inputs, int row_dtype, const void *rows,
+                                               float *scratch, void *out, int out_dtype)
+{
+    int64_t in_bytes = inputs * size_of(row_dtype), out_bytes = outputs * size_of(out_dtype);
+    for (struct turn turn = {-1, 0, 0}; next_turn(experts, &turn);) {
+        struct stored_codes codes = codes_of(experts, first, outputs, inputs, turn.expert);
+        int status = qwen3_ascend_code_product(
+            path, threads, &codes, outputs, inputs, row_dtype,
+            (const char *)rows + turn.row * in_bytes, turn.count, inputs, scratch, NULL,
+            (char *)out + turn.row * out_bytes, out_dtype);
+        if (status) return status;
+    }
+    return STATUS_OK;
+}
+
+/* The same of qwen3_ascend_group_product; the scales are [experts, groups, outputs], the shift is
+ * [experts, outputs]. */
+QWEN3_ASCEND_API int qwen3_ascend_group_experts(int path, int threads,
+                                                const struct expert_rows *experts,
+                                                const struct stored_codes *first, int64_t outputs,
+                                                int64_t inputs, const struct grouped *grouped,
+                                                const int8_t *rows, float *scratch, void *out,
+                                                int out_dtype)
+{
+    int64_t groups = (inputs + GROUP_INPUTS - 1) / GROUP_INPUTS;
+    int64_t out_bytes = outputs * size_of(out_dtype);
+    for (struct turn turn = {-1, 0, 0}; next_turn(experts, &turn);) {
+        struct stored_codes codes = codes_of(experts, first, outputs, inputs, turn.expert);
+        struct grouped own = {grouped->scales + turn.expert * groups * outputs,
+                              grouped->shift + turn.expert * outputs,
+                              grouped->row_scales + turn.row};
+        int status = qwen3_ascend_group_product(
+            path, threads, &codes, outputs, inputs, &own, rows + turn.row * inputs, turn.count,
+            inputs, scratch, NULL, (char *)out + turn.row * out_bytes, out_dtype);
         if (status) return status;
     }
     return STATUS_OK;
