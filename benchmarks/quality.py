@@ -85,8 +85,9 @@ def main() -> None:
     columns = {}
     for name in options.models:
         model = MODELS[name](options.cache / "models", options.windows)
-        columns[name] = measure(model, chosen, options)
-    print_table(chosen, columns)
+        methods = [method for method in chosen if method.takes(name)]
+        columns[name] = measure(model, methods, options)
+    print_table(columns)
 
 
 def measure(
@@ -262,7 +263,7 @@ def write_result(place: Path, model: Model, result: Result) -> None:
     (place / "result.json").write_text(said)
 
 
-def print_table(methods: list[Method], columns: dict[str, dict[Method, Result]]) -> None:
+def print_table(columns: dict[str, dict[Method, Result]]) -> None:
     """A table in Markdown for each model, and the reasons of those that failed."""
     failures = []
     for name, results in columns.items():
@@ -270,7 +271,7 @@ def print_table(methods: list[Method], columns: dict[str, dict[Method, Result]])
         print(f"\n{name}{f', perplexity {scores[0].perplexity:.2f}' if scores else ''}\n")
         print("| row | who | settings | bits | KL, 1e-3 nats | perplexity | seconds |")
         print("|---|---|---|---|---|---|---|")
-        for method in sorted(methods, key=lambda method: list(ROWS).index(method.row)):
+        for method in sorted(results, key=lambda method: list(ROWS).index(method.row)):
             result = results[method]
             cells = [ROWS[method.row], method.peer, method.settings, *_figures(result)]
             print(f"| {' | '.join(cells)} |")

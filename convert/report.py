@@ -65,7 +65,7 @@ def describe_errors(manifest: Manifest) -> list[str]:
         lines.append(f"{len(quantized)} {linears} are quantized: {figure}; lowest:")
         worst = sorted(quantized, key=lambda name: quantized[name].sqnr_db or 0.0)[:WORST_SHOWN]
         lines += [f"  {quantized[name].sqnr_db:6.2f} dB  {name}" for name in worst]
-    return [*lines, *_describe_experts(quantized)]
+    return [*lines, *_describe_experts(quantized), *_describe_unreached(quantized)]
 
 
 def _describe_experts(entries: Mapping[str, LinearEntry]) -> list[str]:
@@ -83,6 +83,25 @@ def _describe_experts(entries: Mapping[str, LinearEntry]) -> list[str]:
         f"of the experts the worst has {worst:.2f} dB (number {number} of {name}), the median "
         f"{middle:.2f} dB"
     ]
+
+
+def _describe_unreached(entries: Mapping[str, LinearEntry]) -> list[str]:
+    """The experts that calibration never reached; of the layers the first few."""
+    unreached = {
+        name.rpartition(".")[0]: entry.unreached
+        for name, entry in entries.items()
+        if entry.unreached
+    }
+    if not unreached:
+        return []
+    count, layers = sum(map(len, unreached.values())), len(unreached)
+    lines = [
+        f"calibration never reached {count} experts in {layers} layers, whose codes need no data "
+        f"(the scales of least error); more text may reach them:"
+    ]
+    for name, numbers in [*unreached.items()][:WORST_SHOWN]:
+        lines.append(f"  {name}: {', '.join(map(str, numbers))}")
+    return lines + ["  ..., all of them in the manifest"] * (layers > WORST_SHOWN)
 
 
 def describe_head(manifest: Manifest) -> list[str]:

@@ -117,7 +117,7 @@ class Task:
             return known
         matrices = [*(seen or (None,) * len(self.item.matrices))]
         del seen  # large, and taken out one by one
-        choices = self._choices(matrices, kernels)
+        choices = known._choices(matrices, kernels)
         with self._naming_values():
             return replace(known, weights=self.weights.quantized(choices, kernels, advance))
 

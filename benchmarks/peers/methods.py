@@ -15,6 +15,7 @@ ROWS = {
     "w4a16-g32": "W4A16 g32",
     "w8a16": "W8A16",
     "w4a8": "W4A8",
+    "mixture": "mixtures of experts",
 }
 """In the order of the table."""
 
@@ -36,6 +37,10 @@ class Method:
     name: str
     settings: str
     decoded: bool = False
+
+    def takes(self, model: str) -> bool:
+        """Whether it is for a model: recipes of mixtures are for those, and no other method is."""
+        return (self.row == "mixture") == (model == "tiny-moe")
 
     @property
     def folder(self) -> str:
@@ -87,4 +92,11 @@ METHODS = (
     Method("w8a16", OURS, "w8a16", "w8a16"),
     Method("w4a8", OURS, "w4a8-plain", "w4a8-plain"),
     Method("w4a8", OURS, "w4a8", "w4a8"),
+    *(
+        Method("mixture", OURS, recipe, recipe)
+        for recipe in (
+            "moe-w8a8", "moe-w8a8-experts", "w8a16", "moe-w4a16-down-w8a8", "moe-w4a16",
+            "w4a16-plain", "moe-w4a8",
+        )
+    ),
 )  # fmt: skip

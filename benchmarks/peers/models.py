@@ -3,6 +3,7 @@ calibrates; no window is part of both.
 
     tiny          the trained model of the tests, 5 million parameters, and held-out definitions
     tiny-outlier  the same function, with outlier channels planted
+    tiny-moe      the same function, by mixtures of experts with a planted router
     smol          SmolLM2-135M-Instruct as a Qwen3, and the help topics of Python (pydoc_data)
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.outliers import write_tiny_outlier
+from support.planted import write_tiny_mixture
 from support.tiny_models import DATA
 from tokenizers import Tokenizer
 
@@ -64,6 +66,11 @@ def tiny_outlier(cache: Path, windows: int) -> Model:
     return _on_heldout("tiny-outlier", write_tiny_outlier(cache / "tiny-outlier"), windows)
 
 
+def tiny_moe(cache: Path, windows: int) -> Model:
+    """The tiny model with mixtures of experts."""
+    return _on_heldout("tiny-moe", write_tiny_mixture(cache / "tiny-moe"), windows)
+
+
 def smol(cache: Path, windows: int) -> Model:
     """The real language model; SystemExit that says what to install if its wheel is not there."""
     try:
@@ -80,6 +87,7 @@ def smol(cache: Path, windows: int) -> Model:
 MODELS: dict[str, Callable[[Path, int], Model]] = {
     "tiny": tiny,
     "tiny-outlier": tiny_outlier,
+    "tiny-moe": tiny_moe,
     "smol": smol,
 }
 

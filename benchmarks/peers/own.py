@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,4 +107,4 @@ def bits_per_weight(folder: Path) -> float:
         for name, tensor in reader.linear(spec.name).tensors.items()
         if name != BIAS
     )
-    return bits / sum(spec.outputs * spec.inputs for spec in linears)
+    return bits / sum(math.prod(spec.shape) for spec in linears)

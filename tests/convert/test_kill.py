@@ -65,6 +65,22 @@ def test_mixtures_of_experts(tmp_path: Path) -> None:
     assert found["trials"] == min(40, found["steps"]) + 10 and found["kills"] >= 30
 
 
+def test_calibrated_mixtures_of_experts(tmp_path: Path) -> None:
+    """Between two experts of a linear, whose codes are chosen one after the other, as well."""
+    recipe = tmp_path / "calibrated.yaml"
+    scheme = "{name: w4a16, group: 32}"
+    rule = f'{{match: "*.mlp.experts.*", scheme: {scheme}, quantizer: gptq}}'
+    rules = f'[{rule}, {{match: "*", scheme: bf16}}]'
+    recipe.write_text(f"schema: 1\nname: calibrated\ntransforms: [cle]\nrules: {rules}\n")
+    data = tiny_models.mixture(num_hidden_layers=2, moe_intermediate_size=64)
+    source = tiny_models.write(tmp_path / "source", data, tokenizer=False)
+    found = drive(
+        source, tmp_path / "work", "--recipe", str(recipe), "--steps", "30", "--instants", "6",
+        "--threads", "2",
+    )  # fmt: skip
+    assert found["trials"] == 36 and found["kills"] >= 25
+
+
 def test_a_quantized_source(tmp_path: Path) -> None:
     """Codes that are taken, and a linear whose codes are chosen beside them."""
     data = tiny_models.config(num_hidden_layers=1)
