@@ -20,6 +20,9 @@ STRIDE = 1000003
 
 SHARD_BYTES = 5 * 10**9
 
+DTYPE = torch.bfloat16
+"""Of every tensor."""
+
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
              "num_attention_heads": 16, "tie_word_embeddings": True},
@@ -89,14 +92,14 @@ def ensure(folder: Path, data: dict[str, Any]) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     shapes = tensors(data)
-    files, table = _files(shapes), _table()
+    groups, table = files(shapes), _table()
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(files, 1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        name = name if len(files) > 1 else "model.safetensors"
+    for number, names in enumerate(groups, 1):
+        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        name = name if len(groups) > 1 else "model.safetensors"
         _write(folder / name, {key: shapes[key] for key in names}, table)
         weight_map |= dict.fromkeys(names, name)
-    if len(files) > 1:
+    if len(groups) > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     mark.write_text(json.dumps(data))
     return folder
@@ -108,8 +111,8 @@ class Weights:
     def __init__(self, data: dict[str, Any]) -> None:
         """Of a config.json."""
         self.shapes, self._table = tensors(data), _table()
-        files = _files(self.shapes)
-        self._numbers = {name: n for names in files for n, name in enumerate(names)}
+        groups = files(self.shapes)
+        self._numbers = {name: n for names in groups for n, name in enumerate(names)}
 
     def __getitem__(self, name: str) -> Tensor:
         shape = torch.Size(self.shapes[name])
@@ -121,16 +124,21 @@ def _table() -> Tensor:
     return torch.randn(TABLE, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
 
 
-def _files(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
+def nbytes(shape: tuple[int, ...]) -> int:
+    """Of a tensor."""
+    return torch.Size(shape).numel() * DTYPE.itemsize
+
+
+def files(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
+    """The names of the tensors of each file."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
-        nbytes = torch.Size(shape).numel() * torch.bfloat16.itemsize
-        if groups[-1] and filled + nbytes > SHARD_BYTES:
+        if groups[-1] and filled + nbytes(shape) > SHARD_BYTES:
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += nbytes
+        filled += nbytes(shape)
     return groups
 
 

@@ -55,7 +55,8 @@ class Budget:
         if (least := one.working_bytes) > max_memory:
             raise OptionError(
                 f"max_memory: {max_memory} bytes of memory are too little; this model needs "
-                f"{least} ({-(-least // (1 << 20))}MiB) beyond Python with torch loaded"
+                f"{least} beyond Python with torch loaded: pass --max-memory "
+                f"{-(-least // (1 << 20))}MiB, or more for more threads"
             )
         most = (max_memory - FIXED_BYTES - shared_bytes) // (THREAD_BYTES + piece_bytes)
         return cls(min(wanted, most), piece_bytes, shared_bytes, alone_bytes)

@@ -274,21 +274,23 @@ def make_plan(
         SourceError: a tensor is missing, has a wrong shape or type, or is unknown.
         RecipeError: a rule matches nothing, or does not fit the model or its source.
     """
-    _check_rules(config, recipe, quantization)
-    _refuse_strangers(config, slots, quantization)
+    spec = model_spec(config)
+    _check_rules(config, spec, recipe, quantization)
+    _refuse_strangers(spec, slots, quantization)
     transforms = _transforms(recipe)
-    spec = _stored_spec(config, recipe, transforms)
+    stored_spec = _stored_spec(config, spec, recipe, transforms)
     made = (
         _plan_linear(part, slots, recipe, target, quantization)
         if isinstance(part, LinearSpec)
         else _plan_tensor(part, slots)
-        for part in spec
+        for part in stored_spec
     )
-    changes, sizes = touched(model_parts(config), transforms), _decoded_sizes(config, quantization)
-    items = tuple(_changed(item, changes, recipe, slots, quantization, sizes) for item in made)
+    changes = touched(model_parts(config), transforms)
+    consulted = _Consulted(slots, quantization, _decoded_sizes(spec, quantization))
+    items = tuple(_changed(item, changes, recipe, quantization, consulted) for item in made)
     ignored = _unread(config, items, slots)
     weight_files = fill_files([item.forms for item in items], parse_size(max_file_bytes), STEM)
-    stored = replace(config, tie_word_embeddings=spec.lm_head is None)
+    stored = replace(config, tie_word_embeddings=stored_spec.lm_head is None)
     return Plan(stored, recipe, target, items, weight_files, ignored, alike, transforms)
 
 
@@ -305,20 +307,21 @@ def _transforms(recipe: Recipe) -> tuple[Transform, ...]:
     return named
 
 
-def _stored_spec(config: Qwen3Config, recipe: Recipe, transforms: Sequence[Transform]) -> ModelSpec:
+def _stored_spec(
+    config: Qwen3Config, spec: ModelSpec, recipe: Recipe, transforms: Sequence[Transform]
+) -> ModelSpec:
     """The weights that are stored: a tied head that is quantized, or becomes another weight than
     the embedding, is one of its own, made of the embedding."""
-    spec, unties = model_spec(config), any(transform.unties for transform in transforms)
+    unties = any(transform.unties for transform in transforms)
     if spec.lm_head or (recipe.rule_for(LM_HEAD).scheme == BF16() and not unties):
         return spec
     return replace(spec, lm_head=lm_head_spec(config, EMBEDDING))
 
 
 def _refuse_strangers(
-    config: Qwen3Config, slots: Mapping[str, TensorSlot], quantization: Quantization
+    spec: ModelSpec, slots: Mapping[str, TensorSlot], quantization: Quantization
 ) -> None:
     """Says what a source is whose tensors tell, before the first thing that it lacks."""
-    spec = model_spec(config)
     known = {item.name for item in spec if isinstance(item, TensorSpec)}
     known |= {f"{part}.{end}" for item in spec.linears for part in item.all_sources for end in ENDS}
     for linear, encoding in quantization.encodings.items():
@@ -328,15 +331,16 @@ def _refuse_strangers(
             raise SourceError(f"the source holds {name}, which tells {hint}")
 
 
-def _all_linears(config: Qwen3Config) -> list[LinearSpec]:
+def _all_linears(config: Qwen3Config, spec: ModelSpec) -> list[LinearSpec]:
     """Every linear a rule can speak of, the tied output projection included."""
-    spec = model_spec(config)
     return [*spec.linears] if spec.lm_head else [*spec.linears, lm_head_spec(config)]
 
 
-def _check_rules(config: Qwen3Config, recipe: Recipe, quantization: Quantization) -> None:
+def _check_rules(
+    config: Qwen3Config, spec: ModelSpec, recipe: Recipe, quantization: Quantization
+) -> None:
     used: list[Rule] = []
-    for linear in _all_linears(config):
+    for linear in _all_linears(config, spec):
         _check_parts(linear, quantization)
         rules = [recipe.rule_for(source) for source in linear.sources]
         used += rules
@@ -443,15 +447,42 @@ def _plan_linear(
     return replace(item, source_bytes=sum(slots[name].nbytes for name in item.reads))
 
 
+class _Consulted:
+    """The tensors that decide a change, looked up once for all items that it is the change of."""
+
+    def __init__(
+        self,
+        slots: Mapping[str, TensorSlot],
+        quantization: Quantization,
+        sizes: Mapping[str, int],
+    ) -> None:
+        """Args:
+        slots: of every source tensor.
+        quantization: of the source.
+        sizes: see `_decoded_sizes`.
+        """
+        self._slots, self._quantization, self._sizes = slots, quantization, sizes
+        self._known: dict[int, tuple[tuple[str, ...], int]] = {}
+
+    def of(self, consults: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
+        """The tensors of the linears of `Touched.consults`, and the weights of the largest one that
+        is decoded as a whole."""
+        if id(consults) not in self._known:  # the plan keeps what it is the place of
+            encoding = self._quantization.encoding
+            stored = [s for name in consults for s in encoding(name).stored(name, self._slots)]
+            decoded = max((self._sizes.get(name, 0) for name in consults), default=0)
+            self._known[id(consults)] = tuple(stored), decoded
+        return self._known[id(consults)]
+
+
 def _changed(
     item: Item,
     changes: Mapping[str, Touched],
     recipe: Recipe,
-    slots: Mapping[str, TensorSlot],
     quantization: Quantization,
-    sizes: Mapping[str, int],
+    consulted: _Consulted,
 ) -> Item:
-    """An item with what transforms will do to it; sizes are those of `_decoded_sizes`."""
+    """An item with what transforms will do to it."""
     names = (name for parts in item.changed for name in parts)
     found = [changes[name] for name in names if name in changes]
     if not found:
@@ -462,23 +493,20 @@ def _changed(
             f"{item.parts[0]}, which the source holds quantized ({quantization.format}): use a "
             f"recipe without transforms, or convert the original model"
         )
-    shared = {id(touch.consults): touch.consults for touch in found}  # by all experts of a layer
-    consulted = dict.fromkeys(name for consults in shared.values() for name in consults)
-    consults = [
-        stored for name in consulted for stored in quantization.encoding(name).stored(name, slots)
-    ]
-    block, decoded = (
-        max(touch.block for touch in found),
-        max((sizes.get(n, 0) for n in consulted), default=0),
-    )
-    return replace(item, block=block, consults=tuple(consults), decoded=decoded)
+    shared = {id(touch.consults): touch.consults for touch in found}.values()  # by all of a layer
+    looked_up = [consulted.of(consults) for consults in shared]
+    consults = tuple(dict.fromkeys(name for stored, _ in looked_up for name in stored))
+    block, decoded = max(touch.block for touch in found), max(size for _, size in looked_up)
+    return replace(item, block=block, consults=consults, decoded=decoded)
 
 
-def _decoded_sizes(config: Qwen3Config, quantization: Quantization) -> dict[str, int]:
+def _decoded_sizes(spec: ModelSpec, quantization: Quantization) -> dict[str, int]:
     """How many weights each linear has that the source holds as codes."""
+    if not quantization.encodings:
+        return {}
     return {
         source: rows * linear.inputs
-        for linear in model_spec(config).linears
+        for linear in spec.linears
         for sources in linear.matrices
         for source, rows in zip(sources, linear.parts, strict=True)
         if quantization.encoding(source) != FLOAT

@@ -122,12 +122,12 @@ def divided(original: Mapping[str, str], experts: int) -> dict[str, Stored]:
         original: see Names.
         experts: of a layer; 0 for a dense model, in which no such names are looked for.
     """
-    found: dict[str, Stored] = {}
+    found, ends = dict[str, Stored](), tuple(FUSED_EXPERTS) if experts else ()
     for name, stored in original.items():
-        end = next((end for end in FUSED_EXPERTS if experts and name.endswith(end)), None)
-        if end is None:
+        if not name.endswith(ends):
             found[name] = Stored(stored)
             continue
+        end = next(end for end in ends if name.endswith(end))
         prefix, linears = name.removesuffix(end), FUSED_EXPERTS[end]
         for expert in range(experts):
             for part, linear in enumerate(linears):

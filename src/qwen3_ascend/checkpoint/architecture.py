@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 from qwen3_ascend.checkpoint.config import ExpertsConfig, Qwen3Config
 from qwen3_ascend.checkpoint.layout import Cut
@@ -65,12 +66,12 @@ class LinearSpec:
         """Logical (N, K), or (experts, N, K)."""
         return (self.experts, *self.matrix) if self.experts else self.matrix
 
-    @property
+    @cached_property
     def matrices(self) -> tuple[tuple[str, ...], ...]:
         """The sources of each stored matrix: those of each expert, or the only ones."""
         return of_each_expert(self.sources, self.experts)
 
-    @property
+    @cached_property
     def all_sources(self) -> tuple[str, ...]:
         """Every linear of the source that it is made of, expert by expert."""
         return tuple(source for sources in self.matrices for source in sources)

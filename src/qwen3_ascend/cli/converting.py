@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +12,7 @@ import click
 from typing_extensions import override
 
 from qwen3_ascend import recipes
+from qwen3_ascend.cli.environment import nothing_is_garbage
 from qwen3_ascend.cli.interruption import stoppable
 from qwen3_ascend.cli.options import UserPath, given, options_of
 from qwen3_ascend.cli.terminal import progress_bar, to_stderr
@@ -159,10 +157,11 @@ def _show_plan(
     events: Events,
     as_json: bool,
 ) -> None:
-    from qwen3_ascend.convert import plan_conversion, preflight, report
-    from qwen3_ascend.convert.conversion import plan_budget
+    with nothing_is_garbage():
+        from qwen3_ascend.convert import plan_conversion, preflight, report
+        from qwen3_ascend.convert.conversion import plan_budget
 
-    source, plan = plan_conversion(model, recipe, options, events, output)
+        source, plan = plan_conversion(model, recipe, options, events, output)
     budget = plan_budget(plan, options)
     disk = preflight.disk_needs(plan, source, output)
     if as_json:
@@ -175,13 +174,13 @@ def _show_plan(
 def _convert(
     model: str, output: Path, recipe: str | None, options: ConvertOptions, quiet: bool
 ) -> None:
-    from qwen3_ascend.convert import convert_checkpoint, report
+    with nothing_is_garbage():
+        from qwen3_ascend.convert import convert_checkpoint, report
 
     started = time.perf_counter()
     is_local = os.path.isdir(user_path(model))
     with (
         stoppable(lambda: kept(output)),
-        quick_garbage_collection(),
         progress_bar("downloading", quiet or is_local, None) as downloads,
         progress_bar("converting", quiet) as bar,
     ):
@@ -194,17 +193,6 @@ def _convert(
     click.echo(f"{output}: {size_text(nbytes)} in {seconds:.1f} s")
     click.echo("\n".join(report.describe_errors(manifest) + report.describe_head(manifest)))
     click.echo(f'next: qwen3-ascend generate {output} --prompt "Hello"')
-
-
-@contextmanager
-def quick_garbage_collection() -> Iterator[None]:
-    """Spares the collector what is there already: walking through torch stops all threads for a
-    tenth of a second, several times in a conversion."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def kept(output: Path) -> str:

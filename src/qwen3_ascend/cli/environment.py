@@ -38,7 +38,7 @@ def nothing_is_garbage() -> Iterator[None]:
 
     Python looks for garbage whenever many objects are made, and goes through all of them. An import
     of torch makes half a million: a tenth of its time, and as much again whenever all are looked at
-    later, which they are not either.
+    later, which stops all threads; they are not either.
     """
     gc.disable()
     try:

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from qwen3_ascend.cli.converting import Watch, kept, quick_garbage_collection
+from qwen3_ascend.cli.converting import Watch, kept
+from qwen3_ascend.cli.environment import nothing_is_garbage
 from qwen3_ascend.cli.interruption import stoppable
 from qwen3_ascend.cli.options import UserPath, given, options_of
 from qwen3_ascend.cli.terminal import progress_bar
@@ -41,12 +42,12 @@ def export(checkpoint: Path, output: Path, name: str, quiet: bool, **values: Any
     qwen3-ascend export out/ ct/ --format compressed-tensors     vLLM, vllm-ascend
     qwen3-ascend export out/ hf/ --format huggingface            transformers, lm-eval
     """
-    from qwen3_ascend.convert import export_checkpoint
+    with nothing_is_garbage():
+        from qwen3_ascend.convert import export_checkpoint
 
     options, started = WritingOptions(**given(values)), time.perf_counter()
     with (
         stoppable(lambda: kept(output)),
-        quick_garbage_collection(),
         progress_bar("exporting", quiet) as bar,
     ):
         record = export_checkpoint(checkpoint, output, name, options, Watch(None, bar, quiet))
