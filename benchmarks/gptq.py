@@ -187,7 +187,12 @@ class Ours:
 
     def _quantize(self, name: str) -> tuple[str, Weights]:
         choose = self._gptq.prepare(self._grid, self._known.pop(name), self._kernels)
-        return name, self._weights[name].quantized(iter([choose]), self._kernels, lambda: None)
+        from qwen3_ascend.convert.weights import Choosing
+        from qwen3_ascend.files.threads import crew
+
+        with crew(1) as helpers:  # for experts, of which there are none here
+            choosing = Choosing(lambda _: choose, self._kernels, lambda: None, helpers)
+            return name, self._weights[name].quantized(choosing)
 
     def results(self) -> dict[str, Tensor]:
         """See Side."""

@@ -39,6 +39,7 @@ from qwen3_ascend.convert.work import (
     stored_blake3,
 )
 from qwen3_ascend.errors import DamagedSourceError
+from qwen3_ascend.files.threads import Crew, crew
 from qwen3_ascend.native import Kernels
 
 
@@ -60,6 +61,7 @@ class Conversion(Production[Item]):
         self.plan, self.source = plan, source
         self._kernels, self._hash_source = kernels, hash_source
         self._windows = windows
+        self._crew: Crew | None = None
         self._statistics: dict[str, Seen] = {}
         self._readers = Counter(
             file for item in plan.items for file in self._files_of([item])
@@ -140,7 +142,14 @@ class Conversion(Production[Item]):
         statistics = partial(self._statistics.pop, item.name, None)
         task = make_task(item, self.source, self._changes, statistics)
         advance = partial(self.advance, item.source_bytes // len(task.pieces))
-        return partial(convert, task, file, self._kernels, self._hash_source, advance)
+        assert self._crew is not None, "items are made by `make`"
+        return partial(convert, task, file, self._kernels, self._crew, self._hash_source, advance)
+
+    @override
+    def make(self, items: Sequence[Item]) -> None:
+        """Beside the threads that make items are as many for the experts of their linears."""
+        with crew(self._threads) as self._crew:
+            super().make(items)
 
     @override
     def drop_pages(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,6 +23,7 @@ from qwen3_ascend.checkpoint.schemes.pieces import Packed, Piece, Stack, Sums
 from qwen3_ascend.convert.quantizers.base import Choose, Chosen
 from qwen3_ascend.convert.transforms.changes import FindChanges
 from qwen3_ascend.convert.transforms.stack import ChangedStack
+from qwen3_ascend.files.threads import Ahead, Crew
 from qwen3_ascend.native import Kernels
 
 CHUNK_WEIGHTS = 1 << 20
@@ -32,8 +33,21 @@ CHUNK_BYTES = 32
 """Memory for each of them: as float32, in another order, as codes, and what torch needs."""
 
 
-Choices = Iterator[Choose]
-"""A quantizer, prepared for one matrix of a linear after the other, when it is asked for."""
+@dataclass(frozen=True)
+class Choosing:
+    """How the codes of whole matrices are chosen.
+
+    Attributes:
+        prepare: gives the quantizer for the inputs of a matrix, by its number in the linear; once.
+        kernels: to look with whether weights are finite.
+        advance: called before each chunk; it may raise to end the work.
+        crew: whose threads quantize the experts of a linear, one each.
+    """
+
+    prepare: Callable[[int], Choose]
+    kernels: Kernels
+    advance: Callable[[], None]
+    crew: Crew
 
 
 def chunk_outputs(inputs: int) -> int:
@@ -65,13 +79,12 @@ class Weights(ABC):
         """Whether a stored piece holds the source's codes; True of a source that has none."""
 
     @abstractmethod
-    def quantized(self, choices: Choices, kernels: Kernels, advance: Callable[[], None]) -> Weights:
+    def quantized(self, choosing: Choosing, number: int = 0) -> Weights:
         """These weights with codes that a quantizer has chosen for all of them.
 
         Args:
-            choices: the quantizer, prepared for the inputs of each matrix.
-            kernels: to look with whether weights are finite.
-            advance: called before each chunk; it may raise to end the work.
+            choosing: see there.
+            number: of the matrix, if these are the weights of one of several.
 
         Raises:
             NotFinite: if a weight is not finite; its row counts from the chunk's.
@@ -80,6 +93,10 @@ class Weights(ABC):
     @abstractmethod
     def changed(self, find: FindChanges, kernels: Kernels) -> Weights:
         """These weights after a change of each part."""
+
+    def close(self) -> None:
+        """Drops what is under way for pieces that nobody will ask for."""
+        return
 
 
 @dataclass(frozen=True)
@@ -105,15 +122,15 @@ class ChosenWeights(Weights):
         return True
 
     @override
-    def quantized(self, choices: Choices, kernels: Kernels, advance: Callable[[], None]) -> Weights:
-        choose, (outputs, inputs) = next(choices), self.stack.shape
+    def quantized(self, choosing: Choosing, number: int = 0) -> Weights:
+        choose, (outputs, inputs) = choosing.prepare(number), self.stack.shape
         integers = torch.empty((outputs, inputs), dtype=torch.int8)
         step, scales = chunk_outputs(inputs), []
         for start in range(0, outputs, step):
-            advance()
+            choosing.advance()
             piece = Piece("outputs", start, min(start + step, outputs))
             rows = self.stack.piece(piece)
-            kernels.check_finite(rows)
+            choosing.kernels.check_finite(rows)
             found = choose(rows.float())
             integers[start : piece.stop] = found.integers
             scales.append(found.scales)
@@ -165,14 +182,14 @@ class ExpertWeights(Weights):
         finds: gives the changes of each; None for what stays as it is.
         kernels: to change with.
         kept: how many threads ask for pieces, each for those of one expert after the other.
-        quantize: chooses the codes of one expert after the other, if they are chosen together.
+        ahead: gives each expert with its codes, in their order, if they are chosen together.
     """
 
     matrices: tuple[Weights, ...]
     finds: tuple[FindChanges | None, ...]
     kernels: Kernels
     kept: int
-    quantize: Callable[[Weights], Weights] | None = None
+    ahead: Ahead[Weights] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _made: dict[int, Weights] = field(default_factory=dict, init=False)
 
@@ -193,14 +210,18 @@ class ExpertWeights(Weights):
         return self._of(piece).has_codes(stored, replace(piece, matrix=0))
 
     @override
-    def quantized(self, choices: Choices, kernels: Kernels, advance: Callable[[], None]) -> Weights:
-        """Nothing is chosen before a piece of an expert is asked for, and so is its choice: an
-        expert comes after those before it."""
+    def quantized(self, choosing: Choosing, number: int = 0) -> Weights:
+        """Of the experts some are quantized ahead of the pieces that are asked for."""
 
-        def quantize(weights: Weights) -> Weights:
-            return weights.quantized(choices, kernels, advance)
+        def quantize(expert: int) -> Weights:
+            return self._changed(expert).quantized(choosing, expert)
 
-        return replace(self, quantize=quantize)
+        return replace(self, ahead=Ahead(choosing.crew, quantize, len(self.matrices)))
+
+    @override
+    def close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
 
     @override
     def changed(self, find: FindChanges, kernels: Kernels) -> Weights:
@@ -210,16 +231,18 @@ class ExpertWeights(Weights):
         return self._expert(piece.matrix)
 
     def _expert(self, number: int) -> Weights:
-        find, quantize = self.finds[number], self.quantize
-        if find is None and quantize is None:
+        if self.finds[number] is None and self.ahead is None:
             return self.matrices[number]
         with self._lock:
             if number not in self._made:
                 while len(self._made) >= self.kept:
                     del self._made[next(iter(self._made))]
-                changed = in_one(self.matrices[number : number + 1], [find], self.kernels)
-                self._made[number] = changed if quantize is None else quantize(changed)
+                made = self._changed(number) if self.ahead is None else self.ahead.result(number)
+                self._made[number] = made
             return self._made[number]
+
+    def _changed(self, number: int) -> Weights:
+        return in_one(self.matrices[number : number + 1], [self.finds[number]], self.kernels)
 
 
 def in_one(
@@ -246,7 +269,7 @@ class KeptWeights(Weights):
     """Codes that somebody else has chosen, and that are kept, whatever form they come in."""
 
     @override
-    def quantized(self, choices: Choices, kernels: Kernels, advance: Callable[[], None]) -> Weights:
+    def quantized(self, choosing: Choosing, number: int = 0) -> Weights:
         return self
 
     @override

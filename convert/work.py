@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,8 +28,9 @@ from qwen3_ascend.convert.source import Source
 from qwen3_ascend.convert.statistics import InputStatistics, Seen, are_finite
 from qwen3_ascend.convert.transforms.changes import FindChanges
 from qwen3_ascend.convert.transforms.whole import ModelChanges
-from qwen3_ascend.convert.weights import Weights, in_one
+from qwen3_ascend.convert.weights import Choosing, Weights, in_one
 from qwen3_ascend.errors import DamagedSourceError, SourceError
+from qwen3_ascend.files.threads import Crew
 from qwen3_ascend.native import Kernels, NotFinite
 
 ROWS_AT_A_TIME = 256
@@ -103,9 +104,14 @@ class Task:
         tensors = item.scheme.for_inputs(packed.tensors, shape, item.layout, self.range)
         return Packed(tensors, packed.sums)
 
-    def quantized(self, kernels: Kernels, advance: Callable[[], None]) -> Task:
+    def quantized(self, kernels: Kernels, crew: Crew, advance: Callable[[], None]) -> Task:
         """The task with what calibration tells, and with the codes of its whole weight if its
         quantizer chooses them together.
+
+        Args:
+            kernels: to choose with.
+            crew: for the experts of a linear.
+            advance: called before each chunk; it may raise to end the work.
 
         Raises:
             DamagedSourceError: naming the first value that cannot be stored.
@@ -116,10 +122,15 @@ class Task:
         if self.item.quantizer == NEAREST:
             return known
         matrices = [*(seen or (None,) * len(self.item.matrices))]
-        del seen  # large, and taken out one by one
-        choices = known._choices(matrices, kernels)
+        del seen  # large, and let go one by one
+
+        def prepare(number: int) -> Choose:
+            statistics, matrices[number] = matrices[number], None
+            return known._prepared(statistics, kernels)
+
+        choosing = Choosing(prepare, kernels, advance, crew)
         with self._naming_values():
-            return replace(known, weights=self.weights.quantized(choices, kernels, advance))
+            return replace(known, weights=self.weights.quantized(choosing))
 
     def _calibrated(self, seen: Seen) -> Task:
         """With what is known of the inputs. All experts have ranges of their own, and no scheme of
@@ -127,13 +138,6 @@ class Task:
         first = seen[0] if len(seen) == 1 else None
         unreached = tuple(number for number, known in enumerate(seen) if known is None)
         return replace(self, range=None if first is None else first.range, unreached=unreached)
-
-    def _choices(
-        self, matrices: list[InputStatistics | None], kernels: Kernels
-    ) -> Iterator[Choose]:
-        """The quantizer for each matrix, which keeps what it needs of what was seen."""
-        while matrices:
-            yield self._prepared(matrices.pop(0), kernels)
 
     def _prepared(self, statistics: InputStatistics | None, kernels: Kernels) -> Choose:
         """For the inputs of a matrix; of an expert that nothing has reached the scales of least
@@ -304,6 +308,7 @@ def convert(
     task: Task,
     file: WeightFileWriter,
     kernels: Kernels,
+    crew: Crew,
     hash_source: bool,
     advance: Callable[[], None],
 ) -> Done:
@@ -313,6 +318,7 @@ def convert(
         task: the item and its source.
         file: that takes the tensors.
         kernels: to pack with.
+        crew: for the experts of a linear.
         hash_source: note the hash of every source tensor as well.
         advance: called before each piece, and before each chunk of a linear whose codes are
             chosen together; it may raise to end the work.
@@ -320,7 +326,19 @@ def convert(
     Raises:
         CheckpointError: if the source is damaged or the disk refuses.
     """
-    task = task.quantized(kernels, advance)
+    task = task.quantized(kernels, crew, advance)
+    with closing(task.weights):
+        return _made(task, file, kernels, hash_source, advance)
+
+
+def _made(
+    task: Task,
+    file: WeightFileWriter,
+    kernels: Kernels,
+    hash_source: bool,
+    advance: Callable[[], None],
+) -> Done:
+    """See `convert`; of a task whose codes are chosen."""
     output = _Output(task.item, file)
     origin = _Origin(task) if hash_source and not task.is_verbatim else None
     errors = _Errors(task.pieces)

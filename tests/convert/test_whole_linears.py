@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,16 @@ from qwen3_ascend.convert.transforms.whole import ModelChanges, changed_state, s
 from qwen3_ascend.convert.weights import ChosenWeights
 from qwen3_ascend.convert.work import Task, make_task
 from qwen3_ascend.errors import SourceError
+from qwen3_ascend.files.threads import Crew, crew
 
 SCHEMES = ("w8a8", "{name: w4a16, group: 32}")
 KERNELS = native.best()
+
+
+@pytest.fixture
+def helpers() -> Iterator[Crew]:
+    with crew(2) as found:
+        yield found
 
 
 def recipe(scheme: str, quantizer: str, *transforms: str) -> Recipe:
@@ -112,7 +119,7 @@ def packed(task: Task) -> Linear:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_statistics_reach_the_quantizer(
-    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: str, helpers: Crew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
     path = tiny_models.write(tmp_path / "source")
@@ -124,7 +131,7 @@ def test_statistics_reach_the_quantizer(
                 continue
             known = correlated(item.matrix[1])
             task = make_task(item, source, changes, partial(tuple, [known]))
-            task = task.quantized(KERNELS, lambda: None)
+            task = task.quantized(KERNELS, helpers, lambda: None)
             weight = fused([(part, 0) for part in item.parts], state)
             assert isinstance(item.scheme, IntegerScheme)
             grid = item.scheme.grid
@@ -133,17 +140,19 @@ def test_statistics_reach_the_quantizer(
             assert torch.equal(packed(task).dequantize(), expected)
 
 
-def test_statistics_of_which_nothing_can_be_made(tmp_path: Path) -> None:
+def test_statistics_of_which_nothing_can_be_made(helpers: Crew, tmp_path: Path) -> None:
     source, items, changes = planned(tiny_models.write(tmp_path / "source"), "w8a8", "gptq")
     item = next(item for item in items if item.quantizer == "gptq")
     known = correlated(item.matrix[1])
     assert known.hessian is not None
     known.hessian.blocks[0][0, 0] = float("nan")
     with source, pytest.raises(SourceError, match=rf"{item.name}: .* not finite; is the model"):
-        make_task(item, source, changes, lambda: (known,)).quantized(KERNELS, lambda: None)
+        make_task(item, source, changes, lambda: (known,)).quantized(KERNELS, helpers, lambda: None)
 
 
-def test_work_ends_between_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_ends_between_chunks(
+    helpers: Crew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(weights, "CHUNK_WEIGHTS", 10 * 64)
     source, items, changes = planned(tiny_models.write(tmp_path / "source"), "w8a8", "mse")
     item = next(item for item in items if item.name.endswith("qkv_proj"))
@@ -155,11 +164,11 @@ def test_work_ends_between_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             raise KeyboardInterrupt
 
     with source:
-        make_task(item, source, changes).quantized(KERNELS, lambda: calls.append(None))
+        make_task(item, source, changes).quantized(KERNELS, helpers, lambda: calls.append(None))
         assert len(calls) == -(-item.matrix[0] // 10)
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            make_task(item, source, changes).quantized(KERNELS, advance)
+            make_task(item, source, changes).quantized(KERNELS, helpers, advance)
 
 
 def test_an_interrupted_search_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,16 @@
-"""Tasks that are run as they come: in bounds, and the first error ends them all."""
+"""Tasks that are run as they come, or ahead: in bounds, and the first error ends them all."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
 from qwen3_ascend.errors import CheckpointError
-from qwen3_ascend.files.threads import run_as_they_come
+from qwen3_ascend.files.threads import Ahead, crew, run_all, run_as_they_come
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
@@ -59,3 +60,48 @@ def test_an_error_ends_everything(place: str, error: BaseException) -> None:
         run_as_they_come(tasks(), 2, stopped)
     assert caught.value is error and stopped.is_set()
     assert len(ended) < 10
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_several_who_share_a_crew_get_their_results_in_order(threads: int) -> None:
+    """Each waits for its own; no more are under way, or wait, than there is room for."""
+    held, most, lock = 0, 0, threading.Lock()
+
+    def make(owner: int, number: int) -> tuple[int, int]:
+        nonlocal held, most
+        with lock:
+            held += 1
+            most = max(most, held)
+        time.sleep(0.0005 * (number % 3))
+        return owner, number
+
+    def ask(owner: int) -> list[tuple[int, int]]:
+        nonlocal held
+        ahead, found = Ahead(helpers, partial(make, owner), 40), []
+        for number in range(40):
+            found.append(ahead.result(number))
+            with lock:
+                held -= 1
+        ahead.close()
+        return found
+
+    with crew(threads) as helpers:
+        results = list(run_all([partial(ask, owner) for owner in range(3)], 3))
+    assert sorted(results) == [[(owner, number) for number in range(40)] for owner in range(3)]
+    assert most <= threads + 3  # and what has just been handed over
+
+
+def test_who_gives_up_leaves_room_for_others() -> None:
+    def make(number: int) -> int:
+        if number == 2:
+            raise CheckpointError("no")
+        return number
+
+    with crew(2) as helpers:
+        ahead = Ahead(helpers, make, 9)
+        assert [ahead.result(0), ahead.result(1)] == [0, 1]
+        with pytest.raises(CheckpointError, match="no"):
+            ahead.result(2)
+        ahead.close()
+        other = Ahead(helpers, str, 9)
+        assert [other.result(number) for number in range(9)] == list("012345678")

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -82,3 +83,62 @@ def run_as_they_come(
             raise
     if errors:
         raise errors[0]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Threads that work ahead for others.
+
+    Attributes:
+        pool: the threads.
+        room: how many results may be under way or waiting, of all who have work done.
+    """
+
+    pool: ThreadPoolExecutor
+    room: threading.Semaphore
+
+
+@contextmanager
+def crew(threads: int) -> Iterator[Crew]:
+    """A crew of so many threads, and with room for as many results."""
+    with workers(threads) as pool:
+        yield Crew(pool, threading.Semaphore(threads))
+
+
+class Ahead(Generic[T]):
+    """Results of numbered tasks, asked for in their order; the next ones are under way by then, as
+    far as there is room. Who made it closes it."""
+
+    def __init__(self, crew: Crew, make: Callable[[int], T], count: int) -> None:
+        """Args:
+        crew: that works.
+        make: the task of a number; it ends soon if the work as a whole ends.
+        count: of the tasks.
+        """
+        self._pool, self._room, self._make, self._count = crew.pool, crew.room, make, count
+        self._begun = 0
+        self._futures: dict[int, Future[T]] = {}
+
+    def result(self, number: int) -> T:
+        """What became of a task; its error if it has failed. Nothing of it stays here."""
+        if number == self._begun:  # none is waiting here, so others will make room
+            self._room.acquire()
+            self._begin()
+        while self._begun < self._count and self._room.acquire(blocking=False):
+            self._begin()
+        try:
+            return self._futures[number].result()
+        finally:
+            del self._futures[number]
+            self._room.release()
+
+    def close(self) -> None:
+        """Drops what nobody will ask for."""
+        while self._futures:
+            _, future = self._futures.popitem()
+            future.cancel()
+            self._room.release()
+
+    def _begin(self) -> None:
+        self._futures[self._begun] = self._pool.submit(self._make, self._begun)
+        self._begun += 1
