@@ -380,9 +380,11 @@ class ReferenceBackend(Backend[LayerKV]):
         """
         order = logits.sort(dim=-1, descending=True, stable=True).indices
         chosen = order[:, : mixture.per_token]
-        weights = logits.float().softmax(-1).gather(-1, chosen)
-        if mixture.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
+        values = logits.float()
+        if mixture.normalize:  # shares of the chosen ones alone: the others cancel out
+            weights = values.gather(-1, chosen).softmax(-1)
+        else:
+            weights = values.softmax(-1).gather(-1, chosen)
         return weights.to(self.dtype).float(), chosen
 
     @override

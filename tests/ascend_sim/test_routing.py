@@ -39,6 +39,19 @@ def test_gating_takes_the_first_of_equal_experts() -> None:
     assert experts.tolist() == [[1, 3, 2, 4]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("renorm", [0, 1])
+def test_gating_in_one_launch(dtype: torch.dtype, renorm: int) -> None:
+    x = torch.randn(TOKENS, EXPERTS).to(dtype)
+    weights, experts, _ = torch_npu.npu_moe_gating_top_k_softmax_v2(
+        x.npu(), k=CHOSEN, renorm=renorm
+    )
+    expected = x.double().softmax(-1).topk(CHOSEN)
+    shares = expected.values / (expected.values.sum(-1, keepdim=True) if renorm else 1)
+    assert torch.equal(experts.cpu().long(), expected.indices) and weights.dtype is dtype
+    torch.testing.assert_close(weights.cpu().double(), shares, rtol=2**-8, atol=0)
+
+
 GATING: Cases = {
     "finished": ("finished is not simulated", dict(finished=lambda: dev(4, dtype=torch.bool))),
     "k": ("k may be 1024", dict(x=lambda: dev(4, 2048), k=1025)),

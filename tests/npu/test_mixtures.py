@@ -30,7 +30,7 @@ from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.npu import backend, experts, self_check
 from qwen3_ascend.runtime.backends.npu.backend import NpuBackend
 from qwen3_ascend.runtime.backends.npu.capabilities import Capabilities, last_forms, probe
-from qwen3_ascend.runtime.backends.npu.experts import GateExperts
+from qwen3_ascend.runtime.backends.npu.experts import ChooseExperts, GateExperts
 from qwen3_ascend.runtime.backends.npu.operators import Form
 from qwen3_ascend.runtime.model.loader import load_model
 from qwen3_ascend.runtime.options import DeviceOptions
@@ -54,11 +54,8 @@ RULES = {
 DEFINED = experts.EXPERT_GATES[2]
 """npu_grouped_matmul, npu_dequant_swiglu_quant."""
 
-CHOICE = [
-    "aclnnMatmul", "aclnnInplaceCopy", "aclnnMoeGatingTopKSoftmax", "aclnnReduceSum", "aclnnDiv",
-    "aclnnInplaceCopy",
-]  # fmt: skip
-"""The router, to float32, the choice, two to normalize, to bfloat16."""
+CHOICE = ["aclnnMatmul", "aclnnMoeGatingTopKSoftmaxV2"]
+"""The router and the choice."""
 
 FLOAT_LAUNCHES = [
     *CHOICE, "aclnnMoeInitRoutingV3", "aclnnGroupedMatmulWeightNz", "aclnnSwiGlu",
@@ -306,11 +303,25 @@ def test_every_form_is_tried_at_the_models_sizes(plain: Path) -> None:
     config = CheckpointReader(plain / "bf16").config
     found = probe(config)
     assert found.expert_route is not None and found.expert_gate is not None
+    assert found.expert_choice is not None
+    assert found.expert_choice.form is experts.CHOICES[0]
     assert found.expert_gate.form is GATES[0]
     assert found.expert_route.form.name == "npu_moe_init_routing_v2 of codes"
     last = last_forms(found)
     assert last.expert_gate is not None
     assert last.expert_gate.form is experts.EXPERT_GATES[-1]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("form", experts.CHOICES, ids=lambda form: form.name)
+def test_every_form_chooses_alike(form: Form[ChooseExperts], normalize: bool) -> None:
+    logits = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = form.call(logits.npu(), 4, normalize)
+    values, chosen = logits.float().sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(found.chosen.cpu().long(), chosen[:, :4])
+    weights = values[:, :4].softmax(-1) if normalize else values.softmax(-1)[:, :4]
+    assert found.weights.dtype is torch.bfloat16
+    torch.testing.assert_close(found.weights.cpu().float(), weights, rtol=2**-8, atol=0)
 
 
 def test_scales_that_bfloat16_does_not_have_are_refused(plain: Path) -> None:

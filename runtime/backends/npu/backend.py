@@ -50,7 +50,6 @@ from qwen3_ascend.runtime.backends.npu.experts import (
     RoutedRows,
     Routing,
     WatchedExperts,
-    choose_experts,
     load_experts,
     npu_experts,
     route_floats,
@@ -225,7 +224,8 @@ class NpuBackend(Backend[LayerKV]):
     @override
     def mixture(self, x: Tensor, mixture: Mixture) -> Tensor:
         gate_up, down = npu_experts(mixture.gate_up), npu_experts(mixture.down)
-        routing = choose_experts(mixture.router(x), mixture.per_token, mixture.normalize)
+        choose = chosen_form(self.capabilities.expert_choice)
+        routing = choose(mixture.router(x), mixture.per_token, mixture.normalize)
         routed = self._route(x, routing, gate_up)
         rows = down(self._gate_experts(routed, gate_up, down), routed.counts)
         return sum_up(rows, routed, routing)

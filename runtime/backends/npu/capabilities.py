@@ -22,8 +22,10 @@ from qwen3_ascend.errors import DeviceError
 from qwen3_ascend.runtime.backends.npu import trials
 from qwen3_ascend.runtime.backends.npu.device import in_one_line, require_atb, running_cann
 from qwen3_ascend.runtime.backends.npu.experts import (
+    CHOICES,
     EXPERT_GATES,
     ROUTES,
+    ChooseExperts,
     GateExperts,
     RouteCodes,
 )
@@ -87,8 +89,9 @@ class Capabilities:
         masked: whether attention of fixed lengths takes a mask.
         fused_splits: whether fused attention spreads one long context over many cores.
         paged: whether paged attention is there.
-        expert_route: quantizes rows for the experts that their tokens are given to; None for a
-            model without experts, as the next one.
+        expert_choice: says which experts a token is given to; None for a model without experts, as
+            the next ones.
+        expert_route: quantizes rows for the experts that their tokens are given to.
         expert_gate: multiplies rows with gate and up of their experts, gates and quantizes.
     """
 
@@ -102,6 +105,7 @@ class Capabilities:
     masked: Support
     fused_splits: Support
     paged: Support
+    expert_choice: Choice[ChooseExperts] | None = None
     expert_route: Choice[RouteCodes] | None = None
     expert_gate: Choice[GateExperts] | None = None
 
@@ -154,6 +158,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 OF_EXPERTS: dict[str, Operation] = {
+    "expert_choice": Operation("choice of experts", CHOICES, trials.expert_choice),
     "expert_route": Operation("routing to experts", ROUTES, trials.expert_route),
     "expert_gate": Operation("gate of experts", EXPERT_GATES, trials.expert_gate),
 }

@@ -68,16 +68,23 @@ class RoutedRows:
     counts: Tensor
 
 
-def choose_experts(logits: Tensor, per_token: int, normalize: bool) -> Routing:
-    """The experts of the greatest logits; equal ones in the order of the experts.
+ChooseExperts = Callable[[Tensor, int, bool], Routing]
+"""(logits, bfloat16 [T, experts]; experts of a token; whether the weights of a token are divided by
+their sum) -> those of the greatest logits, equal ones in the order of the experts."""
 
-    The operator rounds weights to the type of the logits, which is too early for bfloat16.
 
-    Args:
-        logits: bfloat16 [T, experts].
-        per_token: experts of a token.
-        normalize: whether the weights of a token are divided by their sum.
-    """
+def choose_at_once(logits: Tensor, per_token: int, normalize: bool) -> Routing:
+    """One launch: softmax and then the greatest, or the greatest and then softmax, which is what
+    dividing by their sum comes to. In float32; weights are rounded once."""
+    weights, chosen, _ = torch_npu.npu_moe_gating_top_k_softmax_v2(
+        logits, k=per_token, renorm=int(normalize)
+    )
+    return Routing(weights, chosen, logits.shape[1])
+
+
+def choose_then_normalize(logits: Tensor, per_token: int, normalize: bool) -> Routing:
+    """The older operator rounds weights to the type of the logits, which is too early if they are
+    divided afterwards: five launches, or three."""
     weights, chosen, _ = torch_npu.npu_moe_gating_top_k_softmax(logits.float(), None, k=per_token)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -378,6 +385,10 @@ def multiply_then_gate(routed: RoutedRows, experts: Int8Experts) -> QuantizedAct
     return dynamic_quant(torch_npu.npu_swiglu(gate_up, dim=-1))
 
 
+CHOICES: tuple[Form[ChooseExperts], ...] = (
+    Form("npu_moe_gating_top_k_softmax_v2", choose_at_once),
+    Form("npu_moe_gating_top_k_softmax", choose_then_normalize),
+)
 ROUTES: tuple[Form[RouteCodes], ...] = (
     Form("npu_moe_init_routing_v2 of codes", route_codes),
     Form("npu_moe_init_routing_v2, npu_dynamic_quant", route_then_quantize),

@@ -21,11 +21,12 @@ from qwen3_ascend.runtime.backends.base import QuantizedActivation, as_codes
 from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.experts import (
+    ChooseExperts,
     GateExperts,
     Int8Experts,
     RouteCodes,
     RoutedRows,
-    choose_experts,
+    choose_then_normalize,
 )
 from qwen3_ascend.runtime.backends.npu.operators import (
     CacheWrite,
@@ -122,6 +123,27 @@ def gated_rows(rows: int, inner: int) -> Tensor:
     return gate_up
 
 
+def expert_choice(config: Qwen3Config) -> Callable[[ChooseExperts], None]:
+    """Logits of as many experts as the model has, some of them equal."""
+    experts = mixture_of(config)
+
+    def trial(form: ChooseExperts) -> None:
+        for rows in ROWS:
+            logits = _normal(rows, experts.count, seed=16)
+            logits[:, 0] = logits[:, -1] = logits.amax(-1)
+            found = form(logits.to("npu"), experts.per_token, experts.normalize)
+            order = logits.sort(dim=-1, descending=True, stable=True).indices
+            chosen = order[:, : experts.per_token]
+            if not torch.equal(found.chosen.cpu().long(), chosen):
+                raise Mismatch("the experts are not those of the greatest logits")
+            shares = logits.float().softmax(-1).gather(-1, chosen)
+            if experts.normalize:
+                shares = shares / shares.sum(-1, keepdim=True)
+            _compare("the weights", found.weights, shares, SCALE_BOUND)
+
+    return trial
+
+
 def expert_route(config: Qwen3Config) -> Callable[[RouteCodes], None]:
     """Tokens of the model's hidden size, each of them given to several experts."""
     experts = mixture_of(config)
@@ -129,9 +151,8 @@ def expert_route(config: Qwen3Config) -> Callable[[RouteCodes], None]:
     def trial(form: RouteCodes) -> None:
         for rows in ROWS:
             x = _normal(rows, config.hidden_size, seed=12)
-            routing = choose_experts(
-                _normal(rows, experts.count, seed=13).to("npu"), experts.per_token, True
-            )
+            logits = _normal(rows, experts.count, seed=13).to("npu")
+            routing = choose_then_normalize(logits, experts.per_token, True)
             routed = form(x.to("npu"), routing)
             places, chosen = routed.places.cpu().long(), routing.chosen.cpu().long().flatten()
             owners = torch.empty_like(places)

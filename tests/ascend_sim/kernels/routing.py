@@ -59,6 +59,43 @@ def gating_top_k_softmax(
     return run
 
 
+# ----------------------------------------------------------------- npu_moe_gating_top_k_softmax_v2
+GATING_V2 = "npu_moe_gating_top_k_softmax_v2"
+
+
+@aclnn(
+    "aclnnMoeGatingTopKSoftmaxV2",
+    "x:T finished:T k:i renorm:i softmax:b weights:T experts:T probabilities:T",
+)
+def gating_top_k_softmax_v2(
+    x: DeviceTensor,
+    finished: DeviceTensor | None,
+    k: int,
+    renorm: int,
+    softmax: bool,
+    weights: DeviceTensor,
+    experts: DeviceTensor,
+    probabilities: DeviceTensor | None,
+) -> Run:
+    """Like the first; if renorm is 1 the logits are what is sorted, and the softmax is that of the
+    chosen ones. Both are float32, and rounded to the nearest, halves to even, in the end
+    (moe_gating_top_k_softmax_v2_perf.h). The first of equal ones comes first where that kernel is
+    taken: up to 1024 experts, a multiple of eight, and k of eight at most, or fewer than eight
+    experts (MoeGatingTopKSoftmaxV2PerfTiling); of the others it is not said."""
+    check_gating(x.layout, k)
+    require(finished is None, GATING_V2, "finished is not simulated")
+    require(not softmax, GATING_V2, "the result of the softmax is not simulated")
+
+    def run() -> None:
+        values = x.read().float()
+        sorted_by = values if renorm else values.softmax(-1)
+        ordered, numbers = sorted_by.sort(dim=-1, descending=True, stable=True)
+        weights.write(ordered[..., :k].softmax(-1) if renorm else ordered[..., :k])
+        experts.write(numbers[..., :k])
+
+    return run
+
+
 # ------------------------------------------------------------------------- npu_moe_init_routing_v2
 ROUTING = "npu_moe_init_routing_v2"
 NOT_QUANTIZED, DYNAMIC = -1, 1
