@@ -316,7 +316,7 @@ def test_every_form_is_tried_at_the_models_sizes(plain: Path) -> None:
 @pytest.mark.parametrize("form", experts.CHOICES, ids=lambda form: form.name)
 def test_every_form_chooses_alike(form: Form[ChooseExperts], normalize: bool) -> None:
     logits = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    found = form.call(logits.npu(), 4, normalize)
+    found = form.call(logits.to("npu"), 4, normalize)
     values, chosen = logits.float().sort(dim=-1, descending=True, stable=True)
     assert torch.equal(found.chosen.cpu().long(), chosen[:, :4])
     weights = values[:, :4].softmax(-1) if normalize else values.softmax(-1)[:, :4]
