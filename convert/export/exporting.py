@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from qwen3_ascend.convert.export.identity import (
     identity,
     refuse_foreign_files,
 )
-from qwen3_ascend.convert.export.item import ExportItem
+from qwen3_ascend.convert.export.item import ExportItem, slices
 from qwen3_ascend.convert.export.plan import ExportPlan, plan_export
 from qwen3_ascend.convert.export.record import EXPORT, ExportRecord, is_export
 from qwen3_ascend.convert.options import WritingOptions
@@ -128,9 +128,13 @@ class Export(Production[ExportItem]):
 
     @override
     def task(self, item: ExportItem, file: WeightFileWriter) -> Callable[[], Done]:
-        pieces = self._stored(item).divide_outputs(item.piece_outputs)
-        advance = partial(self.advance, item.source_bytes // len(pieces))
-        return partial(export_item, item, pieces, file, advance)
+        stored = self._stored(item)
+        matrices = tuple(
+            stored.matrix(number).divide_outputs(item.piece_outputs)
+            for number in range(len(item.matrices))
+        )
+        advance = partial(self.advance, item.source_bytes // sum(map(len, matrices)))
+        return partial(export_item, item, matrices, file, advance)
 
     @override
     def drop_pages(self) -> None:
@@ -156,7 +160,7 @@ class Export(Production[ExportItem]):
 
 def export_item(
     item: ExportItem,
-    pieces: tuple[Linear, ...],
+    matrices: tuple[tuple[Linear, ...], ...],
     file: WeightFileWriter,
     advance: Callable[[], None],
 ) -> Done:
@@ -164,27 +168,35 @@ def export_item(
 
     Args:
         item: what is exported.
-        pieces: its outputs, a range at a time, in their order.
+        matrices: of each the outputs, a range at a time, in their order.
         file: that takes the tensors.
         advance: called before each piece; it may raise to end the work.
     """
     output = _Rows(item, file)
-    for source, count in item.parts:
-        for suffix, tensor in item.expression.constants((count, item.matrix[1])).items():
-            output.append(f"{source}.{suffix}", tensor)
-    start = 0
-    for piece in pieces:
-        advance()
-        stop = start + piece.shape[-2]
-        tensors = item.tensors(piece)
-        for source, outputs in item.slices(start, stop):
-            for suffix, tensor in tensors.items():
-                if suffix in item.expression.undivided:
-                    output.write_once(f"{source}.{suffix}", tensor)
-                else:
-                    output.append(f"{source}.{suffix}", tensor[item.rows(suffix, outputs)])
-        start = stop
+    for parts, pieces in zip(item.matrices, matrices, strict=True):
+        for source, count in parts:
+            for suffix, tensor in item.expression.constants((count, item.matrix[1])).items():
+                output.append(f"{source}.{suffix}", tensor)
+        start = 0
+        for piece in pieces:
+            advance()
+            stop = start + piece.shape[-2]
+            _export_piece(item, piece, slices(parts, start, stop), output)
+            start = stop
     return Done(item.name, output.hashes(), {}, None)
+
+
+def _export_piece(
+    item: ExportItem, piece: Linear, parts: Iterable[tuple[str, slice]], output: _Rows
+) -> None:
+    """States some outputs; `parts` are those that have a share of them, and where."""
+    tensors = item.tensors(piece)
+    for source, outputs in parts:
+        for suffix, tensor in tensors.items():
+            if suffix in item.expression.undivided:
+                output.write_once(f"{source}.{suffix}", tensor)
+            else:
+                output.append(f"{source}.{suffix}", tensor[item.rows(suffix, outputs)])
 
 
 class _Rows:

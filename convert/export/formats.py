@@ -156,19 +156,26 @@ class Format(ABC):
     expressions: ClassVar[Mapping[str, Expression]]
     """How each scheme is stated, by the scheme's name."""
 
+    of_experts: ClassVar[tuple[str, ...] | None] = None
+    """Names of the schemes that it can state of experts; None for all."""
+
     def states(self, scheme: Scheme) -> Expression | None:
         """How a scheme is stated; None if this format has no words for it."""
         return self.expressions.get(scheme.name)
 
-    def expression(self, linear: str, scheme: Scheme, taken: bool = False) -> Expression:
+    def expression(
+        self, linear: str, scheme: Scheme, taken: bool = False, experts: bool = False
+    ) -> Expression:
         """How the scheme of a linear is stated; OptionError naming both if it cannot be.
 
         Args:
             linear: its name.
             scheme: what it is stored in.
             taken: whether its codes were taken from a source, whose scales may be any float32.
+            experts: whether it is a linear of all experts of a layer.
         """
-        found = self.states(scheme)
+        known = not experts or self.of_experts is None or scheme.name in self.of_experts
+        found = self.states(scheme) if known else None
         if found is None:
             raise OptionError(
                 f"format {self.name} cannot state {linear}, which has the scheme {scheme}; export "
@@ -245,8 +252,10 @@ The codes and scales are those of the checkpoint, unchanged; engines find the fo
         scheme = _one_quantized_scheme(linears)
         floats = [item for item in linears if not item.expression.is_quantized]
         ignore = [source for item in floats for source, _ in item.parts]
-        # SGLang 0.5.23 asks for the linear that it fuses of them, and would fill it with noise.
-        ignore += [item.name for item in floats if len(item.parts) > 1]
+        # SGLang 0.5.23 asks for the linear that it fuses of them, and would fill it with noise; all
+        # experts of a layer are one module to engines.
+        ignore += [i.name for i in floats if len(i.parts) > 1 and not i.experts]
+        ignore += dict.fromkeys(i.name.rpartition(".")[0] for i in floats if i.experts)
         targets = [exchange.LINEAR]
         heads = [item for item in linears if item.name == LM_HEAD]
         if not heads:
@@ -284,6 +293,9 @@ The int8 codes and scales are those of the checkpoint, unchanged; engines find t
         W8A16.name: Int8(torch.float32, offset=True),
         W8A8Static.name: StaticInt8(),
     }
+    of_experts = (BF16.name, W8A8.name)
+    """vllm-ascend 0.23.0 has no W8A16 for experts (quantization/methods/w8a16.py)."""
+
     types: ClassVar[Mapping[str, str]] = {
         BF16.name: exchange.FLOAT,
         W8A8.name: exchange.W8A8_DYNAMIC,

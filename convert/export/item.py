@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qwen3_ascend.checkpoint.architecture import LinearSpec, Spec
+from qwen3_ascend.checkpoint.architecture import ROUTER, LinearSpec, Spec
 from qwen3_ascend.checkpoint.layout import Layout
 from qwen3_ascend.checkpoint.linear import BIAS, Linear
 from qwen3_ascend.checkpoint.schemes import Scheme
@@ -55,6 +55,20 @@ class Expression(Protocol):
         """Further tensors of a weight [N, K], which its shape alone decides."""
 
 
+Parts = tuple[tuple[str, int], ...]
+"""Linears of Hugging Face that are fused, each with its outputs, in their order."""
+
+
+def slices(parts: Parts, start: int, stop: int) -> Iterator[tuple[str, slice]]:
+    """Each part that has outputs in [start, stop), and where they lie in that range."""
+    row = 0
+    for source, rows in parts:
+        first, last = max(start, row), min(stop, row + rows)
+        if first < last:
+            yield source, slice(first - start, last - start)
+        row += rows
+
+
 @dataclass(frozen=True)
 class ExportItem:
     """A stored linear or plain tensor, and what it becomes.
@@ -83,7 +97,12 @@ class ExportItem:
     @property
     def is_linear(self) -> bool:
         """Whether engines make a linear of it."""
-        return isinstance(self.spec, LinearSpec)
+        return isinstance(self.spec, LinearSpec) or self.name.endswith(f".mlp.{ROUTER}")
+
+    @property
+    def experts(self) -> int:
+        """How many linears are stored as one; 0 for what is stored by itself."""
+        return self.spec.experts if isinstance(self.spec, LinearSpec) else 0
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -92,11 +111,17 @@ class ExportItem:
         return rows, columns
 
     @property
-    def parts(self) -> tuple[tuple[str, int], ...]:
-        """Each linear of Hugging Face that it is fused of, and its outputs, in their order."""
+    def matrices(self) -> tuple[Parts, ...]:
+        """Of each of its matrices the linears of Hugging Face that it is fused of."""
         if isinstance(self.spec, LinearSpec):
-            return tuple(zip(self.spec.sources, self.spec.parts, strict=True))
-        return ((self.name.removesuffix(".weight"), self.matrix[0]),)
+            rows = self.spec.parts
+            return tuple(tuple(zip(s, rows, strict=True)) for s in self.spec.matrices)
+        return (((self.name.removesuffix(".weight"), self.matrix[0]),),)
+
+    @property
+    def parts(self) -> Parts:
+        """Those of all matrices."""
+        return tuple(part for parts in self.matrices for part in parts)
 
     @property
     def forms(self) -> dict[str, Form]:
@@ -127,15 +152,6 @@ class ExportItem:
         """The rows of a tensor that belong to some outputs of a part."""
         share = self.expression.shared.get(suffix, 1)
         return slice(outputs.start // share, -(-outputs.stop // share))
-
-    def slices(self, start: int, stop: int) -> Iterator[tuple[str, slice]]:
-        """Each part that has outputs in [start, stop), and where they lie in that range."""
-        row = 0
-        for source, rows in self.parts:
-            first, last = max(start, row), min(stop, row + rows)
-            if first < last:
-                yield source, slice(first - start, last - start)
-            row += rows
 
     @property
     def piece_outputs(self) -> int:

@@ -19,13 +19,13 @@ from qwen3_ascend.convert.export.formats import Format
 from qwen3_ascend.convert.export.item import ExportItem
 from qwen3_ascend.convert.output.weight_file import WeightFilePlan, fill_files
 from qwen3_ascend.convert.report import MODEL_CARD_NAME
-from qwen3_ascend.errors import CheckpointError, OptionError
+from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.files.json_file import indented
 
 METADATA = {"format": "pt"}
 """What transformers asks of the header of a weight file."""
 
-ARCHITECTURES = ["Qwen3ForCausalLM"]
+DENSE, MIXTURE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
 """Whose tensor names the weights have; a source may have called itself a backbone."""
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -73,8 +73,6 @@ def plan_export(reader: CheckpointReader, made: Format, max_file_bytes: int) -> 
     """
     for problem in structure_problems(reader):
         raise CheckpointError(f"{reader.folder}: {problem}; convert again")
-    if reader.config.experts:
-        raise OptionError("mixtures of experts are not exported yet")
     items = tuple(_item(reader, spec, made) for spec in model_spec(reader.config))
     weight_files = fill_files(
         [item.forms for item in items], max_file_bytes, made.weight_names.stem, METADATA
@@ -96,7 +94,9 @@ def _item(reader: CheckpointReader, spec: Spec, made: Format) -> ExportItem:
         stored = manifest.tensors[spec.name]
         return ExportItem(spec, BF16(), ND, made.expression(spec.name, BF16()), stored.nbytes)
     entry = manifest.linears[spec.name]
-    expression = made.expression(spec.name, entry.scheme, taken=entry.codes == "taken")
+    expression = made.expression(
+        spec.name, entry.scheme, taken=entry.codes == "taken", experts=spec.experts > 0
+    )
     nbytes = sum(tensor.nbytes for tensor in entry.tensors.values())
     return ExportItem(spec, entry.scheme, entry.layout, expression, nbytes)
 
@@ -116,7 +116,7 @@ def _config(reader: CheckpointReader, small: Mapping[str, bytes]) -> dict[str, A
     named = [key for key in DTYPE_KEYS if key in config]
     return {
         **config,
-        "architectures": ARCHITECTURES,
+        "architectures": [MIXTURE if reader.config.experts else DENSE],
         # A head that is quantized, or differs from the embedding, is a weight of its own.
         "tie_word_embeddings": reader.config.tie_word_embeddings,
         **dict.fromkeys(named or DTYPE_KEYS[1:], "bfloat16"),

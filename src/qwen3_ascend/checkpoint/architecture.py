@@ -16,6 +16,9 @@ from qwen3_ascend.checkpoint.layout import Cut
 LM_HEAD = "lm_head"
 EMBEDDING = "model.embed_tokens"
 
+ROUTER = "gate.weight"
+"""The weight of a layer's router, below "mlp": a plain tensor, of which engines make a linear."""
+
 EACH = "*"
 """Stands for the number of an expert in the name of a linear that all experts of a layer have."""
 
@@ -233,7 +236,7 @@ def _experts(config: Qwen3Config, experts: ExpertsConfig, prefix: str) -> Expert
     stored, each = f"{prefix}.experts", f"{prefix}.experts.{EACH}"
     sources = (f"{each}.gate_proj", f"{each}.up_proj")
     return ExpertsSpec(
-        TensorSpec(f"{prefix}.gate.weight", (count, hidden)),
+        TensorSpec(f"{prefix}.{ROUTER}", (count, hidden)),
         LinearSpec(
             f"{stored}.gate_up_proj", sources, (inner, inner), hidden, "outputs", False, count
         ),
