@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.int4_recipes import w4a16_recipe
+from support.planted import write_tiny_mixture
 from support.static_inputs import write_static
 from support.tiny_models import DATA
 
@@ -97,6 +98,20 @@ def checkpoint_w4a16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint_of_zero_points(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with zero points."""
     return converted(tmp_path_factory, w4a16_recipe(64, zero_points=True))
+
+
+@pytest.fixture(scope="session")
+def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with mixtures of experts."""
+    return write_tiny_mixture(tmp_path_factory.mktemp("sources") / "tiny-moe")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of_experts(tiny_mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It with int8 experts and attention."""
+    output = tmp_path_factory.mktemp("checkpoints") / "moe-w8a8"
+    convert_checkpoint(tiny_mixture, output, "moe-w8a8")
+    return output
 
 
 def converted(factory: pytest.TempPathFactory, recipe: str | Recipe) -> Path:

@@ -16,6 +16,8 @@ from support.modelscope_server import ModelScopeServer
 
 from handover.agreement import Agreement, agreement, rounding_noise
 from handover.engines import Engines, Report
+from qwen3_ascend import ConvertOptions, convert_checkpoint
+from qwen3_ascend.convert import export_checkpoint
 
 NEAR_TIE = 0.1
 """Nats at most between two tokens of which the last bit of a sum may choose either."""
@@ -96,6 +98,55 @@ def test_a_compiled_graph_answers_the_same(
     """As `vllm serve` does unless it is told: torch.compile, which cannot see into our product."""
     report = engines.on_cpu(checkpoint_with_head, prompts[::8], 32, enforce_eager=False)
     check(agreement(checkpoint_with_head, report.answers), share=0.985)
+
+
+def test_mixtures_of_experts_are_computed_alike(
+    engines: Engines, prompts: list[list[int]], checkpoint_of_experts: Path
+) -> None:
+    few = prompts[::4]
+    found = agreement(checkpoint_of_experts, engines.on_cpu(checkpoint_of_experts, few).answers)
+    check(found, share=0.985)
+    assert found.difference <= NOISE * rounding_noise(checkpoint_of_experts, few)
+
+
+@pytest.mark.parametrize("recipe", ["moe-w4a16-down-w8a8", "moe-w4a8", "bf16"])
+def test_experts_of_other_schemes(
+    engines: Engines, prompts: list[list[int]], tiny_mixture: Path, tmp_path: Path, recipe: str
+) -> None:
+    options = ConvertOptions(calibration_tokens=1024)
+    convert_checkpoint(tiny_mixture, tmp_path / recipe, recipe, options)
+    report = engines.on_cpu(tmp_path / recipe, prompts[::8], 32)
+    check(agreement(tmp_path / recipe, report.answers), share=0.97)
+
+
+def test_ranks_share_the_inner_dimension_of_every_expert(
+    engines: Engines, prompts: list[list[int]], checkpoint_of_experts: Path
+) -> None:
+    """Each quantizes its part of an activation with a scale of its own, which our runtime has only
+    for linears by themselves: the same function, but for that."""
+    report = engines.on_cpu(checkpoint_of_experts, prompts[::4], 32, tensor_parallel_size=2)
+    found = agreement(checkpoint_of_experts, report.answers)
+    print(found)
+    assert found.share >= 0.95
+    assert found.perplexity == pytest.approx(found.own_perplexity, rel=2 * PERPLEXITY)
+
+
+def test_a_compiled_graph_of_experts_answers_the_same(
+    engines: Engines, prompts: list[list[int]], checkpoint_of_experts: Path
+) -> None:
+    report = engines.on_cpu(checkpoint_of_experts, prompts[::8], 32, enforce_eager=False)
+    check(agreement(checkpoint_of_experts, report.answers), share=0.985)
+
+
+def test_an_exported_mixture_of_floats(
+    engines: Engines, prompts: list[list[int]], checkpoint_of_experts: Path, tmp_path: Path
+) -> None:
+    """vLLM's own experts; those of int8 it has for no CPU."""
+    export_checkpoint(checkpoint_of_experts, tmp_path / "hf", "huggingface")
+    report = engines.on_cpu(tmp_path / "hf", prompts[::8], 32)
+    found = agreement(checkpoint_of_experts, report.answers)
+    print(found)
+    assert found.perplexity == pytest.approx(found.own_perplexity, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -97,10 +97,12 @@ def test_sizes_of_groups_that_do_not(manifest: Manifest, world: int) -> None:
         check_division(manifest, world)
 
 
-def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
-    manifest = convert_checkpoint(write(tmp_path / "source", mixture()), tmp_path / "out")
-    with pytest.raises(OptionError, match="mixtures of experts, which the plugin does not serve"):
-        check_division(manifest, 1)
+def test_mixtures_of_experts_are_for_a_cpu(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", mixture(moe_intermediate_size=64))
+    manifest = convert_checkpoint(source, tmp_path / "out")
+    check_division(manifest, 2)
+    with pytest.raises(OptionError, match="which the plugin serves on a CPU only"):
+        check_division(manifest, 1, ASCEND_A2_A3)
 
 
 def test_inputs_that_do_not_divide_are_named(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from qwen3_ascend.checkpoint.architecture import model_spec
 from qwen3_ascend.checkpoint.config import ExpertsConfig, Qwen3Config
 from qwen3_ascend.checkpoint.linear import quantize
 from qwen3_ascend.checkpoint.reader import CheckpointReader
-from qwen3_ascend.checkpoint.schemes import W8A8
+from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import CheckpointError
 from qwen3_ascend.native.library import PATHS
 from qwen3_ascend.runtime import backends, conformance
-from qwen3_ascend.runtime.backends.base import StepBounds
+from qwen3_ascend.runtime.backends.base import Backend, Mixture, StepBounds
+from qwen3_ascend.runtime.backends.cache import LayerKV
 from qwen3_ascend.runtime.backends.cpu.backend import CpuBackend
 from qwen3_ascend.runtime.backends.reference import ReferenceBackend
 from qwen3_ascend.runtime.conformance import compare_backends
@@ -134,3 +135,28 @@ def test_a_linear_that_is_fed_the_wrong_form_says_so() -> None:
     linear = quantize(W8A8(), torch.randn(64, 64), None, ASCEND_A2_A3.layouts["w8a8"])
     with pytest.raises(AssertionError, match="fed floats"):
         backend.linear(linear)(torch.randn(2, 64))
+
+
+def test_experts_of_which_only_some_have_a_kernel() -> None:
+    """int4 of 40 outputs lies as no kernel reads it; what comes before has one."""
+    config = dataclasses.replace(
+        SMALL_CONFIG, hidden_size=40, experts=ExpertsConfig(3, 2, 64, True)
+    )
+    cpu, definition = backends.get(config, DeviceOptions("cpu")), backends.reference_backend(config)
+    router = torch.randn(3, 40).bfloat16()
+    shapes = {BF16(): (3, 128, 40), W4A16(32): (3, 40, 64)}
+    gate_up, down = (
+        quantize(scheme, torch.randn(shape), None, ASCEND_A2_A3.layout(scheme, "", shape))
+        for scheme, shape in shapes.items()
+    )
+
+    def mixture(backend: Backend[LayerKV]) -> Mixture:
+        experts = backend.experts(gate_up), backend.experts(down)
+        return Mixture(backend.dense(router), *experts, 2, True)
+
+    x = torch.randn(5, 40).bfloat16()
+    found, expected = (backend.mixture(x, mixture(backend)) for backend in (cpu, definition))
+    bound = 2**-6
+    torch.testing.assert_close(
+        found, expected, rtol=bound, atol=bound * float(expected.abs().max())
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ class CpuBackend(TorchCpuBackend):
         super().__init__(config, dtype, cache_dtype)
         self._kernels, self._records = kernels, True
         self._mixtures = MixtureKernels(kernels.library)
+        self._one_by_one: dict[StoredExperts, DeviceExperts] = {}
         self._rotary = GrowingTable(self.rotary_rows)
 
     @override
@@ -163,12 +165,21 @@ class CpuBackend(TorchCpuBackend):
     def mixture(self, x: Tensor, mixture: Mixture) -> Tensor:
         first, second = mixture.gate_up, mixture.down
         if not isinstance(first, StoredExperts) or not isinstance(second, StoredExperts):
-            return super().mixture(x, mixture)
+            apart = replace(mixture, gate_up=self._apart(first), down=self._apart(second))
+            return super().mixture(x, apart)
         kernels, logits = self._mixtures, mixture.router(x)
         routed = kernels.route(logits, mixture.per_token, mixture.normalize)
         fed = kernels.gather(self._kernels.fed(x, feed_of(first)), routed)
         gated = self._kernels.gated(first.product(fed, routed), feed_of(second))
         return kernels.combine(second.product(gated, routed), routed)
+
+    def _apart(self, experts: DeviceExperts) -> DeviceExperts:
+        """Experts one by one, where those that they belong with have no kernel."""
+        if not isinstance(experts, StoredExperts):
+            return experts
+        if experts not in self._one_by_one:
+            self._one_by_one[experts] = super().experts(experts.linear)
+        return self._one_by_one[experts]
 
     @override
     def gated(self, gate_up: Tensor, consumer: DeviceLinear) -> Activation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,24 +24,28 @@ class StoredExperts:
         product: of the rows of all experts with their weights.
         input: what it wants to be fed.
         weight: the stored one, of all experts.
+        linear: whose it is.
     """
 
     product: Int8Experts | FloatExperts | GroupExperts
     input: Input
     weight: torch.Tensor
+    linear: Linear
 
 
 Kernels = Int8Experts | FloatExperts | GroupExperts
 
 
 def load_experts(linear: Linear, dtype: torch.dtype) -> StoredExperts | None:
-    """A stored linear [experts, N, K]; None if no kernel reads it as it lies."""
-    if linear.shape[0] > MOST_EXPERTS or not linear.weight.is_contiguous():
+    """A stored linear [experts, N, K]; None if no kernel reads it as it lies. A rank's part of the
+    inputs does not lie in one piece, and is copied."""
+    if linear.shape[0] > MOST_EXPERTS:
         return None
+    linear = replace(linear, tensors={s: t.contiguous() for s, t in linear.tensors.items()})
     product = _product(linear, dtype)
     if product is None:
         return None
-    return StoredExperts(product, linear.scheme.input, linear.weight)
+    return StoredExperts(product, linear.scheme.input, linear.weight, linear)
 
 
 def _product(linear: Linear, dtype: torch.dtype) -> Kernels | None:

@@ -13,7 +13,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
 from qwen3_ascend.checkpoint.manifest import MANIFEST_NAME, Manifest
-from qwen3_ascend.vllm.linears import head_method, linear_method, plain_method
+from qwen3_ascend.vllm.linears import (
+    EXPERTS,
+    GATE_UP,
+    experts_method,
+    head_method,
+    linear_method,
+    plain_method,
+)
 from qwen3_ascend.vllm.names import PLUGIN
 
 DRAFT = "draft_model."
@@ -21,9 +28,10 @@ DRAFT = "draft_model."
 
 
 class StoredConfig(QuantizationConfig):
-    """Gives each linear the method that computes with its stored form.
+    """Gives each linear the method that computes with its stored form, and so each mixture.
 
-    vLLM's names of modules are the manifest's, since both fuse q, k, v and gate, up.
+    vLLM's names of modules are the manifest's, since both fuse q, k, v and gate, up; of experts the
+    manifest has two linears below the one module that vLLM makes.
     """
 
     quant_description: Mapping[str, str] = {}
@@ -65,6 +73,8 @@ class StoredConfig(QuantizationConfig):
         """The method of a linear or an output projection; None leaves the engine's own."""
         name = prefix.removeprefix(DRAFT)
         entry, platform = self.manifest.linears.get(name), current_platform.device_type
+        if name.endswith(EXPERTS) and f"{name}.{GATE_UP}" in self.manifest.linears:
+            return experts_method(self.manifest.model, name, layer, platform)
         if isinstance(layer, ParallelLMHead):
             return None if entry is None else head_method(entry, name, platform)
         if isinstance(layer, LinearBase):

@@ -10,11 +10,15 @@ from typing import Any, Protocol
 
 import torch
 
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.layout import ND
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.manifest import LinearEntry
 from qwen3_ascend.checkpoint.schemes.base import Scheme
 from qwen3_ascend.errors import CheckpointError, DeviceError
+
+EXPERTS, GATE_UP, DOWN = ".mlp.experts", "gate_up_proj", "down_proj"
+"""How vLLM names all experts of a layer, and what the manifest calls their two linears."""
 
 
 class StoredMethod(Protocol):
@@ -45,6 +49,18 @@ def head_method(entry: LinearEntry, name: str, platform: str) -> StoredMethod | 
     return _made(_platform(platform).HEADS, entry.scheme, name, platform)
 
 
+def experts_method(model: Qwen3Config, name: str, layer: torch.nn.Module, platform: str) -> Any:
+    """For all experts of a layer, whose linears `take_linear` takes one by one.
+
+    Raises:
+        CheckpointError: if they cannot be served on the platform.
+    """
+    make = _platform(platform).EXPERTS
+    if make is None:
+        raise CheckpointError(f"{name}: mixtures of experts are not served on {platform} yet")
+    return make(model, name, layer)
+
+
 def plain_method(platform: str) -> Any:
     """The engine's own method, for a linear that a checkpoint has plain."""
     return _platform(platform).PLAIN()
@@ -61,8 +77,8 @@ def check_platform(platform: str) -> None:
     _platform(platform).check_device()
 
 
-def check_shape(name: str, linear: Linear, shape: tuple[int, int]) -> None:
-    """CheckpointError unless a rank's part has the (outputs, inputs) of its layer."""
+def check_shape(name: str, linear: Linear, shape: tuple[int, ...]) -> None:
+    """CheckpointError unless a rank's part has the ([experts,] outputs, inputs) of its layer."""
     if tuple(linear.shape) != shape:
         raise CheckpointError(
             f"linear {name}: this rank's part is {list(linear.shape)}, and its layer has "

@@ -98,12 +98,24 @@ class Filling:
 
     def _fill_linear(self, name: str, linear: Linear, copy: Any) -> None:
         entry, module = self._reader.manifest.linears[name], self._modules.get(name)
+        if len(entry.shape) > 2:
+            self._fill_experts(name, entry, linear)
+            return
         if module is None:
             raise CheckpointError(f"linear {name}: the model of vLLM has no such layer")
         if isinstance(module, ParallelLMHead):
             self._fill_head(name, entry, module, linear, copy)
         else:
             module.quant_method.take(module, shard_of(linear, entry, _rank(module)), copy)
+
+    def _fill_experts(self, name: str, entry: LinearEntry, linear: Linear) -> None:
+        experts, _, place = name.rpartition(".")
+        module = self._modules.get(f"{experts}.routed_experts")
+        if module is None:
+            raise CheckpointError(f"linear {name}: the model of vLLM has no such experts")
+        parallel = module.moe_config.moe_parallel_config
+        part = shard_of(linear, entry, Rank(parallel.tp_rank, parallel.tp_size))
+        module.quant_method.take_linear(module, place, part)
 
     def _fill_head(
         self, name: str, entry: LinearEntry, module: Any, linear: Linear, copy: Any

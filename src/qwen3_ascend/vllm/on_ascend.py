@@ -264,6 +264,9 @@ def _fill(layer: Any, linear: Linear, copy: Copy) -> None:
 
 PLAIN = AscendUnquantizedLinearMethod
 
+EXPERTS = None
+"""vllm-ascend computes mixtures with operators of its own package, which nothing simulates."""
+
 LINEARS: dict[type[Scheme], Any] = {
     BF16: FloatMethod,
     W8A8: functools.partial(IntegerMethod, StoredInt8Scheme),

@@ -92,6 +92,11 @@ def _opened(arguments: Any, folder: Path) -> CheckpointReader:
     reader = CheckpointReader(folder)
     for problem in structure_problems(reader):
         raise CheckpointError(f"{folder}: {problem}")
+    if reader.config.experts and getattr(arguments, "enable_expert_parallel", False):
+        raise OptionError(
+            "--enable-expert-parallel: ranks share the inner dimension of every expert of this "
+            "checkpoint; leave the option out"
+        )
     on_device = current_platform.device_type == "npu"
     target = TARGETS[reader.manifest.target] if on_device else None
     check_division(reader.manifest, arguments.tensor_parallel_size, target)

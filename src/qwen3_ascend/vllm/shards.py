@@ -71,10 +71,11 @@ def check_division(manifest: Manifest, world: int, target: Target | None = None)
         target: whose kernels multiply with the parts; None for a CPU, which takes any.
     """
     model = manifest.model
-    if model.experts:
+    if model.experts and target is not None:
         raise OptionError(
-            "this checkpoint has mixtures of experts, which the plugin does not serve yet; "
-            "`qwen3-ascend serve` does, on a CPU"
+            "this checkpoint has mixtures of experts, which the plugin serves on a CPU only; for "
+            "vllm-ascend write it in a format of its own: qwen3-ascend export OUT DIR --format "
+            "ascendv1"
         )
     heads, kv_heads = model.num_heads, model.num_kv_heads
     copies = max(1, world // kv_heads)
