@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import ascend_sim
+from support.planted import NEVER, write_tiny_mixture
 from support.tiny_models import DATA
 
 from qwen3_ascend import ConvertOptions, convert_checkpoint, load
@@ -37,3 +38,27 @@ def test_a_calibrated_conversion_computes_on_the_device(tmp_path: Path) -> None:
         assert expected is not None and found is not None and abs(expected - found) < 0.2
     llm = load(tmp_path / "npu", device="cpu")
     assert llm.generate(["What does river mean?"])[0].text
+
+
+EXPERTS = """
+schema: 1
+name: calibrated
+rules:
+  - {match: "*.mlp.experts.*", scheme: {name: w4a16, group: 64}, quantizer: gptq}
+  - {match: "*", scheme: bf16}
+"""
+
+
+def test_what_reaches_each_expert_is_recorded_on_the_device(tmp_path: Path) -> None:
+    """The tokens that bfloat16 gives to another expert than float32 are few."""
+    recipe, source = Recipe.parse(EXPERTS, "test.yaml"), write_tiny_mixture(tmp_path / "source")
+    made = {}
+    for device in ("cpu", "npu"):
+        options = ConvertOptions(calibration_tokens=1024, calibration_device=device)
+        made[device] = convert_checkpoint(source, tmp_path / device, recipe, options)
+    for name, entry in made["cpu"].linears.items():
+        if ".experts." in name:
+            found = made["npu"].linears[name]
+            assert found.unreached == entry.unreached == (NEVER,)
+            pairs = zip(entry.experts_sqnr_db, found.experts_sqnr_db, strict=True)
+            assert all(abs((a or 0) - (b or 0)) < 0.5 for a, b in pairs), name
