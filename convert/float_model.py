@@ -91,15 +91,9 @@ class FloatModel:
         return self._backend.dense(upload(self._stacked(spec, spec.sources)), bias)
 
     def _mixture(self, spec: ExpertsSpec) -> Mixture:
-        experts = self.config.experts
-        assert experts is not None, "only models with experts have such layers"
-        return Mixture(
-            router=self._backend.dense(self._plain(spec.router)),
-            gate_up=self._experts(spec.gate_up),
-            down=self._experts(spec.down),
-            per_token=experts.per_token,
-            normalize=experts.normalize,
-        )
+        router = self._backend.dense(self._plain(spec.router))
+        linears = self._experts(spec.gate_up), self._experts(spec.down)
+        return Mixture.of(self.config.experts, router, *linears)
 
     def _experts(self, spec: LinearSpec) -> DeviceExperts:
         upload = self._backend.upload

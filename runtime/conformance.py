@@ -49,7 +49,7 @@ WEIGHTS_KEPT = 2.0**-5
 rounded to bfloat16, where it splits its rows instead: each of some thousand is then half a unit of
 bfloat16 off at most, in two products one after the other."""
 
-MOST_EXPERTS = 16
+COMPARED_EXPERTS = 16
 """Of a mixture that is compared: so many have the kernels of more, and take less time."""
 
 ROWS = (1, 3, 17)
@@ -129,7 +129,9 @@ def cases(
         yield Case(f"what a linear is fed ({scheme})", functools.partial(pair.fed, scheme))
     yield Case("attention", pair.attention)
     if config.experts:
-        few = dataclasses.replace(config.experts, count=min(config.experts.count, MOST_EXPERTS))
+        count = min(config.experts.count, COMPARED_EXPERTS)
+        per_token = min(config.experts.per_token, count)
+        few = dataclasses.replace(config.experts, count=count, per_token=per_token)
         for scheme in EXAMPLES:
             shapes = expert_shapes(config.hidden_size, few)
             if all(ASCEND_A2_A3.refusal(scheme, shape) is None for shape in shapes):
@@ -191,16 +193,18 @@ class _Pair:
     def mixture(self, scheme: Scheme, experts: ExpertsConfig) -> Iterator[Comparison]:
         """A mixture of experts with random weights. Of tokens whose experts are the same on both
         sides, which a logit between two values may change."""
-        hidden, per_token = self.config.hidden_size, min(experts.per_token, experts.count)
+        hidden = self.config.hidden_size
         router = self._normal(experts.count, hidden) / hidden**0.5
         gate_up, down = (self._stored(scheme, *s) for s in expert_shapes(hidden, experts))
         sides = [
-            Mixture(
-                backend.dense(backend.upload(router)), backend.experts(gate_up),
-                backend.experts(down), per_token, experts.normalize,
+            Mixture.of(
+                experts,
+                backend.dense(backend.upload(router)),
+                backend.experts(gate_up),
+                backend.experts(down),
             )
             for backend in self.backends
-        ]  # fmt: skip
+        ]
         for rows in ROWS:
             x = self._normal(rows, hidden)
             with torch.inference_mode():

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from qwen3_ascend.checkpoint.config import ExpertsConfig
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import Input
 from qwen3_ascend.checkpoint.schemes.w8a8_static import StaticInput
@@ -149,6 +150,18 @@ class Mixture:
     down: DeviceExperts
     per_token: int
     normalize: bool
+
+    @classmethod
+    def of(
+        cls,
+        experts: ExpertsConfig | None,
+        router: DeviceLinear,
+        gate_up: DeviceExperts,
+        down: DeviceExperts,
+    ) -> Mixture:
+        """As a model's configuration has it."""
+        assert experts is not None, "only models with experts have such layers"
+        return cls(router, gate_up, down, experts.per_token, experts.normalize)
 
 
 @runtime_checkable

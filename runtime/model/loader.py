@@ -72,15 +72,8 @@ def load_layer(source: WeightSource, backend: Backend[Cache], spec: LayerSpec) -
         return backend.linear(source.linear(spec.name))
 
     def mixture(spec: ExpertsSpec) -> Mixture:
-        experts = source.config.experts
-        assert experts is not None, "only models with experts have such layers"
-        return Mixture(
-            router=backend.dense(tensor(spec.router)),
-            gate_up=backend.experts(source.linear(spec.gate_up.name)),
-            down=backend.experts(source.linear(spec.down.name)),
-            per_token=experts.per_token,
-            normalize=experts.normalize,
-        )
+        linears = (backend.experts(source.linear(part.name)) for part in (spec.gate_up, spec.down))
+        return Mixture.of(source.config.experts, backend.dense(tensor(spec.router)), *linears)
 
     return make_layer(spec, linear, tensor, mixture)
 

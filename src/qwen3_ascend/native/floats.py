@@ -113,8 +113,8 @@ def stored_codes(
         group: inputs that share them; the last group may be shorter. Default: all.
     """
     outputs, inputs = shape
-    bits = {torch.int8: 8, torch.int32: 4}.get(weight.dtype)
-    if bits is None or weight.device.type != "cpu" or not weight.is_contiguous():
+    bits, words = {torch.int8: (8, 1), torch.int32: (4, 8)}.get(weight.dtype, (0, 0))
+    if not bits or weight.device.type != "cpu" or not weight.is_contiguous():
         return None
     if weight.dim() == 4:
         strip_outputs = STRIP_BYTES * 8 // bits
@@ -123,7 +123,7 @@ def stored_codes(
         if weight.nbytes != strips * padded * STRIP_BYTES:
             return None
         lies = strips * strip_outputs, strip_outputs, padded * STRIP_BYTES, STRIP_BYTES
-    elif outputs % READ_OUTPUTS == 0 and weight.nbytes == inputs * outputs * bits // 8:
+    elif outputs % READ_OUTPUTS == 0 and weight.shape == (inputs, outputs // words):
         lies = outputs, outputs, 0, outputs * bits // 8
     else:
         return None
