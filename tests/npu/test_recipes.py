@@ -55,8 +55,8 @@ def refusal(model: str, recipe: str) -> str | None:
 
 
 def is_tried(model: str, recipe: str) -> bool:
-    """A mixture becomes the recipes that are made for one, and those of a single scheme that no such
-    recipe has; what it is refused costs nothing to try."""
+    """A mixture becomes the recipes that are made for one, and those of schemes that no such recipe
+    has; what it is refused costs nothing to try."""
     if model != "tiny-moe" or refusal(model, recipe):
         return True
     return recipe.startswith("moe-") or recipe in ("bf16", "w8a16")
