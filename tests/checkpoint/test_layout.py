@@ -140,7 +140,7 @@ def test_the_bytes_of_packed_codes_do_not_depend_on_the_length_of_words() -> Non
 
 def test_layouts_that_cannot_be() -> None:
     for arguments in (
-        ("nz", "KN", 0), ("nd", "KN", 0), ("nd", "NK", 32), ("nd", "NK", 0, 0), ("nd", "NK", 0, 3)
+        ("nz", "KN", 0), ("nd", "NK", 32), ("nd", "NK", 0, 0), ("nd", "NK", 0, 3)
     ):  # fmt: skip
         with pytest.raises(ValueError):
             Layout(*arguments)
