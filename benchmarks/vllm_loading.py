@@ -3,11 +3,11 @@
     make handover-environments handover-plugin
     PYTHONPATH=tests .venv/bin/python benchmarks/vllm_loading.py $(make -s handover-paths)
 
-A model in the shapes of Qwen3-0.6B with --layers layers is converted, exported as AscendV1 and as
-compressed-tensors, and each of the three is loaded by real vllm-ascend 0.23.0. Counts and sizes
-come from the trace of the simulated device, and would be the same on a card; the seconds are those
-of a device that is memory of this machine, so only their ratio may mean something, and on a card a
-cast and a transpose cost something else. Real torch_npu on a simulated device.
+A model in the shapes of Qwen3-0.6B, or of --model, with --layers layers is converted, exported in
+each of --formats, and each of these is loaded by real vllm-ascend 0.23.0. Counts and sizes come
+from the trace of the simulated device, and would be the same on a card; the seconds are those of a
+device that is memory of this machine, so only their ratio may mean something, and on a card a cast
+and a transpose cost something else. Real torch_npu on a simulated device.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument(
         "--plugin", type=Path, required=True, help="where this package is installed"
     )
-    parser.add_argument("--layers", type=int, help="of the 28, default all")
+    parser.add_argument("--model", choices=random_model.SHAPES, default="0.6b")
+    parser.add_argument("--layers", type=int, help="of the model, default all")
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=FORMATS)
     parser.add_argument("--repeat", type=int, default=1, help="runs, of which the fastest counts")
     options = parser.parse_args()
     print(f"{random_model.processor()}, simulated device")
@@ -66,23 +68,23 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Mapping[str
         place.mkdir()
         places = (Path(), options.vllm_ascend, Path(), Path(), options.plugin.resolve(), place)
         engines = Engines(*places)
-        for name, model in models(folder, options.layers).items():
-            loading = engines.on_ascend(model, PROMPT, tokens=1, skip_tokenizer_init=True).loading[
-                0
-            ]
+        for name, model in models(folder, options).items():
+            report = engines.on_ascend(model, PROMPT, tokens=1, skip_tokenizer_init=True)
+            (loading,) = report.loading
             if name not in found or loading["seconds"] < found[name]["seconds"]:
                 found[name] = loading
     return found
 
 
-def models(folder: Path, layers: int | None) -> dict[str, Path]:
+def models(folder: Path, options: argparse.Namespace) -> dict[str, Path]:
     """The checkpoint and its exports, which are made once."""
     checkpoint = folder / "checkpoint"
-    made = {"as it lies": checkpoint, **{name: folder / name for name in FORMATS}}
+    made = {"as it lies": checkpoint, **{name: folder / name for name in options.formats}}
     if not checkpoint.exists():
-        random_model.ensure(folder / "source", random_model.config("0.6b", layers))
+        config = random_model.config(options.model, options.layers)
+        random_model.ensure(folder / "source", config)
         convert_checkpoint(folder / "source", checkpoint)
-        for name in FORMATS:
+        for name in options.formats:
             export_checkpoint(checkpoint, folder / name, name)
     return made
 

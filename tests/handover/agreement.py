@@ -44,18 +44,26 @@ def agreement(
     answers: Sequence[Answer],
     ranks: int = 1,
     dtype: torch.dtype = torch.float32,
+    nudged: bool = False,
 ) -> Agreement:
-    """Computes every sequence again, teacher-forced; `ranks` and `dtype` as in OwnRuntime."""
+    """Computes every sequence again, teacher-forced; `ranks` and `dtype` as in OwnRuntime.
+
+    With `nudged`, a gap is the smaller of two, the other being that of a runtime whose linears are
+    fed values that differ in the last bit: in a mixture such a bit may choose another expert, and
+    move a gap further than engines may differ.
+    """
     runtime = OwnRuntime(checkpoint, ranks, dtype)
+    other = OwnRuntime(checkpoint, ranks, dtype, nudged=True) if nudged else None
     gaps: list[float] = []
     engine: list[float] = []
     own: list[float] = []
     for answer in answers:
-        logprobs = runtime.logprobs([*answer.prompt, *answer.tokens])
+        whole = [*answer.prompt, *answer.tokens]
+        logprobs = runtime.logprobs(whole)
+        opinions = [logprobs] if other is None else [logprobs, other.logprobs(whole)]
         for place, token in enumerate(answer.tokens, start=len(answer.prompt) - 1):
-            row = logprobs[place]
-            if int(row.argmax()) != token:
-                gaps.append(float(row.max() - row[token]))
+            if int(logprobs[place].argmax()) != token:
+                gaps.append(min(_gap(each[place], token) for each in opinions))
         engine += answer.prompt_logprobs
         own += _of_prompt(logprobs, answer.prompt)
     return Agreement(
@@ -83,6 +91,11 @@ def rounding_noise(checkpoint: Path, prompts: Sequence[Sequence[int]]) -> float:
         one += _of_prompt(runtime.logprobs(prompt), prompt)
         other += _of_prompt(nudged.logprobs(prompt), prompt)
     return _mean_difference(one, other)
+
+
+def _gap(row: Tensor, token: int) -> float:
+    """How much less likely a token is than the likeliest, in nats."""
+    return float(row.max() - row[token])
 
 
 def _of_prompt(logprobs: Tensor, prompt: Sequence[int]) -> list[float]:

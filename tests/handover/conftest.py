@@ -107,11 +107,19 @@ def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_of_experts(tiny_mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It with int8 experts and attention."""
-    output = tmp_path_factory.mktemp("checkpoints") / "moe-w8a8"
-    convert_checkpoint(tiny_mixture, output, "moe-w8a8")
-    return output
+def mixtures(tiny_mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """It by recipe."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    for recipe in ("moe-w8a8", "moe-w4a16-down-w8a8", "moe-w4a8", "bf16"):
+        options = ConvertOptions(calibration_tokens=1024)
+        convert_checkpoint(tiny_mixture, folder / recipe, recipe, options)
+    return {found.name: found for found in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of_experts(mixtures: dict[str, Path]) -> Path:
+    """The one with int8 experts and attention."""
+    return mixtures["moe-w8a8"]
 
 
 def converted(factory: pytest.TempPathFactory, recipe: str | Recipe) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,10 +23,57 @@ def apply() -> None:
     # engine would do that by itself, but in graph mode inside torch.compile, which cannot import.
     vllm_ascend.utils.enable_custom_op()
     block_table._compute_slot_mapping_kernel = SlotMapping()
+    add_operators_of_experts()
     if os.environ.get("HANDOVER_LOADING"):
         from handover.device_work import record
 
         record(os.environ["HANDOVER_LOADING"])
+
+
+SCHEMAS = (
+    "moe_gating_top_k(Tensor x, *, int k, int k_group, int group_count, int group_select_mode, "
+    "int renorm, int norm_type, bool out_flag, float routed_scaling_factor, float eps, "
+    "Tensor? bias_opt) -> (Tensor, Tensor, Tensor)",
+    "npu_moe_init_routing_custom(Tensor x, Tensor expert_idx, *, Tensor? scale, int active_num, "
+    "int expert_num, int expert_tokens_num_type, bool expert_tokens_num_flag, "
+    "int[] active_expert_range, int quant_mode) -> (Tensor, Tensor, Tensor, Tensor)",
+    "grouped_matmul_swiglu_quant_weight_nz(*, Tensor x, Tensor weight, Tensor weight_scale, "
+    "Tensor x_scale, Tensor group_list, Tensor? bias, float swiglu_limit) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+"""Operators of vllm_ascend_C for mixtures of experts, as device_op.py calls them."""
+
+
+def add_operators_of_experts() -> None:
+    """Those of SCHEMAS by torch_npu's own operators, from which vllm-ascend's were made."""
+    import torch_npu
+
+    if hasattr(torch.ops._C_ascend, "moe_gating_top_k"):
+        return
+    library = torch.library.Library("_C_ascend", "FRAGMENT")
+    for schema in SCHEMAS:
+        library.define(schema)
+
+    def choose(x: torch.Tensor, *, k: int, renorm: int, **others: Any) -> Any:
+        if (others["norm_type"], others["bias_opt"], others["group_count"]) != (0, None, 1):
+            raise NotImplementedError("only a softmax over one group has a replacement")
+        return torch_npu.npu_moe_gating_top_k_softmax_v2(x, k=k, renorm=renorm)
+
+    def route(x: torch.Tensor, chosen: torch.Tensor, **others: Any) -> Any:
+        return torch_npu.npu_moe_init_routing_v2(x, chosen, **others, row_idx_type=0)
+
+    def gate(*, bias: None, swiglu_limit: float, **others: torch.Tensor) -> Any:
+        if bias is not None or swiglu_limit:
+            raise NotImplementedError("neither a bias nor a limit has a replacement")
+        return torch_npu.npu_grouped_matmul_swiglu_quant(**others)
+
+    for schema, computed in zip(SCHEMAS, (choose, route, gate), strict=True):
+        library.impl(schema.partition("(")[0], computed, "PrivateUse1")
+    KEPT.append(library)
+
+
+KEPT: list[torch.library.Library] = []
+"""A library that nobody holds takes its operators with it."""
 
 
 class SlotMapping:

@@ -65,6 +65,26 @@ def test_vllm_ascend_gives_the_same_tokens_from_every_format(
         assert all(loading["format_casts"] > 0 for loading in report.loading), format
 
 
+@pytest.mark.parametrize(("recipe", "format"), [("moe-w8a8", "ascendv1"), ("bf16", "huggingface")])
+def test_vllm_ascend_and_mixtures_of_experts(
+    recipe: str,
+    format: str,
+    engines: Engines,
+    prompts: list[list[int]],
+    mixtures: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """The raw checkpoint by our operators, and the export as vllm-ascend itself has it: by its own,
+    which stand-ins compute (engine_patches.py)."""
+    few, checkpoint = prompts[::5], mixtures[recipe]
+    raw = engines.on_ascend(checkpoint, few)
+    report = engines.on_ascend(exported(checkpoint, format, tmp_path), few)
+    assert report.tokens == raw.tokens
+    (work,) = report.data["generation"]
+    assert work["launches"]["aclnnMoeInitRoutingV3"] > 0 and work["fallbacks"] == []
+    assert ("aclnnGroupedMatmulSwigluQuantWeightNZ" in work["launches"]) == (recipe != "bf16")
+
+
 def test_vllm_ascend_and_a_quantized_head(
     engines: Engines, prompts: list[list[int]], checkpoint_with_head: Path, tmp_path: Path
 ) -> None:

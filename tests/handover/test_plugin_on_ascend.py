@@ -17,6 +17,8 @@ from qwen3_ascend.checkpoint.schemes import Input
 FRACTAL_NZ = 29
 """Value of aclFormat in CANN's acl_base.h."""
 
+COPIED = (".weight", ".weight_scale", ".deq_scale", ".quant_bias")
+
 SHARE, NEAR_TIE = 0.95, 0.25
 """Of greedy tokens in bf16 against our runtime in float32; and nats between two tokens of which
 bf16 may choose either: its rounding is 2^15 times as coarse."""
@@ -32,7 +34,8 @@ def check_tokens(model: Path, report: Report, ranks: int = 1) -> None:
     manifest = Manifest.read(model)
     dynamic = any(each.scheme.input is Input.INT8_PER_TOKEN for each in manifest.linears.values())
     dtype = torch.float32 if dynamic else torch.bfloat16
-    found = agreement(model, report.answers, ranks, dtype)
+    nudged = dynamic and manifest.model.experts is not None
+    found = agreement(model, report.answers, ranks, dtype, nudged)
     print(found)
     assert found.share >= SHARE
     assert max(found.gaps, default=0) <= (NEAR_TIE if dynamic else UNIT)
@@ -57,9 +60,11 @@ def check_raw_copies(report: Report) -> None:
         assert loading["format_casts"] == loading["device_to_device_copies"] == 0
         assert loading["hidden_copies"] == 0
         for name, found in linears(loading).items():
-            assert found["format"] == FRACTAL_NZ, name
+            assert found["format"] == FRACTAL_NZ or ".experts." in name, name
         for name, found in loading["parameters"].items():
-            if name.endswith((".weight", ".weight_scale", ".deq_scale", ".quant_bias")):
+            if ".experts." not in name and name.endswith(
+                (".weight", ".weight_scale", ".deq_scale", ".quant_bias")
+            ):
                 assert found["copied_bytes"] == found["stored_bytes"], name
 
 
@@ -124,6 +129,63 @@ def test_two_stages_hold_half_of_the_layers(
     assert len(first) == len(second)
     assert first | second == set(linears(one.loading[0]))
     assert two.tokens == one.tokens
+
+
+@pytest.mark.parametrize("recipe", ["moe-w8a8", "moe-w4a16-down-w8a8", "moe-w4a8", "bf16"])
+def test_mixtures_of_experts(
+    engines: Engines, prompts: list[list[int]], mixtures: dict[str, Path], recipe: str
+) -> None:
+    """By torch_npu's grouped operators, as in our runtime."""
+    report = engines.on_ascend(mixtures[recipe], prompts[::5])
+    check_raw_copies(report)
+    check_experts(report)
+    check_tokens(mixtures[recipe], report)
+
+
+def test_graphs_of_experts(
+    engines: Engines, prompts: list[list[int]], mixtures: dict[str, Path]
+) -> None:
+    captured = engines.on_ascend(mixtures["moe-w8a8"], prompts[::5], graphs=True)
+    check_raw_copies(captured)
+    for work in captured.data["generation"]:
+        assert work["replays"] > 0
+        assert work["launches"]["aclnnGroupedMatmulSwigluQuantWeightNzV2"] > 0
+    check_tokens(mixtures["moe-w8a8"], captured)
+
+
+def test_two_devices_share_every_expert(
+    engines: Engines, prompts: list[list[int]], mixtures: dict[str, Path]
+) -> None:
+    """Each quantizes its part of an activation with a scale of its own, which our runtime has only
+    for linears by themselves: the same function, but for that."""
+    model = mixtures["moe-w8a8"]
+    one = engines.on_ascend(model, prompts[::5])
+    two = engines.on_ascend(model, prompts[::5], tensor_parallel_size=2)
+    check_raw_copies(two)
+    check_experts(two)
+    for loading in two.loading:
+        for name, half in experts(loading).items():
+            assert 2 * half["stored_bytes"] == experts(one.loading[0])[name]["stored_bytes"], name
+    found = agreement(model, two.answers)
+    print(found)
+    assert found.share >= 0.9
+    assert found.perplexity == pytest.approx(found.own_perplexity, rel=0.02)
+
+
+def experts(loading: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The weights of a rank's experts."""
+    return {name: found for name, found in linears(loading).items() if ".experts." in name}
+
+
+def check_experts(report: Report) -> None:
+    """Each stored byte of experts is copied once; what was copied before to where those of the
+    first layer lie now, their operators have been tried with."""
+    for loading in report.loading:
+        found = experts(loading)
+        assert found
+        for name, weight in found.items():
+            if not name.startswith("model.layers.0."):
+                assert weight["copied_bytes"] == weight["stored_bytes"], name
 
 
 def test_a_draft_is_loaded_likewise(

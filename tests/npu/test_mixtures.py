@@ -296,7 +296,7 @@ def test_experts_that_the_kernels_read_otherwise_are_refused(
     plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qwen3_ascend.runtime.backends.npu.backend.kernel_sees_experts", lambda *asked: False
+        "qwen3_ascend.runtime.backends.npu.mixtures.kernel_sees_experts", lambda *asked: False
     )
     with pytest.raises(DeviceError, match="other weights of experts than the file holds"):
         open_npu(plain / "bf16")

@@ -97,12 +97,14 @@ def test_sizes_of_groups_that_do_not(manifest: Manifest, world: int) -> None:
         check_division(manifest, world)
 
 
-def test_mixtures_of_experts_are_for_a_cpu(tmp_path: Path) -> None:
+def test_ranks_of_experts(tmp_path: Path) -> None:
+    """A rank has whole strips of 32 codes of every expert."""
     source = write(tmp_path / "source", mixture(moe_intermediate_size=64))
     manifest = convert_checkpoint(source, tmp_path / "out")
-    check_division(manifest, 2)
-    with pytest.raises(OptionError, match="which the plugin serves on a CPU only"):
-        check_division(manifest, 1, ASCEND_A2_A3)
+    check_division(manifest, 2, ASCEND_A2_A3)
+    named = "4: model.layers.0.mlp.experts.gate_up_proj: a cut at 48.16 falls inside a block of 32"
+    with pytest.raises(OptionError, match=named):
+        check_division(manifest, 4, ASCEND_A2_A3)
 
 
 def test_inputs_that_do_not_divide_are_named(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from qwen3_ascend.runtime.backends.base import (
 from qwen3_ascend.runtime.backends.cache import LayerKV, bytes_per_token, cache_shape
 from qwen3_ascend.runtime.backends.npu import formats
 from qwen3_ascend.runtime.backends.npu.attention import open_attention
-from qwen3_ascend.runtime.backends.npu.capabilities import Capabilities, chosen_form, probe
+from qwen3_ascend.runtime.backends.npu.capabilities import Capabilities, probe
 from qwen3_ascend.runtime.backends.npu.decoding import Decoding, choose_decoding
 from qwen3_ascend.runtime.backends.npu.device import (
     free_bytes,
@@ -45,15 +45,8 @@ from qwen3_ascend.runtime.backends.npu.device import (
 from qwen3_ascend.runtime.backends.npu.downloads import download
 from qwen3_ascend.runtime.backends.npu.experts import (
     FloatExperts,
-    Int8Experts,
     NpuExperts,
-    RoutedRows,
-    Routing,
     WatchedExperts,
-    load_experts,
-    npu_experts,
-    route_floats,
-    sum_up,
 )
 from qwen3_ascend.runtime.backends.npu.graph import (
     MAX_STREAMS,
@@ -83,9 +76,10 @@ from qwen3_ascend.runtime.backends.npu.linears import (
     load_linear,
     static_vectors,
 )
+from qwen3_ascend.runtime.backends.npu.mixtures import ExpertLoader, compute_mixture
 from qwen3_ascend.runtime.backends.npu.operators import add_norm, dynamic_quant, static_quant
 from qwen3_ascend.runtime.backends.npu.prefetch import Prefetcher, prefetch_budget
-from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_experts, kernel_sees_weight
+from qwen3_ascend.runtime.backends.npu.self_check import kernel_sees_weight
 from qwen3_ascend.runtime.backends.npu.transfers import BUFFER_BYTES, Transfers
 from qwen3_ascend.runtime.backends.npu.uploads import StepUploads
 from qwen3_ascend.runtime.backends.rotary import rotary_tables
@@ -140,7 +134,7 @@ class NpuBackend(Backend[LayerKV]):
         self._transfers = Transfers()
         self._upload: Upload = functools.partial(formats.upload_packed, copy=self._transfers.copy)
         self._checked: set[tuple[str, Layout]] = set()
-        self._offsets: dict[tuple[int, ...], Tensor] = {}
+        self._expert_loader = ExpertLoader()
 
     def _can_capture(self) -> bool:
         """Whether graphs can contain the attention that was chosen; warns if they cannot."""
@@ -197,19 +191,7 @@ class NpuBackend(Backend[LayerKV]):
 
     @override
     def experts(self, linear: Linear) -> NpuExperts:
-        """The first of each kind is checked through its own kernel (S3)."""
-        kind = (f"experts, {linear.scheme}", linear.layout)
-        loaded = load_experts(linear, self._upload, self._zero_offsets)
-        if kind not in self._checked and not kernel_sees_experts(linear, loaded):
-            raise DeviceError("the kernels read other weights of experts than the file holds")
-        self._checked.add(kind)
-        return loaded
-
-    def _zero_offsets(self, shape: tuple[int, ...]) -> Tensor:
-        """Offsets of zero, which all linears of a shape share."""
-        if shape not in self._offsets:
-            self._offsets[shape] = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        return self._offsets[shape]
+        return self._expert_loader.load(linear, self._upload)
 
     @override
     def dense_experts(self, weights: Sequence[Tensor]) -> NpuExperts:
@@ -223,29 +205,7 @@ class NpuBackend(Backend[LayerKV]):
 
     @override
     def mixture(self, x: Tensor, mixture: Mixture) -> Tensor:
-        gate_up, down = npu_experts(mixture.gate_up), npu_experts(mixture.down)
-        choose = chosen_form(self.capabilities.expert_choice)
-        routing = choose(mixture.router(x), mixture.per_token, mixture.normalize)
-        routed = self._route(x, routing, gate_up)
-        rows = down(self._gate_experts(routed, gate_up, down), routed.counts)
-        return sum_up(rows, routed, routing)
-
-    def _route(self, x: Tensor, routing: Routing, experts: NpuExperts) -> RoutedRows:
-        if experts.input is Input.FLOAT:
-            return route_floats(x, routing)
-        return chosen_form(self.capabilities.expert_route)(x, routing)
-
-    def _gate_experts(
-        self, routed: RoutedRows, gate_up: NpuExperts, down: NpuExperts
-    ) -> Activation:
-        """silu(gate) * up of routed rows, as the next linear of their experts wants it."""
-        if isinstance(gate_up, Int8Experts) and isinstance(down, Int8Experts):
-            return chosen_form(self.capabilities.expert_gate)(routed, gate_up)
-        rows = gate_up(routed.values, routed.counts)
-        if down.input is Input.INT8_PER_TOKEN:
-            return self.capabilities.gated_quant.call(rows)
-        gated: Tensor = torch_npu.npu_swiglu(rows, dim=-1)
-        return gated
+        return compute_mixture(x, mixture, self.capabilities.of_experts)
 
     @override
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> DeviceLinear:

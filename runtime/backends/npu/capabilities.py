@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -36,6 +36,7 @@ from qwen3_ascend.runtime.backends.npu.graph_updates import (
     bound_support,
     update_support,
 )
+from qwen3_ascend.runtime.backends.npu.mixtures import ExpertForms
 from qwen3_ascend.runtime.backends.npu.operators import (
     CACHE_WRITES,
     GATED_QUANTS,
@@ -119,6 +120,13 @@ class Capabilities:
         """What is there or not, by field."""
         return {name: value for name, value in self._values().items() if isinstance(value, Support)}
 
+    @property
+    def of_experts(self) -> ExpertForms:
+        """What computes the mixtures of a model that has some."""
+        choice, route, gate = self.expert_choice, self.expert_route, self.expert_gate
+        assert choice and route and gate, "the model was probed without them"
+        return ExpertForms(choice.call, route.call, gate.call, self.gated_quant.call)
+
     def update_of(self, attention: str) -> Support:
         """Whether `NPUGraph.update` gives a captured "fused" or "paged" attention its lengths."""
         return {"fused": self.fused_update, "paged": self.paged_update}[attention]
@@ -177,10 +185,7 @@ def probe(config: Qwen3Config) -> Capabilities:
         DeviceError: if no form of an operation works.
     """
     with torch.inference_mode():
-        chosen: dict[str, Any] = {
-            field: choose(operation.name, operation.forms, operation.trial(config))
-            for field, operation in operations(config).items()
-        }
+        chosen = _chosen(config, operations(config))
         masked, paged = masked_support(config), paged_support(config)
     return Capabilities(
         **chosen,
@@ -193,18 +198,28 @@ def probe(config: Qwen3Config) -> Capabilities:
     )
 
 
+def probe_experts(config: Qwen3Config) -> ExpertForms:
+    """The same of what mixtures need alone."""
+    needed = {**OF_EXPERTS, "gated_quant": OPERATIONS["gated_quant"]}
+    with torch.inference_mode():
+        chosen = _chosen(config, needed)
+    names = ("expert_choice", "expert_route", "expert_gate", "gated_quant")
+    return ExpertForms(*(chosen[name].call for name in names))
+
+
+def _chosen(config: Qwen3Config, asked: Mapping[str, Operation]) -> dict[str, Any]:
+    return {
+        field: choose(operation.name, operation.forms, operation.trial(config))
+        for field, operation in asked.items()
+    }
+
+
 def last_forms(capabilities: Capabilities) -> Capabilities:
     """The same machine, as if it had no newer operator than every torch_npu has."""
     for field in capabilities.choices:
         operation = {**OPERATIONS, **OF_EXPERTS}[field]
         capabilities = capabilities.using(field, operation.forms[-1])
     return capabilities
-
-
-def chosen_form(choice: Choice[Call] | None) -> Call:
-    """What computes an operation that a model has."""
-    assert choice is not None, "the model was probed without it"
-    return choice.call
 
 
 def choose(

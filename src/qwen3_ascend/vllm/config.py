@@ -69,8 +69,9 @@ class StoredConfig(QuantizationConfig):
         return cls(Manifest.from_json(config))
 
     @override
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """The method of a linear or an output projection; None leaves the engine's own."""
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str, **asked: Any) -> Any:
+        """The method of a linear or an output projection; None leaves the engine's own. What
+        vllm-ascend asks beside is for other models."""
         name = prefix.removeprefix(DRAFT)
         entry, platform = self.manifest.linears.get(name), current_platform.device_type
         if name.endswith(EXPERTS) and f"{name}.{GATE_UP}" in self.manifest.linears:

@@ -50,15 +50,8 @@ def head_method(entry: LinearEntry, name: str, platform: str) -> StoredMethod | 
 
 
 def experts_method(model: Qwen3Config, name: str, layer: torch.nn.Module, platform: str) -> Any:
-    """For all experts of a layer, whose linears `take_linear` takes one by one.
-
-    Raises:
-        CheckpointError: if they cannot be served on the platform.
-    """
-    make = _platform(platform).EXPERTS
-    if make is None:
-        raise CheckpointError(f"{name}: mixtures of experts are not served on {platform} yet")
-    return make(model, name, layer)
+    """For all experts of a layer, whose linears `take_linear` takes one by one."""
+    return _platform(platform).EXPERTS(model, name, layer)
 
 
 def plain_method(platform: str) -> Any:

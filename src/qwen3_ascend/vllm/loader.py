@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ class Filling:
             CheckpointError: if a tensor is damaged, or the model has no place for it.
         """
         with (
+            _default_floats(),
             CheckedWeights(self._reader, checked=checked) as weights,
             copying(current_platform.device_type) as copy,
         ):
@@ -99,7 +101,7 @@ class Filling:
     def _fill_linear(self, name: str, linear: Linear, copy: Any) -> None:
         entry, module = self._reader.manifest.linears[name], self._modules.get(name)
         if len(entry.shape) > 2:
-            self._fill_experts(name, entry, linear)
+            self._fill_experts(name, entry, linear, copy)
             return
         if module is None:
             raise CheckpointError(f"linear {name}: the model of vLLM has no such layer")
@@ -108,14 +110,16 @@ class Filling:
         else:
             module.quant_method.take(module, shard_of(linear, entry, _rank(module)), copy)
 
-    def _fill_experts(self, name: str, entry: LinearEntry, linear: Linear) -> None:
+    def _fill_experts(self, name: str, entry: LinearEntry, linear: Linear, copy: Any) -> None:
+        """vLLM 0.23 has one module of experts, newer ones have another in it for the weights."""
         experts, _, place = name.rpartition(".")
-        module = self._modules.get(f"{experts}.routed_experts")
+        found = self._modules.get(f"{experts}.routed_experts")
+        module = self._modules.get(experts) if found is None else found
         if module is None:
             raise CheckpointError(f"linear {name}: the model of vLLM has no such experts")
         parallel = module.moe_config.moe_parallel_config
         part = shard_of(linear, entry, Rank(parallel.tp_rank, parallel.tp_size))
-        module.quant_method.take_linear(module, place, part)
+        module.quant_method.take_linear(module, place, part, copy)
 
     def _fill_head(
         self, name: str, entry: LinearEntry, module: Any, linear: Linear, copy: Any
@@ -147,6 +151,18 @@ class Filling:
         if name == f"{LM_HEAD}.weight" and LM_HEAD not in self._modules:
             return False
         return not is_pp_missing_parameter(name, self._model)
+
+
+@contextmanager
+def _default_floats() -> Iterator[None]:
+    """torch's own type where none is said; vLLM loads with that of the model, which trials and
+    self-checks of kernels are not written for."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _rank(module: Any) -> Rank:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm_ascend.ops.fused_moe.moe_comm_method import FusedExpertsResult
 from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
 from vllm_ascend.quantization.method_adapters import AscendLinearMethod
 from vllm_ascend.quantization.methods import (
@@ -25,11 +26,15 @@ from vllm_ascend.quantization.methods import (
 )
 from vllm_ascend.utils import AscendDeviceType, get_ascend_device_type
 
+from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme, W8A8Static
 from qwen3_ascend.checkpoint.schemes.w8a8_static import folded_bias
 from qwen3_ascend.checkpoint.target import ASCEND_A2_A3
 from qwen3_ascend.errors import DeviceError
+from qwen3_ascend.runtime.backends.base import DeviceExperts
+from qwen3_ascend.runtime.backends.npu.capabilities import probe_experts
+from qwen3_ascend.runtime.backends.npu.experts import NpuExperts
 from qwen3_ascend.runtime.backends.npu.formats import empty_packed, fill_packed, upload_packed
 from qwen3_ascend.runtime.backends.npu.linears import (
     Upload,
@@ -37,8 +42,14 @@ from qwen3_ascend.runtime.backends.npu.linears import (
     load_linear,
     multiply,
 )
+from qwen3_ascend.runtime.backends.npu.mixtures import (
+    ExpertForms,
+    ExpertLoader,
+    compute_mixture,
+)
 from qwen3_ascend.runtime.backends.npu.operators import dynamic_quant
 from qwen3_ascend.runtime.backends.npu.transfers import Transfers
+from qwen3_ascend.vllm.experts import StoredExpertsMethod
 from qwen3_ascend.vllm.linears import check_shape, fill_bias, refuse_weights
 
 Copy = Callable[[Tensor, Tensor], None]
@@ -262,10 +273,30 @@ def _fill(layer: Any, linear: Linear, copy: Copy) -> None:
     layer.stored_is_there = True
 
 
-PLAIN = AscendUnquantizedLinearMethod
+class ExpertsMethod(StoredExpertsMethod):
+    """By the operators that this project's runtime calls, which are torch_npu's: vllm-ascend has
+    some of its own package, for w8a8 and for w4a8 of another form. It divides tokens among ranks
+    and adds up what they answer; what is between the two is computed here."""
 
-EXPERTS = None
-"""vllm-ascend computes mixtures with operators of its own package, which nothing simulates."""
+    @override
+    def load(self, layer: Any, place: str, linear: Linear, copy: Uploads) -> DeviceExperts:
+        """Beside the product, the layer gets its weight under its stored name."""
+        layer.stored_forms = copy.expert_forms(self.model)
+        experts = copy.load_experts(linear)
+        named = torch.nn.Module()
+        named.weight = torch.nn.Parameter(experts.weight, requires_grad=False)
+        layer.add_module(place, named)
+        return experts
+
+    @override
+    def apply(self, layer: Any, x: Tensor, router_logits: Tensor, **asked: Any) -> Any:
+        """The sum of each token's experts [T, hidden], of x [T, hidden] and logits [T, experts]."""
+        mixture = self.mixture(layer, router_logits)
+        return FusedExpertsResult(compute_mixture(x, mixture, layer.stored_forms))
+
+
+PLAIN = AscendUnquantizedLinearMethod
+EXPERTS = ExpertsMethod
 
 LINEARS: dict[type[Scheme], Any] = {
     BF16: FloatMethod,
@@ -287,11 +318,36 @@ def check_device() -> None:
         )
 
 
+class Uploads:
+    """Brings one model to the device: copies through pinned memory, and what its layers share."""
+
+    def __init__(self) -> None:
+        self._transfers, self._experts = Transfers(), ExpertLoader()
+        self._forms: ExpertForms | None = None
+
+    def __call__(self, destination: Tensor, stored: Tensor) -> None:
+        self._transfers.copy(destination, stored)
+
+    def load_experts(self, linear: Linear) -> NpuExperts:
+        """See ExpertLoader.load."""
+        return self._experts.load(linear, functools.partial(upload_packed, copy=self))
+
+    def expert_forms(self, model: Qwen3Config) -> ExpertForms:
+        """Of a model's mixtures, found out once."""
+        if self._forms is None:
+            self._forms = probe_experts(model)
+        return self._forms
+
+    def finish(self) -> None:
+        """Waits until all is there."""
+        self._transfers.finish()
+
+
 @contextmanager
-def copying() -> Iterator[Copy]:
-    """Copies through pinned memory, and waits for them at the end."""
-    transfers = Transfers()
+def copying() -> Iterator[Uploads]:
+    """Waits for the copies at the end."""
+    uploads = Uploads()
     try:
-        yield transfers.copy
+        yield uploads
     finally:
-        transfers.finish()
+        uploads.finish()

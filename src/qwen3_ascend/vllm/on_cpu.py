@@ -10,25 +10,24 @@ from torch import Tensor
 from typing_extensions import override
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 
-from qwen3_ascend.checkpoint.config import Qwen3Config
 from qwen3_ascend.checkpoint.linear import Linear
 from qwen3_ascend.checkpoint.schemes import BF16, W4A16, W8A8, W8A16, Input, Scheme, W8A8Static
 from qwen3_ascend.checkpoint.schemes.w8a8 import quantize_tokens
 from qwen3_ascend.runtime import backends
 from qwen3_ascend.runtime.backends.base import (
     Activation,
+    DeviceExperts,
     DeviceLinear,
-    Mixture,
     QuantizedActivation,
     StaticActivation,
     static_input_of,
 )
 from qwen3_ascend.runtime.backends.cpu.linears import LINEARS as PRODUCTS
 from qwen3_ascend.runtime.options import DeviceOptions
-from qwen3_ascend.vllm.linears import DOWN, GATE_UP, check_shape, fill_bias, refuse_weights
+from qwen3_ascend.vllm.experts import StoredExpertsMethod
+from qwen3_ascend.vllm.linears import check_shape, fill_bias, refuse_weights
 
 
 class ExactMethod(LinearMethodBase):
@@ -127,14 +126,8 @@ class FloatMethod(UnquantizedLinearMethod):
         return product
 
 
-class ExpertsMethod(FusedMoEMethodBase):
-    """All experts of a layer by this project's own mixture, routing included: vLLM's CPU backend
-    has none for int8, and its int4 is another."""
-
-    def __init__(self, model: Qwen3Config, name: str, layer: Any) -> None:
-        super().__init__(layer.moe_config)
-        assert model.experts is not None, "a dense model has no such layer"
-        self.name, self._model, self._experts = name, model, model.experts
+class ExpertsMethod(StoredExpertsMethod):
+    """vLLM's CPU backend has no experts of int8, and its int4 is another."""
 
     @property
     @override
@@ -152,15 +145,12 @@ class ExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Notes shapes and type only, as ExactMethod does."""
-        inner = intermediate_size_per_partition
-        layer.stored_shapes = {
-            GATE_UP: (num_experts, 2 * inner, hidden_size),
-            DOWN: (num_experts, hidden_size, inner),
-        }
+        """As ExactMethod does."""
+        super().create_weights(
+            layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype
+        )
         dtype = "float32" if params_dtype == torch.float32 else "bfloat16"
-        layer.stored_backend = backends.get(self._model, DeviceOptions("cpu", dtype))
-        layer.stored_linears = {}
+        layer.stored_backend = backends.get(self.model, DeviceOptions("cpu", dtype))
         get_current_vllm_config().compilation_config.static_forward_context[self._place] = layer
 
     @property
@@ -169,60 +159,35 @@ class ExpertsMethod(FusedMoEMethodBase):
         return f"{self.name}.stored"
 
     @override
-    def get_fused_moe_quant_config(self, layer: Any) -> None:
-        """Nothing is quantized by the engine."""
-
-    def take_linear(self, layer: Any, place: str, linear: Linear) -> None:
-        """Fills one of the two linears, GATE_UP or DOWN, with a rank's part."""
-        check_shape(f"{self.name}.{place}", linear, layer.stored_shapes[place])
-        if place in layer.stored_linears:
-            refuse_weights()
-        layer.stored_linears[place] = layer.stored_backend.experts(linear)
+    def load(self, layer: Any, place: str, linear: Linear, copy: None) -> DeviceExperts:
+        experts: DeviceExperts = layer.stored_backend.experts(linear)
+        return experts
 
     @override
     def apply_monolithic(
         self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None
     ) -> Tensor:
         """The sum of each token's experts [T, hidden], of x [T, hidden] and logits [T, experts]."""
-        experts = self._experts
         if torch.compiler.is_compiling():
-            return stored_mixture(
-                x, router_logits, self._place, experts.per_token, experts.normalize
-            )
-        return mixture_of(layer, x, router_logits, experts.per_token, experts.normalize)
+            return stored_mixture(x, router_logits, self._place)
+        return mixture_of(layer, x, router_logits)
 
 
-def mixture_of(layer: Any, x: Tensor, logits: Tensor, per_token: int, normalize: bool) -> Tensor:
+def mixture_of(layer: Any, x: Tensor, logits: Tensor) -> Tensor:
     """The mixture of a filled layer."""
-    linears = layer.stored_linears
-    mixture = Mixture(_Known(logits), linears[GATE_UP], linears[DOWN], per_token, normalize)
+    mixture = layer.quant_method.mixture(layer, logits)
     found: Tensor = layer.stored_backend.mixture(x.contiguous(), mixture)
     return found
 
 
-class _Known:
-    """A router whose logits are known: the engine's own linear has computed them."""
-
-    input = Input.FLOAT
-
-    def __init__(self, logits: Tensor) -> None:
-        self.weight = logits.contiguous()
-
-    def __call__(self, x: Activation) -> Tensor:
-        return self.weight
-
-
 @torch.library.custom_op("qwen3_ascend::stored_mixture", mutates_args=())
-def stored_mixture(
-    x: Tensor, logits: Tensor, place: str, per_token: int, normalize: bool
-) -> Tensor:
+def stored_mixture(x: Tensor, logits: Tensor, place: str) -> Tensor:
     """What a compiled graph calls; see `stored_linear`."""
-    layer = get_forward_context().no_compile_layers[place]
-    return mixture_of(layer, x, logits, per_token, normalize)
+    return mixture_of(get_forward_context().no_compile_layers[place], x, logits)
 
 
 @stored_mixture.register_fake
-def _(x: Tensor, logits: Tensor, place: str, per_token: int, normalize: bool) -> Tensor:
+def _(x: Tensor, logits: Tensor, place: str) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -95,7 +95,7 @@ def _opened(arguments: Any, folder: Path) -> CheckpointReader:
     if reader.config.experts and getattr(arguments, "enable_expert_parallel", False):
         raise OptionError(
             "--enable-expert-parallel: ranks share the inner dimension of every expert of this "
-            "checkpoint; leave the option out"
+            "checkpoint; leave the option out, or export the checkpoint"
         )
     on_device = current_platform.device_type == "npu"
     target = TARGETS[reader.manifest.target] if on_device else None

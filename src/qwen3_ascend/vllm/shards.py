@@ -62,8 +62,7 @@ def rows_of(linear: Linear, rows: Rows) -> Linear:
 
 
 def check_division(manifest: Manifest, world: int, target: Target | None = None) -> None:
-    """OptionError unless every linear of a layer can be divided among so many ranks, and there are
-    no others than the plugin serves.
+    """OptionError unless every linear of a layer can be divided among so many ranks.
 
     Args:
         manifest: of the checkpoint.
@@ -71,12 +70,6 @@ def check_division(manifest: Manifest, world: int, target: Target | None = None)
         target: whose kernels multiply with the parts; None for a CPU, which takes any.
     """
     model = manifest.model
-    if model.experts and target is not None:
-        raise OptionError(
-            "this checkpoint has mixtures of experts, which the plugin serves on a CPU only; for "
-            "vllm-ascend write it in a format of its own: qwen3-ascend export OUT DIR --format "
-            "ascendv1"
-        )
     heads, kv_heads = model.num_heads, model.num_kv_heads
     copies = max(1, world // kv_heads)
     if heads % world or (kv_heads % world and world % kv_heads):
