@@ -34,13 +34,13 @@ class StoredExpertsMethod(FusedMoEMethodBase, ABC):
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Notes shapes only: what a linear is made of comes with its bytes."""
+        """Notes shapes and type only: what a linear is made of comes with its bytes."""
         inner = intermediate_size_per_partition
         layer.stored_shapes = {
             GATE_UP: (num_experts, 2 * inner, hidden_size),
             DOWN: (num_experts, hidden_size, inner),
         }
-        layer.stored_linears = {}
+        layer.stored_linears, layer.stored_dtype = {}, params_dtype
 
     @override
     def get_fused_moe_quant_config(self, layer: Any) -> None:

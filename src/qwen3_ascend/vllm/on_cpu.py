@@ -136,20 +136,10 @@ class ExpertsMethod(StoredExpertsMethod):
         return True
 
     @override
-    def create_weights(
-        self,
-        layer: Any,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **attributes: Any,
-    ) -> None:
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
         """As ExactMethod does."""
-        super().create_weights(
-            layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype
-        )
-        dtype = "float32" if params_dtype == torch.float32 else "bfloat16"
+        super().create_weights(layer, *sizes, **attributes)
+        dtype = "float32" if layer.stored_dtype == torch.float32 else "bfloat16"
         layer.stored_backend = backends.get(self.model, DeviceOptions("cpu", dtype))
         get_current_vllm_config().compilation_config.static_forward_context[self._place] = layer
 
