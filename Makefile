@@ -95,10 +95,10 @@ demo: $(VENV)/.installed  ## convert the shipped tiny model and ask it a questio
 	$(BIN)/qwen3-ascend convert tests/data/tiny-qwen3 out/tiny --overwrite
 	$(BIN)/qwen3-ascend generate out/tiny --prompt "What does river mean?"
 
-# One environment after the other, because both compile the kernels into this folder. Then lint
-# and the simulator's modes side by side, and the unit tests on all cores.
+# One environment after the other, because both compile the kernels into this folder. Then the
+# simulator's modes and lint side by side, the shortest last, and the unit tests on all cores.
 test: environments  ## everything that a change has to pass: lint, unit, simulated
-	$(MAKE) --no-print-directory --jobs=$(WORKERS) --output-sync=target lint simulated
+	$(MAKE) --no-print-directory --jobs=$(WORKERS) --output-sync=target simulated lint
 	$(MAKE) --no-print-directory unit
 
 environments:
