@@ -226,6 +226,12 @@ CODES: Cases = {
 }
 
 
+def seven_rows() -> dict[str, Any]:
+    """How seven rows of three experts, one of them without any, are multiplied into bfloat16."""
+    groups = dict(group_type=0, group_list=counts([4, 0, 3]), group_list_type=1)
+    return dict(split_item=2, output_dtype=HALF, **groups)
+
+
 @pytest.mark.parametrize("case", CODES)
 def test_grouped_codes_refuse(case: str) -> None:
     rule, changes = CODES[case]
@@ -234,11 +240,7 @@ def test_grouped_codes_refuse(case: str) -> None:
         weight=[as_nz(dev(3, 64, 96, **INT8))],
         scale=[dev(3, 96)],
         per_token_scale=[dev(7, dtype=FULL)],
-        split_item=2,
-        group_type=0,
-        group_list=counts([4, 0, 3]),
-        group_list_type=1,
-        output_dtype=HALF,
+        **seven_rows(),
     )
     refused(rule, torch_npu.npu_grouped_matmul, base, **make(changes))
 
@@ -411,11 +413,7 @@ def test_int8_by_int4_refuses(case: str) -> None:
         scale=[dev(3, 2, 64, dtype=WHOLE)],
         bias=[dev(3, 64, dtype=FULL)],
         per_token_scale=[dev(7, dtype=FULL)],
-        split_item=2,
-        group_type=0,
-        group_list=counts([4, 0, 3]),
-        group_list_type=1,
-        output_dtype=HALF,
+        **seven_rows(),
     )
     refused(rule, torch_npu.npu_grouped_matmul, base, **make(changes))
 

@@ -23,7 +23,7 @@ def apply() -> None:
     # engine would do that by itself, but in graph mode inside torch.compile, which cannot import.
     vllm_ascend.utils.enable_custom_op()
     block_table._compute_slot_mapping_kernel = SlotMapping()
-    add_operators_of_experts()
+    operators_of_experts()
     if os.environ.get("HANDOVER_LOADING"):
         from handover.device_work import record
 
@@ -44,12 +44,11 @@ SCHEMAS = (
 """Operators of vllm_ascend_C for mixtures of experts, as device_op.py calls them."""
 
 
-def add_operators_of_experts() -> None:
-    """Those of SCHEMAS by torch_npu's own operators, from which vllm-ascend's were made."""
+@functools.cache
+def operators_of_experts() -> torch.library.Library:
+    """Those of SCHEMAS by torch_npu's, once; a library that nobody keeps takes them with it."""
     import torch_npu
 
-    if hasattr(torch.ops._C_ascend, "moe_gating_top_k"):
-        return
     library = torch.library.Library("_C_ascend", "FRAGMENT")
     for schema in SCHEMAS:
         library.define(schema)
@@ -69,11 +68,7 @@ def add_operators_of_experts() -> None:
 
     for schema, computed in zip(SCHEMAS, (choose, route, gate), strict=True):
         library.impl(schema.partition("(")[0], computed, "PrivateUse1")
-    KEPT.append(library)
-
-
-KEPT: list[torch.library.Library] = []
-"""A library that nobody holds takes its operators with it."""
+    return library
 
 
 class SlotMapping:

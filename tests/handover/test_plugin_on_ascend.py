@@ -18,6 +18,7 @@ FRACTAL_NZ = 29
 """Value of aclFormat in CANN's acl_base.h."""
 
 COPIED = (".weight", ".weight_scale", ".deq_scale", ".quant_bias")
+"""How parameters are named whose bytes are the checkpoint's."""
 
 SHARE, NEAR_TIE = 0.95, 0.25
 """Of greedy tokens in bf16 against our runtime in float32; and nats between two tokens of which
@@ -62,9 +63,7 @@ def check_raw_copies(report: Report) -> None:
         for name, found in linears(loading).items():
             assert found["format"] == FRACTAL_NZ or ".experts." in name, name
         for name, found in loading["parameters"].items():
-            if ".experts." not in name and name.endswith(
-                (".weight", ".weight_scale", ".deq_scale", ".quant_bias")
-            ):
+            if ".experts." not in name and name.endswith(COPIED):
                 assert found["copied_bytes"] == found["stored_bytes"], name
 
 
